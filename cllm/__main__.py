@@ -1,0 +1,42 @@
+"""`cllm train …` and the guard around every program: one line and exit 2 for the user's mistake, exit 1 for a fault."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+
+from cllm.messages import UserError, say
+
+PROGRAMS = ("train", "eval", "chat", "check", "bench", "export")
+
+
+def run(name: str, argv: list[str] | None = None) -> int:
+    """Run program `name`; returns its exit code: 0, 2 (user's mistake), 1 (fault) or 130 (interrupted)."""
+    for stream in (sys.stdout, sys.stderr):  # a Windows console or a C locale must not crash on Chinese
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        return int(importlib.import_module(f"cllm.{name}").main(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        print(say("fault", text=f"{type(error).__name__}: {error}"), file=sys.stderr)
+        return 1
+
+
+def main() -> int:
+    """Entry of the `cllm` console script: the first word names the program."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in PROGRAMS:
+        print(UserError("usage.program", name=name, programs=", ".join(PROGRAMS)), file=sys.stderr)
+        return 2
+    return run(name, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""One attention function for every model: packed rows in training, masks in generation, plain causal batches otherwise.
+
+Transformers calls whatever is registered under `config._attn_implementation`; ours is registered as "cllm" (`register()`).
+Packed rows come with `cu_seqlens`, which the model hands through its keyword arguments unchanged; no mask of size T x T is ever
+built for them. Nothing here knows about models: what a family needs beyond that stands on the attention module itself
+(`sliding_window` and `softcap` arrive as keywords, `alibi_slopes` as an attribute set at loading).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION = "cllm"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Softmax(scaling * Q K^T + mask) V, causal; with `cu_seqlens` causal inside each sequence of the one packed row.
+
+    Shapes: query (B, H, Q, d), key and value (B, H_kv, K, d), H a multiple of H_kv; result (B, Q, H, d).
+    `cu_seqlens` (N+1,) int: row boundaries, B = 1; sequence n is [cu_seqlens[n], cu_seqlens[n+1]). Without it, `attention_mask`
+    (B, 1, Q, K) bool (True = attend) or additive float; without either, a causal batch whose queries are the last Q of K.
+    `sliding_window` w: position i sees i-w+1 … i (a given mask already contains it). `softcap` c: scores become c tanh(scores / c).
+    """
+    slopes = getattr(module, "alibi_slopes", None)
+    settings = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "slopes": slopes}
+    if cu_seqlens is None:
+        if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+            attention_mask = _causal_mask(query.shape[2], key.shape[2], sliding_window, query.device)
+        return _attend(query, key, value, attention_mask, **settings).transpose(1, 2), None
+    outputs = []
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        span = slice(start, end)
+        windowed = sliding_window is not None and end - start > sliding_window
+        mask = _causal_mask(end - start, end - start, sliding_window, query.device) if windowed else None
+        outputs.append(_attend(query[:, :, span], key[:, :, span], value[:, :, span], mask, **settings))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(Q, K) bool; the queries are the last Q of the K positions."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    visible = distance >= 0
+    return visible & (distance < window) if window is not None else visible
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None and slopes is None and softcap is None and queries in (1, keys):
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scaling, is_causal=queries > 1, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    if mask is None:
+        mask = _causal_mask(queries, keys, None, query.device)
+    if slopes is not None:
+        # ALiBi adds slope * (k - q); softmax ignores what is constant in k, so slope * k relative to the last key serves.
+        bias = slopes.to(query.device)[:, None, None] * torch.arange(1 - keys, 1, device=query.device)
+        mask = torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+    if mask.dtype != torch.bool:
+        # A row without any visible key (left padding) stays finite with the dtype's minimum, not with -inf.
+        mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap
+    low = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), dropout)
+    return weights @ value.repeat_interleave(groups, 1)
+
+
+def register() -> None:
+    """Make "cllm" known to Transformers, as attention and as mask; may be called again.
+
+    Without a 2-D mask and without a cache no mask is built (packed rows carry `cu_seqlens`); otherwise it is SDPA's.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def mask(
+        batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        if attention_mask is None and q_length == kv_length:
+            return None
+        built: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
+        return built
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, mask)

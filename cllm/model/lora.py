@@ -1,0 +1,281 @@
+"""LoRA: low-rank adapters around frozen linear layers, and their files in PEFT's format.
+
+Knows nothing about architectures: whatever has a dense weight (`nn.Linear`, `NF4Linear`, GPT-2's `Conv1D`) is wrapped, never rewritten,
+so that base and adapter are one model. A gate per row switches the adapter: gate 0 is the base.
+References: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353; file layout and numbers as PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cllm.messages import UserError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a module with one dense weight (`nn.Linear`, `NF4Linear`, `Conv1D`), None for any other."""
+    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "dequantize")):
+        return int(module.in_features), int(module.out_features)
+    if _is_conv1d(module):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None
+
+
+def base_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The dense weight (out, in) of a linear layer in `dtype`: dequantized, or transposed where it is stored (in, out)."""
+    if hasattr(module, "dequantize"):
+        dense: Tensor = module.dequantize(dtype)
+        return dense
+    weight: Tensor = module.weight
+    return (weight.T if _is_conv1d(module) else weight).to(dtype)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # By name: this layer must not import Transformers, and no other class of that name is in use.
+    return type(module).__name__ == "Conv1D"
+
+
+class Gate:
+    """Which rows of the batch go through the adapter; one object shared by all layers of a model. None: all of them."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self) -> None:
+        self.rows: Tensor | float | None = None
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + scaling * gate * B A dropout(x), with scaling = alpha / r (rsLoRA: alpha / sqrt(r)).
+
+    Shapes: x (…, in), lora_A (r, in) Kaiming-uniform, lora_B (out, r) zero, y (…, out); adapters are float32 and computed in x's dtype.
+    DoRA (`magnitude` (out,)): y = bias + m / ||W + scaling B A||_row * (W + scaling B A) x, the norm held constant in backward.
+    """
+
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False, dora: bool = False,
+        gate: Gate | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        shape = linear_shape(base)
+        if shape is None:
+            raise TypeError(f"{type(base).__name__} has no dense weight to adapt")
+        device = next(iter([*base.parameters(), *base.buffers()])).device
+        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
+        self.in_features, self.out_features = shape
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        self.gate = gate or Gate()
+        self.lora_A = nn.Parameter(torch.empty(rank, shape[0], device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(shape[1], rank, device=device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.magnitude = nn.Parameter(base_weight(base, torch.float32).norm(dim=1)) if dora else None
+
+    def delta(self) -> Tensor:
+        """scaling * B A, (out, in) float32."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def merged_weight(self) -> Tensor:
+        """The dense weight (out, in) float32 that does what base and adapter do together."""
+        weight = base_weight(self.base, torch.float32) + self.delta()
+        return weight if self.magnitude is None else weight * (self.magnitude / weight.norm(dim=1))[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x)
+        rows = self.gate.rows
+        if isinstance(rows, float) and rows == 0.0:
+            return result
+        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        update = F.linear(hidden, self.lora_B.to(x.dtype)) * self.scaling
+        if self.magnitude is not None:
+            with torch.no_grad():
+                norm = (base_weight(self.base, torch.float32) + self.delta()).norm(dim=1)
+            ratio = (self.magnitude / norm).to(x.dtype)
+            bias = getattr(self.base, "bias", None)
+            update = (ratio - 1) * (result if bias is None else result - bias) + ratio * update
+        if isinstance(rows, Tensor):
+            update = update * rows.to(update.dtype).view(-1, *[1] * (update.dim() - 1))
+        return result + update
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Name of the wrapped linear layer in the base model -> its LoraLinear."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def inject_lora(
+    model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, targets: str | list[str] = "all-linear",
+    rslora: bool = False, dora: bool = False,
+) -> dict[str, LoraLinear]:  # fmt: skip
+    """Freeze `model` and wrap its target linears in place; returns name -> LoraLinear.
+
+    `targets`: "all-linear" (every linear but the head), or names: the last part(s) of a module's name (`q_proj`, `self_attn.q_proj`) or a
+    glob over the whole name (`model.layers.1?.*`). Raises UserError for targets that match nothing.
+    """
+    if lora_layers(model):
+        raise ValueError("the model has adapters already: merge or reload the base before injecting new ones")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = {name: m for name, m in model.named_modules() if m is not head and linear_shape(m) is not None}
+    if targets == "all-linear":
+        chosen = list(linears)
+    else:
+        patterns = [targets] if isinstance(targets, str) else targets
+        hits = {p: [n for n in linears if ("." + n).endswith("." + p) or fnmatch.fnmatchcase(n, p)] for p in patterns}
+        if missing := [pattern for pattern, names in hits.items() if not names]:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise UserError("lora.targets", missing=", ".join(missing), known=known)
+        chosen = [name for name in linears if any(name in names for names in hits.values())]
+    model.requires_grad_(False)
+    gate = Gate()
+    for name in chosen:
+        layer = LoraLinear(linears[name], rank, alpha, dropout=dropout, rslora=rslora, dora=dora, gate=gate)
+        _replace(model, name, layer)
+    return lora_layers(model)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _gate(model: nn.Module) -> Gate | None:
+    # All layers share one Gate, so the first one found will do.
+    return next((module.gate for module in model.modules() if isinstance(module, LoraLinear)), None)
+
+
+def set_gate(model: nn.Module, rows: Tensor | float | None) -> None:
+    """Choose who goes through the adapter: None all rows, 0.0 none (the base), or a Tensor (B,) of 0 and 1, one per row."""
+    if gate := _gate(model):
+        gate.rows = rows
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """Inside this context the model is its base: the reference policy, the before of before/after."""
+    gate = _gate(model)
+    before = gate.rows if gate else None
+    set_gate(model, 0.0)
+    try:
+        yield
+    finally:
+        set_gate(model, before)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's key names, sharing memory with the model."""
+    return {
+        f"{_PREFIX}{name}{suffix}": getattr(layer, attribute)
+        for name, layer in lora_layers(model).items()
+        for attribute, suffix in _SUFFIXES.items()
+        if getattr(layer, attribute) is not None
+    }
+
+
+def save_adapter(model: nn.Module, directory: str | Path, *, base: str = "") -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does; `base` names the checkpoint below it."""
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    last_parts = {name.rpartition(".")[2] for name in layers}
+    linears = [n.removesuffix(".base") for n, m in model.named_modules() if linear_shape(m) is not None]
+    # Short names only if they select exactly what was adapted; PEFT matches a target at the end of any module's name.
+    exact = {name for name in linears if name.rpartition(".")[2] in last_parts} == set(layers)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": first.rank, "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout, "target_modules": sorted(last_parts if exact else layers), "bias": "none", "modules_to_save": None,
+        "fan_in_fan_out": _is_conv1d(first.base), "use_rslora": not math.isclose(first.scaling, first.alpha / first.rank),
+        "use_dora": first.magnitude is not None, "inference_mode": True, "init_lora_weights": True,
+    }  # fmt: skip
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().contiguous().cpu() for key, value in adapter_tensors(model).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: nn.Module, directory: str | Path, *, dropout: float | None = None) -> dict[str, LoraLinear]:
+    """Inject and fill the adapter of `directory` (ours or PEFT's); returns name -> LoraLinear.
+
+    The tensors decide which layers are adapted. Raises UserError, listing everything at once, for a damaged file, layers that the
+    model lacks, wrong shapes, and PEFT features that would change the result if ignored.
+    """
+    folder = Path(directory)
+    config = _read_config(folder)
+    problems = [
+        f"{key} = {config[key]!r}"
+        for key, plain in (("bias", "none"), ("modules_to_save", None), ("rank_pattern", {}), ("alpha_pattern", {}))
+        if config.get(key, plain) not in (plain, None, {}, [])
+    ]
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise UserError("adapter.damaged", path=folder / WEIGHTS_FILE, detail=error) from error
+    names: dict[str, None] = {}
+    for key in tensors:
+        suffix = next((suffix for suffix in _SUFFIXES.values() if key.endswith(suffix)), None)
+        if suffix is None or not key.startswith(_PREFIX):
+            problems.append(f"unexpected tensor {key}")
+        else:
+            names[key.removeprefix(_PREFIX).removesuffix(suffix)] = None
+    modules = dict(model.named_modules())
+    problems += [f"no linear layer {name}" for name in names if name not in modules or linear_shape(modules[name]) is None]
+    if problems or not names:
+        raise UserError("adapter.mismatch", path=folder, problems="; ".join(problems[:8]) or "no tensors", count=len(problems))
+    layers = inject_lora(
+        model, rank=int(config["r"]), alpha=float(config["lora_alpha"]), targets=list(names), rslora=bool(config.get("use_rslora")),
+        dropout=float(config.get("lora_dropout", 0.0)) if dropout is None else dropout, dora=bool(config.get("use_dora")),
+    )  # fmt: skip
+    own = adapter_tensors(model)
+    wrong = [f"missing tensor {key}" for key in own if key not in tensors] + [
+        f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(own[key].shape)}"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    if wrong or set(tensors) - set(own):
+        wrong += [f"unexpected tensor {key}" for key in sorted(set(tensors) - set(own))]
+        raise UserError("adapter.mismatch", path=folder, problems="; ".join(wrong[:8]), count=len(wrong))
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(tensors[key])
+    return layers
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if config["peft_type"] != "LORA" or int(config["r"]) < 1 or float(config["lora_alpha"]) <= 0:
+            raise ValueError(f"peft_type {config['peft_type']}, r {config['r']}, lora_alpha {config['lora_alpha']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("adapter.damaged", path=folder / CONFIG_FILE, detail=f"{type(error).__name__}: {error}") from error
+    return dict(config)
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its base, in place: W <- W + scaling B A, in the base's dtype; a quantized base becomes a dense layer."""
+    for name, layer in lora_layers(model).items():
+        weight, base = layer.merged_weight().detach(), layer.base
+        if hasattr(base, "dequantize"):
+            bias = base.bias
+            dtype = torch.float32 if bias is None else bias.dtype
+            base = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+            base.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            base.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        else:
+            with torch.no_grad():
+                base.weight.copy_(weight.T if _is_conv1d(base) else weight)
+        _replace(model, name, base)
+    return model

@@ -1,0 +1,65 @@
+"""Tiny random models of several architectures, built once per session, and the path of the shared oracles."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("CLLM_LANG", "en")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def tiny_config(architecture: str) -> object:
+    """A config of a few thousand parameters: 2 layers, hidden 32, 4 heads, vocabulary 96."""
+    import transformers as t
+
+    llama = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
+    table: dict[str, Callable[[], object]] = {
+        "llama": lambda: t.LlamaConfig(**llama),
+        "qwen2": lambda: t.Qwen2Config(**llama),
+        "qwen3": lambda: t.Qwen3Config(**llama, head_dim=8),
+        "glm": lambda: t.GlmConfig(**llama, head_dim=8, attention_bias=True),
+        "gemma3": lambda: t.Gemma3TextConfig(
+            **llama, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+        ),
+        "gemma2": lambda: t.Gemma2Config(**llama, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+        "gpt2": lambda: t.GPT2Config(
+            vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=2, eos_token_id=1,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        ),
+    }  # fmt: skip
+    return table[architecture]()
+
+
+def tiny_model(architecture: str, seed: int = 0, attention: str = "cllm"):  # type: ignore[no-untyped-def]
+    """A random model of `architecture` in float32 with the given attention implementation."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cllm.model.attention import register
+
+    register()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation=attention)
+    with torch.no_grad():  # larger weights than the default 0.02, so that differences between tokens are visible
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of oracles beside the checkout; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared")
+    return SHARED
