@@ -8,6 +8,7 @@ built for them. Nothing here knows about models: what a family needs beyond that
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,14 +40,14 @@ def packed_attention(
     `sliding_window` w: position i sees i-w+1 … i (a given mask already contains it). `softcap` c: scores become c tanh(scores / c).
     """
     slopes = getattr(module, "alibi_slopes", None)
-    settings = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "slopes": slopes}
+    settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "slopes": slopes}
     if cu_seqlens is None:
         if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
             attention_mask = _causal_mask(query.shape[2], key.shape[2], sliding_window, query.device)
         return _attend(query, key, value, attention_mask, **settings).transpose(1, 2), None
     outputs = []
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         span = slice(start, end)
         windowed = sliding_window is not None and end - start > sliding_window
         mask = _causal_mask(end - start, end - start, sliding_window, query.device) if windowed else None

@@ -28,7 +28,7 @@ _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: Any) -> tuple[int, int] | None:
     """(in, out) of a module with one dense weight (`nn.Linear`, `NF4Linear`, `Conv1D`), None for any other."""
     if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "dequantize")):
         return int(module.in_features), int(module.out_features)
@@ -37,7 +37,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def base_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+def base_weight(module: Any, dtype: torch.dtype) -> Tensor:
     """The dense weight (out, in) of a linear layer in `dtype`: dequantized, or transposed where it is stored (in, out)."""
     if hasattr(module, "dequantize"):
         dense: Tensor = module.dequantize(dtype)
@@ -68,9 +68,16 @@ class LoraLinear(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False, dora: bool = False,
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
         gate: Gate | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         shape = linear_shape(base)
         if shape is None:
@@ -118,9 +125,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def inject_lora(
-    model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, targets: str | list[str] = "all-linear",
-    rslora: bool = False, dora: bool = False,
-) -> dict[str, LoraLinear]:  # fmt: skip
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    rslora: bool = False,
+    dora: bool = False,
+) -> dict[str, LoraLinear]:
     """Freeze `model` and wrap its target linears in place; returns name -> LoraLinear.
 
     `targets`: "all-linear" (every linear but the head), or names: the last part(s) of a module's name (`q_proj`, `self_attn.q_proj`) or a
@@ -128,7 +141,8 @@ def inject_lora(
     """
     if lora_layers(model):
         raise ValueError("the model has adapters already: merge or reload the base before injecting new ones")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
     linears = {name: m for name, m in model.named_modules() if m is not head and linear_shape(m) is not None}
     if targets == "all-linear":
         chosen = list(linears)
@@ -194,11 +208,21 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base: str = "") -> 
     # Short names only if they select exactly what was adapted; PEFT matches a target at the end of any module's name.
     exact = {name for name in linears if name.rpartition(".")[2] in last_parts} == set(layers)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": first.rank, "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout, "target_modules": sorted(last_parts if exact else layers), "bias": "none", "modules_to_save": None,
-        "fan_in_fan_out": _is_conv1d(first.base), "use_rslora": not math.isclose(first.scaling, first.alpha / first.rank),
-        "use_dora": first.magnitude is not None, "inference_mode": True, "init_lora_weights": True,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": sorted(last_parts if exact else layers),
+        "bias": "none",
+        "modules_to_save": None,
+        "fan_in_fan_out": _is_conv1d(first.base),
+        "use_rslora": not math.isclose(first.scaling, first.alpha / first.rank),
+        "use_dora": first.magnitude is not None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().contiguous().cpu() for key, value in adapter_tensors(model).items()}
@@ -236,9 +260,14 @@ def load_adapter(model: nn.Module, directory: str | Path, *, dropout: float | No
     if problems or not names:
         raise UserError("adapter.mismatch", path=folder, problems="; ".join(problems[:8]) or "no tensors", count=len(problems))
     layers = inject_lora(
-        model, rank=int(config["r"]), alpha=float(config["lora_alpha"]), targets=list(names), rslora=bool(config.get("use_rslora")),
-        dropout=float(config.get("lora_dropout", 0.0)) if dropout is None else dropout, dora=bool(config.get("use_dora")),
-    )  # fmt: skip
+        model,
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        targets=list(names),
+        rslora=bool(config.get("use_rslora")),
+        dropout=float(config.get("lora_dropout", 0.0)) if dropout is None else dropout,
+        dora=bool(config.get("use_dora")),
+    )
     own = adapter_tensors(model)
     wrong = [f"missing tensor {key}" for key in own if key not in tensors] + [
         f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(own[key].shape)}"
@@ -267,7 +296,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Fold every adapter into its base, in place: W <- W + scaling B A, in the base's dtype; a quantized base becomes a dense layer."""
     for name, layer in lora_layers(model).items():
-        weight, base = layer.merged_weight().detach(), layer.base
+        weight = layer.merged_weight().detach()
+        base: Any = layer.base
         if hasattr(base, "dequantize"):
             bias = base.bias
             dtype = torch.float32 if bias is None else bias.dtype

@@ -1,0 +1,327 @@
+"""The TOML file as typed, frozen sections; `section.key=value` overrides; every mistake found is reported at once.
+
+Each field's comment is its documentation; `cllm.toml` shows all of them with their defaults (a test compares the two).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cllm.messages import UserError, say
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "assets" / "presets"
+
+
+def _at_least(low: float, default: Any) -> Any:
+    return field(default=default, metadata={"min": low})
+
+
+def _between(low: float, high: float, default: Any) -> Any:
+    return field(default=default, metadata={"min": low, "max": high})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """[model]: the frozen base."""
+
+    path: str = "tiny-zh"
+    """Built-in `tiny-zh`, a local directory, a .gguf file, or a hub name (`Qwen/Qwen3-4B`, `modelscope:…`, `hf:…`)."""
+    template: str = "auto"
+    """Chat template: `auto` (by model family) or a name from cllm/data/template.py."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: 4-bit base (QLoRA)."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """`auto`: bf16 where the GPU has it, else fp16 with a loss scaler; fp32 on a CPU."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """[lora]: the adapter."""
+
+    rank: int = _at_least(1, 16)
+    alpha: float = _at_least(0, 32.0)
+    """Scale: the update is alpha / rank * B A."""
+    dropout: float = _between(0, 0.99, 0.0)
+    targets: str | list[str] = "all-linear"
+    """`all-linear` (all but the head), or module names and globs."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    dora: bool = False
+    """Learn the magnitude of each output row too."""
+    plus_ratio: float = _at_least(0, 1.0)
+    """LoRA+: the learning rate of B over that of A."""
+    init_from: str = ""
+    """A run (or adapter directory) to continue from; rank, alpha and targets are then its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """[[data.train]]: one file (or folder) of a mixture."""
+
+    path: str = ""
+    weight: float = _at_least(0, 1.0)
+    """How often each conversation is seen per epoch; 0.5: every second one."""
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """[data]: what is learned from."""
+
+    train: tuple[Source, ...] = (Source(path="demo"),)
+    """A file, a folder, the built-in `demo`, or [[data.train]] tables with path, weight, columns."""
+    eval: str = ""
+    """Held-out file; empty: `held_out` of the training conversations are split off."""
+    held_out: float = _between(0, 0.9, 0.05)
+    """Fraction split off by content hash when `eval` is empty; 0: no evaluation."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where the file's own names need help: user, assistant, system, history = a column (name or number) or "{A} … {B}"."""
+    kind: Literal["chat", "text"] = "chat"
+    """`text`: continued pre-training on {"text": …} rows."""
+    truncate: Literal["drop", "prompt"] = "drop"
+    """Longer than a row: drop (and count), or cut the prompt from its start; the answer and its end token are never cut."""
+    dedup: bool = True
+    """Drop exact duplicates."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """[train]: the loop."""
+
+    epochs: float = _at_least(0, 3.0)
+    steps: int = _at_least(0, 0)
+    """Optimizer steps; 0: as many as `epochs` needs."""
+    row_tokens: int = _at_least(8, 2048)
+    """Length of a packed row = the micro-batch; also the longest sample."""
+    tokens_per_step: int = _at_least(8, 8192)
+    """Tokens of one optimizer step, accumulated over rows."""
+    learning_rate: float = _at_least(0, 2e-4)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = _between(0, 1, 0.03)
+    """Share of the steps with a rising rate."""
+    weight_decay: float = _at_least(0, 0.0)
+    max_norm: float = _at_least(0, 1.0)
+    """Gradient clipping; 0: off."""
+    seed: int = _at_least(0, 42)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """[eval]: the held-out set, during and after training."""
+
+    every: int = _at_least(0, 0)
+    """Steps between evaluations; 0: five times a run."""
+    patience: int = _at_least(0, 0)
+    """Stop after so many evaluations without a lower loss; 0: never."""
+    samples: int = _at_least(0, 200)
+    """Held-out conversations answered for the table at the end; 0: no generation."""
+    shots: int = _at_least(0, 0)
+    """Also answer with the base given so many training examples in the prompt."""
+    max_new_tokens: int = _at_least(1, 256)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """[memory]: what may be used."""
+
+    budget_gib: float = _at_least(0, 0.0)
+    """GPU memory that the run may take; 0: what the card has free."""
+    checkpoint_layers: int = _at_least(-1, -1)
+    """Decoder layers recomputed in the backward: -1 all (least memory), 0 none (fastest)."""
+    chunk_mib: int = _at_least(1, 128)
+    """Logits alive at once in the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """[log]"""
+
+    tracker: Literal["none", "tensorboard", "swanlab"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """[run]: where results go."""
+
+    dir: str = "runs/demo"
+    """If it exists, -2, -3, … is appended; nothing is overwritten."""
+    snapshot_every: int = _at_least(0, 0)
+    """Steps between snapshots for --resume; 0: at every evaluation."""
+    keep: int = _at_least(1, 2)
+    """Snapshots kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The whole file. Programs hand each room its own section, never this."""
+
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    memory: MemoryConfig = MemoryConfig()
+    log: LogConfig = LogConfig()
+    run: RunConfig = RunConfig()
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read `path` (a file or `preset:NAME`), apply `section.key=value` overrides, check everything.
+
+    Raises UserError listing every unknown key (with the nearest known one), wrong type and value out of range, each with file and line.
+    """
+    file, text = _read(str(path))
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError("config.syntax", path=file, detail=error) from error
+    lines = _key_lines(text)
+    problems: list[str] = []
+    where = {key: f"{file}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        key, value = _override(override, problems)
+        if key:
+            section, _, name = key.partition(".")
+            tree[section] = {**(tree[section] if isinstance(tree.get(section), dict) else {}), name: value}
+            where[key] = override
+    config = _section(Config, tree, "", lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file, problems)
+    if not problems and config.train.tokens_per_step < config.train.row_tokens:
+        problems.append(say("config.row", where=where.get("train.tokens_per_step", file), row=config.train.row_tokens))
+    if problems:
+        raise UserError("config.invalid", count=len(problems), problems="\n  ".join(problems))
+    return typing.cast(Config, config)
+
+
+def _read(path: str) -> tuple[str, str]:
+    if path.startswith("preset:"):
+        file = PRESETS / f"{path[7:]}.toml"
+        if not file.is_file():
+            raise UserError("config.preset", name=path[7:], known=", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))))
+    else:
+        file = Path(path)
+    try:
+        return path, file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("config.unreadable", path=path, detail=getattr(error, "strerror", None) or error) from error
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """Dotted key -> its line; tomllib itself keeps none."""
+    lines: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if match := re.match(r"\s*\[\[?\s*([\w.\-]+)\s*\]\]?", line):
+            section = match[1]
+            lines.setdefault(section, number)
+        elif match := re.match(r"\s*([\w.\-\"]+)\s*=", line):
+            name = match[1].replace('"', "")
+            lines[f"{section}.{name}" if section else name] = number
+    return lines
+
+
+def _override(text: str, problems: list[str]) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or "." not in key:
+        problems.append(say("config.override", text=text))
+        return "", None
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value  # an unquoted string
+
+
+def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]) -> Any:
+    """Build dataclass `kind` from a table; appends to `problems` and goes on."""
+    if not isinstance(tree, dict):
+        problems.append(say("config.type", where=where(prefix), key=prefix, expected="table", found=repr(tree)))
+        return kind()
+    hints = typing.get_type_hints(kind)
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = say("config.nearest", name=near[0]) if near else say("config.known", names=", ".join(known))
+            problems.append(say("config.unknown", where=where(key), key=key, hint=hint))
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = _section(typing.cast(type, hints[name]), value, key, where, problems)
+        else:
+            built = _value(hints[name], value, key, where, problems)
+            limits = known[name].metadata
+            if isinstance(built, int | float) and not limits.get("min", built) <= built <= limits.get("max", built):
+                bounds = f"{limits.get('min', '-inf')} … {limits.get('max', 'inf')}"
+                problems.append(say("config.range", where=where(key), key=key, value=built, bounds=bounds))
+            values[name] = built
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> Any:
+    if hint == tuple[Source, ...]:
+        rows = [{"path": value}] if isinstance(value, str) else value
+        if not isinstance(rows, list):
+            problems.append(say("config.type", where=where(key), key=key, expected="string or [[tables]]", found=repr(value)))
+            return ()
+        tables = [{"path": row} if isinstance(row, str) else row for row in rows]
+        return tuple(_section(Source, row, key, where, problems) for row in tables)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    fits = value in choices if choices else _fits(hint, value)
+    if not fits:
+        expected = " | ".join(map(repr, choices)) if choices else getattr(hint, "__name__", str(hint))
+        problems.append(say("config.type", where=where(key), key=key, expected=expected, found=repr(value)))
+    return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(option, value) for option in typing.get_args(hint))
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def to_toml(config: Config) -> str:
+    """The effective configuration as TOML that `load_config` reads back to an equal value."""
+    parts = []
+    for section in dataclasses.fields(config):
+        lines = [f"[{section.name}]"]
+        values = getattr(config, section.name)
+        for item in dataclasses.fields(values):
+            lines.append(f"{item.name} = {_toml(getattr(values, item.name))}")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        plain = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+        return f'"{plain}"'
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, Source):
+        return _toml({k: v for k, v in dataclasses.asdict(value).items() if v not in ("", {})})
+    return repr(value)

@@ -1,0 +1,133 @@
+"""Examples -> packed token rows: best-fit packing, a seeded shuffle per epoch, and a position that can be saved.
+
+A packed row holds whole sequences back to back, no padding:
+
+    input_ids     a0 a1 a2 | b0 b1 b2 b3 | c0 c1
+    position_ids   0  1  2 |  0  1  2  3 |  0  1
+    labels        a1 a2  - | b1 b2 b3  - | c1  -      (what each position predicts; - is IGNORE_INDEX)
+    cu_seqlens    0 3 7 9
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cllm.data.encode import IGNORE_INDEX, Example
+
+_WINDOW = 4096  # examples packed together: enough for rows over 98 % full, few enough that epochs differ
+
+
+@dataclass
+class PackedBatch:
+    """One packed row of T tokens and N sequences; the micro-batch of training."""
+
+    input_ids: Tensor
+    """(T,) int64"""
+    labels: Tensor
+    """(T,) int64, shifted once: labels[i] is what position i predicts; IGNORE_INDEX where nothing is trained."""
+    position_ids: Tensor
+    """(T,) int64, restarts at 0 for each sequence."""
+    cu_seqlens: Tensor
+    """(N+1,) int32, on the CPU: the attention reads its bounds on the host."""
+    weight: int
+    """Supervised tokens: what the loss is averaged over."""
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same row with its token tensors on `device`."""
+        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), position_ids=self.position_ids.to(device))
+
+
+def collate(examples: Sequence[Example]) -> PackedBatch:
+    """Put whole examples into one row; labels are shifted here, and only here."""
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    bounds = [0]
+    for example in examples:
+        ids += example.input_ids
+        labels += [*example.labels[1:], IGNORE_INDEX]
+        positions += range(len(example.input_ids))
+        bounds.append(len(ids))
+    return PackedBatch(
+        input_ids=torch.tensor(ids),
+        labels=torch.tensor(labels),
+        position_ids=torch.tensor(positions),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        weight=sum(label != IGNORE_INDEX for label in labels),
+    )
+
+
+def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Best-fit decreasing: indices of `lengths` grouped into rows of at most `row_tokens`.
+
+    Each item, longest first, goes into the fullest row that still takes it; ties keep the given order. Raises ValueError for an item
+    longer than a row. Rows are at most 11/9 of the optimum (Johnson 1973).
+    """
+    if too_long := [n for n in lengths if n > row_tokens]:
+        raise ValueError(f"{len(too_long)} sequences are longer than a row of {row_tokens} tokens (longest {max(too_long)})")
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(free, (lengths[index], -1))
+        if at == len(free):
+            rows.append([])
+            left, row = row_tokens, len(rows) - 1
+        else:
+            left, row = free.pop(at)
+        rows[row].append(index)
+        bisect.insort(free, (left - lengths[index], row))
+    return rows
+
+
+class PackedRows:
+    """An endless, seeded stream of packed rows over `examples`; epoch e's order depends only on (seed, e).
+
+    `state` is (epoch, row) of the next row: set it to continue exactly there. `single` puts each sequence in a row of its own
+    (architectures whose recurrent state would leak across a packed row).
+    """
+
+    def __init__(self, examples: Sequence[Example], row_tokens: int, *, seed: int = 0, single: bool = False) -> None:
+        self.examples, self.row_tokens, self.seed, self.single = examples, row_tokens, seed, single
+        self.state = (0, 0)
+        self._epoch = self._order(0)
+        self._loaded = 0
+
+    def __len__(self) -> int:
+        """Rows in the first epoch."""
+        return len(self._epoch if self._loaded == 0 else self._order(0))
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        shuffle = random.Random(f"{self.seed}/{epoch}")
+        order = list(range(len(self.examples)))
+        shuffle.shuffle(order)
+        rows: list[list[int]] = []
+        for start in range(0, len(order), _WINDOW):
+            window = order[start : start + _WINDOW]
+            lengths = [len(self.examples[i].input_ids) for i in window]
+            groups = [[i] for i in range(len(window))] if self.single else best_fit(lengths, self.row_tokens)
+            rows += [[window[i] for i in group] for group in groups]
+        shuffle.shuffle(rows)
+        return rows
+
+    def take(self, count: int) -> list[PackedBatch]:
+        """The next `count` rows, running on into the next epoch."""
+        batches = []
+        epoch, row = self.state
+        for _ in range(count):
+            if epoch != self._loaded:
+                self._epoch, self._loaded = self._order(epoch), epoch
+            batches.append(collate([self.examples[i] for i in self._epoch[row]]))
+            epoch, row = (epoch, row + 1) if row + 1 < len(self._epoch) else (epoch + 1, 0)
+        self.state = (epoch, row)
+        return batches
+
+    def longest(self) -> PackedBatch:
+        """The row with the most tokens of the first epoch: what the memory plan is proven on."""
+        sizes = {i: sum(len(self.examples[j].input_ids) for j in row) for i, row in enumerate(self._order(0))}
+        return collate([self.examples[j] for j in self._order(0)[max(sizes, key=lambda i: sizes[i])]])

@@ -1,0 +1,467 @@
+"""One row of anybody's instruction file -> one `Conversation` or one `Reject`; it knows nothing of files, encodings or tokens.
+
+Families are detected per row, never from the first row of a file. Whatever the row holds, nothing raises for it: a row that is no
+conversation becomes a `Reject` with one of the fixed `REASONS` and a detail that says what was found and what is expected.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cllm.data.text import SURROGATE, VERBATIM, RowError, TextOptions, clean, json_text, printable, rewriter, text_of
+from cllm.messages import UserError
+
+REASONS = tuple(
+    "empty_user empty_assistant no_assistant empty_turn role_order unknown_role unknown_schema not_an_object "
+    "parse_error decode_error invalid_text negative_label".split()
+)
+ROLES = {"system": "system", "observation": "tool", "tool": "tool", "function_call": "assistant"}
+ROLES |= dict.fromkeys(("human", "user", "client", "usr", "用户"), "user")
+ROLES |= dict.fromkeys(("gpt", "assistant", "bot", "counselor", "助手"), "assistant")
+FOLLOWS = {  # what may come after what; several tools may answer one call
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+NO_INPUT = frozenset("无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split())
+TURN_KEYS = ("conversations", "messages", "conversation")
+PAIRS = {  # question key -> answer keys
+    "prompt": ("response", "completion"),
+    "query": ("response",),
+    "question": ("answer", "std_answer", "reference"),
+    "input": ("target",),
+    "content": ("summary",),
+    "context": ("target",),
+    "riddle": ("answer",),
+    "ask": ("answer",),
+    "问题": ("回答",),
+}
+EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))  # one element of a list that is two turns
+COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
+SCHEMA_KEYS = frozenset("instruction output 指令 输入 输出 chosen rejected chat instances paragraph text history system".split())
+_ANSWERS = frozenset(("output", "输出", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys)))
+SCHEMA_KEYS |= {*PAIRS, *_ANSWERS}
+_SPECIAL = SCHEMA_KEYS | {"label", "tools", "task", "category", "class"}  # whatever else a row has is metadata
+
+_BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
+_TAGS = (  # a dialogue inside one string is split by the style it begins with; line starts are believed before words
+    re.compile(r"[<\[【](?:(human|user|用户|客户|患者)|(assistant|bot|助手|律师|医生))[>\]】][ \t]*[:：]?", re.I),
+    re.compile(rf"^[ \t]*{_BARE}", re.I | re.M),
+    re.compile(rf"(?:^|(?<=\s)){_BARE}", re.I),
+)
+_TAG_START = re.compile(r"\s*(?:[<\[【]|(?:human|user|用户)[ \t]*[:：])", re.I)
+_MOSS_MARK = re.compile(r"<\|(?:Human|MOSS)\|>\s*[:：]?|<eo[hm]>")
+_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+
+
+class Message(NamedTuple):
+    """One turn; `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order, plus where they came from.
+
+    category: the row's own `task` / `category` / `class` string, for scores per category; tools: the tool list as JSON, verbatim.
+    """
+
+    messages: tuple[Message, ...]
+    category: str = ""
+    tools: str = ""
+    file: str = ""
+    line: int = 0
+
+    def __iter__(self) -> Iterator[Message]:
+        return iter(self.messages)
+
+
+class Reject(NamedTuple):
+    """A row that cannot be trained on: where, which of `REASONS`, and what was found against what is expected."""
+
+    file: str
+    line: int
+    reason: str
+    detail: str
+
+
+class Fault(NamedTuple):
+    """What the reader hands on in place of a row that it could not read."""
+
+    reason: str
+    detail: str
+
+
+Row = dict[str, Any]
+Turns = list[tuple[str, str]]
+
+
+def _tagged(text: str) -> Turns | None:
+    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …`; None when `text` is no such dialogue."""
+    for pattern in _TAGS:
+        marks = list(pattern.finditer(text)) if pattern.match(text) else []
+        if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
+            ends = [mark.start() for mark in marks[1:]] + [len(text)]
+            roles = ["user" if mark.group(1) else "assistant" for mark in marks]
+            return [(role, text[mark.end() : end]) for role, mark, end in zip(roles, marks, ends, strict=True)]
+    return None
+
+
+def _asked(text: str, answered: bool = True) -> Turns:
+    """A prompt: usually one user turn; a dialogue typed into it (BELLE: `Human:…Assistant:…Human:…Assistant:`) is unfolded."""
+    turns = _tagged(clean(text)) if _TAG_START.match(text) else None
+    if turns:
+        if turns[-1][0] == "assistant" and not clean(turns[-1][1]):
+            turns.pop()
+        if turns[-1][0] == "user" or not answered:
+            return turns
+    return [("user", text)]
+
+
+def _exchange(ask: str, reply: str) -> Turns:
+    asked = _asked(ask, bool(clean(reply)))
+    return asked if asked[-1][0] == "assistant" else [*asked, ("assistant", reply)]
+
+
+def _parts(parts: list[Any]) -> str:
+    """OpenAI-style typed parts: texts and tool calls, one after another; reasoning is an inner thought and is dropped."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind in ("reasoning", "thinking"):
+            continue
+        if kind in ("text", "input_text", "output_text"):
+            texts.append(text_of(part, "text"))
+        elif isinstance(kind, str) and re.search("tool|function|observation", kind):
+            texts.append(json_text(part.get("value", part.get("text", part))))
+        else:
+            raise RowError("invalid_text", f"a content part of type {kind!r:.30}, expected text or tool parts")
+    return "\n".join(texts)
+
+
+def _said(message: Row, role: str) -> str:
+    """What a message with a role says: its content, and an assistant's tool calls verbatim."""
+    key = "content" if "content" in message else "value"
+    value, calls = message.get(key), message.get("tool_calls") or message.get("function_call")
+    if isinstance(value, dict) and role in ("function_call", "tool", "observation"):
+        text = json_text(value)
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        text = _parts(value)
+    else:
+        text = text_of(value, key)
+    return "\n".join(filter(None, (text, json_text(calls)))) if calls and ROLES[role] == "assistant" else text
+
+
+def _turns(elements: object, name: str) -> Turns:
+    """The turns of a list of role/content, from/value, exchanges, or messages without roles; or of tagged text."""
+    if isinstance(elements, list) and elements and all(isinstance(element, str) for element in elements):
+        elements = "\n".join(elements)
+    if isinstance(elements, str) and (tagged := _tagged(clean(elements))):
+        return tagged
+    if not isinstance(elements, list):
+        raise RowError("unknown_schema", f"'{name}' is {elements!r:.40}, expected turns, or text tagged Human: Assistant:")
+    roles = {str(element.get("role", element.get("from"))) for element in elements if isinstance(element, dict)}
+    turns: Turns = []
+    for number, element in enumerate(elements, 1):
+        if not isinstance(element, dict):
+            raise RowError("unknown_schema", f"turn {number} is {element!r:.30}, expected an object with role and content")
+        if key := next((key for key in ("role", "from") if key in element), ""):
+            role = str(element[key]).strip().lower()
+            role = ("assistant" if "usr" in roles else "system") if role == "sys" else role  # CrossWOZ
+            if role not in ROLES:
+                raise RowError("unknown_role", f"turn {number} is by {element[key]!r:.30}, expected {', '.join(ROLES)}")
+            turns.append((ROLES[role], _said(element, role)))
+        elif pair := next((pair for pair in EXCHANGES if pair[0] in element or pair[1] in element), None):
+            told = [("user", text_of(element.get(pair[0]), pair[0])), ("assistant", text_of(element.get(pair[1]), pair[1]))]
+            repeats = bool(turns) and turns[0] == ("system", clean(text_of(element.get("system"), "system")))
+            turns += told if repeats else _with_system(element.get("system"), told)
+        elif "message" in element:  # no roles: speakers alternate, the first one asks
+            turns.append(("assistant" if number % 2 == 0 else "user", text_of(element["message"], "message")))
+        else:
+            raise RowError("unknown_schema", f"turn {number} has {', '.join(map(str, element))}, expected role and content")
+    return turns
+
+
+def _with_system(value: object, turns: Turns) -> Turns:
+    system = clean(text_of(value, "system"))
+    repeated = turns[:1] in ([("system", system)], [("system", "")])
+    return [("system", system), *turns[repeated:]] if system else turns
+
+
+def _history(value: object) -> Turns:
+    """`history`: a list of [question, answer] pairs, an empty list, or blank text; a CSV cell may hold the list as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowError("unknown_schema", f"'history' is the text {value!r:.40}, expected a list of pairs") from None
+    if not value or value != value or (isinstance(value, str) and not clean(value)):
+        return []
+    if isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        pairs = [(text_of(ask, "user"), text_of(reply, "assistant")) for ask, reply in value]
+        return [turn for ask, reply in pairs for turn in (("user", ask), ("assistant", reply))]
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return _turns(value, "history")
+    raise RowError("unknown_schema", f"'history' is {value!r:.40}, expected a list of [question, answer] pairs")
+
+
+def _user_text(row: Mapping[str, Any]) -> str:
+    """instruction + newline + input, or the one that is there."""
+    ask = clean(text_of(row.get("instruction", row.get("指令")), "instruction"))
+    extra = clean(text_of(row.get("input", row.get("输入")), "input"))
+    if not extra or extra == ask or extra in NO_INPUT:
+        return ask
+    return f"{ask}\n{extra}" if ask else extra
+
+
+def _alpaca(row: Row) -> Turns:
+    asks, replies = row.get("input", row.get("输入")), row.get("output", row.get("输出"))
+    if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:  # parallel lists are turns
+        texts = [text_of(ask, "input") for ask in asks]
+        texts[0] = _user_text({**row, "input": texts[0]})
+        told = [("assistant", text_of(reply, "output")) for reply in replies]
+        both = min(len(texts), len(told))
+        turns = [turn for ask, reply in zip(texts[:both], told[:both], strict=True) for turn in (("user", ask), reply)]
+        return turns + [("user", text) for text in texts[both:]] + told[both:]
+    while isinstance(replies, list):  # ranked alternatives: the best comes first
+        replies = replies[0] if replies else None
+    return _exchange(_user_text(row), text_of(replies, "output"))
+
+
+def _chat(row: Row) -> Turns:
+    """MOSS: turns by the number in their key; only what was said aloud, without markup."""
+    if not isinstance(row["chat"], dict):
+        return _turns(row["chat"], "chat")
+    found = [(re.search(r"\d{1,9}", str(key)), turn) for key, turn in row["chat"].items() if isinstance(turn, dict)]
+    turns = [turn for _, turn in sorted(((int(digits.group()), turn) for digits, turn in found if digits), key=lambda t: t[0])]
+    said = [(role, text_of(turn.get(key), key)) for turn in turns for role, key in (("user", "Human"), ("assistant", "MOSS"))]
+    return [(role, _MOSS_MARK.sub("", text)) for role, text in said]
+
+
+def _instances(row: Row) -> Turns:
+    turns: Turns = []
+    for instance in row["instances"]:
+        if not isinstance(instance, dict):
+            raise RowError("unknown_schema", f"an instance is {instance!r:.30}, expected an object with input and output")
+        ask = _user_text({**row, "input": instance.get("input")})
+        turns += [("user", ask), ("assistant", text_of(instance.get("output"), "output"))]
+    return turns
+
+
+def _pair(row: Row) -> Turns:
+    ask_key = next(ask for ask, answers in PAIRS.items() if ask in row and not row.keys().isdisjoint(answers))
+    replies = (text_of(row[key], key) for key in PAIRS[ask_key] if key in row)
+    reply, ask = next((text for text in replies if clean(text)), ""), row[ask_key]
+    if isinstance(ask, list) and any(isinstance(turn, dict) and "role" in turn for turn in ask):
+        return [*_turns(ask, ask_key), ("assistant", reply)]
+    ask = text_of(ask, ask_key)
+    if ask_key == "ask" and clean(ask) in ("无", ""):
+        ask = text_of(row.get("title"), "title")
+    return _exchange(ask, reply)
+
+
+def _preference(row: Row) -> Turns:
+    """prompt + chosen; the rejected answer is not for instruction tuning."""
+    chosen = row["chosen"]
+    while isinstance(chosen, list) and len(chosen) == 1:
+        chosen = chosen[0]
+    keys = [key for key in (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask", "问题") if row.get(key) is not None]
+    if keys and isinstance(row[keys[0]], list):
+        asked = _turns(row[keys[0]], keys[0])
+    else:
+        text = text_of(row[keys[0]], keys[0]) if keys else _user_text(row)
+        asked = _asked(text) if text else []
+    if isinstance(chosen, list):  # the whole dialogue again, or only its last turns
+        told = _turns(chosen, "chosen")
+        return told if told and told[0][0] != "assistant" else asked + told
+    if isinstance(chosen, str) and not asked and (tagged := _tagged(clean(chosen))):
+        return tagged
+    return [*asked, ("assistant", text_of(chosen, "value"))]
+
+
+Family = Callable[[Row], Turns]
+
+
+def _family(row: Row) -> Family | None:
+    """Which of the known schemas `row` has."""
+    if "chosen" in row:
+        return _preference
+    if key := next((key for key in TURN_KEYS if row.get(key)), ""):
+        return lambda row: _turns(row[key], key)
+    if row.get("chat"):
+        return _chat
+    if isinstance(row.get("instances"), list):
+        return _instances
+    if isinstance(row.get("paragraph"), list):
+        return lambda row: _turns(row["paragraph"], "paragraph")
+    if not row.keys().isdisjoint(("instruction", "output", "指令", "输出")):
+        return _alpaca
+    if any(ask in row and not row.keys().isdisjoint(answers) for ask, answers in PAIRS.items()):
+        return _pair
+    if any(key in row for key in TURN_KEYS):
+        return lambda row: []
+    if "text" in row and _tagged(clean(text_of(row["text"], "text"))):
+        return lambda row: _turns(text_of(row["text"], "text"), "text")
+    return None
+
+
+def _row_turns(row: Row) -> Turns:
+    if (family := _family(row)) is None:
+        keys = ", ".join(map(str, list(row)[:8])) or "no keys"
+        mend = 'set [data] kind = "text" for pre-training' if "text" in row else "or their names in [data.columns]"
+        raise RowError("unknown_schema", f"the row has {keys}, expected known names such as instruction and output; {mend}")
+    whole = row.get("instruction")
+    while isinstance(whole, list) and len(whole) == 1:
+        whole = whole[0]
+    if family is _alpaca and isinstance(whole, dict) and not _ANSWERS.isdisjoint(whole) and _family(whole):
+        return _row_turns(whole)
+    turns = family(row)
+    if "history" in row and family in (_alpaca, _pair, _preference):
+        turns = _history(row["history"]) + turns
+    return _with_system(row.get("system"), turns)
+
+
+def _mapped(row: Row, source: str) -> object:
+    """The value of a mapped column: a name, an index into header-less cells, or a template such as "{Question}\\nA. {A}"."""
+    if source in row:
+        return row[source]
+    if names := _PLACEHOLDER.findall(source):
+        filled = {name: clean(text_of(row.get(name), name)) for name in names}
+        return _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source) if any(filled.values()) else ""
+    keys = ", ".join(map(str, list(row)[:12])) or "no columns"
+    raise RowError("unknown_schema", f"[data.columns] asks for {source!r}, the row has {keys}")
+
+
+def _mapped_turns(row: Row, columns: Mapping[str, str]) -> Turns:
+    if "user" in columns:
+        ask, reply = (text_of(_mapped(row, columns[role]), columns[role]) for role in ("user", "assistant"))
+        turns = _exchange(ask, reply)
+    else:
+        turns = _row_turns(row)
+    if "history" in columns:
+        turns = _history(_mapped(row, columns["history"])) + turns
+    return _with_system(_mapped(row, columns["system"]), turns) if "system" in columns else turns
+
+
+def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]:
+    """Cleaned messages in a trainable order: system?, user, assistant, … ; what follows the last answer is trimmed."""
+    size = max((index for index, turn in enumerate(turns, 1) if turn[0] == "assistant"), default=0)
+    if not size:
+        raise RowError("no_assistant", f"{len(turns)} turns and none by the assistant, expected an answer")
+    messages = [Message(role, rewrite(text)) for role, text in turns[:size]]
+    if messages[0] == ("system", ""):
+        del messages[0]
+    before, spoken = "", sum(message.role != "system" for message in messages)
+    for number, (role, content) in enumerate(messages, 1):
+        if role not in FOLLOWS[before]:
+            expected = " or ".join(FOLLOWS[before])
+            raise RowError("role_order", f"turn {number} is by {role} after {before or 'nothing'}, expected {expected}")
+        if not content:  # the row's own question or answer, or some turn of a dialogue
+            own = role in ("user", "assistant") and (spoken == 2 or number >= len(messages) - 1)
+            raise RowError(f"empty_{role}" if own else "empty_turn", f"turn {number}, by {role}, is empty, expected text")
+        before = role
+    return tuple(messages)
+
+
+class Normalizer:
+    """Rows of one source -> `Conversation | Reject`.
+
+    columns: the mapping of [data.columns]; kind: "chat", or "text" for pre-training rows; options: rewriting of texts.
+    Raises UserError for unknown keys in `columns`, or one of user and assistant without the other.
+    """
+
+    def __init__(self, columns: Mapping[str, str] | None = None, kind: str = "chat", options: TextOptions = VERBATIM) -> None:
+        self.columns = dict(columns or {})
+        if unknown := [key for key in self.columns if key not in COLUMN_KEYS]:
+            raise UserError("data.columns_unknown", keys=", ".join(unknown), known=", ".join(COLUMN_KEYS))
+        if kind == "chat" and ("user" in self.columns) != ("assistant" in self.columns):
+            raise UserError("data.columns_half", have="user" if "user" in self.columns else "assistant")
+        self.kind, self.rewrite = kind, rewriter(options)
+        self.headless = bool(self.columns) and all(source.isdigit() for source in self.columns.values())
+        self._plans: dict[tuple[str, ...], tuple[str, str] | None] = {}
+
+    def __call__(self, row: object, file: str = "", line: int = 0) -> Conversation | Reject:
+        """The conversation of `row`, or why there is none. Never raises for bad data."""
+        try:
+            if type(row) is dict and self.rewrite is clean and (messages := self._plain(row)):
+                return Conversation(messages, "", "", file, line)
+            if self.headless and isinstance(row, list):
+                row = {str(index): cell for index, cell in enumerate(row)}
+            while isinstance(row, list) and len(row) == 1:
+                row = row[0]
+            if isinstance(row, Fault):
+                raise RowError(*row)
+            if not isinstance(row, dict):
+                raise RowError("not_an_object", f"the row is {row!r:.40}, expected an object with named fields")
+            return self._conversation(row, file, line)
+        except RowError as error:
+            reason, detail = error.args
+        except RecursionError:
+            reason, detail = "invalid_text", "the row is nested too deeply, expected text"
+        return Reject(file, line, reason, printable(detail))
+
+    def _plain(self, row: Row) -> tuple[Message, ...] | None:
+        """The short way for most rows there are, one clean question and answer: what `_conversation` gives, in a third of the time."""
+        keys = tuple(row)
+        if (plan := self._plans.get(keys, ())) == ():
+            plan = self._plan(keys)
+            if len(self._plans) < 1000:
+                self._plans[keys] = plan
+        if not plan:
+            return None
+        ask, reply = row[plan[0]], row[plan[1]]
+        extra = row.get("input", "") if plan[0] == "instruction" else ""
+        if not (type(ask) is type(reply) is type(extra) is str) or _TAG_START.match(ask):
+            return None
+        ask, reply, extra = clean(ask), clean(reply), clean(extra)
+        if extra and extra not in NO_INPUT and extra != ask:
+            ask = f"{ask}\n{extra}" if ask else ""
+        return (Message("user", ask), Message("assistant", reply)) if ask and reply else None
+
+    def _plan(self, keys: tuple[str, ...]) -> tuple[str, str] | None:
+        """(question key, answer key) of rows that have these two and metadata only, else None."""
+        special = _SPECIAL.intersection(keys)
+        if self.columns or self.kind != "chat":
+            return None
+        if special - {"input"} == {"instruction", "output"}:
+            return "instruction", "output"
+        return next(((q, a) for q, answers in PAIRS.items() for a in answers if q != "ask" and special == {q, a}), None)
+
+    def _conversation(self, row: Row, file: str, line: int) -> Conversation:
+        if self.kind == "text":
+            source = self.columns.get("assistant", "text")
+            turns = [("user", "-"), ("assistant", text_of(_mapped(row, source), source))]
+            return Conversation(_ordered(turns, self.rewrite)[1:], self._category(row), "", file, line)
+        turns = _mapped_turns(row, self.columns) if self.columns else _row_turns(row)
+        label = row.get("label")
+        if "user" not in self.columns and (label is False or (isinstance(label, str) and label.strip().lower() == "false")):
+            raise RowError("negative_label", "label = false marks an answer that is not to be learnt")
+        messages = _ordered(turns, self.rewrite)
+        tools = json_text(row["tools"]) if row.get("tools") else ""
+        if SURROGATE.search(tools):
+            clean(tools)
+        return Conversation(messages, self._category(row), tools, file, line)
+
+    def _category(self, row: Row) -> str:
+        if "category" in self.columns:
+            return clean(text_of(_mapped(row, self.columns["category"]), "category"))
+        texts = [row[key] for key in ("task", "category", "class") if isinstance(row.get(key), str)]
+        return clean(texts[0]) if texts and not SURROGATE.search(texts[0]) else ""
+
+
+def to_row(conversation: Conversation, kind: str = "chat") -> Row:
+    """The JSON object that `Normalizer` reads back as the same conversation."""
+    if kind == "text":
+        row: Row = {"text": conversation.messages[0].content}
+    else:
+        row = {"messages": [message._asdict() for message in conversation.messages]}
+    extra = {"category": conversation.category, "tools": conversation.tools}
+    return row | {key: value for key, value in extra.items() if value}

@@ -1,0 +1,180 @@
+"""What a run says while it goes: the console line with its ETA, metrics.jsonl, loss.png, an optional tracker."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from cllm.messages import UserError
+
+CLOCK_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
+"""Fields of metrics.jsonl that may differ between a run and its resumed twin."""
+
+
+class Tracker(Protocol):
+    """Where numbers go besides metrics.jsonl."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Record the values of one step."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(directory / "tensorboard"))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _SwanLab:
+    def __init__(self, directory: Path) -> None:
+        import swanlab
+
+        self._swanlab = swanlab  # offline: nothing leaves this machine and no login is asked for
+        swanlab.init(project="cllm", experiment_name=directory.name, logdir=str(directory / "swanlab"), mode="offline")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._swanlab.log(values, step=step)
+
+    def close(self) -> None:
+        self._swanlab.finish()
+
+
+def open_tracker(name: str, directory: Path) -> Tracker | None:
+    """The tracker called `name` ("tensorboard", "swanlab"; "none": None). Raises UserError if its package is absent."""
+    kinds: dict[str, type[_TensorBoard] | type[_SwanLab]] = {"tensorboard": _TensorBoard, "swanlab": _SwanLab}
+    try:
+        return kinds[name](directory) if name != "none" else None
+    except ImportError as error:
+        raise UserError("log.tracker", name=name) from error
+
+
+class RunLog:
+    """Appends one object per step to metrics.jsonl, keeps a line on the terminal, draws loss.png."""
+
+    def __init__(self, directory: Path, total_steps: int, tracker: Tracker | None = None, *, done: int = 0) -> None:
+        self.path = directory / "metrics.jsonl"
+        self.total, self.tracker, self.done = total_steps, tracker, done
+        truncate_metrics(self.path, done)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._start = time.perf_counter()
+        self._live = sys.stderr.isatty()
+
+    def step(self, values: dict[str, Any]) -> None:
+        """Record a training step; `values` has step, loss, lr, grad_norm, tokens_per_second, peak_memory_bytes …"""
+        self.write(values)
+        step = values["step"]
+        remaining = (time.perf_counter() - self._start) / max(1, step - self.done) * (self.total - step)
+        line = (
+            f"step {step:>5}/{self.total}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
+            f"{values['tokens_per_second']:,.0f} tok/s  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB  eta {duration(remaining)}"
+        )
+        every = max(1, self.total // 20)
+        if self._live:
+            print(f"\r\033[K{line}", end="\n" if step == self.total else "", file=sys.stderr, flush=True)
+        elif step % every == 0 or step in (1, self.total):
+            print(line, file=sys.stderr, flush=True)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one object and flush, so that a crash loses nothing and the page can follow."""
+        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if self.tracker:
+            numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+            self.tracker.log(numbers, int(values["step"]))
+
+    def break_line(self) -> None:
+        """Leave the live line standing before something else is printed."""
+        if self._live:
+            print(file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush everything and draw loss.png beside metrics.jsonl."""
+        self._file.close()
+        if self.tracker:
+            self.tracker.close()
+        draw_loss(self.path, self.path.with_name("loss.png"))
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Most memory taken so far: allocated on a GPU, resident in this process on the CPU (0 where the system does not tell)."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3m20, 2h05: for people."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}" if whole < 6000 else f"{whole // 3600}h{whole % 3600 // 60:02d}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a torn last line (a crash while writing) is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Forget what was written after `step`: a resumed run writes it again."""
+    # The evaluation of that very step is done again: snapshots are taken before it.
+    kept = [row for row in read_metrics(path) if row["step"] < step or (row["step"] == step and "eval_loss" not in row)]
+    if path.exists():
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+
+
+def draw_loss(metrics: Path, target: Path) -> None:
+    """Training loss (raw and smoothed) and held-out loss over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(metrics)
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    if not train:
+        return
+    smooth, value = [], train[0][1]
+    for _, loss in train:
+        value += 0.1 * (loss - value)
+        smooth.append(value)
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot(*zip(*train, strict=True), color="#9bbcd8", linewidth=0.8, label="train")
+    axes.plot([step for step, _ in train], smooth, color="#1f5f99", linewidth=1.8, label="train, smoothed")
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="#d1652b", linewidth=1.8, markersize=5, label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(target)
+    plt.close(figure)

@@ -1,0 +1,117 @@
+"""The one loss primitive: token negative log-likelihood that never builds full logits, and the SFT objective on it.
+
+Knows a model only as "hidden states, then a head"; the head runs where there is a label, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cllm.data.encode import IGNORE_INDEX
+from cllm.data.packing import PackedBatch
+
+CHUNK_BYTES = 128 * 2**20
+_FP32_BYTES = 16 * 2**20  # of a chunk, this much at a time is looked at in float32: it stays in the processor's cache
+
+
+class ScaledHead(nn.Module):
+    """lm_head followed by what some architectures do to its logits: c tanh(x / c) (Gemma 2) or a factor (Granite, Cohere)."""
+
+    def __init__(self, head: nn.Module, softcap: float | None, factor: float) -> None:
+        super().__init__()
+        self.head, self.softcap, self.factor = head, softcap, factor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.head(hidden) * self.factor
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+def output_head(model: Any) -> nn.Module:
+    """What turns the last hidden states of a Transformers model into its logits: the bare lm_head wherever that is the truth."""
+    head: nn.Module = model.get_output_embeddings()
+    config = model.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return head if softcap is None and factor == 1.0 else ScaledHead(head, softcap, factor)
+
+
+def token_nll(hidden: Tensor, lm_head: nn.Module, labels: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """-log softmax(lm_head(hidden_t))[labels_t] for every position; exact in value and gradient for any later weighting.
+
+    Shapes: hidden (T, D), labels (T,) int64; result (T,) nats in float32, 0 at IGNORE_INDEX. Labels are what position t predicts
+    (already shifted). At most `chunk_bytes` of logits live at once. With a frozen dense head the unit gradient (softmax - onehot) W
+    is formed in the forward and only scaled in the backward; any other head is recomputed chunk by chunk in the backward.
+    """
+    kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    result = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    if kept.numel() == 0:
+        return result + hidden.sum() * 0.0  # keeps the graph connected
+    chosen, targets = hidden[kept], labels[kept]
+    frozen = type(lm_head) is nn.Linear and not any(p.requires_grad for p in lm_head.parameters())
+    if frozen:
+        nll = _FrozenHeadNll.apply(chosen, lm_head.weight, lm_head.bias, targets, chunk_bytes)  # type: ignore[no-untyped-call]
+    else:
+        rows = max(1, chunk_bytes // (6 * _vocabulary(lm_head)))
+        parts = zip(chosen.split(rows), targets.split(rows), strict=True)
+        nll = torch.cat([checkpoint(_chunk_nll, lm_head, h, t, use_reentrant=False) for h, t in parts])
+    return result.index_put((kept,), nll)
+
+
+def _vocabulary(head: nn.Module) -> int:
+    return int(next(size for m in head.modules() if (size := vars(m).get("out_features"))))
+
+
+def _chunk_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+class _FrozenHeadNll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_bytes: int) -> Tensor:
+        vocabulary, dtype = weight.shape[0], weight.dtype
+        rows = max(1, min(len(targets), chunk_bytes // (vocabulary * dtype.itemsize)))
+        inner = max(1, _FP32_BYTES // (4 * vocabulary))
+        needs_gradient = ctx.needs_input_grad[0]
+        # float16 cannot hold small probabilities: the unit gradient is formed 256 times larger and scaled back.
+        scale = 256.0 if dtype == torch.float16 else 1.0
+        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        unit = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_gradient else None
+        for start in range(0, len(targets), rows):
+            span = slice(start, start + rows)
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = F.linear(hidden[span].to(dtype), weight, bias)
+                for low in range(0, len(logits), inner):
+                    block, target = logits[low : low + inner], targets[span][low : low + inner, None]
+                    exact = block.float()
+                    normalizer = exact.logsumexp(1, keepdim=True)
+                    nll[start + low : start + low + len(block)] = (normalizer - exact.gather(1, target)).squeeze(1)
+                    if unit is not None:
+                        exact.sub_(normalizer).exp_().scatter_add_(1, target, torch.full_like(normalizer, -1.0))
+                        block.copy_(exact.mul_(scale))
+                if unit is not None:
+                    unit[span] = (logits @ weight).div_(scale)
+        ctx.save_for_backward(*([unit] if unit is not None else []))
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (unit,) = ctx.saved_tensors
+        return unit * gradients[0].to(unit.dtype)[:, None], None, None, None, None
+
+
+def row_nll(model: Any, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """token_nll (T,) of one packed row under `model`, a Transformers causal LM with "cllm" attention."""
+    hidden = model.base_model(
+        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], cu_seqlens=batch.cu_seqlens, use_cache=False
+    ).last_hidden_state[0]
+    return token_nll(hidden, output_head(model), batch.labels, chunk_bytes)
+
+
+def sft_loss(model: nn.Module, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """Summed nats over the row's supervised tokens (scalar float32); divide by `batch.weight` for the mean."""
+    return row_nll(model, batch, chunk_bytes).sum()

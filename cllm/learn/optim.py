@@ -1,0 +1,147 @@
+"""One optimizer step: AdamW over the adapters, the learning rate as a pure function of the step, the fp16 loss scaler.
+
+Everything here is told what to do by plain values; the loop that calls it stands in `cllm.train`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cllm.data.packing import PackedBatch
+
+Objective = Callable[[nn.Module, PackedBatch], Tensor]
+"""(model, row) -> summed loss, scalar float32."""
+
+
+class StepStats(NamedTuple):
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean nats per supervised token of the whole step."""
+    grad_norm: float
+    """Euclidean norm of the adapter gradients before clipping."""
+    tokens: int
+    supervised_tokens: int
+    skipped: bool
+    """The loss or the gradient was not finite: nothing was updated (and an enabled scaler lowered its scale)."""
+
+
+class Precision(NamedTuple):
+    """How numbers are held and multiplied: weights of the base, and whether fp16 autocast with a scaler is on."""
+
+    name: str
+    weights: torch.dtype
+    device: str
+
+    @classmethod
+    def choose(cls, name: str, device: str) -> Precision:
+        """ "auto": bf16 where the GPU computes in it, else fp16 with a scaler; float32 on the CPU."""
+        if name == "auto":
+            name = "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return cls(name, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], device)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """fp16 runs under autocast; bf16 and fp32 need none, the adapters follow their input."""
+        return torch.autocast(self.device, dtype=torch.float16) if self.name == "fp16" else nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """A scaler that is switched on for fp16 only."""
+        return torch.amp.GradScaler(self.device, enabled=self.name == "fp16")
+
+    def prepare(self, model: Any) -> None:
+        """fp16: keep the residual stream in float32, where 8-bit exponents of large activations would overflow."""
+        if self.name == "fp16":
+            model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
+
+
+def learning_rate(step: int, total: int, peak: float, *, schedule: str = "cosine", warmup: int = 0) -> float:
+    """Rate of step 1…total: linear warm-up to `peak` over `warmup` steps, then cosine or linear to zero after `total`, or constant."""
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - 1 - warmup) / max(1, total - warmup)
+    if schedule == "constant":
+        return peak
+    return peak * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: nn.Module, lr: float, *, weight_decay: float = 0.0, plus_ratio: float = 1.0) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over what requires a gradient; LoRA+ (arXiv:2402.12354): lora_B learns `plus_ratio` times faster."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = [p for name, p in trained if name.endswith("lora_B")]
+    slow = [p for name, p in trained if not name.endswith("lora_B")]
+    groups = [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": plus_ratio}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group `rate` times its LoRA+ ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
+
+
+def train_step(
+    model: nn.Module,
+    batches: Sequence[PackedBatch],
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    *,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    max_norm: float,
+) -> StepStats:
+    """One update from several micro-batches: the summed loss over all of them divided by their supervised tokens.
+
+    So 1 x 8 rows equal 8 x 1. A step whose loss or gradient is not finite changes no parameter and is reported as skipped.
+    """
+    device = next(p.device for p in model.parameters() if p.requires_grad)
+    weight = sum(batch.weight for batch in batches)
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        with precision.autocast():
+            loss = objective(model, batch.to(device)) / max(1, weight)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
+    mean, grad_norm = total.item(), norm.item()
+    skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
+    if scaler.is_enabled() or not skipped:
+        scaler.step(optimizer)  # an enabled scaler skips by itself when it saw an inf or nan
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepStats(mean, grad_norm, sum(len(b.input_ids) for b in batches), weight, skipped)
+
+
+def first_nonfinite(model: nn.Module, batch: PackedBatch, objective: Objective, precision: Precision) -> str:
+    """Name of the first module, in order of execution, whose output has an inf or nan for `batch`; else of the gradients; else ""."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensors = [t for t in (output if isinstance(output, tuple) else [output]) if isinstance(t, Tensor)]
+            if not found and any(not torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if not list(module.children())]
+    device = next(model.parameters()).device
+    try:
+        with precision.autocast():
+            loss = objective(model, batch.to(device))
+        if not found:
+            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            bad = (name for name, g in zip(named, gradients, strict=True) if g is not None and not torch.isfinite(g).all())
+            found += [f"gradient of {name}" for name in bad][:1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""

@@ -1,0 +1,78 @@
+"""The config: cllm.toml shows every key, round trip, and every mistake reported at once with file and line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cllm.config import PRESETS, Config, Source, load_config, to_toml
+from cllm.messages import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_cllm_toml_names_every_key() -> None:
+    text = (ROOT / "cllm.toml").read_text(encoding="utf-8")
+    load_config(ROOT / "cllm.toml")
+    for section in dataclasses.fields(Config):
+        block = text.split(f"\n[{section.name}]\n", 1)[1].split("\n[", 1)[0]
+        for key in dataclasses.fields(getattr(Config(), section.name)):
+            assert f"\n{key.name} = " in "\n" + block or f"\n# {key.name} = " in block, f"cllm.toml lacks {section.name}.{key.name}"
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.toml")), ids=lambda p: p.stem)
+def test_presets_load(preset: Path) -> None:
+    config = load_config(f"preset:{preset.stem}", ["data.train=x.jsonl"])
+    assert config.data.train == (Source(path="x.jsonl"),)
+
+
+def test_effective_config_reads_back_equal(tmp_path: Path) -> None:
+    overrides = [
+        'data.train=[{path="a b.json", weight=0.5, columns={user="问\\"题"}}, {path="c"}]',
+        'lora.targets=["q_proj", "v_proj"]',
+        "train.learning_rate=1e-3",
+        'data.columns={user="0", assistant="{A}\\n{B}"}',
+        "run.dir=runs\\windows",
+    ]
+    config = load_config(ROOT / "cllm.toml", overrides)
+    assert config.data.train[0] == Source(path="a b.json", weight=0.5, columns={"user": '问"题'})
+    assert config.run.dir == "runs\\windows"
+    (tmp_path / "c.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load_config(tmp_path / "c.toml") == config
+
+
+def test_every_mistake_at_once_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        "[model]\npath = 3\n[lora]\nrnk = 8\ndropout = 1.5\n[train]\nepochs = true\nschedule = 'cosin'\n[trian]\nx = 1\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError) as caught:
+        load_config(path, ["eval.everyy=3", "nonsense", "memory.budget_gib=-1"])
+    text = str(caught.value)
+    for expected in (
+        "bad.toml:2: model.path must be str, found 3",
+        "bad.toml:4: unknown key lora.rnk; did you mean 'rank'?",
+        "bad.toml:5: lora.dropout = 1.5 is outside 0 … 0.99",
+        "bad.toml:7: train.epochs must be float, found True",
+        "bad.toml:8: train.schedule must be 'cosine' | 'linear' | 'constant', found 'cosin'",
+        "bad.toml:9: unknown key trian; did you mean 'train'?",
+        "eval.everyy=3: unknown key eval.everyy; did you mean 'every'?",
+        "'nonsense' is no override",
+        "memory.budget_gib = -1.0 is outside 0 … inf",
+    ):
+        assert expected in text, text
+    assert text.startswith("error [config.invalid]: 9 mistake(s)")
+
+
+def test_unreadable_and_broken_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.toml: No such file"):
+        load_config(tmp_path / "nothing.toml")
+    (tmp_path / "broken.toml").write_text("[model\npath=", encoding="utf-8")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_config(tmp_path / "broken.toml")
+    with pytest.raises(UserError, match="no preset 'qwen9'"):
+        load_config("preset:qwen9")
+    with pytest.raises(UserError, match=r"tokens_per_step must be at least train\.row_tokens"):
+        load_config(ROOT / "cllm.toml", ["train.row_tokens=4096", "train.tokens_per_step=1024"])

@@ -1,0 +1,66 @@
+"""One table of messages: both languages complete, same fields, every code used, every used code there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+from pathlib import Path
+
+import pytest
+
+from cllm.messages import MESSAGES, UserError, language, say, table
+
+PACKAGE = Path(__file__).parents[1] / "cllm"
+
+
+def fields(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+@pytest.mark.parametrize("code", MESSAGES)
+def test_both_languages_say_the_same_fields(code: str) -> None:
+    english, chinese = MESSAGES[code]
+    assert fields(english) == fields(chinese)
+    assert english and chinese and not re.search("[\u4e00-\u9fff]", english)
+    assert re.search("[\u4e00-\u9fff]", chinese), f"{code} is not translated"
+
+
+def used_codes() -> dict[str, set[str]]:
+    """Every literal code given to say, note, UserError -> the keywords of one call."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("say", "note", "UserError"):
+                for constant in ast.walk(node.args[0]) if node.args else ():
+                    if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+                        named = {k.arg or "**" for k in node.keywords}
+                        if "**" not in named and isinstance(node.args[0], ast.Constant):
+                            assert named == fields(MESSAGES[constant.value][0]), f"{path.name}:{node.lineno} {constant.value}"
+                        found[constant.value] = named
+    return found
+
+
+def test_every_call_fills_its_fields_and_no_message_is_dead() -> None:
+    codes = used_codes()
+    sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "messages.py")
+    dead = [code for code in MESSAGES if code not in codes and f'"{code}"' not in sources and code != "error"]
+    assert not dead, f"nobody says: {dead}"
+
+
+def test_language_follows_the_setting_then_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLLM_LANG", "zh")
+    assert language() == "zh" and "配置" in say("config.unreadable", path="x", detail="y")
+    monkeypatch.setenv("CLLM_LANG", "en")
+    assert str(UserError("config.syntax", path="x", detail="y")) == "error [config.syntax]: x is not valid TOML: y"
+    monkeypatch.delenv("CLLM_LANG")
+    for key in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    assert language() == "zh"
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    assert language() == "en"
+
+
+def test_table_counts_full_width_characters_as_two() -> None:
+    assert table([["名", "a"], ["x", "10"]]) == "名   a\nx   10"
