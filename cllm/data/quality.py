@@ -1,0 +1,221 @@
+"""What a set of conversations is like: duplicates, lengths, languages, leakage, and answers that teach nothing. No token knowledge.
+
+The near-duplicate search is MinHash with banded locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of
+Massive Datasets, chapter 3) over character trigrams, which need no word segmentation; every candidate is checked exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm.data.schema import Conversation, Reject
+from cllm.data.text import PERSONAL
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SHINGLE_CHARS, BANDS, BAND_ROWS = 3, 16, 4  # a pair of Jaccard similarity s is found with probability 1 - (1 - s^4)^16: 0.9998 at 0.8
+EXAMPLES = 3
+
+# Simplified characters, each followed by its traditional form: the commonest of those where the two differ.
+_PAIRS = (
+    "这這个個来來国國说說们們为為时時过過学學对對发發当當无無开開见見经經头頭长長样樣现現将將进進实實点點种種声聲话話问問机機给給"
+    "几幾业業间間体體东東车車书書门門语語读讀写寫电電网網数數据據关關应應该該请請让讓谁誰吗嗎药藥医醫处處乐樂两兩从從动動与與还還"
+    "没沒气氣万萬义義爱愛钱錢红紅绿綠张張马馬鸟鳥鱼魚龙龍风風飞飛亲親听聽观觀觉覺记記认認识識论論试試谢謝变變边邊运運远遠选選连連"
+)
+_SIMPLIFIED, _TRADITIONAL = frozenset(_PAIRS[::2]), frozenset(_PAIRS[1::2])
+_HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_LATIN = re.compile("[A-Za-z]+")
+BOILERPLATE = re.compile(
+    r"作为(?:一个|一名|一款)?(?:AI|人工智能|大?语言模型)|我(?:只)?是(?:一个|一名)(?:AI|人工智能|语言模型)"
+    r"|\A(?:很|非常)?(?:抱歉|对不起|遗憾)[，,]?\s*(?:但)?我(?:无法|不能|没有办法)"
+    r"|\bAs an? (?:AI|language model)\b|\A(?:I'm|I am) sorry, (?:but )?I can(?:'t|not)",
+    re.I,
+)
+
+
+def content_hash(conversation: Conversation) -> bytes:
+    """16 bytes that are equal for equal messages and tools; where a row stood does not matter."""
+    parts = [part for message in conversation for part in message] + [conversation.tools]
+    return hashlib.blake2b("\x00".join(parts).encode(), digest_size=16).digest()  # no message holds a NUL
+
+
+def deduplicate(conversations: Iterable[Conversation]) -> list[Conversation]:
+    """The conversations without exact duplicates, in order; of equal ones the first is kept."""
+    first: dict[bytes, Conversation] = {}
+    for conversation in conversations:
+        first.setdefault(content_hash(conversation), conversation)
+    return list(first.values())
+
+
+def split_held_out(conversations: Sequence[Conversation], fraction: float, seed: int = 0) -> tuple[list[Conversation], list[Conversation]]:
+    """(train, held out): about `fraction` of the conversations by their content's hash.
+
+    A conversation's side depends on nothing but its content and the seed, so that it stays when rows are added or reordered and
+    duplicates stay together. From two different conversations on, neither side is empty (for 0 < fraction < 1).
+    """
+    salt = seed.to_bytes(8, "little", signed=True)
+    draws = [hashlib.blake2b(content_hash(item), digest_size=8, salt=salt).digest() for item in conversations]
+    limit = int(fraction * 2**64).to_bytes(9, "big")[1:] if fraction < 1 else b"\xff" * 9
+    if 0 < fraction < 1 and len(set(draws)) > 1:
+        limit = sorted({min(draws) + b"\0", limit, max(draws)})[1]  # min and max go to different sides
+    held = [draw < limit for draw in draws]
+    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for item, side in zip(conversations, held, strict=True):
+        sides[side].append(item)
+    return sides
+
+
+def _shingles(text: str) -> np.ndarray:
+    """The distinct hashes (uint64) of all runs of SHINGLE_CHARS characters, white space and case aside."""
+    import numpy as np
+
+    codes = np.frombuffer("".join(text.lower().split()).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    size = min(SHINGLE_CHARS, len(codes))
+    hashes = np.zeros(len(codes) - size + 1 if size else 0, dtype=np.uint64)
+    for offset in range(size):
+        hashes = hashes * np.uint64(1_000_003) + codes[offset : len(codes) - size + 1 + offset]
+    return np.unique(hashes)
+
+
+def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[int, int]]:
+    """(index, earlier index) of every text whose trigrams' Jaccard similarity with an earlier text is at least `threshold`."""
+    import numpy as np
+
+    random = np.random.default_rng(1)
+    factors, offsets = random.integers(1, 2**63, (2, BANDS * BAND_ROWS, 1), dtype=np.uint64)
+    factors |= np.uint64(1)
+    buckets: dict[bytes, int] = {}
+    sets: dict[int, np.ndarray] = {}
+    pairs = []
+    for index, text in enumerate(texts):
+        shingles = _shingles(text)
+        if not len(shingles):
+            continue
+        mixed = (factors * shingles + offsets) >> np.uint64(32)  # multiply-shift hashing, (64, shingles)
+        signature = mixed.min(axis=1).reshape(BANDS, BAND_ROWS)
+        keys = [bytes([band]) + row.tobytes() for band, row in enumerate(signature)]
+        for earlier in sorted({buckets[key] for key in keys if key in buckets}):
+            common = len(np.intersect1d(shingles, sets[earlier], assume_unique=True))
+            if common >= threshold * (len(shingles) + len(sets[earlier]) - common):
+                pairs.append((index, earlier))
+                break
+        else:
+            sets[index] = shingles
+            for key in keys:
+                buckets.setdefault(key, index)
+    return pairs
+
+
+def question(conversation: Conversation) -> str:
+    """Everything the user says, a line each; the text itself for pre-training."""
+    return "\n".join(m.content for m in conversation if m.role == "user") or conversation.messages[0].content
+
+
+def leaks(train: Sequence[Conversation], test: Sequence[Conversation], threshold: float = 0.8) -> list[tuple[int, int]]:
+    """(test index, train index) of the test conversations whose questions are also in the training set, or nearly."""
+    texts = [question(conversation) for conversation in (*train, *test)]
+    return [(late - len(train), early) for late, early in near_duplicates(texts, threshold) if early < len(train) <= late]
+
+
+def language(text: str) -> str:
+    """simplified, traditional, english or other, by counting characters."""
+    han = len(text) - len(_HAN.sub("", text))
+    latin = len(text) - len(_LATIN.sub("", text))
+    if 3 * han < latin:
+        return "english"
+    if not han:
+        return "other"
+    counts = Counter(text)
+    simple, full = (sum(counts[c] for c in script if c in counts) for script in (_SIMPLIFIED, _TRADITIONAL))
+    return "traditional" if full > simple else "simplified"
+
+
+def percentiles(values: Sequence[int]) -> dict[str, float]:
+    """min, p50, p90, p99, max and mean; {} for no values."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    at = {f"p{q}": ordered[min(len(ordered) - 1, q * len(ordered) // 100)] for q in (50, 90, 99)}
+    return {"min": ordered[0], **at, "max": ordered[-1], "mean": round(sum(ordered) / len(ordered), 1)}
+
+
+def histogram(values: Sequence[int], width: int = 40, bins: int = 12) -> list[str]:
+    """Lines of a bar chart for a terminal; the last bin holds everything beyond the 99th percentile."""
+    if not values:
+        return []
+    top = max(1, int(percentiles(values)["p99"]))
+    step = -(-top // bins)
+    counts = Counter(min(value // step, bins) for value in values)
+    last = max(counts)
+    high = max(counts.values())
+    labels = [f"{n * step:>7}-{(n + 1) * step - 1}" if n < bins else f"{n * step:>7}-" for n in range(last + 1)]
+    return [f"{label:<16} {'█' * -(-counts[n] * width // high)} {counts[n]}" for n, label in enumerate(labels)]
+
+
+def plot_lengths(values: Sequence[int], path: Path, unit: str, limit: int = 0) -> None:
+    """Write a histogram of lengths as PNG, with a line at `limit`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(values, bins=60)
+    if limit:
+        axes.axvline(limit, color="tab:red", label=f"limit {limit}")
+        axes.legend()
+    axes.set(xlabel=f"{unit} per conversation", ylabel="conversations", yscale="log")
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _located(items: Iterable[tuple[Conversation, str]]) -> list[dict[str, Any]]:
+    return [{"file": item.file, "line": item.line, "text": text[:80]} for item, text in list(items)[:EXAMPLES]]
+
+
+def quality(
+    conversations: Sequence[Conversation],
+    rejects: Sequence[Reject],
+    token_lengths: Sequence[int] = (),
+    max_tokens: int = 0,
+    near: bool = True,
+) -> dict[str, Any]:
+    """The account of a data set, ready for JSON.
+
+    token_lengths: of the conversations, where a tokenizer is at hand; max_tokens: the limit some may exceed. near=False skips the
+    search for near duplicates, about 0.1 ms a conversation.
+    """
+    unique = deduplicate(conversations)
+    by_reason: dict[str, list[Reject]] = {}
+    for reject in rejects:
+        by_reason.setdefault(reject.reason, []).append(reject)
+    texts = ["\n".join(message.content for message in item) for item in conversations]
+    answers = [(item, item.messages[-1].content) for item in conversations]
+    boilerplate = [(item, answer) for item, answer in answers if BOILERPLATE.search(answer)]
+    personal = {kind: [item for item in zip(conversations, texts, strict=True) if p.search(item[1])] for kind, p in PERSONAL.items()}
+    result: dict[str, Any] = {
+        "rows": len(conversations) + len(rejects),
+        "valid": len(conversations),
+        "rejected": len(rejects),
+        "rejects": {
+            reason: {"count": len(found), "examples": [reject._asdict() for reject in found[:EXAMPLES]]}
+            for reason, found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+        },
+        "duplicates": {"exact": len(conversations) - len(unique)},
+        "turns": percentiles([sum(m.role == "assistant" for m in item) for item in conversations]),
+        "characters": percentiles([len(text) for text in texts]),
+        "languages": dict(Counter(map(language, texts)).most_common()),
+        "boilerplate": {"count": len(boilerplate), "examples": _located(boilerplate)},
+        "personal": {kind: {"count": len(found), "examples": _located(found)} for kind, found in personal.items()},
+        "replacement_characters": sum("\ufffd" in text for text in texts),
+        "categories": dict(Counter(item.category for item in conversations if item.category).most_common(20)),
+    }
+    if near:
+        result["duplicates"]["near"] = len(near_duplicates(["\n".join(m.content for m in item) for item in unique]))
+    if token_lengths:
+        over = sum(length > max_tokens for length in token_lengths)
+        result["tokens"] = {**percentiles(token_lengths), "total": sum(token_lengths), "limit": max_tokens, "over_limit": over}
+    return result

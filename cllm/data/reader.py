@@ -1,0 +1,242 @@
+"""Files of any encoding and container -> conversations and rejects with file:line, streaming; what a row means is `schema`'s business.
+
+The content, not the extension, decides between JSON Lines, a JSON array, a JSON object and a table.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import gzip
+import json
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+
+from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
+from cllm.data.json_rows import BLANK, Row, json_document, json_lines, whole
+from cllm.data.schema import SCHEMA_KEYS, Conversation, Fault, Normalizer, Reject, to_row
+from cllm.data.text import VERBATIM, TextOptions
+from cllm.messages import UserError, note
+
+SUFFIXES = frozenset(("", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".gz"))
+HEAD_BYTES = 1 << 18  # what the encoding and the container are judged by
+PARQUET = b"PAR1\x15"  # the magic number and the first byte of the Thrift structure that follows it
+MAX_RECORD_LINES = 1000  # lines that one quoted CSV record may span
+
+
+def iter_conversations(
+    path: str | Path, columns: Mapping[str, str] | None = None, kind: str = "chat", options: TextOptions = VERBATIM
+) -> Iterator[Conversation | Reject]:
+    """Every row of the file or directory `path`, as a Conversation or a Reject, in constant memory.
+
+    columns: user, assistant, system, history, category -> a column's name, its index where there is no header ("0"), or a template
+    ("{Question}\\nA. {A}"); None detects the schema of each row. kind: "chat", or "text" for {"text": …} pre-training rows.
+    Raises UserError for a missing or unreadable file and for a wrong mapping, when the first row is asked for; never for bad data.
+    """
+    normalize = Normalizer(columns, kind, options)
+    for file in list_files(path):
+        name, count, before = str(file), 0, 0
+        for count, (line, row) in enumerate(_rows(file, normalize), 1):
+            item = normalize(row, name, line)
+            if line == before and isinstance(item, Reject):  # many rows on one line: the line alone does not find it
+                item = item._replace(detail=f"row {count} of the file: {item.detail}")
+            before = line
+            yield item
+        if not count:
+            note("data.no_rows", file=name)
+
+
+def read_conversations(
+    path: str | Path, columns: Mapping[str, str] | None = None, kind: str = "chat", options: TextOptions = VERBATIM
+) -> tuple[list[Conversation], list[Reject]]:
+    """`iter_conversations`, collected: (conversations, rejects); their lengths sum to the number of rows."""
+    conversations: list[Conversation] = []
+    rejects: list[Reject] = []
+    collecting = gc.isenabled()
+    gc.disable()  # millions of small tuples and no cycles: collections would cost a quarter of the time
+    try:
+        for item in iter_conversations(path, columns, kind, options):
+            if isinstance(item, Reject):
+                rejects.append(item)
+            else:
+                conversations.append(item)
+    finally:
+        if collecting:
+            gc.enable()
+    return conversations, rejects
+
+
+def write_conversations(conversations: Iterable[Conversation], path: str | Path, kind: str = "chat") -> int:
+    """Write JSON Lines that read back as the same conversations; returns how many."""
+    count = 0
+    with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
+        for conversation in conversations:
+            stream.write(json.dumps(to_row(conversation, kind), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def sample_rows(path: str | Path, count: int) -> list[object]:
+    """The first `count` rows as they stand in the file, for guessing what their names mean; broken ones are left out."""
+    rows = (row for file in list_files(path) for _, row in _rows(file, Normalizer()))
+    return list(islice((row for row in rows if not isinstance(row, Fault)), count))
+
+
+def list_files(path: str | Path) -> list[Path]:
+    """`path` itself, or the data files of the directory `path`, sorted. Raises UserError if there is none."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file() and file.name[0] != ".")
+        if not files:
+            raise UserError("data.empty_directory", path=path)
+        return files
+    if not path.exists():
+        raise UserError("data.missing_file", path=path, directory=path.absolute().parent)
+    return [path]
+
+
+def _rows(file: Path, normalize: Normalizer) -> Iterator[Row]:
+    """(line, row or Fault) of one file, of whatever format."""
+    line = 0
+    try:
+        with file.open("rb") as raw:
+            stream: Bytes = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            head = b""
+            while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES)):
+                head += piece
+            rows = _parquet(file, head, stream) if head[:5] == PARQUET else _text_rows(file, head, stream, normalize)
+            for numbered in rows:
+                line = numbered[0]
+                yield numbered
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield line + 1, Fault("decode_error", f"the compressed file breaks off: {error}; expected its end")
+    except OSError as error:
+        raise UserError("data.unreadable_file", path=file, cause=error.strerror or error) from error
+
+
+def _parquet(file: Path, head: bytes, stream: Bytes) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("data.parquet", path=file) from None
+    try:
+        source = pyarrow.BufferReader(head + stream.read()) if isinstance(stream, gzip.GzipFile) else str(file)
+        batches = pyarrow.parquet.ParquetFile(source).iter_batches()
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except pyarrow.ArrowException as error:
+        yield 1, Fault("parse_error", f"{error!s:.200}; expected a complete Parquet file")
+
+
+def _text_rows(file: Path, head: bytes, stream: Bytes, normalize: Normalizer) -> Iterator[Row]:
+    encoding = sniff_encoding(head)
+    if encoding != "utf-8":
+        note("data.encoding", file=file, encoding=encoding)
+    pieces = decoded(head, stream, encoding)
+    start = ""
+    while not start.strip(BLANK) and (piece := next(pieces, None)) is not None:
+        start += piece
+    texts = chain((start,), pieces)
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
+    shape = _shape(start, suffixes[-1] if suffixes else "")
+    if shape == "lines":
+        return json_lines(texts)
+    return json_document(texts) if shape == "document" else _table(split_lines(texts), start, normalize)
+
+
+def _shape(start: str, suffix: str) -> str:
+    """lines | document | table: what the beginning of a file looks like."""
+    lines = [line for line in start.split("\n")[:60] if line.strip(BLANK)][:30]
+    objects = sum(line.lstrip("\ufeff")[:1] in ("{", "[") and whole(line) == 1 for line in lines[1:])  # unindented, complete
+    opening = start.lstrip(BLANK)[:1]
+    if opening == "[":
+        return "lines" if objects > (whole(lines[0]) == 0) else "document"
+    if opening == "{":
+        return "lines" if len(lines) > 1 and (whole(lines[0]) or objects > 1) else "document"
+    if not lines or objects or suffix in (".json", ".jsonl", ".ndjson"):
+        return "lines"
+    return "table" if suffix in (".csv", ".tsv") or any(mark in lines[0] for mark in ",\t;") else "lines"
+
+
+# --- tables
+
+
+def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[Row]:
+    """The records of a CSV or TSV; a mapping of nothing but indices says that there is no header."""
+    delimiter, width = _dialect(start, SCHEMA_KEYS.union(normalize.columns.values(), ("title",)))
+    header: list[str] = []
+    for line, cells in _records(lines, delimiter, width):
+        if isinstance(cells, Fault) or normalize.headless:
+            yield line, cells
+        elif not header:
+            header = [cell.strip(BLANK) for cell in cells]
+        elif len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
+            found = f"{len(cells)} cells, the header has {len(header)}"
+            yield line, Fault("parse_error", f"{found}; expected cells with {delimiter!r} in them to be quoted")
+        else:
+            yield line, dict(zip(header, cells, strict=False))
+
+
+def _dialect(start: str, known: frozenset[str]) -> tuple[str, int]:
+    """(delimiter, columns): the delimiter whose header names known columns, else the one that splits the lines most evenly."""
+    lines = [line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n")[:40] if line.strip()] or [""]
+    lines = lines[:-1] or lines  # the last may be cut
+    choices = []
+    for delimiter in ",\t;":
+        names = [cell.strip().strip('"') for cell in lines[0].split(delimiter)]
+        even = sum(line.count(delimiter) + 1 == len(names) > 1 for line in lines) / len(lines)
+        choices.append((len(known.intersection(names)) if len(names) > 1 else 0, even, len(names), delimiter))
+    return max(choices)[3], max(choices)[2]
+
+
+def _records(lines: Iterator[str], delimiter: str, width: int) -> Iterator[tuple[int, list[str] | Fault]]:
+    """Records with the number of their first line. A quote that never closes costs its own line only, not the rest of the file."""
+    csv.field_size_limit(1 << 27)
+    waiting: deque[str] = deque()
+    number = 0
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        number += 1
+        line = line.rstrip("\r")
+        if not line.strip(BLANK):
+            continue
+        if '"' not in line:
+            yield number, line.split(delimiter)
+        elif delimiter == "\t" and line.count("\t") == width - 1:  # most writers of TSV do not quote
+            yield number, [_unquoted(cell) for cell in line.split("\t")]
+        else:
+            cells, used = _quoted(line, waiting, lines, delimiter)
+            yield number, cells
+            number += used
+
+
+def _quoted(line: str, waiting: deque[str], lines: Iterator[str], delimiter: str) -> tuple[list[str] | Fault, int]:
+    """(cells, further lines used) of the record that begins with `line`; a broken record gives its further lines back."""
+    taken: list[str] = []
+    open_end = False
+
+    def feed() -> Iterator[str]:
+        nonlocal open_end
+        yield line + "\n"
+        while len(taken) < MAX_RECORD_LINES and (following := waiting.popleft() if waiting else next(lines, None)) is not None:
+            taken.append(following)
+            yield following + "\n"
+        open_end = True
+
+    try:
+        cells: list[str] | Fault = next(csv.reader(feed(), delimiter=delimiter))
+    except csv.Error as error:
+        cells, open_end = Fault("parse_error", f"{error}; expected a CSV record"), True
+    if not open_end:
+        return cells, len(taken)
+    waiting.extendleft(reversed(taken))
+    return (cells if isinstance(cells, Fault) else Fault("parse_error", f"a quote is opened in {line!r:.40} and never closed")), 0
+
+
+def _unquoted(cell: str) -> str:
+    """A cell as Excel quotes it; other quotes are text."""
+    inner = cell[1:-1]
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and inner.count('"') == 2 * inner.count('""')
+    return inner.replace('""', '"') if quoted else cell

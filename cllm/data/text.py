@@ -1,0 +1,124 @@
+"""One field of a row -> its text: what is removed everywhere, what may be converted on request, what is no text at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+
+from cllm.messages import UserError
+
+_DIRT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff\u200b\u2060\ud800-\udfff]")
+_REMOVED = dict.fromkeys([*range(9), *range(0x0B, 0x20), 0x7F, 0xFEFF, 0x200B, 0x2060])
+SURROGATE = re.compile("[\ud800-\udfff]")
+_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+_DAY = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
+PERSONAL = {  # kind -> pattern; the ID card goes before the phone number it might contain
+    "EMAIL": re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"),
+    "ID": re.compile(rf"(?<![0-9A-Za-z])[1-9]\d{{5}}{_DAY}\d{{3}}[\dXx](?![0-9A-Za-z])"),
+    "PHONE": re.compile(r"(?<![0-9A-Za-z.])(?:\+?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?![0-9A-Za-z])"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """Rewriting of texts; everything is off by default, so that nobody's data changes unasked.
+
+    convert: "" or an OpenCC conversion such as "t2s" (traditional to simplified) or "s2t"; fold_width: full-width ASCII and the
+    ideographic space to half width; unescape_html: `&lt;` to `<`; mask_personal: e-mail, ID card and phone to [EMAIL], [ID], [PHONE].
+    """
+
+    convert: str = ""
+    fold_width: bool = False
+    unescape_html: bool = False
+    mask_personal: bool = False
+
+
+VERBATIM = TextOptions()
+
+
+class RowError(Exception):
+    """RowError(reason, detail): carries a reject from the place that found it to the row's edge."""
+
+
+def clean(text: str) -> str:
+    """`text` without zero-width and control characters, with LF line ends and both ends stripped; nothing else changes.
+
+    Raises RowError: decode_error for bytes that no encoding explained (U+DC80-DCFF), invalid_text for half a surrogate pair.
+    """
+    if _DIRT.search(text):
+        if bad := SURROGATE.search(text):
+            code = ord(bad.group())
+            if 0xDC80 <= code <= 0xDCFF:
+                raise RowError("decode_error", f"byte 0x{code - 0xDC00:02x} fits none of UTF-8, GB18030, Big5")
+            raise RowError("invalid_text", f"half a surrogate pair, \\u{code:04x}, is no character")
+        text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_REMOVED)
+    return text.strip()
+
+
+def rewriter(options: TextOptions) -> Callable[[str], str]:
+    """`clean`, with the conversions that `options` asks for. Raises UserError if OpenCC is asked for and missing."""
+    if options == VERBATIM:
+        return clean
+    steps: list[Callable[[str], str]] = []
+    if options.unescape_html:
+        import html
+
+        steps.append(html.unescape)
+    if options.fold_width:
+        steps.append(lambda text: text.translate(_WIDTH))
+    if options.convert:
+        try:
+            from opencc import OpenCC
+        except ImportError:
+            raise UserError("data.opencc", convert=options.convert) from None
+        steps.append(OpenCC(options.convert).convert)
+
+    def rewrite(text: str) -> str:
+        text = clean(text)
+        for step in steps:
+            text = step(text)
+        for name, pattern in PERSONAL.items() if options.mask_personal else ():
+            text = pattern.sub(f"[{name}]", text)
+        return clean(text)
+
+    return rewrite
+
+
+def printable(text: str) -> str:
+    """`text` for a message to people: no control characters, no half surrogates."""
+    return _DIRT.sub("?", text)
+
+
+def text_of(value: object, name: str) -> str:
+    """The text of the field `name`: numbers as decimals, null and NaN as "", dicts and lists unwrapped (DATA_RULES 3 and 4).
+
+    Raises RowError("invalid_text") for what is no text: a truth value, an infinite number, an object with unknown keys.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None or value != value:
+        return ""
+    if isinstance(value, dict):
+        keys = [key for key in dict.fromkeys((name, "text", "content", "value")) if key in value]
+        if not keys:
+            found = ", ".join(map(str, list(value)[:6])) or "nothing"
+            raise RowError("invalid_text", f"'{name}' is an object of {found}, expected text or an object with 'text'")
+        return next((text for key in keys if clean(text := text_of(value[key], name))), "")
+    if isinstance(value, (list, tuple)):
+        return "\n".join([text_of(element, name) for element in value])
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (float, Decimal)) and abs(value) != float("inf"):
+        return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+    raise RowError("invalid_text", f"'{name}' is {value!s:.20} ({type(value).__name__}), expected text")
+
+
+def json_text(value: object) -> str:
+    """Tool lists and tool calls: a string verbatim, anything else as JSON."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise RowError("invalid_text", f"a tool call is no JSON: {error}") from None
