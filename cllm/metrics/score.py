@@ -1,0 +1,103 @@
+"""What all metrics share: `Score`, the `Metric` protocol, and the one way from texts to statistics to a score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from .. import __version__
+
+VERSION = f"version:cllm-{__version__}"  # ends every signature, where sacrebleu names its own version
+
+
+class Score(NamedTuple):
+    """`value` is 0-100; `parts` holds what it was computed from; `signature` names every choice that changes it."""
+
+    name: str
+    value: float
+    parts: dict[str, Any]
+    signature: str
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} = {_brief(part)}" for name, part in self.parts.items())
+        return f"{self.name}|{self.signature} = {self.value:.2f} ({parts})"
+
+
+def _brief(part: object) -> str:
+    if isinstance(part, list):
+        return "/".join(map(_brief, part))
+    return f"{part:.3f}".rstrip("0").rstrip(".") if isinstance(part, float) else str(part)
+
+
+class Metric(Protocol):
+    """Sentence scores, corpus scores and the bootstrap all add up the same sufficient statistics."""
+
+    def statistics(self, hypothesis: str, references: Sequence[str]) -> list[float]:
+        """Additive statistics of one hypothesis against its references (at least one)."""
+        ...
+
+    def score(self, totals: Sequence[float]) -> Score:
+        """The score from the sum of any number of statistics; its signature does not know the number of references."""
+        ...
+
+
+def sentence_score(metric: Metric, hypothesis: str, references: Sequence[str | None]) -> Score:
+    """One hypothesis against its references; None stands for a missing one.
+
+    Raises ValueError for anything but a string and a list with at least one string. Texts without tokens score 0.
+    """
+    if not isinstance(hypothesis, str) or isinstance(references, str) or not isinstance(references, Sequence):
+        raise ValueError(
+            f"a string and a list of references are needed, not {_kind(hypothesis)} and {_kind(references)};"
+            " for one reference write [reference]"
+        )
+    row = _present(references)
+    if not row or not all(isinstance(reference, str) for reference in row):
+        raise ValueError(f"references must hold at least one string and nothing but strings (or None), not {row!r:.80}")
+    return _signed(metric.score(metric.statistics(hypothesis, row)), {len(row)})
+
+
+def corpus_score(metric: Metric, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Score:
+    """Score the summed statistics (not the mean of sentence scores). Arguments and errors: `corpus_statistics`."""
+    totals = [sum(column) for column in zip(*corpus_statistics(metric, hypotheses, references), strict=True)]
+    return _signed(metric.score(totals), {len(_present(row)) for row in zip(*references, strict=True)})
+
+
+def corpus_statistics(metric: Metric, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> list[list[float]]:
+    """One row of statistics per hypothesis: what `significance` resamples.
+
+    `references` holds streams, as sacrebleu takes them: stream k has the k-th reference of every hypothesis, None where
+    a hypothesis has fewer references (an empty string counts as a reference).
+
+    Raises ValueError for a string where a list belongs, streams of other lengths than `hypotheses`, no hypothesis, or a
+    pair that is not a string with at least one string as reference.
+    """
+    for name, value in [("hypotheses", hypotheses), ("references", references)]:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError(f"{name} must be a list, not {_kind(value)}")
+    if bare := [k for k, each in enumerate(references) if isinstance(each, str) or not isinstance(each, Sequence)]:
+        raise ValueError(f"references must be a list of streams, each a list of strings; not a list: number {bare}")
+    lengths = [len(stream) for stream in references]
+    if not hypotheses or set(lengths) != {len(hypotheses)}:
+        raise ValueError(
+            "hypotheses and every stream of references must have the same length, at least 1; "
+            f"got {len(hypotheses)} hypotheses and streams of {lengths}"
+        )
+    rows = [_present(row) for row in zip(*references, strict=True)]
+    pairs = list(zip(hypotheses, rows, strict=True))
+    if bad := [i for i, (text, row) in enumerate(pairs) if not row or not all(isinstance(t, str) for t in (text, *row))]:
+        raise ValueError(f"each pair needs a string and at least one string as reference; not so at positions {bad[:10]}")
+    return [metric.statistics(hypothesis, row) for hypothesis, row in pairs]
+
+
+def _present(references: Sequence[str | None]) -> list[str]:
+    return [reference for reference in references if reference is not None]
+
+
+def _signed(score: Score, counts: set[int]) -> Score:
+    """Name the number of references, which only the caller knows: `nrefs:var` if it differs."""
+    return score._replace(signature=f"nrefs:{counts.pop() if len(counts) == 1 else 'var'}|{score.signature}")
+
+
+def _kind(value: object) -> str:
+    return "a bare string" if isinstance(value, str) else type(value).__name__
