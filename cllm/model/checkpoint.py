@@ -1,0 +1,309 @@
+"""Load any supported checkpoint as a native Transformers model: read -> convert -> quantize -> place, one tensor at a time.
+
+The model is built on the meta device; names and shapes of the whole checkpoint are compared with it before any data is read.
+Then each tensor is read, converted by its family's rules (`cllm.model.families`), cast, optionally quantized, and put in
+place, so that at most one tensor exists twice. No remote code is executed, and no pickle runs code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cllm.messages import UserError
+from cllm.model import families, gguf
+from cllm.model.attention import ATTENTION, register
+from cllm.model.families import Family, ModelShape
+from cllm.model.nf4 import NF4Linear
+from cllm.model.shards import Layout, Stored, stored_tensors, weight_files, write_safetensors
+
+
+class Checkpoint(NamedTuple):
+    """What is on disk: the family, the native config (a Transformers object) and the weight files."""
+
+    path: Path
+    family: Family
+    config: Any
+    files: list[Path]
+
+    def stored(self) -> Iterator[Stored]:
+        """All tensors, file by file; an earlier file is closed before the next is opened."""
+        for file in self.files:
+            yield from stored_tensors(file)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read config.json (or GGUF metadata), find the family and the weight files.
+
+    Raises UserError for a missing or damaged config.json, weights that are already quantized (GPTQ, AWQ, …), and
+    architectures that are neither in the table of families nor native to Transformers (it lists the supported ones).
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    original = _gguf_config(path) if path.suffix == ".gguf" else _read_config(path / "config.json")
+    family = original.get("family") or families.family_of(original) or families.NATIVE
+    try:
+        config = _native_config(path, family, original)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError("model.damaged", path=path, detail=f"configuration: {error}") from error
+    return Checkpoint(path, family, config, weight_files(path))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError("model.no_config", path=file.parent)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("model.damaged", path=file, detail=error) from error
+    if not isinstance(config, dict):
+        raise UserError("model.damaged", path=file, detail="no JSON object")
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "?")
+        raise UserError("model.quantized", path=file.parent, method=method)
+    return config
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    """A GGUF file's metadata without the architecture's prefix, its tensors, and its family."""
+    header = gguf.read_header(path)
+    architecture = header.metadata.get("general.architecture")
+    if architecture not in families.GGUF:
+        known = f"GGUF {', '.join(families.GGUF)}"
+        raise UserError("model.unsupported", path=path, architecture=architecture, supported=known)
+    own = {key.removeprefix(f"{architecture}."): value for key, value in header.metadata.items()}
+    return {**own, "tensors": header.tensors, "family": families.GGUF[architecture]}
+
+
+def _native_config(path: Path, family: Family, original: dict[str, Any]) -> Any:
+    """The config of the native causal LM; of a multimodal model, its text part's."""
+    import transformers
+
+    if family.config:
+        native = getattr(transformers, family.architecture).config_class
+        return native(architectures=[family.architecture], **family.config(original))
+    kind = str(original.get("model_type")).removesuffix("-alibi")
+    if kind in transformers.CONFIG_MAPPING:
+        config = transformers.CONFIG_MAPPING[kind].from_dict({**original, "model_type": kind})
+        for candidate in (config.get_text_config(), config):
+            if type(candidate) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                return candidate
+    names = original.get("architectures") or [kind]
+    raise UserError("model.unsupported", path=path, architecture=names[0], supported=families.SUPPORTED)
+
+
+def convert(name: str, tensor: Tensor, family: Family, shape: ModelShape) -> list[tuple[str, Tensor]]:
+    """The native (name, tensor) pairs of one original tensor; none if it is dropped. Works on meta tensors too.
+
+    Views where possible; only norms and NormHead compute, in float32 where precision matters. Raises ValueError or RuntimeError
+    if rows that are to be split do not fit `shape`.
+    """
+    operation, targets = families.rename(name, family)
+    parts = _OPERATIONS[operation](tensor, shape) if operation else [tensor] * len(targets)
+    return list(zip(targets, parts, strict=True))
+
+
+def _qkv(tensor: Tensor, shape: ModelShape) -> Sequence[Tensor]:
+    """Rows are [heads * head_dim | kv_heads * head_dim | kv_heads * head_dim]."""
+    rows = [heads * shape.head_dim for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    return torch.split(tensor, rows)
+
+
+def _qkv_grouped(tensor: Tensor, shape: ModelShape) -> Sequence[Tensor]:
+    """Rows are [kv_heads, heads / kv_heads + 2, head_dim]: the queries of a group, then its key, then its value."""
+    queries = shape.heads // shape.kv_heads
+    groups = tensor.reshape(shape.kv_heads, queries + 2, shape.head_dim, *tensor.shape[1:])
+    return [part.reshape(-1, *tensor.shape[1:]) for part in groups.split([queries, 1, 1], dim=1)]
+
+
+def _unpermute(tensor: Tensor, heads: int) -> Sequence[Tensor]:
+    """llama.cpp stores rotary pairs side by side, [d/2, 2] within a head; Transformers' halves are [2, d/2]."""
+    return [tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)]
+
+
+_OPERATIONS: dict[str, Callable[[Tensor, ModelShape], Sequence[Tensor]]] = {
+    "qkv": _qkv,
+    "qkv_grouped": _qkv_grouped,
+    "unit_rows": lambda tensor, shape: [F.normalize(tensor.float(), dim=1)],
+    "tied_unit_rows": lambda tensor, shape: [tensor, F.normalize(tensor.float(), dim=1)],
+    "unpermute_q": lambda tensor, shape: _unpermute(tensor, shape.heads),
+    "unpermute_k": lambda tensor, shape: _unpermute(tensor, shape.kv_heads),
+    "minus_one": lambda tensor, shape: [tensor - 1.0],
+}
+
+
+def _shape(config: Any) -> ModelShape:
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelShape(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The native model on the meta device: no memory, no initialisation."""
+    from transformers import AutoModelForCausalLM
+
+    register()
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=ATTENTION)
+
+
+def check(checkpoint: Checkpoint, model: Any) -> Layout:
+    """Compare names and shapes with the model before reading data; the checkpoint's native layout (name -> shape, dtype).
+
+    Raises one UserError that lists all missing, unexpected and misshaped tensors.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    shape, layout, problems = _shape(checkpoint.config), Layout(), []
+    for name, dims, dtype, _ in checkpoint.stored():
+        try:
+            pairs = convert(name, torch.empty(dims, dtype=dtype, device="meta"), checkpoint.family, shape)
+        except (ValueError, RuntimeError):
+            problems.append(f"misshaped {name} {list(dims)}")
+            layout |= dict.fromkeys(families.rename(name, checkpoint.family)[1], (dims, dtype))
+            continue
+        for target, tensor in pairs:
+            if target in expected:
+                layout[target] = (tuple(tensor.shape), tensor.dtype)
+                if expected[target] != tuple(tensor.shape):
+                    problems.append(f"misshaped {name} {list(tensor.shape)}, expected {list(expected[target])}")
+            elif not any(pattern.search(target) for pattern in ignored):
+                problems.append(f"unexpected {name}")
+    found = set(layout)
+    for pair in model.all_tied_weights_keys.items():
+        found |= set(pair) if found & set(pair) else set()
+    problems += [f"missing {name}" for name in expected if name not in found]
+    if problems:
+        raise UserError("model.tensors", path=checkpoint.path, count=len(problems), problems="; ".join(problems))
+    return layout
+
+
+def _converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Native (name, tensor) pairs of `layout`, one original tensor in memory at a time."""
+    shape = _shape(checkpoint.config)
+    for name, _, _, read in checkpoint.stored():
+        if any(target in layout for target in families.rename(name, checkpoint.family)[1]):
+            yield from convert(name, read(), checkpoint.family, shape)
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", quantize: str | None = None
+) -> nn.Module:
+    """The native Transformers causal LM of a checkpoint directory or `.gguf` file, in evaluation mode, attention "cllm".
+
+    dtype: of the floating-point weights (rotary frequencies stay float32). quantize="nf4": every Linear but the head becomes
+    `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the whole model never exists. Call it like the native
+    class: `model(input_ids=...).logits`. Raises UserError as `open_checkpoint`, `check` and `cllm.model.shards` say.
+    """
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize = {quantize!r}")
+    checkpoint = open_checkpoint(Path(path))
+    model = _skeleton(checkpoint, dtype)
+    layout = check(checkpoint, model)
+    head = model.get_output_embeddings()
+    for name, tensor in _converted(checkpoint, layout):
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if quantize and leaf == "weight" and type(module) is nn.Linear and module is not head:
+            model.set_submodule(owner, _quantized(module, tensor.to(device)))
+        else:
+            _place(module, leaf, tensor.to(device))
+    _tie(model, layout)
+    _fill_buffers(model, torch.device(device))
+    if checkpoint.family.alibi:
+        _use_alibi(model)
+    model.name_or_path = str(path)
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the meta tensor `leaf`. A view is copied, or it would keep all that it was split from."""
+    old = getattr(module, leaf)
+    tensor = tensor.to(old.dtype) if old.is_floating_point() else tensor
+    if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    if isinstance(old, nn.Parameter):
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    else:
+        setattr(module, leaf, tensor)
+
+
+def _quantized(linear: nn.Linear, weight: Tensor) -> NF4Linear:
+    """NF4 in place of `linear`; its bias, in place already or still to come, goes along."""
+    module = NF4Linear(linear.in_features, linear.out_features, device="meta")
+    module.load_weight(weight)
+    module.bias = None if linear.bias is None else linear.bias.detach()
+    return module
+
+
+def _tie(model: Any, layout: Layout) -> None:
+    """Share tied weights again. Two stored tensors that differ are no tie, whatever the config says (as in Transformers)."""
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if {target, source} <= layout.keys() and not torch.equal(model.get_parameter(target), model.get_parameter(source)):
+            del model.all_tied_weights_keys[target]
+            model.config.tie_word_embeddings = False
+            continue
+        kept, other = (source, target) if source in layout else (target, source)
+        owner, _, leaf = other.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(kept))
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Compute what no checkpoint stores (rotary frequencies, embedding scales) by the model's own initialisation."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers.get(name) is not None:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+    model.initialize_weights()
+
+
+def _use_alibi(model: Any) -> None:
+    """No native class has ALiBi: frequencies of zero make the rotation the identity, and our attention adds the slopes."""
+    rotary = model.model.rotary_emb
+    rotary.inv_freq.zero_()
+    rotary.original_inv_freq.zero_()
+    for layer in model.model.layers:
+        layer.self_attn.alibi_slopes = alibi_slopes(model.config.num_attention_heads).to(rotary.inv_freq.device)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """(H,) slopes 2^(-8 i / n), i = 1 … n, if n = H is a power of two; else those of the next lower power n, then every
+    second one of 2 n. Source: Press et al. 2022, "Train Short, Test Long", section 3 and its published code."""
+    lower = 2 ** (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8.0 / lower * torch.arange(1, lower + 1))
+    between = 2.0 ** (-4.0 / lower * (2 * torch.arange(heads - lower) + 1))
+    return torch.cat([slopes, between])
+
+
+def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the native checkpoint (config.json, one model.safetensors) into the new directory `out`, tensor by tensor.
+
+    dtype: of floating-point tensors; None keeps what is stored (GGUF and NormHead become float32). A checkpoint with ALiBi
+    gets the model_type "llama-alibi", which only cllm loads: as a plain Llama it would compute something else.
+    Raises UserError if `out` exists, and as `load_model`.
+    """
+    if out.exists():
+        raise UserError("model.exists", path=out)
+    checkpoint = open_checkpoint(path)
+    model = _skeleton(checkpoint, torch.float32)
+    layout = check(checkpoint, model)
+    if dtype:
+        layout = {name: (dims, dtype if kind.is_floating_point else kind) for name, (dims, kind) in layout.items()}
+    out.mkdir(parents=True)
+    part = out / "model.safetensors.incomplete"
+    write_safetensors(part, layout, _converted(checkpoint, layout))
+    config = json.loads(checkpoint.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    if checkpoint.family.alibi:
+        config |= {"model_type": "llama-alibi", "architectures": ["LlamaAlibiForCausalLM"]}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    part.rename(out / "model.safetensors")

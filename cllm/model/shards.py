@@ -1,0 +1,193 @@
+"""Weight files as tensors that are read one at a time: safetensors, PyTorch's zip `.bin`, GGUF. No code in a file is run.
+
+Shapes are known before any data is read, so that a whole checkpoint is checked first; then each `read()` returns one tensor
+in memory of its own, and nothing of the file stays mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cllm.messages import UserError
+from cllm.model import gguf
+
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
+_DEQUANTIZE_ELEMENTS = 2**22
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
+
+
+class Stored(NamedTuple):
+    """One tensor of a weight file, not yet read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The weight files of a checkpoint directory (or the one `.gguf` file itself), safetensors before `.bin`.
+
+    Raises UserError if there is none, an index names anything but plain file names, or shards are missing (all listed).
+    """
+    if path.is_file():
+        return [path]
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{stem}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (path / stem).is_file():
+            return [path / stem]
+    raise UserError("model.no_weights", path=path)
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError("model.damaged", path=index, detail=f"no shard index: {error!r}") from error
+    if wrong := [name for name in names if not _is_plain(name)]:
+        raise UserError("model.shard_name", path=index, names=", ".join(map(repr, wrong)))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError("model.shard_missing", path=index.parent, names=", ".join(missing))
+    return [index.parent / name for name in names]
+
+
+def _is_plain(name: object) -> bool:
+    """A file name without any directory, drive or parent part, on every system."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return PurePosixPath(name).name == name and PureWindowsPath(name).name == name
+
+
+def stored_tensors(file: Path) -> Iterator[Stored]:
+    """The tensors of one weight file in the order of the file. Raises UserError if the file is cut, old, or carries code."""
+    if file.suffix == ".safetensors":
+        return _safetensors(file)
+    return _gguf(file) if file.suffix == ".gguf" else _zip_pickle(file)
+
+
+def _safetensors(file: Path) -> Iterator[Stored]:
+    """u64 header length, JSON {name: {dtype, shape, data_offsets}}, data. Source: the safetensors format description."""
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        prefix = data.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise UserError("model.truncated", path=file, tensor="(header)")
+        header = data.read(length)
+    try:
+        entries = [(name, *entry["data_offsets"], entry) for name, entry in json.loads(header).items() if name != "__metadata__"]
+        stored = [(begin, end, name, tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, begin, end, entry in entries]
+        wrong = [n for b, e, n, shape, dtype in stored if b < 0 or e - b != dtype.itemsize * torch.Size(shape).numel()]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError("model.damaged", path=file, detail=f"header: {error!r}") from error
+    if wrong:
+        raise UserError("model.damaged", path=file, detail=f"shape and bytes differ: {', '.join(wrong)}")
+    for begin, end, name, shape, dtype in sorted(stored, key=lambda item: item[:2]):
+        if 8 + length + end > size:
+            raise UserError("model.truncated", path=file, tensor=name)
+        yield Stored(name, shape, dtype, _reader(file, 8 + length + begin, shape, dtype))
+
+
+def _reader(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.numel():
+            with file.open("rb") as data:
+                data.seek(offset)
+                data.readinto(_bytes(tensor))
+        return tensor
+
+    return read
+
+
+def _zip_pickle(file: Path) -> Iterator[Stored]:
+    """`torch.load` with weights_only (its unpickler knows tensors, not code) and mmap (nothing is read but the pickle)."""
+    with file.open("rb") as data:
+        if data.read(4) != b"PK\x03\x04":
+            raise UserError("model.bin_old", path=file)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise UserError("model.bin_code", path=file) from error
+    except (RuntimeError, OSError) as error:
+        raise UserError("model.truncated", path=file, tensor=_first_indexed(file)) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError("model.damaged", path=file, detail="no dictionary of tensors")
+    for name, tensor in tensors.items():
+        yield Stored(name, tuple(tensor.shape), tensor.dtype, tensor.clone)
+
+
+def _first_indexed(file: Path) -> str:
+    """A zip's directory stands at its end, so a cut one loses every tensor: the first that the index puts into this file."""
+    index = file.parent / "pytorch_model.bin.index.json"
+    names: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    return next((name for name, shard in names.items() if shard == file.name), "(zip directory)")
+
+
+def _gguf(file: Path) -> Iterator[Stored]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    size = file.stat().st_size
+    for name, (shape, kind, offset) in gguf.read_header(file).tensors.items():
+        try:
+            block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except ValueError as error:
+            raise UserError("model.damaged", path=file, detail=f"{name}: {error}") from error
+        row_bytes = shape[-1] // block_elements * block_bytes
+        if offset + torch.Size(shape[:-1]).numel() * row_bytes > size:
+            raise UserError("model.truncated", path=file, tensor=name)
+        yield Stored(name, shape, torch.float32, _dequantizer(file, offset, shape, kind, row_bytes))
+
+
+def _dequantizer(file: Path, offset: int, shape: tuple[int, ...], kind: int, row_bytes: int) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        import numpy as np
+        from gguf import GGMLQuantizationType, dequantize
+
+        rows, width = torch.Size(shape[:-1]).numel(), shape[-1]
+        tensor = torch.empty(rows, width)
+        step = max(1, _DEQUANTIZE_ELEMENTS // width)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            block = np.fromfile(file, np.uint8, count * row_bytes, offset=offset + start * row_bytes).reshape(count, row_bytes)
+            tensor[start : start + count] = torch.from_numpy(dequantize(block, GGMLQuantizationType(kind)))
+        return tensor.reshape(shape)
+
+    return read
+
+
+def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write one safetensors file tensor by tensor: its `layout` is known first, the `tensors` come in any order."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in layout.items():
+        begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors:
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            if tensor.numel():
+                file.write(_bytes(tensor.to(layout[name][1]).contiguous()))
+        file.truncate(8 + len(text) + end)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor, as a buffer."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,490 @@
+"""The tokenizer of a model together with its template: what training, chat, evaluation and export all encode with.
+
+Text never yields control tokens; only a template's markup does. A directory written by `Tokenizer.save` gives the same ids again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cllm.data.encode import IGNORE_INDEX
+from cllm.data.schema import Conversation, Message
+from cllm.data.template import TEMPLATES, Segment, Template, render
+from cllm.messages import UserError
+from cllm.model import gguf
+from cllm.model.families import GGUF, family_of
+from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, from_directory, from_gguf
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPLATE_FILE = "template.json"
+FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja"),
+)
+_END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
+_MARK = re.compile("\ue000(\\d+)\ue001")  # stands for message number n while a chat_template is rendered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A vocabulary, a template, and the special tokens that both need."""
+
+    vocabulary: Vocabulary
+    template: Template
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    source: Path
+    """The directory or GGUF file that this was read from."""
+    config: Mapping[str, Any] = field(repr=False)
+    """tokenizer_config.json, or the same made from a GGUF file's metadata."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id; the model's embedding may have more rows."""
+        return self.vocabulary.size
+
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids at which generation stops: the template's end token and further stops, and any end of text."""
+        names = (self.template.end.strip(), *self.template.stop, *_END_OF_TEXT)
+        return frozenset({self.eos_id, *(self.vocabulary.control[name] for name in names if name in self.vocabulary.control)})
+
+    def encode(self, text: str, *, markup: bool = False) -> list[int]:
+        """The text's ids, without beginning or end. markup=True: names of control tokens in it become these tokens."""
+        return self.encode_segments([Segment(text, False, markup)])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` without control tokens."""
+        return self.vocabulary.decode(list(ids))
+
+    def piece(self, id: int) -> str:
+        """One token for people to look at: a control token's name, else its text (U+FFFD for a part of a character)."""
+        return self.vocabulary.name(id) if id in self.vocabulary.hidden else self.vocabulary.decode([id])
+
+    def stream(self, *, reply: bool = False) -> Stream:
+        """A decoder for ids that arrive one by one. reply=True: without the white space that opens an answer in ChatGLM's formats."""
+        return Stream(self, drop_blank=reply and bool(self.template.lead))
+
+    def segments(self, conversation: Conversation | Iterable[Message | Mapping[str, str]], *, open_turn: bool = False) -> list[Segment]:
+        """The conversation in this tokenizer's template (see `cllm.data.template.render`).
+
+        Raises UserError if the tokenizer's own chat_template is used and cannot be trained on.
+        """
+        if self.template.jinja:
+            return _render_native(conversation, self, open_turn=open_turn)
+        return render(conversation, self.template, open_turn=open_turn)
+
+    def encode_chat(self, messages: Conversation | Iterable[Message | Mapping[str, str]], open_turn: bool = True) -> list[int]:
+        """The ids of a chat prompt, ending with the opening of the assistant's turn."""
+        return self.encode_segments(self.segments(messages, open_turn=open_turn))[0]
+
+    def encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of one conversation's segments, labels unshifted, IGNORE_INDEX where not supervised.
+
+        Neighbouring texts are encoded as one string unless a control token, an empty segment or the edge of what is supervised
+        stands between them.
+        """
+        return self.encode_batch([segments])[0]
+
+    def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[tuple[list[int], list[int]]]:
+        """`encode_segments` of many conversations: each different string is encoded once, on all cores."""
+        plans = [self._plan(segments) for segments in batch]
+        texts = list(dict.fromkeys(part for plan in plans for part, _ in plan if isinstance(part, str)))
+        known = dict(zip(texts, self.vocabulary.encode(texts), strict=True))
+        examples = []
+        for plan in plans:
+            ids: list[int] = []
+            labels: list[int] = []
+            for part, label in plan:
+                new = known[part] if isinstance(part, str) else [part]
+                ids += new
+                labels += [IGNORE_INDEX] * len(new) if label is None else [label] if label >= 0 else new
+            examples.append((ids, labels))
+        return examples
+
+    def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int | None]]:
+        """Texts and control tokens, in order, with the label: None where not supervised, -1 for the ids themselves."""
+        plan: list[tuple[str | int, int | None]] = []
+        control = self.vocabulary.control
+        joins = False
+        for text, supervised, markup, target in segments:
+            label = -1 if supervised else None
+            joins = joins and bool(text) and plan[-1][1] == label
+            if plan and not joins and isinstance(plan[-1][0], str) and self._prefixed and not self.template.apart:
+                text = text.removeprefix(" ")  # the vocabulary puts one before every string
+            for part in self._split(text) if markup else (text,) if text else ():
+                if markup and part in control:
+                    plan.append((control[part], control[target] if supervised and target else label))
+                    joins = False
+                elif joins:
+                    plan[-1] = (f"{plan[-1][0]}{part}", label)
+                else:
+                    plan.append((part, label))
+                    joins = True
+        return plan
+
+    @functools.cached_property
+    def _prefixed(self) -> bool:
+        return self.vocabulary.name(self.vocabulary.encode(["x"])[0][0]).startswith("▁")
+
+    @functools.cached_property
+    def _split(self) -> Any:
+        """Markup -> its control tokens and the texts between them, remembered."""
+        names = sorted(self.vocabulary.control, key=len, reverse=True)
+        pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        return functools.lru_cache(maxsize=4096)(lambda text: tuple(part for part in pattern.split(text) if part))
+
+    def with_stop(self) -> Tokenizer:
+        """The same with the template's end token replaced by the tokenizer's own end of text.
+
+        For base models that never trained the end token (see `end_token_untrained`). Raises UserError if there is no other end
+        of text.
+        """
+        old = self.template.end.strip()
+        names = [self.vocabulary.name(self.eos_id), *_END_OF_TEXT]
+        new = next((name for name in names if name != old and name in self.vocabulary.control), None)
+        if new is None:
+            raise UserError("tokenizer.no_end", token=old, template=self.template.name)
+        return replace(self, template=replace(self.template, end=self.template.end.replace(old, new)))
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files and `template.json` into `directory`: `load_tokenizer` of it gives the same ids."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.source.is_dir():
+            for name in FILES:
+                if (self.source / name).is_file() and self.source.resolve() != directory.resolve():
+                    shutil.copyfile(self.source / name, directory / name)
+        else:
+            if isinstance(self.vocabulary, Bpe):
+                self.vocabulary.model.save(str(directory / "tokenizer.json"))
+            elif isinstance(self.vocabulary, SentencePiece):
+                (directory / "tokenizer.model").write_bytes(self.vocabulary.proto)
+            _write_json(directory / "tokenizer_config.json", dict(self.config))
+        ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        _write_json(directory / TEMPLATE_FILE, {**ids, "template": asdict(self.template)})
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("tokenizer.damaged", path=path, detail=error) from error
+    return value if isinstance(value, dict) else {}
+
+
+class Stream:
+    """Text from ids one at a time: no piece holds half a character, and joined they are `decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, *, drop_blank: bool = False) -> None:
+        self._decode = tokenizer.decode
+        self._hidden = tokenizer.vocabulary.hidden
+        self._blank = drop_blank  # still at the white space to be dropped
+        self._ids: list[int] = []
+        self._start = self._read = 0  # ids before `_read` are out; those from `_start` on give the next ones their context
+
+    def push(self, id: int) -> str:
+        """The text that `id` completes; "" while a character is still incomplete."""
+        if id in self._hidden:
+            return ""
+        self._ids.append(id)
+        text = self._decode(self._ids[self._start :])
+        if text.endswith("\ufffd"):
+            return ""
+        return self._emit(text)
+
+    def end(self) -> str:
+        """What was held back."""
+        return self._emit(self._decode(self._ids[self._start :]))
+
+    def _emit(self, text: str) -> str:
+        new = text[len(self._decode(self._ids[self._start : self._read])) :]
+        self._start, self._read = self._read, len(self._ids)
+        if self._blank:
+            new = new.lstrip()
+            self._blank = not new
+        return new
+
+
+# --- Loading
+def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["off", "keep"] = "off") -> Tokenizer:
+    """The tokenizer in a model directory, a GGUF file or a directory written by `Tokenizer.save`.
+
+    template: "auto" takes the saved template, else the family's, else the one of ours that renders like the tokenizer's
+    chat_template, else that chat_template itself, else ChatML or plain; "native" insists on the chat_template; else a name in
+    `TEMPLATES`. thinking: what formats with <think> blocks do with the reasoning (a saved template keeps its own setting).
+    Raises UserError for a missing or unknown vocabulary and for an unknown template.
+    """
+    path = Path(path)
+    saved: dict[str, Any] = {}
+    if path.is_dir():
+        config = _read_json(path / "special_tokens_map.json") | _read_json(path / "tokenizer_config.json")
+        if (jinja := path / "chat_template.jinja").is_file():
+            config["chat_template"] = jinja.read_text(encoding="utf-8")
+        try:
+            vocabulary: Vocabulary = from_directory(path, config)
+        except UserError:
+            raise
+        except Exception as error:  # both engines raise bare exceptions for damaged files
+            raise UserError("tokenizer.damaged", path=path, detail=error) from error
+        model, saved = _read_json(path / "config.json"), _read_json(path / TEMPLATE_FILE)
+        found = family_of(model)
+    elif path.is_file():
+        metadata = gguf.read_header(path).metadata
+        vocabulary, config, model = from_gguf(metadata), _gguf_config(metadata), {}
+        found = GGUF.get(metadata.get("general.architecture", "")) if "chat_template" not in config else None
+    else:
+        raise UserError("tokenizer.missing", path=path)
+    ids = {kind: saved.get(f"{kind}_id", _special(vocabulary, config, model, kind)) for kind in ("bos", "eos", "pad")}
+    ends = (vocabulary.control[name] for name in _END_OF_TEXT if name in vocabulary.control)
+    eos_id = next(ends, None) if ids["eos"] is None else ids["eos"]
+    if eos_id is None:
+        raise UserError("tokenizer.no_end", token="eos_token", template=template)
+    pad_id = eos_id if ids["pad"] is None else ids["pad"]
+    unset = Tokenizer(
+        vocabulary=vocabulary, template=TEMPLATES["plain"], bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config
+    )
+    if template == "auto" and saved:
+        return replace(unset, template=_stored(saved, path / TEMPLATE_FILE))
+    return replace(unset, template=_choose(unset, template, found.template if found else "auto", thinking))
+
+
+def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json's keys from GGUF metadata."""
+    own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    names = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+    config = {name: own["tokens"][own[key]] for name, key in names.items() if key in own}
+    config["add_bos_token"] = own.get("add_bos_token", own.get("model") == "llama")
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    return config
+
+
+def _special(vocabulary: Vocabulary, config: Mapping[str, Any], model: Mapping[str, Any], kind: str) -> int | None:
+    """The id of the bos, eos or pad token: by name in tokenizer_config.json, else by id in config.json."""
+    name = config.get(f"{kind}_token")
+    name = name.get("content") if isinstance(name, Mapping) else name
+    id = vocabulary.id(name) if isinstance(name, str) else model.get(f"{kind}_token_id")
+    id = id[0] if isinstance(id, list) and id else id
+    return id if isinstance(id, int) and 0 <= id < vocabulary.size else None
+
+
+# --- The template
+_OF_CLASS = {  # tokenizer_class or model_type
+    "ChatGLMTokenizer": "chatglm3",
+    "ChatGLM4Tokenizer": "glm4",
+    "BaichuanTokenizer": "baichuan2",
+    "QWenTokenizer": "qwen1",
+    "InternLMTokenizer": "internlm",
+    "InternLM2Tokenizer": "internlm2",
+    "glm": "glm4",
+    "glm4": "glm4",
+}
+_PROBES = (  # conversations on which one of our templates and a chat_template must agree to be the same
+    ([("user", "a"), ("assistant", "b"), ("user", "c")], True),
+    ([("system", "s"), ("user", " a\n"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], False),
+    ([("user", "a"), ("assistant", "b")], False),
+)
+
+
+def _stored(saved: Mapping[str, Any], path: Path) -> Template:
+    try:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["template"].items()}
+        return Template(**values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError("tokenizer.damaged", path=path, detail=error) from error
+
+
+def _choose(tokenizer: Tokenizer, name: str, family: str, thinking: str) -> Template:
+    """The template of this name, fitted to the vocabulary; "auto": see `load_tokenizer`."""
+    own = tokenizer.config.get("chat_template")
+    if isinstance(own, list):  # several named ones
+        own = next((entry["template"] for entry in own if entry.get("name") == "default"), None)
+    if name == "auto":
+        name = _of_directory(tokenizer, family) or (own and (_same(tokenizer, own) or "native")) or ""
+        name = name or ("chatml" if {"<|im_start|>", "<|im_end|>"} <= tokenizer.vocabulary.control.keys() else "plain")
+    if name == "native" and own:
+        return _native(tokenizer, own, thinking)
+    if name not in TEMPLATES:
+        raise UserError("tokenizer.template", name=name, known=", ".join([*TEMPLATES, "native"]))
+    return _fitted(tokenizer, TEMPLATES[name], thinking)
+
+
+def _of_directory(tokenizer: Tokenizer, family: str) -> str:
+    """The template that the original tokenizer class or the family names; "" if that says nothing."""
+    configs = [tokenizer.config, _read_json(tokenizer.source / "config.json") if tokenizer.source.is_dir() else {}]
+    kinds = [configs[0].get("tokenizer_class"), configs[1].get("model_type")]
+    name = next((_OF_CLASS[kind] for kind in kinds if kind in _OF_CLASS), family)
+    if name == "chatglm3":  # ChatGLM2, ChatGLM3 and GLM-4 share their class names
+        names = " ".join(str(config.get(key, "")) for config in configs for key in ("name_or_path", "_name_or_path"))
+        return "glm4" if isinstance(tokenizer.vocabulary, Bpe) else "chatglm2" if "chatglm2" in names.lower() else "chatglm3"
+    if name == "baichuan2" and tokenizer.vocab_size == 64000:
+        return "baichuan"
+    return name if name in TEMPLATES else ""
+
+
+def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template:
+    """The template with this tokenizer's own end of text where it lacks the template's, and its bos if it always has one."""
+    vocabulary = tokenizer.vocabulary
+    if template.thinking:
+        template = replace(template, thinking=thinking)
+    end = template.end.strip()
+    if end not in vocabulary.control:
+        template = _replaced(template, end, vocabulary.name(tokenizer.eos_id))
+    if tokenizer.bos_id is not None:
+        bos = vocabulary.name(tokenizer.bos_id)
+        own = vocabulary.begins_with(tokenizer.bos_id) if isinstance(vocabulary, Bpe) else True
+        if bos not in template.prefix + template.user[0] and tokenizer.config.get("add_bos_token", own):
+            template = replace(template, prefix=bos + template.prefix)
+    return template
+
+
+def _replaced(template: Template, old: str, new: str) -> Template:
+    """The template with one token name for another in all of its markup."""
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(swap(part) for part in value)
+        return value.replace(old, new) if isinstance(value, str) else value
+
+    kept = ("name", "default_system", "tools", "thinking")
+    return replace(template, **{f.name: swap(getattr(template, f.name)) for f in fields(template) if f.name not in kept})
+
+
+# --- A tokenizer's own chat_template
+def _rendered(tokenizer: Tokenizer, jinja: str, messages: Sequence[tuple[str, str]], tools: str, thinking: str, *, open_turn: bool) -> str:
+    """The text that Transformers' chat templates give. Raises UserError with the template's own complaint."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    names = {key: "" if id is None else tokenizer.vocabulary.name(id) for key, id in ids.items()}
+    try:
+        texts = render_jinja_template(
+            conversations=[[{"role": role, "content": content} for role, content in messages]],
+            tools=json.loads(tools) if tools else None,
+            chat_template=jinja,
+            add_generation_prompt=open_turn,
+            enable_thinking=thinking == "keep",
+            **names,
+        )[0]
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise UserError("tokenizer.native", detail=error) from error
+    return str(texts[0])
+
+
+def _same(tokenizer: Tokenizer, jinja: str) -> str:
+    """The name of our template that renders exactly like the chat_template, thinking or not, or ""."""
+    modes = ("off", "keep")
+    try:
+        texts = [[_rendered(tokenizer, jinja, turns, "", mode, open_turn=opened) for turns, opened in _PROBES] for mode in modes]
+    except UserError:
+        return ""
+    for name, template in TEMPLATES.items():
+        variants = [replace(template, thinking=mode if template.thinking else "") for mode in modes]
+        ours = [[render([Message(*m) for m in turns], v, open_turn=opened) for turns, opened in _PROBES] for v in variants]
+        if [["".join(s.text for s in segments) for segments in probes] for probes in ours] == texts:
+            return name
+    return ""
+
+
+def _native(tokenizer: Tokenizer, jinja: str, thinking: str) -> Template:
+    """The chat_template as a Template; its end token is the first control token behind an answer."""
+    probe = [("user", "\ue0000\ue001"), ("assistant", "\ue0001\ue001")]
+    tail = _rendered(tokenizer, jinja, probe, "", thinking, open_turn=False).rpartition("\ue001")[2]
+    end = next((part for part in tokenizer._split(tail) if part in tokenizer.vocabulary.control), None)
+    end = end or tokenizer.vocabulary.name(tokenizer.eos_id)
+    return Template(name="native", user=("", ""), assistant="", end=end, jinja=jinja, thinking=thinking)
+
+
+def _render_native(
+    conversation: Conversation | Iterable[Message | Mapping[str, str]], tokenizer: Tokenizer, *, open_turn: bool
+) -> list[Segment]:
+    """Segments from the chat_template: it is rendered with a mark in place of each message, so that only its own text is markup.
+
+    An answer is what the rendering up to and with it has beyond the rendering that opens it; both must begin the whole text.
+    """
+    template = tokenizer.template
+    messages = [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in conversation]
+    marked = [(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)]
+
+    def text(turns: Sequence[tuple[str, str]], opened: bool) -> str:
+        tools = getattr(conversation, "tools", "")
+        return _rendered(tokenizer, template.jinja, turns, tools, template.thinking, open_turn=opened)
+
+    whole = text(marked, open_turn)
+    actual = text(messages, open_turn)
+    words = [m.content for m in messages]
+    if _filled(whole, words) != actual:  # most often because the template strips the words
+        words = [content.strip() for content in words]
+    if _filled(whole, words) != actual:
+        raise UserError("tokenizer.prefix")
+    segments: list[Segment] = []
+
+    def put(chunk: str, supervised: bool) -> None:
+        for at, part in enumerate(_MARK.split(chunk)):
+            if part:
+                segments.append(Segment(words[int(part)] if at % 2 else part, supervised, at % 2 == 0))
+
+    done = 0
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        start, end = text(marked[:i], True), text(marked[: i + 1], False)
+        if not (whole.startswith(end) and end.startswith(start)):
+            raise UserError("tokenizer.prefix")
+        tail = tokenizer._split(end.rpartition("\ue001")[2])
+        closing = next((k for k, part in enumerate(tail) if part in tokenizer.vocabulary.control), None)
+        if closing is None:
+            raise UserError("tokenizer.no_end", token="end of turn", template="chat_template")
+        stop = len(end) - len("".join(tail[closing:]))
+        put(whole[done : len(start)], False)
+        segments.append(Segment("", not open_turn, True))
+        put(whole[len(start) : stop], not open_turn)
+        segments.append(Segment(template.end, not open_turn, True))
+        done = stop + len(tail[closing])
+    put(whole[done:], False)
+    return segments
+
+
+def _filled(text: str, words: Sequence[str]) -> str:
+    return _MARK.sub(lambda match: words[int(match.group(1))], text)
+
+
+# --- Preflight
+def end_token_untrained(tokenizer: Tokenizer, *rows: Tensor) -> bool:
+    """Whether the template's end token was never trained, by its rows in `rows`: the embedding (V, D) and, if untied, the head.
+
+    Rows that nothing was ever trained on (beyond the vocabulary, or named unused or reserved) stay close together. The token is
+    untrained if in any of the matrices its row is as close to their mean as they are (1.5 times their median distance), and they
+    lie closer to it (half the median distance) than tokens in general. False where there are fewer than 4 such rows.
+    """
+    end = tokenizer.vocabulary.control.get(tokenizer.template.end.strip(), tokenizer.eos_id)
+    unused = re.compile(r"unused|reserved|extra_\d", re.IGNORECASE)
+    named = {id for name, id in tokenizer.vocabulary.control.items() if unused.search(name)} - {end}
+    for matrix in rows:
+        never = sorted({*(id for id in named if id < len(matrix)), *range(tokenizer.vocab_size, len(matrix))})
+        if len(never) < 4:
+            continue
+        mean = matrix[never].float().mean(0)
+        usual = float((matrix[: tokenizer.vocab_size : 97].float() - mean).norm(dim=1).median())
+        near = float((matrix[never].float() - mean).norm(dim=1).median())
+        distance = float((matrix[end].float() - mean).norm())
+        if near < 0.5 * usual and distance <= max(1.5 * near, 1e-3 * usual):
+            return True
+    return False

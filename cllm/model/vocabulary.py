@@ -1,0 +1,270 @@
+"""Vocabularies: text <-> ids, from every file format the families publish. It knows nothing of templates or conversations.
+
+Two engines: SentencePiece for `tokenizer.model` (and GGUF's "llama" vocabularies), Hugging Face `tokenizers` for `tokenizer.json`,
+vocab.json + merges.txt, tiktoken rank files and GGUF's "gpt2" vocabularies. `encode` never yields a control token.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping, Set
+from pathlib import Path
+from typing import Any, Protocol
+
+from cllm.messages import UserError
+
+CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+_CONTROL_LIKE = re.compile(r"<[^<>\s]+>|\[\w+\]")
+_HTML = re.compile(  # user-defined pieces of Baichuan2, Yi and Gemma that are text all the same
+    r"</?(?:h\d|t(?:able|body|head|foot|[dhr])|caption|blockquote|strong|em|[abipsu]|su[bp]|code|html|body|img|span|bbox|[ou]l|li|div|"
+    r"iframe|footer|br)/?>|<!DOCTYPE>"
+)
+# Not "special" in the files, yet written by templates only.
+_MARKUP_TOKEN = re.compile(r"<[|｜][^|｜]*[|｜]>|</?(?:think|tool_call|tool_response)>")
+
+# What is split before the merges, by llama.cpp's names (tokenizer.ggml.pre).
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_QWEN = _CONTRACTIONS + _WORDS % ""
+_CL100K = _CONTRACTIONS + _WORDS % "{1,3}"
+_WHOLE = ("llama-bpe", "llama3", "llama-v3", "glm4", "chatglm-bpe")  # as tiktoken: a word that is a token is not merged from parts
+PATTERNS = {
+    **dict.fromkeys(("gpt-2", "gpt2", "default"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "codeshell"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN,)),
+    **dict.fromkeys(_WHOLE, (_CL100K,)),
+}
+
+
+class Vocabulary(Protocol):
+    """Texts <-> ids. `control`: the tokens that only markup may become; `hidden`: those of them that `decode` leaves out; `size`:
+    one more than the highest id. `id` and `name` look a single token up: None, "" where there is none."""
+
+    control: dict[str, int]
+    hidden: frozenset[int]
+    size: int
+
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def id(self, name: str) -> int | None: ...
+
+    def name(self, id: int) -> str: ...
+
+
+def _encode_cut(texts: list[str], names: Set[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+    """`encode` of each text, after cutting any of `names` in it behind the first letter, so that it is not taken for the token."""
+    parts: list[str] = []
+    counts = []
+    for text in texts:
+        cuts = [m.start() + 1 for m in _CONTROL_LIKE.finditer(text) if m.group() in names] if names and ("<" in text or "[" in text) else []
+        parts += [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        counts.append(len(cuts) + 1)
+    encoded = iter(encode(parts))
+    return [next(encoded) if n == 1 else [id for ids in itertools.islice(encoded, n) for id in ids] for n in counts]
+
+
+class SentencePiece:
+    """A SentencePiece model; `added` names tokens beyond or instead of its pieces; `strip`: decoding drops a first space, as Llama's."""
+
+    def __init__(self, model: bytes, added: Mapping[str, int], *, strip: bool = False) -> None:
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.proto = model
+        self._strip = strip
+        pieces: int = self._model.get_piece_size()
+        self._names = [self._model.id_to_piece(i) for i in range(pieces)]
+        # User-defined pieces (score 0) are matched in any text, so those that look like control tokens have to be kept apart.
+        self._defined = {
+            name
+            for i, name in enumerate(self._names)
+            if self._model.get_score(i) == 0
+            and _CONTROL_LIKE.fullmatch(name)
+            and not (_HTML.fullmatch(name) or self._model.is_control(i) or self._model.is_unknown(i) or self._model.is_byte(i))
+        }
+        own = {name: i for i, name in enumerate(self._names) if self._model.is_control(i) or name in self._defined}
+        self._added = {i: name for name, i in added.items()}
+        self.control = {name: i for name, i in own.items() if i not in self._added} | dict(added)
+        self.hidden = frozenset(self.control.values()) | frozenset(own.values())
+        self.size = max([pieces, *(i + 1 for i in self._added)])
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return _encode_cut(texts, self._defined, self._model.encode)
+
+    def decode(self, ids: list[int]) -> str:
+        text = str(self._model.decode([i for i in ids if i not in self.hidden and i < len(self._names)]))
+        return text.removeprefix(" ") if self._strip else text
+
+    def id(self, name: str) -> int | None:
+        if name in self.control:
+            return self.control[name]
+        id = self._model.piece_to_id(name)
+        return None if self._model.is_unknown(id) and name != self._names[id] else int(id)
+
+    def name(self, id: int) -> str:
+        return self._added.get(id) or (self._names[id] if id < len(self._names) else "")
+
+
+class Bpe:
+    """A `tokenizers.Tokenizer`: byte-level BPE, or whatever a tokenizer.json holds."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        model.encode_special_tokens = True  # special names in text stay text
+        model.no_padding()
+        model.no_truncation()
+        added = model.get_added_tokens_decoder()
+        self._guarded = {t.content for t in added.values() if not t.special and _MARKUP_TOKEN.fullmatch(t.content)}
+        self.control = {t.content: id for id, t in added.items() if t.special or t.content in self._guarded}
+        self.hidden = frozenset(id for id, token in added.items() if token.special)
+        self.size = max([model.get_vocab_size(), *(id + 1 for id in added)])
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        def batch(parts: list[str]) -> list[list[int]]:
+            return [encoding.ids for encoding in self.model.encode_batch_fast(parts, add_special_tokens=False)]
+
+        return _encode_cut(texts, self._guarded, batch)
+
+    def begins_with(self, id: int) -> bool:
+        """Whether the file's own post-processor puts this token (bos) before a text."""
+        return bool(self.model.encode("x").ids[:1] == [id])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.model.decode(ids, skip_special_tokens=True))
+
+    def id(self, name: str) -> int | None:
+        id = self.model.token_to_id(name)
+        return None if id is None else int(id)
+
+    def name(self, id: int) -> str:
+        return self.model.id_to_token(id) or ""
+
+
+def byte_level(
+    vocabulary: Mapping[str, int],
+    merges: Iterable[tuple[str, str]],
+    patterns: Iterable[str],
+    added: Mapping[str, tuple[int, bool]],
+    *,
+    nfc: bool,
+    whole: bool = False,
+) -> Bpe:
+    """Byte-level BPE from its parts; `added`: name -> (id, special); `whole`: a word that is a token is taken without merging."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokens = dict(vocabulary) | {name: id for name, (id, _) in added.items()}
+    model = Tokenizer(models.BPE(tokens, list(merges), ignore_merges=whole))
+    if nfc:
+        model.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    model.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.decoder = decoders.ByteLevel()
+    ordered = sorted(added.items(), key=lambda item: item[1][0])
+    model.add_tokens([AddedToken(name, special=special, normalized=False) for name, (_, special) in ordered])
+    return Bpe(model)
+
+
+def from_ranks(text: bytes, pattern: str, added: Mapping[str, tuple[int, bool]], *, nfc: bool) -> Bpe:
+    """A tiktoken file (lines of base64 token and rank). Tiktoken takes a word that is a token whole; else it merges any neighbours
+    whose union is a token, lowest rank first: every split of a token into two tokens is a merge."""
+    # GPT-2's printable stand-in for each byte: itself where printable, else the next letter from U+0100.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    letters = {byte: byte if byte in printable else next(others) for byte in range(0x100)}
+    pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in (line.split() for line in text.splitlines() if line))
+    vocabulary = {token.decode("latin-1").translate(letters): rank for rank, token in pairs}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in vocabulary
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    return byte_level(vocabulary, merges, (pattern,), added, nfc=nfc, whole=True)
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> Bpe | SentencePiece:
+    """The vocabulary inside a GGUF file. Raises UserError for a model or pre-tokenizer other than those known here."""
+    own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
+    tokens, kinds = own.get("tokens", []), own.get("token_type", [])
+    if own.get("model") == "gpt2" and (pre := own.get("pre", "default")) in PATTERNS:
+        added = {token: (i, kind == 3) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (3, 4)}
+        plain = {token: i for i, token in enumerate(tokens) if token not in added}
+        merges = [(a, b) for a, b in (merge.split(" ") for merge in own["merges"])]
+        return byte_level(plain, merges, PATTERNS[pre], added, nfc="qwen" in pre, whole=pre in _WHOLE)
+    if own.get("model") == "llama":
+        unknown = own.get("unknown_token_id", 0)
+        kinds = [2 if i == unknown else 3 if kind == 2 else kind for i, kind in enumerate(kinds)]
+        scores = [0.0 if kind == 4 else score for score, kind in zip(own["scores"], kinds, strict=True)]  # as SentencePiece writes them
+        return SentencePiece(_proto(tokens, scores, kinds, own.get("add_space_prefix", True)), {})
+    raise UserError("tokenizer.gguf", model=own.get("model"), pre=own.get("pre"), known=", ".join(["llama", *PATTERNS]))
+
+
+def _proto(tokens: Iterable[str], scores: Iterable[float], kinds: Iterable[int], prefix: bool) -> bytes:
+    """A SentencePiece ModelProto (BPE, byte fallback, no normalization) in protobuf's wire format; GGUF uses its type numbers."""
+
+    def varint(value: int) -> bytes:
+        return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + varint(value >> 7)
+
+    def field(number: int, value: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(value)) + value
+
+    def flag(number: int, value: int) -> bytes:
+        return varint(number << 3) + varint(value)
+
+    def piece(token: str, score: float, kind: int) -> bytes:
+        name = token.replace(" ", "▁") if kind == 4 else token  # GGUF writes user-defined ones as they read
+        return field(1, name.encode("utf-8")) + varint(2 << 3 | 5) + struct.pack("<f", score) + flag(3, kind)
+
+    pieces = b"".join(field(1, piece(*values)) for values in zip(tokens, scores, kinds, strict=True))
+    trainer = flag(3, 2) + flag(35, 1)  # model_type = BPE, byte_fallback
+    normalizer = field(1, b"identity") + flag(3, prefix) + flag(4, 0) + flag(5, 1)  # add_dummy_prefix, keep white space, escape it
+    return pieces + field(2, trainer) + field(3, normalizer)
+
+
+def from_directory(path: Path, config: Mapping[str, Any]) -> Bpe | SentencePiece:
+    """The vocabulary in a model directory; `config` is its tokenizer_config.json. Raises UserError if there is none."""
+    added = {token["content"]: (int(id), bool(token.get("special"))) for id, token in config.get("added_tokens_decoder", {}).items()}
+    if (extra := path / "added_tokens.json").is_file():  # older than added_tokens_decoder
+        listed = json.loads(extra.read_text(encoding="utf-8"))
+        added |= {name: (id, bool(_MARKUP_TOKEN.fullmatch(name))) for name, id in listed.items() if name not in added}
+    if (ranks := path / "qwen.tiktoken").is_file():
+        text = ranks.read_bytes()
+        first = len(text.split()) // 2
+        added = {name: (first + i, True) for i, name in enumerate(QWEN_TOKENS)}
+        return from_ranks(text, _QWEN, added, nfc=True)
+    model = path / "tokenizer.model"
+    original = bool(config.get("auto_map")) or config.get("tokenizer_class") == "LlamaTokenizer"
+    if model.is_file() and (original or not (path / "tokenizer.json").is_file()):
+        content = model.read_bytes()
+        if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", content.split(b"\n", 1)[0]):
+            return from_ranks(content, _CL100K, added, nfc=False)
+        special = {name: id for name, (id, _) in added.items()}
+        if config.get("tokenizer_class") == "ChatGLMTokenizer":
+            pieces = SentencePiece(content, {}).size
+            special = {name: pieces + i for i, name in enumerate(CHATGLM_TOKENS)}
+        return SentencePiece(content, special, strip=config.get("tokenizer_class") == "LlamaTokenizer")
+    return _hugging_face(path, config, added)
+
+
+def _hugging_face(path: Path, config: Mapping[str, Any], added: Mapping[str, tuple[int, bool]]) -> Bpe:
+    if (file := path / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        return Bpe(Tokenizer.from_file(str(file)))
+    kind = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file() and kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+        lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [(a, b) for a, b in (line.split(" ") for line in lines if line and not line.startswith("#version"))]
+        own = {"<|endoftext|>": (vocabulary["<|endoftext|>"], True)} if "<|endoftext|>" in vocabulary else {}
+        qwen = kind == "Qwen2Tokenizer"
+        return byte_level(vocabulary, merges, PATTERNS["qwen2" if qwen else "gpt2"], {**own, **added}, nfc=qwen)
+    raise UserError("tokenizer.missing", path=path)
