@@ -1,0 +1,148 @@
+"""`python -m cllm.chat [RUN|MODEL]`: talk to a run or a bare model, on a web page with an OpenAI-compatible API, or in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cllm.data.schema import Message
+from cllm.messages import UserError, note, say
+
+if TYPE_CHECKING:
+    from cllm.serve import Loaded
+    from cllm.serve.engine import Engine
+
+
+class Terminal:
+    """A conversation in the shell: words go to the model, `/system /base /adapter /reset /save /quit` to this class."""
+
+    def __init__(self, loaded: Loaded, engine: Engine, write: Callable[[str], object] = sys.stdout.write) -> None:
+        self.loaded, self.engine, self.write = loaded, engine, write
+        self.adapter = loaded.adapter_name is not None
+        self.system = ""
+        self.messages: list[Message] = []
+        self.turns = self.tokens = 0
+
+    def run(self, read: Callable[[str], str] = input) -> None:
+        """Until /quit or the end of input. Ctrl-C ends an answer, and at the prompt the program."""
+        self.write(say("chat.hello", model=self.name) + "\n")
+        while True:
+            try:
+                line = read("\n> ").strip()
+                if line == "/quit":
+                    return
+                if line.startswith("/"):
+                    self.write(self.command(*line[1:].partition(" ")[::2]) + "\n")
+                elif line:
+                    self.say(line)
+            except UserError as error:
+                self.write(f"{error}\n")
+            except (EOFError, KeyboardInterrupt):
+                return
+
+    @property
+    def name(self) -> str:
+        return self.loaded.adapter_name or "" if self.adapter else self.loaded.base_name
+
+    def command(self, word: str, rest: str) -> str:
+        """Obey `/word rest`; returns what to tell the user."""
+        if word == "system":
+            self.system, self.messages = rest.strip(), []
+        elif word == "reset":
+            self.messages = []
+        elif word in ("base", "adapter"):
+            if word == "adapter" and self.loaded.adapter_name is None:
+                raise UserError("chat.no_adapter", model=self.loaded.base_name)
+            self.adapter = word == "adapter"
+            return say("chat.now", model=self.name)
+        elif word == "save":
+            path = Path(rest.strip() or "conversation.jsonl")
+            with path.open("a", encoding="utf-8") as file:
+                row = {"messages": [message._asdict() for message in self.context()]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            return say("chat.saved", path=path)
+        else:
+            return say("chat.commands")
+        return say("chat.fresh", system=self.system or "-")
+
+    def context(self) -> list[Message]:
+        return ([Message("system", self.system)] if self.system else []) + self.messages
+
+    def say(self, words: str) -> None:
+        """One turn, streamed; an interrupted answer stays as far as it came."""
+        from cllm.serve.answer import Answer, ModelError, chat_sampling
+
+        asked = Message("user", words)
+        answer = Answer(self.engine, self.loaded.tokenizer, [*self.context(), asked], chat_sampling(), self.adapter)
+        try:
+            for piece in answer:
+                self.write(piece)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            answer.cancel()
+        except ModelError as error:
+            self.write(f"{error}\n")
+            return
+        self.messages += [asked, Message("assistant", answer.text)]
+        self.turns, self.tokens = self.turns + 1, self.tokens + answer.tokens
+        speed = answer.tokens / max(answer.seconds, 1e-9)
+        cost = say("chat.cost", tokens=answer.tokens, first=f"{answer.first_seconds:.2f}", speed=f"{speed:.0f}")
+        self.write(f"\n{cost}\n")
+
+
+def serve(loaded: Loaded, engine: Engine, host: str, port: int) -> None:
+    """The page and the API on one port until Ctrl-C. On a host that others reach, a key guards all but /health."""
+    import uvicorn
+
+    from cllm.serve.api import LOOPBACK, Guard, build_app
+    from cllm.serve.ui import mount_page
+
+    key = os.environ.get("CLLM_KEY", "") or ("" if host in LOOPBACK else secrets.token_urlsafe(24))
+    app = Guard(mount_page(build_app(loaded, engine), loaded, engine), key)
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::", *LOOPBACK) else host
+    url = f"http://{shown}:{port}/" + (f"?key={key}" if key else "")
+    note("chat.serving", url=url, api=f"http://{shown}:{port}/v1")
+    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="cllm.chat", description=say("chat.help"))
+    parser.add_argument("model", nargs="?", metavar="RUN|MODEL", help=say("chat.help.model"))
+    parser.add_argument("--terminal", action="store_true", help=say("chat.help.terminal"))
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help=say("chat.help.host"))
+    parser.add_argument("--port", type=int, default=7860, metavar="P", help=say("chat.help.port"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Open the model, then serve it or talk in the terminal; the latter ends with one JSON line."""
+    arguments = _arguments(argv)
+    from cllm.learn.snapshot import newest_run
+    from cllm.serve import open_model
+
+    name = arguments.model or newest_run()
+    note("chat.loading", model=name)
+    loaded = open_model(name)
+    engine = loaded.engine()
+    try:
+        if not arguments.terminal:
+            serve(loaded, engine, arguments.host, arguments.port)
+            return 0
+        terminal = Terminal(loaded, engine)
+        terminal.run()
+        print("\n" + json.dumps({"model": str(name), "turns": terminal.turns, "tokens": terminal.tokens}))
+    finally:
+        engine.close()
+    return 0
+
+
+if __name__ == "__main__":
+    from cllm.__main__ import run
+
+    raise SystemExit(run("chat"))

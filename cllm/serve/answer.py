@@ -1,0 +1,127 @@
+"""From messages to the text of an answer, piece by piece: what the terminal, the page and the API all read from.
+
+Incomplete UTF-8 and what may become a stop string are held back; user text never becomes special tokens (the tokenizer's rule).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cllm.data.schema import Message
+from cllm.messages import UserError
+from cllm.model.tokenizer import Tokenizer
+from cllm.serve.engine import Engine, Listener, Sampling, Stream
+
+
+class ModelError(Exception):
+    """The engine failed on this request; the text says why."""
+
+
+class Answer:
+    """One request, submitted when iterated: `for piece in answer` in a thread, `async for piece in answer` in an event loop.
+
+    Afterwards `finish_reason` is "stop", "length" or "cancelled"; raises ModelError if the engine failed. `prompt_tokens`,
+    `tokens`, `first_seconds` (until the first token) and `seconds` tell its cost. Closing the iterator early frees the row.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, messages: Sequence[Message], sampling: Sampling,
+        adapter: bool = True, stop: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self._engine, self._sampling, self._adapter, self._stop = engine, sampling, adapter, tuple(stop)
+        # Half a surrogate pair, from JSON or a terminal, is no text that a tokenizer could read.
+        clean = [Message(role, content.encode("utf-8", "replace").decode()) for role, content in messages]
+        self.prompt = tokenizer.encode_chat(clean)
+        if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
+            raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
+        self._decoder = tokenizer.stream()
+        self._held, self._stream, self._cancelled = "", Stream(), False
+        self.text, self.finish_reason = "", ""
+        self.prompt_tokens, self.tokens = len(self.prompt), 0
+        self.first_seconds = self.seconds = 0.0
+        self.started = time.perf_counter()
+
+    def cancel(self) -> None:
+        """Stop decoding and free the row, from any thread; what was decoded so far stays in `text`."""
+        self._cancelled = True
+        self._stream.cancel()
+
+    def _submit(self, listener: Listener | None = None) -> Stream:
+        self._stream = self._engine.submit(self.prompt, self._sampling, self._adapter, listener)
+        if self._cancelled:
+            self._stream.cancel()
+        return self._stream
+
+    def __iter__(self) -> Iterator[str]:
+        stream = self._submit()
+        try:
+            for token in stream:
+                if piece := self._push(token):
+                    yield piece
+            if piece := self._end(stream.finish_reason, stream.error):
+                yield piece
+        finally:
+            stream.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        loop, tokens = asyncio.get_running_loop(), asyncio.Queue[int | None]()
+
+        def listener(token: int | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(tokens.put_nowait, token)
+
+        stream = self._submit(listener)
+        try:
+            while (token := await tokens.get()) is not None:
+                if piece := self._push(token):
+                    yield piece
+            if piece := self._end(stream.finish_reason, stream.error):
+                yield piece
+        finally:
+            stream.cancel()
+
+    def _push(self, token: int) -> str:
+        """Text that is certain to belong to the answer now."""
+        if self.finish_reason:
+            return ""
+        self.tokens += 1
+        self.first_seconds = self.first_seconds or time.perf_counter() - self.started
+        return self._release(self._decoder.push(token))
+
+    def _end(self, reason: str, error: str) -> str:
+        self.seconds = time.perf_counter() - self.started
+        if reason == "error":
+            raise ModelError(error)
+        piece = "" if self.finish_reason else self._release(self._decoder.end(), last=True)
+        self.finish_reason = self.finish_reason or reason
+        return piece
+
+    def _release(self, text: str, last: bool = False) -> str:
+        """What of held and new text cannot be part of a stop string; a whole one ends the answer before it."""
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.finish_reason = "stop"
+            self._stream.cancel()
+            keep = min(found)
+        else:
+            keep = len(self._held) - (0 if last else _overlap(self._held, self._stop))
+        piece, self._held = self._held[:keep], self._held[keep:]
+        self.text += piece
+        return piece
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
+
+
+def chat_sampling(**values: Any) -> Sampling:
+    """The terminal's, the page's and the API's defaults; values that are None stay at them."""
+    defaults = Sampling(max_new_tokens=512, temperature=0.6, top_p=0.9, top_k=50)
+    return replace(defaults, **{key: value for key, value in values.items() if value is not None})

@@ -1,0 +1,323 @@
+"""The web page, in Gradio 6: chat, compare two answers blind, watch a training run, watch the machine. Chinese or English by the browser.
+
+Loads nothing from other hosts. Model text is sanitised Markdown under the guard's Content-Security-Policy: no script of it runs.
+"""
+
+# No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event handlers.
+import asyncio
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from cllm.data.schema import Message
+from cllm.eval import COLUMNS
+from cllm.learn.log import peak_memory_bytes, read_metrics
+from cllm.messages import MESSAGES, UserError
+from cllm.model.lora import WEIGHTS_FILE
+from cllm.serve.answer import Answer, ModelError, chat_sampling
+from cllm.serve.engine import Engine
+from cllm.serve.load import Loaded
+
+REFRESH_SECONDS = 0.06  # of a streamed answer: smooth to the eye, and 16 readers do not slow the engine down
+CSS = """
+.gradio-container { max-width: 64rem !important; width: 100% !important; margin: auto !important; }
+.cost p { color: var(--body-text-color-subdued); font-size: .8rem; text-align: right; min-height: 1.2rem; }
+"""
+FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+VOTES = ("a", "b", "tie", "bad")
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+Turns = list[dict[str, Any]]
+
+
+def mount_page(app: Any, loaded: Loaded, engine: Engine) -> Any:
+    """Put the page at `/` of the FastAPI application."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
+    texts = {code.removeprefix("ui."): text for code, text in MESSAGES.items() if code.startswith("ui.")}
+    t = gr.I18n(en={key: text[0] for key, text in texts.items()}, zh={key: text[1] for key, text in texts.items()})
+    with gr.Blocks(title="cllm", fill_height=True, analytics_enabled=False) as page, gr.Tabs():
+        with gr.Tab(t("chat")) as chat:
+            knobs = _chat_tab(t, loaded, engine)
+        tabs = [chat]
+        if loaded.home is not None:
+            with gr.Tab(t("compare")) as compare:
+                _compare_tab(t, loaded, engine, knobs[2:])
+            tabs.append(compare)
+        with gr.Tab(t("training")) as training:
+            watch_run = _training_tab(t, (loaded.home or Path("runs/-")).parent)
+        with gr.Tab(t("monitor")) as monitor:
+            watch_machine = _monitor_tab(t, engine)
+        for tab, (refresh, inputs, outputs) in ((training, watch_run), (monitor, watch_machine)):
+            timer = gr.Timer(2, active=False)  # costs nothing until its tab is opened
+            timer.tick(refresh, inputs, outputs, **QUIET)
+            tab.select(refresh, inputs, outputs, **QUIET).then(lambda: gr.Timer(active=True), None, timer, **QUIET)
+            for other in {*tabs, training, monitor} - {tab}:
+                other.select(lambda: gr.Timer(active=False), None, timer, **QUIET)
+    page.queue(default_concurrency_limit=None, max_size=256)
+    theme = gr.themes.Soft(font=list(FONTS), font_mono=["ui-monospace", "Consolas", "monospace"])
+    return gr.mount_gradio_app(
+        app, page, path="/", theme=theme, css=CSS, i18n=t, footer_links=[], run_history=False, ssr_mode=False,
+        enable_monitoring=False, max_file_size="1kb",
+    )  # fmt: skip
+
+
+def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
+    """Streaming, stop, regenerate, edit, undo; returns the settings, which Compare shares."""
+    import gradio as gr
+
+    chatbot = gr.Chatbot(height="62vh", show_label=False, editable="user", buttons=["copy"], feedback_options=None, placeholder=t("hello"))
+    cost = gr.Markdown(" ", elem_classes="cost")
+    box = gr.Textbox(show_label=False, placeholder=t("ask"), max_lines=8, autofocus=True, submit_btn=True, container=False)
+    knobs = _knobs(t, loaded)
+
+    async def respond(history: Turns, name: str, system: str | None, *values: Any) -> AsyncIterator[tuple[Turns, str]]:
+        messages = [Message(turn["role"], _text(turn["content"])) for turn in history]
+        history.append({"role": "assistant", "content": ""})
+        with _shown_errors():
+            answer = Answer(engine, loaded.tokenizer, _with_system(system, messages), _sampling(values), name == loaded.adapter_name)
+            async for _ in _watched([answer]):
+                history[-1]["content"] = answer.text
+                yield history, _cost(answer)
+
+    def ask(words: str, history: Turns) -> tuple[Any, Turns]:
+        return gr.Textbox("", submit_btn=False, stop_btn=True), [*history, {"role": "user", "content": words}]
+
+    def again(history: Turns, data: gr.RetryData) -> tuple[Any, Turns]:
+        return gr.Textbox(submit_btn=False, stop_btn=True), history[: _index(data) + 1]
+
+    def edited(history: Turns, data: gr.EditData) -> tuple[Any, Turns]:
+        turns = [*history[: _index(data)], {"role": "user", "content": data.value}]
+        return gr.Textbox(submit_btn=False, stop_btn=True), turns
+
+    def undo(history: Turns, data: gr.UndoData) -> tuple[str, Turns]:
+        return _text(history[_index(data)]["content"]), history[: _index(data)]
+
+    starts = [
+        box.submit(ask, [box, chatbot], [box, chatbot], **QUIET),
+        chatbot.retry(again, chatbot, [box, chatbot], **QUIET),
+        chatbot.edit(edited, chatbot, [box, chatbot], **QUIET),
+    ]
+    answers = [start.success(respond, [chatbot, *knobs], [chatbot, cost], **QUIET) for start in starts]
+    for event in answers:
+        event.then(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, **QUIET)
+    box.stop(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, cancels=answers, **QUIET)
+    chatbot.undo(undo, chatbot, [box, chatbot], **QUIET)
+    return knobs
+
+
+def _knobs(t: Any, loaded: Loaded) -> list[Any]:
+    """Which model, the system prompt and the sampling parameters, in the order that `_sampling` takes them."""
+    import gradio as gr
+
+    names = [name for name in (loaded.adapter_name, "base") if name]
+    usual = chat_sampling()
+    model = gr.Radio(names, value=names[0], show_label=False, container=False, visible=len(names) > 1)
+    with gr.Accordion(t("settings"), open=False):
+        system = gr.Textbox(label=t("system"), lines=2)
+        with gr.Row():
+            length = gr.Slider(1, 4096, usual.max_new_tokens, step=1, label=t("max_tokens"))
+            temperature = gr.Slider(0, 2, usual.temperature, step=0.05, label=t("temperature"))
+            top_p = gr.Slider(0.05, 1, usual.top_p, step=0.05, label="top-p")
+        with gr.Row():
+            top_k = gr.Slider(1, 200, usual.top_k, step=1, label="top-k")
+            min_p = gr.Slider(0, 0.5, usual.min_p, step=0.01, label="min-p")
+            penalty = gr.Slider(0.8, 2, usual.repetition_penalty, step=0.05, label=t("penalty"))
+            seed = gr.Number(None, precision=0, label=t("seed"))
+    return [model, system, length, temperature, top_p, top_k, min_p, penalty, seed]
+
+
+def _compare_tab(t: Any, loaded: Loaded, engine: Engine, knobs: list[Any]) -> None:
+    """One question to adapter and base as two rows of one batch; who is who is told after the vote."""
+    import gradio as gr
+
+    assert loaded.home is not None
+    votes = loaded.home / "votes.jsonl"
+    question = gr.Textbox(show_label=False, placeholder=t("compare_ask"), max_lines=6, submit_btn=True, container=False)
+    with gr.Row():
+        sides = [gr.Chatbot(height="44vh", label=side, buttons=["copy"], feedback_options=None) for side in "AB"]
+    with gr.Row():
+        buttons = [gr.Button(t(f"vote_{vote}"), interactive=False, min_width=80) for vote in VOTES]
+    verdict = gr.Markdown(" ")
+    gr.Markdown(t("votes_kept"), elem_classes="cost")
+    state = gr.State()
+
+    async def duel(words: str, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+        order = random.sample([True, False], 2)
+        sampling = _sampling((*values[:-1], random.getrandbits(31) if values[-1] is None else values[-1]))
+        with _shown_errors():
+            answers = [Answer(engine, loaded.tokenizer, [Message("user", words)], sampling, adapter) for adapter in order]
+            async for done in _watched(answers):
+                shown = [[{"role": "user", "content": words}, {"role": "assistant", "content": a.text}] for a in answers]
+                kept = {"question": words, "order": order, "texts": [a.text for a in answers], "sampling": sampling}
+                yield (*shown, kept, " ", *(gr.Button(interactive=done) for _ in VOTES))
+
+    def vote(choice: int) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+        def record(kept: dict[str, Any]) -> tuple[Any, ...]:
+            names = [loaded.adapter_name if adapter else "base" for adapter in kept["order"]]
+            _append_vote(votes, VOTES[choice], names, kept, loaded)
+            return f"**A** {names[0]} · **B** {names[1]}", *(gr.Button(interactive=False) for _ in VOTES)
+
+        return record
+
+    question.submit(duel, [question, *knobs], [*sides, state, verdict, *buttons], **QUIET)
+    for choice, button in enumerate(buttons):
+        button.click(vote(choice), state, [verdict, *buttons], **QUIET)
+
+
+def _append_vote(path: Path, vote: str, names: list[Any], kept: dict[str, Any], loaded: Loaded) -> None:
+    """One line of preference data, readable by its owner only; chosen and rejected stand in it if there is a winner."""
+    weights = next(p for p in (path.parent / "adapter" / WEIGHTS_FILE, path.parent / WEIGHTS_FILE) if p.exists())
+    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "instruction": kept["question"], "vote": vote, "models": names}
+    row |= {"answers": kept["texts"], "base": loaded.base_name, "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    row["sampling"] = {key: getattr(kept["sampling"], key) for key in ("temperature", "top_p", "top_k", "min_p", "seed")}
+    if vote in ("a", "b"):
+        row["chosen"], row["rejected"] = kept["texts"] if vote == "a" else kept["texts"][::-1]
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    # One write in append mode: lines of several voters do not mix.
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+
+
+def _training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
+    """Any run beside the one that answers: loss and speed as they are written, scores before and after, samples."""
+    import gradio as gr
+
+    chosen = gr.Dropdown(label=t("run"), choices=[])
+    with gr.Row():
+        charts = [gr.Markdown(label=t(key), show_label=True, container=True, sanitize_html=False) for key in ("loss", "speed")]
+    scores = gr.Dataframe(label=t("scores"), headers=["", *COLUMNS])
+    samples = gr.Dataframe(label=t("samples"), headers=["", "reference", "base", "adapter"], wrap=True)
+
+    def follow(name: str | None) -> tuple[Any, ...]:
+        runs = sorted(root.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+        names = [path.parent.name for path in runs]
+        run = root / (name if name in names else (names or ["-"])[0])  # only names from the list: no path of a reader's making
+        rows = read_metrics(run / "metrics.jsonl")
+        results, answers = _read_json(run / "eval.json"), read_metrics(run / "samples.jsonl")[:20]
+        table = [[system, *(_number(values.get(column)) for column in COLUMNS)] for system, values in results.items()]
+        cells = [[row["messages"][-1]["content"], *(row.get(key, "") for key in ("reference", "base", "adapter"))] for row in answers]
+        menu = gr.Dropdown(choices=names, value=run.name if names else None)
+        return menu, _chart(rows, ["loss", "eval_loss"]), _chart(rows, ["tokens_per_second"]), table, cells
+
+    outputs = [chosen, *charts, scores, samples]
+    chosen.input(follow, chosen, outputs, **QUIET)
+    return follow, chosen, outputs
+
+
+def _chart(rows: list[dict[str, Any]], keys: list[str]) -> str:
+    """Curves over the steps as SVG: Gradio's plots and HTML evaluate strings as code, which the Content-Security-Policy forbids."""
+    curves = {key: [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)] for key in keys}
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return ""
+    last, top = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
+    lines = ""
+    for (key, curve), colour in zip(curves.items(), ("#6366f1", "#f59e0b"), strict=False):
+        thin = curve[:: 1 + len(curve) // 400]
+        path = " ".join(f"{40 + 350 * x / last:.1f},{150 - 135 * y / top:.1f}" for x, y in thin)
+        lines += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"><title>{key}</title></polyline>'
+    ticks = f'<text x="2" y="20">{top:.4g}</text><text x="2" y="152">0</text><text x="350" y="170">{last}</text>'
+    ticks += "".join(f'<text x="{60 + 90 * i}" y="170">{key} {c[-1][1]:.4g}</text>' for i, (key, c) in enumerate(curves.items()) if c)
+    axes = '<path d="M40 10V150H390" fill="none" stroke="currentColor" opacity=".4"/>'
+    return f'<svg viewBox="0 0 400 176" width="100%" fill="currentColor" font-size="10">{axes}{lines}{ticks}</svg>'
+
+
+def _monitor_tab(t: Any, engine: Engine) -> tuple[Any, Any, Any]:
+    """The engine and the machine, every two seconds while somebody looks."""
+    import gradio as gr
+    import torch
+
+    keys = ("running", "waiting", "speed_now", "kv_cache", "gpu_memory", "gpu_load", "memory", "cpu_load")
+    with gr.Row():
+        boxes = [gr.Textbox(label=t(key), interactive=False, min_width=180) for key in keys]
+    last = gr.State((0.0, 0))
+
+    def measure(before: tuple[float, int]) -> tuple[Any, ...]:
+        stats, now = engine.stats(), time.monotonic()
+        speed = (stats["generated_tokens"] - before[1]) / (now - before[0]) if before[0] else 0.0
+        gpu = engine.device.type == "cuda"
+        free, total = torch.cuda.mem_get_info(engine.device) if gpu else (0, 0)
+        try:
+            load = f"{torch.cuda.utilization(engine.device)} %" if gpu else "-"
+        except (ModuleNotFoundError, RuntimeError):  # no NVML binding, or a driver that does not tell
+            load = "-"
+        values = (
+            stats["running"], stats["waiting"], f"{speed:.1f} tok/s", f"{stats['kv_tokens_used']:,} / {stats['kv_tokens']:,}",
+            f"{(total - free) / 2**30:.1f} / {total / 2**30:.1f} GiB" if gpu else "-", load,
+            f"{peak_memory_bytes('cpu') / 2**30:.1f} GiB", f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "-",
+        )  # fmt: skip
+        return (now, stats["generated_tokens"]), *values
+
+    return measure, last, [last, *boxes]
+
+
+async def _watched(answers: list[Answer]) -> AsyncIterator[bool]:
+    """Decode all answers at once; yields False now and then and True at the end. Closing it frees their rows."""
+
+    async def drain(answer: Answer) -> None:
+        async for _ in answer:
+            pass
+
+    tasks = [asyncio.create_task(drain(answer)) for answer in answers]
+    try:
+        while (await asyncio.wait(tasks, timeout=REFRESH_SECONDS))[1]:
+            yield False
+        for task in tasks:
+            task.result()
+        yield True
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+class _shown_errors:  # noqa: N801 - a context manager, named like one
+    """What users can mend, and what the model failed at, as a notice on the page."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        import gradio as gr
+
+        if isinstance(error, UserError | ModelError):
+            raise gr.Error(str(error.args[0]), duration=20, print_exception=False) from error
+
+
+def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
+    return [Message("system", system.strip()), *messages] if system and system.strip() else messages
+
+
+def _sampling(values: tuple[Any, ...]) -> Any:
+    keys = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    return chat_sampling(**dict(zip(keys, values, strict=True)))
+
+
+def _text(content: Any) -> str:
+    """The words of a turn: Gradio hands them back as a list of parts."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _index(data: Any) -> int:
+    return int(data.index[0] if isinstance(data.index, tuple | list) else data.index)
+
+
+def _cost(answer: Answer) -> str:
+    speed = answer.tokens / max(time.perf_counter() - answer.started, 1e-9)
+    return f"{answer.first_seconds:.2f} s · {speed:.0f} tok/s · {answer.prompt_tokens} + {answer.tokens} tok"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"

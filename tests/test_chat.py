@@ -1,0 +1,132 @@
+"""The program: the terminal's conversation, and the command line that a container runs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving import open_tiny
+
+from cllm.chat import Terminal
+from cllm.data.schema import Message
+from cllm.messages import UserError
+from cllm.serve import Loaded, open_model
+from cllm.serve.engine import Engine, Sampling
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return open_tiny(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def engine(loaded: Loaded) -> Iterator[Engine]:
+    made = loaded.engine()
+    yield made
+    made.close()
+
+
+def talk(loaded: Loaded, engine: Engine, *lines: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Terminal, str]:
+    monkeypatch.setattr("cllm.serve.answer.chat_sampling", lambda: Sampling(max_new_tokens=16))
+    written: list[str] = []
+    terminal = Terminal(loaded, engine, written.append)
+    rest = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    terminal.run(read)
+    return terminal, "".join(written)
+
+
+def test_terminal_remembers_switches_and_forgets(loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.jsonl"
+    lines = ("你好", "再见", f"/save {saved}", "/base", "你好", "/nonsense", "/system 短一点", "/adapter", "", "你好", "/quit", "unheard")
+    terminal, out = talk(loaded, engine, *lines, monkeypatch=monkeypatch)
+
+    def answer(messages: list[tuple[str, str]], *, adapter: bool = True) -> str:
+        prompt = loaded.tokenizer.encode_chat([Message(*m) for m in messages])
+        return loaded.tokenizer.decode(loaded.engine().generate([prompt], Sampling(max_new_tokens=16), adapter)[0])
+
+    first = answer([("user", "你好")])
+    dialogue = [("user", "你好"), ("assistant", first), ("user", "再见")]
+    dialogue.append(("assistant", answer(dialogue)))
+    row = json.loads(saved.read_text(encoding="utf-8"))
+    assert [(m["role"], m["content"]) for m in row["messages"]] == dialogue
+    base = answer([*dialogue, ("user", "你好")], adapter=False)
+    last = answer([("system", "短一点"), ("user", "你好")])
+    assert terminal.messages == [Message("user", "你好"), Message("assistant", last)] and terminal.turns == 4
+    positions = [out.find(text) for text in (first, base, "/system TEXT", last)]
+    assert -1 not in positions and "unheard" not in out and "tok/s" in out
+    from cllm.data import read_conversations
+
+    read = read_conversations(saved)[0][0]  # what was said can be trained on
+    assert [m.role for m in read] == [role for role, _ in dialogue] and read.messages[2].content == "再见"
+
+
+def test_terminal_shows_mistakes_and_goes_on(loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, out = talk(loaded._replace(home=None), engine, "/adapter", "字" * 2000, "/reset", monkeypatch=monkeypatch)
+    assert "chat.no_adapter" in out and "serve.context" in out and terminal.turns == 0 and not terminal.adapter
+
+
+def test_open_model_names_what_is_missing(loaded: Loaded, tmp_path: Path) -> None:
+    run = tmp_path / "unfinished"
+    run.mkdir()
+    (run / "config.toml").write_text("[model]\npath = 'tiny-zh'\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no adapter yet"):
+        open_model(run)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}', encoding="utf-8")
+    with pytest.raises(UserError, match="base_model_name_or_path"):
+        open_model(tmp_path)
+    assert loaded.home is not None
+    bare = open_model(loaded.base_name, device="cpu")
+    assert bare.adapter_name is None and bare.home is None
+    alone = open_model(loaded.home / "adapter", device="cpu")
+    assert alone.adapter_name == loaded.adapter_name == "demo" and alone.tokenizer.template == loaded.tokenizer.template
+
+
+def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert loaded.home is not None
+    command = [sys.executable, "-m", "cllm.chat", str(loaded.home), "--host", "0.0.0.0", "--port", str(port)]
+    environment = {**os.environ, "CLLM_LANG": "en", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, encoding="utf-8")
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "open http" in line)
+        key = re.search(rf"http://127\.0\.0\.1:{port}/\?key=([\w-]{{32}})", line)
+        assert key is not None, line
+
+        def status(path: str, headers: dict[str, str]) -> int:
+            for _ in range(100):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+                try:
+                    connection.request("GET", path, headers=headers)
+                    return connection.getresponse().status
+                except ConnectionRefusedError:
+                    import time
+
+                    time.sleep(0.1)
+            raise AssertionError("the server did not come up")
+
+        assert status("/health", {}) == 200
+        assert [status(path, {}) for path in ("/", "/v1/models", "/gradio_api/info", "/config", "/?key=x")] == [401] * 5
+        assert status(f"/?key={key[1]}", {}) == 303
+        assert status("/", {"Cookie": f"cllm_key={key[1]}", "Host": "box.lan:7860"}) == 200
+        assert status("/v1/models", {"Authorization": f"Bearer {key[1]}"}) == 200
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -1,0 +1,140 @@
+"""The page without a browser: its handlers called as Gradio calls them, and the HTML that it serves. bench/browser.py has the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import open_tiny
+
+from cllm.data.schema import Message
+from cllm.serve.api import HEADERS, Guard, build_app
+from cllm.serve.engine import Sampling
+from cllm.serve.load import Loaded
+from cllm.serve.ui import _chart, mount_page
+
+GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order
+
+
+class Page:
+    """The mounted page; `call(name, …)` runs an event handler by its name, a generator to its last value."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded, self.engine = loaded, loaded.engine()
+        self.app = mount_page(build_app(loaded, self.engine), loaded, self.engine)
+        self.blocks = self.app.routes[-1].app.get_blocks()
+
+    def handlers(self, name: str) -> list[Any]:
+        return [function.fn for function in self.blocks.fns.values() if function.fn is not None and function.name == name]
+
+    def call(self, name: str, *arguments: Any, index: int = 0) -> Any:
+        result = self.handlers(name)[index](*arguments)
+        return asyncio.run(last(result)) if hasattr(result, "__anext__") else result
+
+    def greedy(self, words: str, *, adapter: bool, system: str = "") -> str:
+        messages = [Message("system", system)] * bool(system) + [Message("user", words)]
+        prompt = self.loaded.tokenizer.encode_chat(messages)
+        return self.loaded.tokenizer.decode(self.loaded.engine().generate([prompt], Sampling(max_new_tokens=24), adapter)[0])
+
+
+async def last(values: AsyncIterator[Any]) -> Any:
+    return [value async for value in values][-1]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made = Page(open_tiny(tmp_path_factory.mktemp("ui")))
+    yield made
+    made.engine.close()
+
+
+def test_chat_answers_with_the_chosen_model_and_says_its_cost(page: Page) -> None:
+    said = [{"role": "user", "content": [{"type": "text", "text": "你好"}]}]  # as Gradio hands a turn back
+    for name, adapter in (("demo", True), ("base", False)):
+        history, cost = page.call("respond", [dict(said[0])], name, " 你是助手 ", *GREEDY)
+        assert history[-1] == {"role": "assistant", "content": page.greedy("你好", adapter=adapter, system="你是助手")}
+        assert re.fullmatch(r"\d+\.\d\d s · \d+ tok/s · \d+ \+ \d+ tok", cost)
+
+
+def test_a_closed_page_frees_the_row(page: Page) -> None:
+    async def leave() -> None:
+        answer = page.handlers("respond")[0]([{"role": "user", "content": "你好"}], "demo", "", 900, *GREEDY[1:])
+        await anext(answer)
+        await answer.aclose()
+
+    steps = page.engine.steps
+    asyncio.run(leave())
+    list(page.engine.submit([1, 2, 3], Sampling(max_new_tokens=5)))
+    assert page.engine.stats()["running"] == 0 and page.engine.steps - steps < 800
+
+
+def test_mistakes_become_notices(page: Page) -> None:
+    import gradio as gr
+
+    with pytest.raises(gr.Error, match="1024"):
+        page.call("respond", [{"role": "user", "content": "字" * 2000}], "demo", "", *GREEDY)
+
+
+def test_votes_are_blind_private_and_complete(page: Page) -> None:
+    votes = page.loaded.home / "votes.jsonl"
+    seen = set()
+    for choice in range(4):
+        *shown, kept, _, _, _, _, _ = page.call("duel", "你好", *GREEDY[:1], 0.0, *GREEDY[2:])
+        texts = [side[1]["content"] for side in shown]
+        assert texts == [page.greedy("你好", adapter=adapter) for adapter in kept["order"]]
+        reveal = page.call("record", kept, index=choice)[0]
+        names = ["demo" if adapter else "base" for adapter in kept["order"]]
+        assert reveal == f"**A** {names[0]} · **B** {names[1]}"
+        seen.add(names[0])
+        row = json.loads(votes.read_text(encoding="utf-8").splitlines()[-1])
+        assert row["models"] == names and row["answers"] == texts and row["vote"] == ("a", "b", "tie", "bad")[choice]
+        assert len(row["adapter_sha256"]) == 64 and isinstance(row["sampling"]["seed"], int)
+        assert [row.get("chosen"), row.get("rejected")] == [texts, texts[::-1], [None, None], [None, None]][choice]
+    if os.name == "posix":
+        assert votes.stat().st_mode & 0o777 == 0o600
+    orders = {tuple(page.call("duel", "你好", 1, *GREEDY[1:])[2]["order"]) for _ in range(20)}
+    assert orders == {(True, False), (False, True)}
+
+
+def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> None:
+    run = page.loaded.home
+    rows = [{"step": i, "loss": 2 - i / 10, "tokens_per_second": 100.0} for i in range(1, 6)] + [{"step": 5, "eval_loss": 1.6}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (run / "eval.json").write_text(json.dumps({"base": {"loss": 2.0, "exact": 0}, "adapter": {"loss": 0.5, "exact": 88}}), encoding="utf-8")
+    sample = {"messages": [{"role": "user", "content": "问"}], "reference": "答", "base": "？", "adapter": "答"}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    for asked in (None, "demo", "../../etc", str(tmp_path)):
+        menu, loss, speed, table, samples = page.call("follow", asked)
+        assert menu.value == "demo" and "1.6" in loss and "eval_loss" in loss and "tokens_per_second 100" in speed
+        assert table[1][0] == "adapter" and table[1][-1] == "88.0" and samples == [["问", "答", "？", "答"]]
+    assert _chart([], ["loss"]) == ""
+
+
+def test_monitor_counts(page: Page) -> None:
+    state, *_ = page.call("measure", (0.0, 0))
+    page.call("respond", [{"role": "user", "content": "你好"}], "demo", "", *GREEDY)
+    (_, tokens), running, waiting, speed, *_ = page.call("measure", state)
+    assert (running, waiting) == (0, 0) and tokens > state[1] and float(speed.split()[0]) > 0
+
+
+def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> None:
+    from starlette.testclient import TestClient
+
+    with TestClient(Guard(page.app), base_url="http://127.0.0.1:7860") as client:
+        response = client.get("/")
+        assert response.status_code == 200 and all(response.headers[name] == value for name, value in HEADERS.items())
+        assert "Compare" in response.text and ("对比" in response.text or r"\u5bf9\u6bd4" in response.text)
+        assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?://(?!127)', response.text)
+        assert client.get("/gradio_api/file=/etc/passwd").status_code in (403, 404)
+        assert (
+            client.post(
+                "/gradio_api/upload", content=b"x" * 300_000, headers={"content-type": "multipart/form-data; boundary=x"}
+            ).status_code
+            == 413
+        )
