@@ -1,0 +1,267 @@
+"""`cllm.train` from the command line inwards: a run from file to adapter, exact resume, and every refusal in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cllm.__main__ import run
+from cllm.config import load_config
+from cllm.learn.log import CLOCK_FIELDS, RunLog, read_metrics
+from cllm.messages import UserError
+from cllm.train import Training
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(count: int = 40) -> list[dict[str, str]]:
+    digits = "零一二三四五六七八九"
+    return [{"instruction": f"写出数字{n}", "output": "".join(digits[int(d)] for d in str(n)), "task": "AB"[n % 2]} for n in range(count)]
+
+
+@pytest.fixture
+def config(tmp_path: Path, checkpoint: Path) -> Path:
+    """A config over 40 rows that trains six steps in about a second."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows()), encoding="utf-8")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""
+[model]
+path = {json.dumps(str(checkpoint))}
+template = "chatml"
+device = "cpu"
+[lora]
+rank = 4
+dropout = 0.1
+[data]
+train = {json.dumps(str(tmp_path / "data.jsonl"))}
+held_out = 0.2
+[train]
+steps = 6
+row_tokens = 128
+tokens_per_step = 256
+learning_rate = 2e-2
+[eval]
+every = 3
+samples = 4
+max_new_tokens = 8
+[run]
+dir = {json.dumps(str(tmp_path / "runs" / "a"))}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def adapter_bytes(run_directory: Path) -> bytes:
+    return (run_directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def metrics(run_directory: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in read_metrics(run_directory / "metrics.jsonl")]
+
+
+def test_a_run_from_file_to_adapter(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", [str(config)]) == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out.strip().split("\n")[-1])
+    directory = tmp_path / "runs" / "a"
+    assert summary["run"] == str(directory) and summary["steps"] == 6
+    assert f"python -m cllm.chat {directory}" in err and "reference:" in err
+    for name in (
+        "config.toml",
+        "manifest.json",
+        "metrics.jsonl",
+        "loss.png",
+        "eval.json",
+        "samples.jsonl",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "snapshots/step-000006/manifest.json",
+    ):
+        assert (directory / name).stat().st_size > 0, name
+    steps = [row for row in read_metrics(directory / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6] and steps[-1]["loss"] < steps[0]["loss"]
+    assert {"lr", "grad_norm", "tokens", "supervised_tokens", *CLOCK_FIELDS} <= set(steps[0])
+    scores = json.loads((directory / "eval.json").read_text(encoding="utf-8"))
+    assert scores["adapter"]["loss"] < scores["base"]["loss"]
+    assert set(scores) == {"copy", "majority", "base", "adapter"} and set(scores["adapter"]["by_category"]) == {"A", "B"}
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(samples) == 4 and {"messages", "reference", "base", "adapter"} <= set(samples[0])
+    assert load_config(directory / "config.toml") == load_config(config)
+    # a second run never writes into the first
+    before = adapter_bytes(directory)
+    assert run("train", [str(config), "train.steps=1", "eval.samples=0"]) == 0
+    assert json.loads(capsys.readouterr().out.strip().split("\n")[-1])["run"] == f"{directory}-2"
+    assert adapter_bytes(directory) == before
+
+
+def test_the_adapter_directory_renders_the_trained_token_ids(config: Path) -> None:
+    from cllm.data import read_conversations
+    from cllm.model.tokenizer import load_tokenizer
+
+    training = Training(load_config(config))
+    training.save_adapter()
+    conversation = read_conversations(config.parent / "data.jsonl")[0][0]
+    reloaded = load_tokenizer(training.run / "adapter")
+    for tokenizer in (training.tokenizer, reloaded):
+        ids, labels = tokenizer.encode_segments(tokenizer.segments(conversation))
+        prompt = tokenizer.encode_chat(conversation.messages[:-1])
+        assert ids[: len(prompt)] == prompt and all(label == -100 for label in labels[: len(prompt)])
+        assert tokenizer.decode([i for i in ids[len(prompt) :] if i not in tokenizer.stop_ids]).strip() == conversation.messages[-1].content
+    assert reloaded.encode_chat(conversation.messages[:-1]) == training.tokenizer.encode_chat(conversation.messages[:-1])
+    assert reloaded.stop_ids == training.tokenizer.stop_ids
+
+
+def test_resume_is_bit_exact(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("train", [str(config), "eval.samples=0"]) == 0
+    interrupted = f"run.dir={tmp_path / 'runs' / 'b'}"
+    log_step = RunLog.step
+    for stop_at in (2, 3, 5):
+
+        def step(self: RunLog, values: dict, at: int = stop_at) -> None:
+            log_step(self, values)
+            if values["step"] == at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(RunLog, "step", step)
+        arguments = [str(config), "eval.samples=0", interrupted] + ([] if stop_at == 2 else ["--resume"])
+        assert run("train", arguments) == 130
+    monkeypatch.setattr(RunLog, "step", log_step)
+    assert run("train", [str(config), "eval.samples=0", interrupted, "--resume"]) == 0
+    assert not (tmp_path / "runs" / "b-2").exists()
+    assert adapter_bytes(tmp_path / "runs" / "b") == adapter_bytes(tmp_path / "runs" / "a")
+    assert metrics(tmp_path / "runs" / "b") == metrics(tmp_path / "runs" / "a")
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(config: Path) -> None:
+    command = [sys.executable, "-m", "cllm.train", str(config), "train.steps=100000", "eval.every=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "CLLM_LANG": "en"})
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "stopping after this step" in rest and f"go on with: python -m cllm.train {config} --resume" in rest
+    assert list((config.parent / "runs" / "a" / "snapshots").glob("step-*"))
+
+
+def test_a_torn_snapshot_is_named_and_the_one_before_is_used(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", [str(config), "eval.samples=0"]) == 0
+    newest = tmp_path / "runs" / "a" / "snapshots" / "step-000006" / "state.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    before = adapter_bytes(tmp_path / "runs" / "a")
+    assert run("train", [str(config), "eval.samples=0", "--resume"]) == 0
+    assert "step-000006 is damaged (state.safetensors does not match its manifest)" in capsys.readouterr().err
+    assert adapter_bytes(tmp_path / "runs" / "a") == before
+
+
+def test_resume_refuses_other_settings_and_other_data(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", [str(config), "eval.samples=0"]) == 0
+    with (config.parent / "data.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"instruction": "新的", "output": "一行"}\n')
+    assert run("train", [str(config), "lora.rank=8", "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "lora.rank: 4 -> 8" in error and "data_sha256 differs" in error
+
+
+def test_early_stop_keeps_the_best_adapter(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["train.steps=60", "train.learning_rate=0.3", "train.schedule=constant", "eval.every=2", "eval.patience=2", "eval.samples=0"]
+    assert run("train", [str(config), *options]) == 0
+    assert "stopped early" in capsys.readouterr().err
+    rows_ = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
+    losses = [row["eval_loss"] for row in rows_ if "eval_loss" in row]
+    result = json.loads((tmp_path / "runs" / "a" / "eval.json").read_text(encoding="utf-8"))
+    assert result["adapter"]["loss"] == pytest.approx(min(losses[1:]), rel=1e-5) and losses[-1] > min(losses[1:])
+
+
+def test_init_from_continues_an_adapter(config: Path, tmp_path: Path) -> None:
+    assert run("train", [str(config), "eval.samples=0"]) == 0
+    options = [f"lora.init_from={tmp_path / 'runs' / 'a'}", "train.learning_rate=0", "train.steps=1", "lora.dropout=0", "eval.samples=0"]
+    assert run("train", [str(config), *options]) == 0
+    first, second = (load_file(tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("a", "a-2"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(("tracker", "files"), [("tensorboard", "events.out.*"), ("swanlab", "*")])
+def test_trackers_write_with_their_real_package(config: Path, tmp_path: Path, tracker: str, files: str) -> None:
+    pytest.importorskip(tracker)
+    assert run("train", [str(config), f"log.tracker={tracker}", "train.steps=2", "eval.samples=0"]) == 0
+    assert any(path.stat().st_size for path in (tmp_path / "runs" / "a" / tracker).rglob(files) if path.is_file())
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert run("train", arguments) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err and not out
+    return err
+
+
+def test_bad_input_is_one_clear_line_and_leaves_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty, junk, silent = (tmp_path / name for name in ("empty.json", "junk.jsonl", "silent.jsonl"))
+    empty.write_text("[]", encoding="utf-8")
+    good = json.dumps({"instruction": "问", "output": "答"}, ensure_ascii=False)
+    junk.write_text("\n".join([good, "{broken", '{"foo": 1}', good.replace("问", "二")]), encoding="utf-8")
+    silent.write_text(json.dumps({"instruction": "很长的问题" * 60, "output": "答"}, ensure_ascii=False), encoding="utf-8")
+    cases = {
+        (str(tmp_path / "none.toml"),): "cannot read the config",
+        (str(config), "data.train=missing.jsonl"): "missing.jsonl",
+        (str(config), f"data.train={empty}"): "no usable conversation",
+        (str(config), "train.stepz=3"): "did you mean 'steps'?",
+        (str(config), f"model.path={tmp_path / 'nowhere'}"): "nowhere",
+        (str(config), f"data.train={junk}"): "junk.jsonl:2: parse_error",
+        (str(config), f"data.train={silent}", "data.held_out=0"): "longer than a row of 128 tokens",
+        (str(config), "lora.targets=['nothing']"): "matches no linear layer",
+        (str(config), "model.template=nonsense"): "nonsense",
+        (str(config), "--resume"): "no usable snapshot",
+    }
+    for arguments, expected in cases.items():
+        error = refused(list(arguments), capsys)
+        assert expected in error, f"{arguments}: {error}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_config_and_data_errors_come_before_torch_is_loaded(config: Path) -> None:
+    code = (
+        "import sys; from cllm.__main__ import run; code = run('train', sys.argv[1:]);"
+        "assert 'torch' not in sys.modules, 'torch was loaded'; sys.exit(code)"
+    )
+    for override in ("data.train=missing.jsonl", "lora.rnk=3"):
+        result = subprocess.run([sys.executable, "-c", code, str(config), override], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2 and result.stderr.count("\n") <= 2, result.stderr
+
+
+def test_rejects_over_a_fifth_can_be_accepted(config: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(20)) + "{broken\n" * 10, encoding="utf-8")
+    with pytest.raises(UserError, match=r"33% of the rows were rejected \(10\)"):
+        Training(load_config(config, [f"data.train={mixed}"]))
+    assert len(Training(load_config(config, [f"data.train={mixed}"]), accept_rejects=True).examples) == 16
+
+
+def test_a_diverging_run_names_the_first_module(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", [str(config), "train.learning_rate=1e30", "train.max_norm=0", "train.steps=50", "eval.every=100"]) == 2
+    error = capsys.readouterr().err
+    assert "is not finite" in error and "first at: model.layers" in error
+
+
+def test_mixture_weights_and_continued_pretraining(config: Path, tmp_path: Path) -> None:
+    half = f"data.train=[{{path={json.dumps(str(tmp_path / 'data.jsonl'))}, weight=1.5}}]"
+    assert len(Training(load_config(config, [half, "data.held_out=0"])).examples) == 60
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"第{n}段文字。"}, ensure_ascii=False) + "\n" for n in range(20)), encoding="utf-8")
+    training = Training(load_config(config, [f"data.train={texts}", "data.kind=text", "data.held_out=0", "eval.samples=0"]))
+    assert len(training.examples) == 20
+    assert training.loop() > 0 and training.finish() == {}
