@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
     arguments = _arguments(argv)
     from cllm.config import load_config
     from cllm.data import read_conversations
-    from cllm.data.encode import encode
+    from cllm.data.encode import encode_all
     from cllm.data.packing import PackedRows
     from cllm.learn.snapshot import new_run
     from cllm.model.lora import disable_lora
@@ -237,9 +237,9 @@ def main(argv: list[str]) -> int:
         files[data] = usable[: arguments.limit or None]
     train: list[Conversation] = []
     if config:
-        from cllm.train import read_sources
+        from cllm.data.sources import hold_out, mix, read_sources
 
-        train, _ = read_sources(config.data)
+        train, _ = hold_out(config.data, mix(config.data, read_sources(config.data)[0]))
     loaded = open_model(arguments.model)
     has_adapter = loaded.adapter_name is not None and not arguments.base
     engine = loaded.engine()
@@ -257,7 +257,7 @@ def main(argv: list[str]) -> int:
             progress=Progress(),
         )
         row_tokens = config.train.row_tokens if config else 2048
-        encoded = [encode(c, loaded.tokenizer, max_tokens=row_tokens) for c in conversations]
+        encoded = encode_all(conversations, loaded.tokenizer, max_tokens=row_tokens)
         rows = PackedRows([e for e in encoded if not isinstance(e, str)], row_tokens)
         batches = rows.take(len(rows)) if rows.examples else []
         chunk = (config.memory.chunk_mib if config else 128) * 2**20

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import platform
-import random
 import signal
 import subprocess
 import sys
@@ -17,67 +16,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.config import Config, DataConfig, load_config, to_toml
+from cllm.config import Config, load_config, to_toml
 from cllm.data.schema import Conversation, Reject
+from cllm.data.sources import hold_out, mix, read_sources
 from cllm.messages import UserError, note, say
 
 if TYPE_CHECKING:
     from cllm.data.encode import Example
     from cllm.model.tokenizer import Tokenizer
 
-ASSETS = Path(__file__).parent / "assets"
-BUILT_IN = {"demo": ASSETS / "demo.jsonl", "demo-test": ASSETS / "demo-test.jsonl"}
 MAX_REJECTED = 0.2
 MAX_BAD_STEPS = 20
 STATE_SECTIONS = ("model", "lora", "data", "train")
 """Settings that decide what the next step does: a resumed run must agree on them."""
 
 
-def read_sources(data: DataConfig) -> tuple[list[Conversation], list[Reject]]:
-    """All training conversations of the mixture, each as often as its source's weight says, and every reject."""
-    from cllm.data import read_conversations
-    from cllm.data.quality import deduplicate
-
-    conversations: list[Conversation] = []
-    rejects: list[Reject] = []
-    for source in data.train:
-        found, bad = read_conversations(BUILT_IN.get(source.path, source.path), source.columns or data.columns or None, data.kind)
-        if data.dedup:
-            found = deduplicate(found)
-        whole, part = divmod(source.weight, 1)
-        conversations += found * int(whole) + random.Random(source.path).sample(found, round(part * len(found)))
-        rejects += bad
-    return conversations, rejects
-
-
-def read_held_out(data: DataConfig, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, held out): the `eval` file, or a fraction split off by content hash."""
-    from cllm.data import read_conversations
-    from cllm.data.quality import split_held_out
-
-    if data.eval:
-        held_out, rejects = read_conversations(BUILT_IN.get(data.eval, data.eval), data.columns or None, data.kind)
-        if not held_out:
-            raise UserError("data.empty", path=data.eval, rejects=len(rejects))
-        return conversations, held_out
-    return split_held_out(conversations, data.held_out) if data.held_out else (conversations, [])
-
-
-def encode_all(
+def encode_set(
     conversations: list[Conversation], tokenizer: Tokenizer, config: Config
 ) -> tuple[list[Example], list[Conversation], Counter[str]]:
-    """Examples, the conversations they came from, and how many were left out for which reason."""
-    from cllm.data.encode import encode
+    """Examples, the conversations that gave one, and how many were left out for which reason; a text may give several examples."""
+    from cllm.data.encode import encode_all, encode_document
 
-    examples, kept, refused = [], [], Counter[str]()
-    for conversation in conversations:
-        made = encode(conversation, tokenizer, max_tokens=config.train.row_tokens, truncate=config.data.truncate)
-        if isinstance(made, str):
-            refused[made] += 1
-        else:
-            examples.append(made)
-            kept.append(conversation)
-    return examples, kept, refused
+    row_tokens = config.train.row_tokens
+    if config.data.kind == "text":
+        examples = [e for c in conversations for e in encode_document(c, tokenizer, max_tokens=row_tokens)]
+        return examples, conversations, Counter()
+    made = list(encode_all(conversations, tokenizer, max_tokens=row_tokens, truncate=config.data.truncate))
+    refused = Counter(m for m in made if isinstance(m, str))
+    return (
+        [m for m in made if not isinstance(m, str)],
+        [c for c, m in zip(conversations, made, strict=True) if not isinstance(m, str)],
+        refused,
+    )
 
 
 class Training:
@@ -107,8 +77,9 @@ class Training:
     def _read(self, accept_rejects: bool) -> None:
         """Data and tokenizer, and everything that can be found wrong with them before weights are loaded."""
         config, data = self.config, self.config.data
-        conversations, rejects = read_sources(data)
-        rows = len(conversations) + len(rejects)
+        groups, rejects = read_sources(data)
+        conversations = mix(data, groups)
+        rows = sum(map(len, groups)) + len(rejects)
         if not conversations:
             raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=_located(rejects))
         if len(rejects) > MAX_REJECTED * rows and not accept_rejects:
@@ -120,15 +91,15 @@ class Training:
         self.base = resolve(config.model.path)
         template = "text" if data.kind == "text" else config.model.template
         self.tokenizer = load_tokenizer(self.base, template=template)
-        self.conversations = read_held_out(data, conversations)
+        self.conversations = hold_out(data, conversations)
 
     def _encode(self) -> None:
         """Conversations -> examples -> rows; stops when nothing, or never an end token, would be trained."""
         from cllm.data.packing import PackedRows
 
         config, (train, held_out) = self.config, self.conversations
-        self.examples, self.train_set, refused = encode_all(train, self.tokenizer, config)
-        held_examples, self.held_set, _ = encode_all(held_out, self.tokenizer, config)
+        self.examples, self.train_set, refused = encode_set(train, self.tokenizer, config)
+        held_examples, self.held_set, _ = encode_set(held_out, self.tokenizer, config)
         if not self.examples:
             code = "train.unsupervised" if refused["no_supervised_token"] else "train.too_long"
             raise UserError(code, count=len(train), row=config.train.row_tokens, template=self.tokenizer.template.name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm.messages import MESSAGES, UserError, language, say, table
+from cllm.messages import UserError, language, messages, say, table
 
 PACKAGE = Path(__file__).parents[1] / "cllm"
 
@@ -18,12 +18,13 @@ def fields(text: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(text) if name}
 
 
-@pytest.mark.parametrize("code", MESSAGES)
+@pytest.mark.parametrize("code", messages())
 def test_both_languages_say_the_same_fields(code: str) -> None:
-    english, chinese = MESSAGES[code]
+    english, chinese = messages()[code]
     assert fields(english) == fields(chinese)
     assert english and chinese and not re.search("[\u4e00-\u9fff]", english)
-    assert re.search("[\u4e00-\u9fff]", chinese), f"{code} is not translated"
+    words = re.sub(r"\{[^}]*\}", "", english)  # some are fields and punctuation only
+    assert re.search("[\u4e00-\u9fff]", chinese) or not re.search("[A-Za-z]", words), f"{code} is not translated"
 
 
 def used_codes() -> dict[str, set[str]]:
@@ -36,7 +37,7 @@ def used_codes() -> dict[str, set[str]]:
                     if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
                         named = {k.arg or "**" for k in node.keywords}
                         if "**" not in named and isinstance(node.args[0], ast.Constant):
-                            assert named == fields(MESSAGES[constant.value][0]), f"{path.name}:{node.lineno} {constant.value}"
+                            assert named == fields(messages()[constant.value][0]), f"{path.name}:{node.lineno} {constant.value}"
                         found[constant.value] = named
     return found
 
@@ -44,7 +45,7 @@ def used_codes() -> dict[str, set[str]]:
 def test_every_call_fills_its_fields_and_no_message_is_dead() -> None:
     codes = used_codes()
     sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "messages.py")
-    dead = [code for code in MESSAGES if code not in codes and f'"{code}"' not in sources and code != "error"]
+    dead = [code for code in messages() if code not in codes and f'"{code}"' not in sources and code != "error"]
     assert not dead, f"nobody says: {dead}"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from cllm.data.schema import Message
 from cllm.eval import COLUMNS
 from cllm.learn.log import peak_memory_bytes, read_metrics
-from cllm.messages import MESSAGES, UserError
+from cllm.messages import UserError, messages
 from cllm.model.lora import WEIGHTS_FILE
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import Engine
@@ -39,7 +39,7 @@ def mount_page(app: Any, loaded: Loaded, engine: Engine) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
-    texts = {code.removeprefix("ui."): text for code, text in MESSAGES.items() if code.startswith("ui.")}
+    texts = {code.removeprefix("ui."): text for code, text in messages().items() if code.startswith("ui.")}
     t = gr.I18n(en={key: text[0] for key, text in texts.items()}, zh={key: text[1] for key, text in texts.items()})
     with gr.Blocks(title="cllm", fill_height=True, analytics_enabled=False) as page, gr.Tabs():
         with gr.Tab(t("chat")) as chat:
