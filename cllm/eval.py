@@ -81,11 +81,9 @@ def scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, fl
     mean = {key: sum(s[key] for s in llamafactory) / len(pairs) for key in ("rouge-1", "rouge-2", "rouge-l", "bleu-4")}
     rouge_char = sum(rouge(h, [r], tokenize="char")["rougeL"].value for h, r in pairs) / len(pairs)
     return {
-        "bleu-zh": corpus_bleu(list(hypotheses), [list(references)]).value,
-        "rouge-l-char": rouge_char,
-        **mean,
+        "bleu-zh": corpus_bleu(list(hypotheses), [list(references)]).value, "rouge-l-char": rouge_char, **mean,
         "exact": 100 * sum(h.strip() == r.strip() for h, r in pairs) / len(pairs),
-    }
+    }  # fmt: skip
 
 
 def few_shot(train: Sequence[Conversation], conversation: Conversation, shots: int, seed: int) -> list[Message]:
@@ -139,22 +137,18 @@ def compare(
         systems["adapter"] = answers(questions, True)
     results: dict[str, dict[str, Any]] = {}
     categories = [c.category for c in conversations]
-    for name, given in systems.items():
-        results[name] = scores(given, references)
+    for name, hypotheses in systems.items():
+        results[name] = scores(hypotheses, references)
         if len(set(categories)) > 1:
             right: defaultdict[str, list[bool]] = defaultdict(list)
-            for category, answer, reference in zip(categories, given, references, strict=True):
+            for category, answer, reference in zip(categories, hypotheses, references, strict=True):
                 right[category].append(answer.strip() == reference.strip())
             results[name]["by_category"] = {key: 100 * sum(hits) / len(hits) for key, hits in sorted(right.items())}
-    samples = [
-        {
-            "category": c.category,
-            "messages": [m._asdict() for m in questions[i]],
-            "reference": references[i],
-            **{name: given[i] for name, given in systems.items() if name not in ("copy", "majority")},
-        }
-        for i, c in enumerate(conversations)
-    ]
+    samples: list[dict[str, Any]] = []
+    for i, c in enumerate(conversations):
+        given = {name: answers[i] for name, answers in systems.items() if name not in ("copy", "majority")}
+        question = [m._asdict() for m in questions[i]]
+        samples.append({"category": c.category, "messages": question, "reference": references[i], **given})
     return results, samples
 
 
@@ -247,15 +241,9 @@ def main(argv: list[str]) -> int:
     for data, conversations in files.items():
         note("eval.start", path=data, count=len(conversations))
         results, samples = compare(
-            engine,
-            loaded.tokenizer,
-            conversations,
-            train=train,
-            shots=arguments.shots,
-            adapter=has_adapter,
-            max_new_tokens=arguments.max_new_tokens,
-            progress=Progress(),
-        )
+            engine, loaded.tokenizer, conversations, train=train, shots=arguments.shots, adapter=has_adapter,
+            max_new_tokens=arguments.max_new_tokens, progress=Progress(),
+        )  # fmt: skip
         row_tokens = config.train.row_tokens if config else 2048
         encoded = encode_all(conversations, loaded.tokenizer, max_tokens=row_tokens)
         rows = PackedRows([e for e in encoded if not isinstance(e, str)], row_tokens)

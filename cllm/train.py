@@ -42,7 +42,7 @@ def encode_set(
         examples = [e for c in conversations for e in encode_document(c, tokenizer, max_tokens=row_tokens)]
         return examples, conversations, Counter()
     made = list(encode_all(conversations, tokenizer, max_tokens=row_tokens, truncate=config.data.truncate))
-    refused = Counter(m for m in made if isinstance(m, str))
+    refused: Counter[str] = Counter(m for m in made if isinstance(m, str))
     return (
         [m for m in made if not isinstance(m, str)],
         [c for c, m in zip(conversations, made, strict=True) if not isinstance(m, str)],
@@ -112,14 +112,9 @@ class Training:
         left_out = ", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0"
         tokens = sum(len(e.input_ids) for e in self.examples)
         note(
-            "train.data",
-            train=len(self.examples),
-            held_out=len(self.held_set),
-            tokens=f"{tokens:,}",
-            rows=len(self.rows),
-            rejects=self.rejects,
-            left_out=left_out,
-        )
+            "train.data", train=len(self.examples), held_out=len(self.held_set), tokens=f"{tokens:,}", rows=len(self.rows),
+            rejects=self.rejects, left_out=left_out,
+        )  # fmt: skip
 
     def _load(self) -> None:
         """Base, adapter, optimizer: read -> convert -> quantize -> inject."""
@@ -137,7 +132,7 @@ class Training:
         self.device = device
         self.precision = Precision.choose(config.model.precision, torch.device(device).type)
         quantize = None if config.model.quantize == "none" else config.model.quantize
-        self.model = load_model(self.base, dtype=self.precision.weights, device=device, quantize=quantize)
+        self.model: Any = load_model(self.base, dtype=self.precision.weights, device=device, quantize=quantize)
         lora = config.lora
         if lora.init_from:
             source = Path(lora.init_from)
@@ -158,15 +153,9 @@ class Training:
         total = sum(p.numel() for p in self.model.parameters())
         first = next(iter(layers.values()))
         note(
-            "train.model",
-            name=config.model.path,
-            precision=quantize or self.precision.name,
-            rank=first.rank,
-            linears=len(layers),
-            millions=f"{trained / 1e6:.2f}",
-            share=f"{trained / total:.1%}",
-            device=device,
-        )
+            "train.model", name=config.model.path, precision=quantize or self.precision.name, rank=first.rank, linears=len(layers),
+            millions=f"{trained / 1e6:.2f}", share=f"{trained / total:.1%}", device=device,
+        )  # fmt: skip
 
     def _check_end_token(self) -> None:
         """A base model whose end-of-turn token was never trained would not learn to stop: its own end of text serves instead."""
@@ -205,20 +194,11 @@ class Training:
             commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
         gpu = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else ""
         return {
-            "cllm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "gpu": gpu,
-            "git_commit": commit,
-            "seed": self.config.train.seed,
-            "steps": self.total,
-            "precision": self.precision.name,
-            "data_sha256": self.data_hash,
-            "base_sha256": self._base_hash(),
-            "template": self.tokenizer.template.name,
-        }
+            "cllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "platform": platform.platform(), "gpu": gpu, "git_commit": commit,
+            "seed": self.config.train.seed, "steps": self.total, "precision": self.precision.name, "data_sha256": self.data_hash,
+            "base_sha256": self._base_hash(), "template": self.tokenizer.template.name,
+        }  # fmt: skip
 
     def _base_hash(self) -> str:
         """Of the base's file names and sizes and its config: cheap for any size, and enough to notice another checkpoint."""
@@ -273,14 +253,9 @@ class Training:
                 batches = self.rows.take(self.rows_per_step)
                 began = time.perf_counter()
                 stats = train_step(
-                    self.model,
-                    batches,
-                    self.objective,
-                    self.optimizer,
-                    precision=self.precision,
-                    scaler=self.scaler,
+                    self.model, batches, self.objective, self.optimizer, precision=self.precision, scaler=self.scaler,
                     max_norm=train.max_norm,
-                )
+                )  # fmt: skip
                 self.step += 1
                 bad = bad + 1 if stats.skipped else 0
                 if stats.skipped and (bad >= MAX_BAD_STEPS or not self.scaler.is_enabled()):
@@ -288,20 +263,13 @@ class Training:
                 if stats.loss == 0.0:
                     raise UserError("train.zero_loss", step=self.step)
                 loss = loss if stats.skipped else stats.loss
-                self.log.step(
-                    {
-                        "step": self.step,
-                        "loss": stats.loss,
-                        "lr": rate,
-                        "grad_norm": stats.grad_norm,
-                        "tokens": stats.tokens,
-                        "supervised_tokens": stats.supervised_tokens,
-                        "skipped": stats.skipped,
-                        "tokens_per_second": stats.tokens / (time.perf_counter() - began),
-                        "peak_memory_bytes": peak_memory_bytes(self.device),
-                        "seconds": time.perf_counter() - start,
-                    }
-                )
+                row = {
+                    "step": self.step, "loss": stats.loss, "lr": rate, "grad_norm": stats.grad_norm, "tokens": stats.tokens,
+                    "supervised_tokens": stats.supervised_tokens, "skipped": stats.skipped,
+                    "tokens_per_second": stats.tokens / (time.perf_counter() - began),
+                    "peak_memory_bytes": peak_memory_bytes(self.device), "seconds": time.perf_counter() - start,
+                }  # fmt: skip
+                self.log.step(row)
                 if self.interrupted or self.step % self.snapshot_every == 0 or self._evaluation_due():
                     self._snapshot()
                 if self.held_rows and self._evaluation_due() and not self.interrupted:
@@ -405,15 +373,9 @@ class Training:
         if settings.samples and self.config.data.kind == "chat":
             note("train.answering", count=min(settings.samples, len(self.held_set)))
             results, samples = compare(
-                self.engine,
-                self.tokenizer,
-                self.held_set[: settings.samples],
-                train=self.train_set,
-                shots=settings.shots,
-                max_new_tokens=settings.max_new_tokens,
-                seed=self.config.train.seed,
-                progress=Progress(),
-            )
+                self.engine, self.tokenizer, self.held_set[: settings.samples], train=self.train_set, shots=settings.shots,
+                max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
+            )  # fmt: skip
         else:
             samples = []
         with disable_lora(self.model):

@@ -8,7 +8,6 @@ built for them. Nothing here knows about models: what a family needs beyond that
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,13 +44,14 @@ def packed_attention(
         if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
             attention_mask = _causal_mask(query.shape[2], key.shape[2], sliding_window, query.device)
         return _attend(query, key, value, attention_mask, **settings).transpose(1, 2), None
+    # Split, not sliced: the backward of N slices fills and adds N tensors of the whole row's size.
+    lengths = cu_seqlens.diff().tolist()
+    parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), lengths, strict=True)
     outputs = []
-    bounds = cu_seqlens.tolist()
-    for start, end in pairwise(bounds):
-        span = slice(start, end)
-        windowed = sliding_window is not None and end - start > sliding_window
-        mask = _causal_mask(end - start, end - start, sliding_window, query.device) if windowed else None
-        outputs.append(_attend(query[:, :, span], key[:, :, span], value[:, :, span], mask, **settings))
+    for q, k, v, length in parts:
+        windowed = sliding_window is not None and length > sliding_window
+        mask = _causal_mask(length, length, sliding_window, query.device) if windowed else None
+        outputs.append(_attend(q, k, v, mask, **settings))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

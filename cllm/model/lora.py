@@ -208,21 +208,12 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base: str = "") -> 
     # Short names only if they select exactly what was adapted; PEFT matches a target at the end of any module's name.
     exact = {name for name in linears if name.rpartition(".")[2] in last_parts} == set(layers)
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
-        "target_modules": sorted(last_parts if exact else layers),
-        "bias": "none",
-        "modules_to_save": None,
-        "fan_in_fan_out": _is_conv1d(first.base),
-        "use_rslora": not math.isclose(first.scaling, first.alpha / first.rank),
-        "use_dora": first.magnitude is not None,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": first.rank, "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout, "target_modules": sorted(last_parts if exact else layers), "bias": "none",
+        "modules_to_save": None, "fan_in_fan_out": _is_conv1d(first.base),
+        "use_rslora": not math.isclose(first.scaling, first.alpha / first.rank), "use_dora": first.magnitude is not None,
+        "inference_mode": True, "init_lora_weights": True,
+    }  # fmt: skip
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().contiguous().cpu() for key, value in adapter_tensors(model).items()}
@@ -260,14 +251,9 @@ def load_adapter(model: nn.Module, directory: str | Path, *, dropout: float | No
     if problems or not names:
         raise UserError("adapter.mismatch", path=folder, problems="; ".join(problems[:8]) or "no tensors", count=len(problems))
     layers = inject_lora(
-        model,
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        targets=list(names),
-        rslora=bool(config.get("use_rslora")),
-        dropout=float(config.get("lora_dropout", 0.0)) if dropout is None else dropout,
-        dora=bool(config.get("use_dora")),
-    )
+        model, rank=int(config["r"]), alpha=float(config["lora_alpha"]), targets=list(names), rslora=bool(config.get("use_rslora")),
+        dropout=float(config.get("lora_dropout", 0.0)) if dropout is None else dropout, dora=bool(config.get("use_dora")),
+    )  # fmt: skip
     own = adapter_tensors(model)
     wrong = [f"missing tensor {key}" for key in own if key not in tensors] + [
         f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(own[key].shape)}"
