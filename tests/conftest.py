@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("CLLM_LANG", "en")
@@ -83,8 +84,6 @@ def shared() -> Path:
 
 def byte_checkpoint(directory: Path) -> Path:
     """A random two-layer Llama with a byte-level tokenizer and ChatML tokens, as a native checkpoint directory."""
-    import json
-
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -121,3 +120,43 @@ def byte_checkpoint(directory: Path) -> Path:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of `byte_checkpoint`, shared by all tests: read only."""
     return byte_checkpoint(tmp_path_factory.mktemp("models") / "bytes")
+
+
+def demo_rows(count: int = 40) -> list[dict[str, str]]:
+    """Numbers spelled digit by digit, in two categories."""
+    digits = "零一二三四五六七八九"
+    return [{"instruction": f"写出数字{n}", "output": "".join(digits[int(d)] for d in str(n)), "task": "AB"[n % 2]} for n in range(count)]
+
+
+@pytest.fixture
+def config(tmp_path: Path, checkpoint: Path) -> Path:
+    """A config over 40 rows that trains six steps in about a second."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in demo_rows()), encoding="utf-8")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""
+[model]
+path = {json.dumps(str(checkpoint))}
+template = "chatml"
+device = "cpu"
+[lora]
+rank = 4
+dropout = 0.1
+[data]
+train = {json.dumps(str(tmp_path / "data.jsonl"))}
+held_out = 0.2
+[train]
+steps = 6
+row_tokens = 128
+tokens_per_step = 256
+learning_rate = 2e-2
+[eval]
+every = 3
+samples = 4
+max_new_tokens = 8
+[run]
+dir = {json.dumps(str(tmp_path / "runs" / "a"))}
+""",
+        encoding="utf-8",
+    )
+    return path

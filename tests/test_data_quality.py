@@ -123,7 +123,7 @@ def test_the_account() -> None:
     assert [example["line"] for example in account["rejects"]["parse_error"]["examples"]] == [5, 6, 7]
     assert account["duplicates"] == {"exact": 1, "near": 0}
     assert account["languages"] == {"simplified": 3, "english": 1}
-    assert account["boilerplate"]["count"] == 2
+    assert account["boilerplate"] == {"count": 2, "examples": ["own.json:2", "own.json:3"]}
     assert account["personal"]["EMAIL"]["count"] == 1 and account["personal"]["PHONE"]["count"] == 0
     assert account["replacement_characters"] == 1
     assert account["categories"] == {"写作": 1}

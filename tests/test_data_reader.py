@@ -76,6 +76,7 @@ TABLE_FORMS = [
     CSV.replace(",", "\t"),
     CSV.replace(",", ";"),
     CSV.replace("\n", "\r\n"),
+    CSV.replace("\n", "\r"),
     CSV.replace("第1个问题是什么？", '"第1个问题是什么？"'),
 ]
 
@@ -212,6 +213,17 @@ def test_a_cut_wrapper_and_a_cut_object_by_key(save: Save) -> None:
         assert [reject.reason for reject in rejects] == ["parse_error"]
 
 
+def test_an_array_of_turns_is_one_conversation(save: Save) -> None:
+    turns = [{"role": "client", "content": "甲", "annotation": []}, {"role": "counselor", "content": "乙"}]
+    for indent in (None, 2):
+        conversations, rejects = read_conversations(save(dump(turns, indent=indent)))
+        assert asks(conversations) == ["甲"] and rejects == []
+    conversations, rejects = read_conversations(save(dump([*turns, *ROWS])))
+    assert asks(conversations) == ALL and [reject.reason for reject in rejects] == ["unknown_schema"] * 2
+    conversations, rejects = read_conversations(save(lines([turns, turns])))
+    assert asks(conversations) == ["甲", "甲"] and rejects == []
+
+
 def test_a_single_object_is_one_row(save: Save) -> None:
     for row in (ROWS[0], {"input": ["甲", "丙"], "output": ["乙", "丁"]}, {"messages": [{"message": "甲"}, {"message": "乙"}]}):
         conversations, rejects = read_conversations(save(dump(row, indent=2)))
@@ -254,6 +266,13 @@ def test_column_template_over_csv(save: Save) -> None:
     assert conversations[1].messages == (Message("user", "哪个是石头\nA. 苹果\nB. 花岗岩"), Message("assistant", "B"))
 
 
+def test_concatenated_files(save: Save) -> None:
+    first, second = dump(ROWS[0]), dump(ROWS[1])
+    for content in (f"[{first}]\n[{second}]", f"\ufeff{first}\n\ufeff{second}", first + second):
+        conversations, rejects = read_conversations(save(content))
+        assert asks(conversations) == ALL[:2] and rejects == []
+
+
 def test_duplicate_keys_nan_and_escapes(save: Save) -> None:
     content = (
         '{"instruction": "甲", "instruction": "乙", "input": NaN, "output": "\\ud83d\\ude00"}\n{"instruction": "甲", "output": "\\ud83d"}\n'
@@ -275,10 +294,11 @@ def test_deep_nesting_is_one_reject(save: Save) -> None:
 
 
 def test_a_cut_gzip_keeps_the_rows_before_the_cut(save: Save) -> None:
-    content = gzip.compress(lines(ROWS * 2000).encode())
-    conversations, rejects = read_conversations(save(content[: len(content) // 2], "rows.jsonl.gz"))
-    assert len(conversations) > 1000
-    assert [reject.reason for reject in rejects][-1] == "decode_error" and len(rejects) <= 2
+    for size, least in ((2000, 1000), (40, 20)):
+        content = gzip.compress("".join(dump({**ROWS[0], "id": random.Random(n).random()}) + "\n" for n in range(size)).encode())
+        conversations, rejects = read_conversations(save(content[: len(content) * 3 // 4], "rows.jsonl.gz"))
+        assert len(conversations) >= least
+        assert [reject.reason for reject in rejects][-1] == "decode_error" and len(rejects) <= 2
 
 
 def test_a_directory_is_read_in_order(tmp_path: Path, save: Save) -> None:
@@ -300,23 +320,27 @@ def test_missing_files_are_one_clear_error(tmp_path: Path) -> None:
     assert caught.value.code == "data.empty_directory"
 
 
+@pytest.mark.parametrize(("magic", "word"), [(b"PK\x03\x04\x14", "Excel"), (b"BZh91AY", "bzip2"), (b"PAR1\x15\x04", "Parquet")])
+def test_binary_files_say_what_they_are(save: Save, magic: bytes, word: str) -> None:
+    conversations, rejects = read_conversations(save(magic + bytes(range(256)) * 40, "rows.csv"))
+    assert conversations == [] and len(rejects) == 1
+    assert rejects[0].reason == "parse_error" and word in rejects[0].detail
+
+
 def test_text_that_begins_like_parquet_is_text(save: Save) -> None:
-    assert len(read_conversations(save("PAR1{}\n" + lines(ROWS)))[1]) == 1
+    assert asks(read_conversations(save("PAR1{}\n" + lines(ROWS)))[0]) == ALL
 
 
 def test_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
     path = tmp_path / "rows.parquet"
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        path.write_bytes(b"PAR1\x15\x04")
-        with pytest.raises(UserError, match="pyarrow"):
-            read_conversations(path)
-        return
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     conversations, rejects = read_conversations(path)
     assert rejects == [] and asks(conversations) == ALL
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [reject.reason for reject in read_conversations(path)[1]] == ["parse_error"]
 
 
 def test_pieces_of_any_size_give_the_same_rows(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ FOUR = [("user", "甲"), ("assistant", "乙"), ("user", "丙"), ("assistant", "�
         ({"instruction": "丙", "output": "丁", "history": '[["甲", "乙"]]'}, FOUR),
         ({"指令": "翻译", "输入": "sea", "输出": "海"}, [("user", "翻译\nsea"), ("assistant", "海")]),
         ({"问题": Q, "回答": A}, QA),
+        ({"問題": Q, "回答": A}, QA),
         ({"prompt": Q, "response": A}, QA),
         ({"prompt": "丙", "response": "丁", "history": [["甲", "乙"]]}, FOUR),
         ({"query": Q, "response": A}, QA),
@@ -112,6 +113,8 @@ FOUR = [("user", "甲"), ("assistant", "乙"), ("user", "丙"), ("assistant", "�
         ({"conversations": ["[客户] 甲", "[律师] 乙", "[客户] 丙", "[律师] 丁"]}, FOUR),
         ({"conversation": "[客户]甲[律师]乙"}, FOUR[:2]),
         ({"instruction": "Human:甲\nAssistant:乙\nHuman:丙\nAssistant:", "input": "", "output": "丁"}, FOUR),
+        ({"dialogue": "<human>: 甲 <bot>: 乙", "source": "网络"}, FOUR[:2]),
+        ({"conversation": "第一场", "instruction": Q, "output": A}, QA),
         ({"prompt": Q, "chosen": A, "rejected": "不知道。"}, QA),
         ({"instruction": Q, "input": "", "chosen": A, "rejected": "不知道。"}, QA),
         ({"system": "短", "question": Q, "chosen": A, "rejected": "不知道。"}, [("system", "短"), *QA]),
@@ -121,6 +124,7 @@ FOUR = [("user", "甲"), ("assistant", "乙"), ("user", "丙"), ("assistant", "�
         ({"chosen": "\n\nHuman: 甲\n\nAssistant: 乙", "rejected": "\n\nHuman: 甲\n\nAssistant: 不"}, FOUR[:2]),
         (openai(("user", Q), ("assistant", A), label=True), QA),
         ([{"instruction": Q, "output": A}], QA),
+        (openai(("client", Q), ("counselor", A))["messages"], QA),
         ({"instruction": Q, "output": [A, "次好的答案"]}, QA),
         ({"instruction": ["写诗", "要押韵"], "output": A}, [("user", "写诗\n要押韵"), QA[1]]),
     ],
@@ -197,6 +201,9 @@ def test_a_whole_row_inside_instruction_is_the_row() -> None:
         ({"chat": {"turn_1": {"Human": "甲"}}}, "empty_assistant"),
         ({"author": "李白", "paragraphs": ["床前明月光"]}, "unknown_schema"),
         ({"text": "一段预训练文本。"}, "unknown_schema"),
+        ({"instruction": Q, "context": "", "response": A}, "unknown_schema"),
+        ({"conversation": "第一场"}, "unknown_schema"),
+        ({"instances": ["甲"]}, "unknown_schema"),
         ({}, "unknown_schema"),
         ([], "not_an_object"),
         ([1, 2], "not_an_object"),
@@ -283,6 +290,8 @@ def test_options_are_off_by_default_and_work_when_asked_for() -> None:
 def test_traditional_to_simplified_uses_opencc() -> None:
     pytest.importorskip("opencc")
     assert turns({"instruction": "臺灣的龍", "output": A}, convert="t2s")[0][1] == "台湾的龙"
+    with pytest.raises(UserError, match="t2s"):
+        Normalizer(options=TextOptions(convert="no-such-table"))
 
 
 def test_category_is_the_rows_own() -> None:
@@ -303,6 +312,7 @@ def test_columns_by_name_index_and_template() -> None:
     ) == [("system", "短"), *FOUR]
     assert reason({"q": Q}, {"user": "q", "assistant": "a"}) == "unknown_schema"
     assert reason({"q": "", "a": A}, {"user": "{q}", "assistant": "a"}) == "empty_user"
+    assert reason({"q": Q, "a": A}, {"user": "{q}\n{typo}", "assistant": "a"}) == "unknown_schema"
     assert turns({"question": Q, "answer": A, "dept": "x"}, {"category": "dept"}) == QA
 
 

@@ -55,7 +55,9 @@ def trained(segments: list[Segment]) -> list[tuple[str, str | None]]:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 @pytest.mark.parametrize(
-    "row", [row for row in rows("dev.jsonl") if (row["template"], row["conv"]) not in OWN_TOOLS], ids=lambda row: f"{row['template']}-{row['conv']}"
+    "row",
+    [row for row in rows("dev.jsonl") if (row["template"], row["conv"]) not in OWN_TOOLS],
+    ids=lambda row: f"{row['template']}-{row['conv']}",
 )
 def test_renders_as_llama_factory(row: dict[str, Any]) -> None:
     template, given = TEMPLATES[row["template"]], conversation(row)
@@ -157,7 +159,13 @@ CALL = json.dumps({"name": "clock", "arguments": {"zone": "北京"}}, ensure_asc
 
 
 def tool_text(name: str, tools: str = TOOLS) -> str:
-    messages = (Message("user", "几点"), Message("assistant", CALL), Message("tool", "三点"), Message("tool", "整"), Message("assistant", "三点整"))
+    messages = (
+        Message("user", "几点"),
+        Message("assistant", CALL),
+        Message("tool", "三点"),
+        Message("tool", "整"),
+        Message("assistant", "三点整"),
+    )
     return text(render(Conversation(messages=messages, tools=tools), TEMPLATES[name]))
 
 

@@ -7,13 +7,11 @@ that fit no encoding travel on as U+DC80-DCFF (PEP 383) and reject only the row 
 from __future__ import annotations
 
 import codecs
-import gzip
 import re
 from collections.abc import Iterable, Iterator
-from io import BufferedReader
 from itertools import chain
+from typing import Protocol
 
-Bytes = gzip.GzipFile | BufferedReader
 CHUNK_BYTES = 1 << 20
 LEGACY = ("gb18030", "big5hkscs")
 MIN_PLAUSIBILITY = 0.25  # of a single foreign line; real Chinese has 0.4 to 0.7, mojibake under 0.1
@@ -27,6 +25,12 @@ COMMON = frozenset(
     "這來個國說們為時過學對裡後麼發當無開見經頭長樣現將進實點種聲話問機給會從動兩與關應請醫還沒讓著嗎誰書讀寫語電腦網東車門間體數據嗎處樂藥"
     "，。、？！：；（）“”《》「」『』"
 )
+
+
+class Bytes(Protocol):
+    """What text is decoded from: `read1` gives some bytes, b"" at the end."""
+
+    def read1(self, size: int, /) -> bytes: ...
 
 
 def plausibility(text: str) -> float:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cllm.data.encoding import ESCAPED, split_lines
-from cllm.data.schema import SCHEMA_KEYS, TURN_KEYS, Fault
+from cllm.data.schema import SCHEMA_KEYS, TURN_KEYS, Fault, is_turn
 
 Row = tuple[int, Any]
-Rows = Generator[Row, None, bool]  # returns True if it broke and nothing after it can be read
 MAX_VALUE_CHARS = 1 << 28  # a JSON value that does not end within this is broken
 WRAPPERS = frozenset("data rows items examples train validation valid dev test".split())  # keys whose array holds the rows
 BLANK = " \t\r\n\ufeff\x00\x1a"  # what may surround a row; the last two end files of DOS and of cut disks
@@ -54,10 +53,10 @@ def json_document(pieces: Iterable[str]) -> Iterator[Row]:
     """The rows of a JSON array, or of objects one after another: a wrapper, rows by key, columns, or one row each."""
     source = _Source(pieces)
     opening = source.peek()
-    broken = yield from (_array(source) if opening == "[" else _object(source))
-    while not broken and opening == "{" == source.peek():
-        broken = yield from _object(source)
-    if not broken and source.peek():
+    yield from _joined(_array(source)) if opening == "[" else _object(source)
+    while not source.broken and opening == "{" == source.peek():
+        yield from _object(source)
+    if not source.broken and source.peek():
         yield source.line, Fault("parse_error", f"found {source.ahead()} after the end of the data, expected nothing")
 
 
@@ -72,9 +71,10 @@ def _fault(error: Exception, text: str) -> Fault:
 
 
 class _Source:
-    """JSON values pulled out of pieces of text."""
+    """JSON values pulled out of pieces of text; `broken` once nothing more can be understood."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
+        self.broken = False
         self.pieces = iter(pieces)
         self.buffer, self.at = next(self.pieces, "").lstrip("\ufeff"), 0
         self._line, self._counted = 1, 0
@@ -142,14 +142,28 @@ class _Source:
                 return False
 
 
-def _array(source: _Source) -> Rows:
+def _joined(rows: Iterator[Row]) -> Iterator[Row]:
+    """`rows`, but an array of nothing except turns is one row: files of one conversation each (SMILE)."""
+    held: list[Row] = []
+    for line, value in rows:
+        if not is_turn(value):
+            yield from (*held, (line, value))
+            yield from rows
+            return
+        held.append((line, value))
+    if held:
+        yield held[0][0], [value for _, value in held]
+
+
+def _array(source: _Source) -> Iterator[Row]:
     """The elements of an array, and a Fault where it breaks."""
     source.skip("[")
     number = 0
     while not source.skip("]"):
         if not source.peek():
+            source.broken = True
             yield source.line, Fault("parse_error", f"the array breaks off after {number} complete rows, expected ']'")
-            return True
+            return
         number, line = number + 1, source.line
         try:
             yield line, source.value()
@@ -158,7 +172,8 @@ def _array(source: _Source) -> Rows:
             yield line, Fault(fault.reason, f"row {number} of the array: {fault.detail}")
             if source.resume():
                 continue
-            return True
+            source.broken = True
+            return
         if between := _BETWEEN.match(source.buffer, source.at):
             source.at = between.end()
         elif source.skip(","):
@@ -167,11 +182,11 @@ def _array(source: _Source) -> Rows:
         elif source.peek() not in ("]", ""):
             yield source.line, Fault("parse_error", f"found {source.ahead()} after row {number}, expected ',' or ']'")
             if source.peek() != "{":
-                return True
-    return False
+                source.broken = True
+                return
 
 
-def _object(source: _Source) -> Rows:
+def _object(source: _Source) -> Iterator[Row]:
     """One top-level object; a wrapper's array streams, other members are held until it is clear what they are."""
     members: dict[str, Row] = {}
     start, wrapped = source.line, False
@@ -183,22 +198,23 @@ def _object(source: _Source) -> Rows:
                 raise ValueError(f"found {source.ahead()}, expected a key and ':'")
             if source.peek() == "[" and key in WRAPPERS and SCHEMA_KEYS.isdisjoint(members):
                 wrapped = True
-                if (yield from _array(source)):
-                    return True
+                yield from _joined(_array(source))
+                if source.broken:
+                    return
             else:
                 members[key] = (source.line, source.value())
             if not source.skip(",") and source.peek() != "}":
                 raise ValueError(f"found {source.ahead()}, expected ',' or '}}'")
         except (ValueError, RecursionError) as error:
+            source.broken = True
             if _by_key(members):
                 yield from members.values()
             yield source.line, _fault(error, source.buffer[source.at : source.at + 200])
-            return True
+            return
     if _by_key(members):
         yield from members.values()
     elif not wrapped:
         yield from ((start, row) for row in _unstacked({key: value for key, (_, value) in members.items()}))
-    return False
 
 
 def _by_key(members: dict[str, Row]) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SHINGLE_CHARS, BANDS, BAND_ROWS = 3, 16, 4  # a pair of Jaccard similarity s is found with probability 1 - (1 - s^4)^16: 0.9998 at 0.8
 EXAMPLES = 3
+NEAR_LIMIT = 100_000  # conversations; the search takes about 0.2 ms and 2 kB for each
 
 # Simplified characters, each followed by its traditional form: the commonest of those where the two differ.
 _PAIRS = (
@@ -172,30 +173,25 @@ def plot_lengths(values: Sequence[int], path: Path, unit: str, limit: int = 0) -
     figure.savefig(path, format="png", dpi=110)
 
 
-def _located(items: Iterable[tuple[Conversation, str]]) -> list[dict[str, Any]]:
-    return [{"file": item.file, "line": item.line, "text": text[:80]} for item, text in list(items)[:EXAMPLES]]
+def _located(found: list[Conversation]) -> dict[str, Any]:
+    return {"count": len(found), "examples": [f"{item.file}:{item.line}" for item in found[:EXAMPLES]]}
 
 
 def quality(
-    conversations: Sequence[Conversation],
-    rejects: Sequence[Reject],
-    token_lengths: Sequence[int] = (),
-    max_tokens: int = 0,
-    near: bool = True,
+    conversations: Sequence[Conversation], rejects: Sequence[Reject], token_lengths: Sequence[int] = (), max_tokens: int = 0
 ) -> dict[str, Any]:
-    """The account of a data set, ready for JSON.
+    """The account of a data set, ready for JSON; near duplicates are looked for among the first NEAR_LIMIT different conversations.
 
-    token_lengths: of the conversations, where a tokenizer is at hand; max_tokens: the limit some may exceed. near=False skips the
-    search for near duplicates, about 0.1 ms a conversation.
+    token_lengths: of the conversations, where a tokenizer is at hand; max_tokens: the limit some may exceed.
     """
     unique = deduplicate(conversations)
     by_reason: dict[str, list[Reject]] = {}
     for reject in rejects:
         by_reason.setdefault(reject.reason, []).append(reject)
     texts = ["\n".join(message.content for message in item) for item in conversations]
-    answers = [(item, item.messages[-1].content) for item in conversations]
-    boilerplate = [(item, answer) for item, answer in answers if BOILERPLATE.search(answer)]
-    personal = {kind: [item for item in zip(conversations, texts, strict=True) if p.search(item[1])] for kind, p in PERSONAL.items()}
+    near = near_duplicates(["\n".join(message.content for message in item) for item in unique[:NEAR_LIMIT]])
+    boilerplate = [item for item in conversations if BOILERPLATE.search(item.messages[-1].content)]
+    personal = {kind: [item for item, text in zip(conversations, texts, strict=True) if p.search(text)] for kind, p in PERSONAL.items()}
     result: dict[str, Any] = {
         "rows": len(conversations) + len(rejects),
         "valid": len(conversations),
@@ -204,17 +200,15 @@ def quality(
             reason: {"count": len(found), "examples": [reject._asdict() for reject in found[:EXAMPLES]]}
             for reason, found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
         },
-        "duplicates": {"exact": len(conversations) - len(unique)},
+        "duplicates": {"exact": len(conversations) - len(unique), "near": len(near)},
         "turns": percentiles([sum(m.role == "assistant" for m in item) for item in conversations]),
         "characters": percentiles([len(text) for text in texts]),
         "languages": dict(Counter(map(language, texts)).most_common()),
-        "boilerplate": {"count": len(boilerplate), "examples": _located(boilerplate)},
-        "personal": {kind: {"count": len(found), "examples": _located(found)} for kind, found in personal.items()},
+        "boilerplate": _located(boilerplate),
+        "personal": {kind: _located(found) for kind, found in personal.items()},
         "replacement_characters": sum("\ufffd" in text for text in texts),
         "categories": dict(Counter(item.category for item in conversations if item.category).most_common(20)),
     }
-    if near:
-        result["duplicates"]["near"] = len(near_duplicates(["\n".join(m.content for m in item) for item in unique]))
     if token_lengths:
         over = sum(length > max_tokens for length in token_lengths)
         result["tokens"] = {**percentiles(token_lengths), "total": sum(token_lengths), "limit": max_tokens, "over_limit": over}

@@ -12,8 +12,10 @@ import json
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
+from typing import IO
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
 from cllm.data.json_rows import BLANK, Row, json_document, json_lines, whole
@@ -22,8 +24,12 @@ from cllm.data.text import VERBATIM, TextOptions
 from cllm.messages import UserError, note
 
 SUFFIXES = frozenset(("", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".gz"))
-HEAD_BYTES = 1 << 18  # what the encoding and the container are judged by
-PARQUET = b"PAR1\x15"  # the magic number and the first byte of the Thrift structure that follows it
+HEAD_BYTES = 1 << 18  # what the encoding is judged by
+HEAD_CHARS = 1 << 16  # what the container is judged by
+BINARY = {  # first bytes -> what such a file is
+    b"PAR1\x15": "a Parquet file: install pyarrow", b"PK\x03\x04": "a zip archive or an Excel workbook", b"ARROW1": "an Arrow file",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook", b"\x28\xb5\x2f\xfd": "compressed with zstd", b"BZh9": "compressed with bzip2",
+}  # fmt: skip
 MAX_RECORD_LINES = 1000  # lines that one quoted CSV record may span
 
 
@@ -98,37 +104,54 @@ def list_files(path: str | Path) -> list[Path]:
     return [path]
 
 
+class _Gzip:
+    """A gzip file that ends where it breaks, and then says why in `fault`."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.file = gzip.GzipFile(fileobj=raw)
+        self.fault = ""
+
+    def read1(self, size: int) -> bytes:
+        try:
+            return self.file.read1(size)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            self.fault = str(error)
+            return b""
+
+
 def _rows(file: Path, normalize: Normalizer) -> Iterator[Row]:
     """(line, row or Fault) of one file, of whatever format."""
     line = 0
     try:
         with file.open("rb") as raw:
-            stream: Bytes = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            stream: Bytes = _Gzip(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             head = b""
             while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES)):
                 head += piece
-            rows = _parquet(file, head, stream) if head[:5] == PARQUET else _text_rows(file, head, stream, normalize)
-            for numbered in rows:
+            binary = next((what for magic, what in BINARY.items() if head.startswith(magic)), "")
+            for numbered in _binary(head, stream, binary) if binary else _text_rows(file, head, stream, normalize):
                 line = numbered[0]
                 yield numbered
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield line + 1, Fault("decode_error", f"the compressed file breaks off: {error}; expected its end")
+            if isinstance(stream, _Gzip) and stream.fault:
+                yield line + 1, Fault("decode_error", f"the compressed file breaks off: {stream.fault}; expected its end")
     except OSError as error:
         raise UserError("data.unreadable_file", path=file, cause=error.strerror or error) from error
 
 
-def _parquet(file: Path, head: bytes, stream: Bytes) -> Iterator[Row]:
-    try:
+def _binary(head: bytes, stream: Bytes, what: str) -> Iterator[Row]:
+    """The rows of a Parquet file if pyarrow is here; else what to do about `what` the file is."""
+    if "pyarrow" in what and find_spec("pyarrow"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise UserError("data.parquet", path=file) from None
-    try:
-        source = pyarrow.BufferReader(head + stream.read()) if isinstance(stream, gzip.GzipFile) else str(file)
-        batches = pyarrow.parquet.ParquetFile(source).iter_batches()
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
-        yield 1, Fault("parse_error", f"{error!s:.200}; expected a complete Parquet file")
+
+        try:
+            source = pyarrow.BufferReader(b"".join((head, *iter(lambda: stream.read1(HEAD_BYTES), b""))))
+            batches = pyarrow.parquet.ParquetFile(source).iter_batches()
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            return
+        except (pyarrow.ArrowException, OSError) as error:
+            what = f"a broken Parquet file: {error!s:.200}"
+    yield 1, Fault("parse_error", f"the file is {what}; expected text: export it as JSON Lines or CSV")
 
 
 def _text_rows(file: Path, head: bytes, stream: Bytes, normalize: Normalizer) -> Iterator[Row]:
@@ -137,7 +160,7 @@ def _text_rows(file: Path, head: bytes, stream: Bytes, normalize: Normalizer) ->
         note("data.encoding", file=file, encoding=encoding)
     pieces = decoded(head, stream, encoding)
     start = ""
-    while not start.strip(BLANK) and (piece := next(pieces, None)) is not None:
+    while len(start.strip(BLANK)) < HEAD_CHARS and (piece := next(pieces, None)) is not None:
         start += piece
     texts = chain((start,), pieces)
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
@@ -166,6 +189,8 @@ def _shape(start: str, suffix: str) -> str:
 
 def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[Row]:
     """The records of a CSV or TSV; a mapping of nothing but indices says that there is no header."""
+    if "\n" not in start.strip() and "\r" in start.strip():  # an old Macintosh's line ends
+        start, lines = start.replace("\r", "\n"), (part for line in lines for part in line.split("\r"))
     delimiter, width = _dialect(start, SCHEMA_KEYS.union(normalize.columns.values(), ("title",)))
     header: list[str] = []
     for line, cells in _records(lines, delimiter, width):

@@ -23,30 +23,21 @@ ROLES = {"system": "system", "observation": "tool", "tool": "tool", "function_ca
 ROLES |= dict.fromkeys(("human", "user", "client", "usr", "用户"), "user")
 ROLES |= dict.fromkeys(("gpt", "assistant", "bot", "counselor", "助手"), "assistant")
 FOLLOWS = {  # what may come after what; several tools may answer one call
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
+    "": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool"),
+}  # fmt: skip
 NO_INPUT = frozenset("无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split())
 TURN_KEYS = ("conversations", "messages", "conversation")
 PAIRS = {  # question key -> answer keys
-    "prompt": ("response", "completion"),
-    "query": ("response",),
-    "question": ("answer", "std_answer", "reference"),
-    "input": ("target",),
-    "content": ("summary",),
-    "context": ("target",),
-    "riddle": ("answer",),
-    "ask": ("answer",),
-    "问题": ("回答",),
-}
+    "prompt": ("response", "completion"), "query": ("response",), "question": ("answer", "std_answer", "reference"),
+    "input": ("target",), "content": ("summary",), "context": ("target",), "riddle": ("answer",), "ask": ("answer",),
+}  # fmt: skip
+CHINESE = {"指令": "instruction", "输入": "input", "輸入": "input", "输出": "output", "輸出": "output"}
+CHINESE |= {"问题": "question", "問題": "question", "回答": "answer"}
 EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))  # one element of a list that is two turns
 COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
-SCHEMA_KEYS = frozenset("instruction output 指令 输入 输出 chosen rejected chat instances paragraph text history system".split())
-_ANSWERS = frozenset(("output", "输出", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys)))
-SCHEMA_KEYS |= {*PAIRS, *_ANSWERS}
+SCHEMA_KEYS = frozenset("instruction output chosen rejected chat instances paragraph text history system".split())
+_ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys)))
+SCHEMA_KEYS |= {*PAIRS, *_ANSWERS, *CHINESE}
 _SPECIAL = SCHEMA_KEYS | {"label", "tools", "task", "category", "class"}  # whatever else a row has is metadata
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
@@ -115,10 +106,16 @@ def _tagged(text: str) -> Turns | None:
     return None
 
 
+def _dialogue(value: object) -> Turns | None:
+    """`_tagged` of a string, or of a flat list of strings."""
+    if isinstance(value, list) and value and all(isinstance(element, str) for element in value):
+        value = "\n".join(value)
+    return _tagged(clean(value)) if isinstance(value, str) and _TAG_START.match(value) else None
+
+
 def _asked(text: str, answered: bool = True) -> Turns:
     """A prompt: usually one user turn; a dialogue typed into it (BELLE: `Human:…Assistant:…Human:…Assistant:`) is unfolded."""
-    turns = _tagged(clean(text)) if _TAG_START.match(text) else None
-    if turns:
+    if turns := _dialogue(text):
         if turns[-1][0] == "assistant" and not clean(turns[-1][1]):
             turns.pop()
         if turns[-1][0] == "user" or not answered:
@@ -147,6 +144,13 @@ def _parts(parts: list[Any]) -> str:
     return "\n".join(texts)
 
 
+def is_turn(value: object) -> bool:
+    """Whether `value` is a message with a role, and no row."""
+    return (
+        isinstance(value, dict) and (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}) and "messages" not in value
+    )
+
+
 def _said(message: Row, role: str) -> str:
     """What a message with a role says: its content, and an assistant's tool calls verbatim."""
     key = "content" if "content" in message else "value"
@@ -162,9 +166,7 @@ def _said(message: Row, role: str) -> str:
 
 def _turns(elements: object, name: str) -> Turns:
     """The turns of a list of role/content, from/value, exchanges, or messages without roles; or of tagged text."""
-    if isinstance(elements, list) and elements and all(isinstance(element, str) for element in elements):
-        elements = "\n".join(elements)
-    if isinstance(elements, str) and (tagged := _tagged(clean(elements))):
+    if tagged := _dialogue(elements):
         return tagged
     if not isinstance(elements, list):
         raise RowError("unknown_schema", f"'{name}' is {elements!r:.40}, expected turns, or text tagged Human: Assistant:")
@@ -215,15 +217,14 @@ def _history(value: object) -> Turns:
 
 def _user_text(row: Mapping[str, Any]) -> str:
     """instruction + newline + input, or the one that is there."""
-    ask = clean(text_of(row.get("instruction", row.get("指令")), "instruction"))
-    extra = clean(text_of(row.get("input", row.get("输入")), "input"))
+    ask, extra = (clean(text_of(row.get(name), name)) for name in ("instruction", "input"))
     if not extra or extra == ask or extra in NO_INPUT:
         return ask
     return f"{ask}\n{extra}" if ask else extra
 
 
 def _alpaca(row: Row) -> Turns:
-    asks, replies = row.get("input", row.get("输入")), row.get("output", row.get("输出"))
+    asks, replies = row.get("input"), row.get("output")
     if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:  # parallel lists are turns
         texts = [text_of(ask, "input") for ask in asks]
         texts[0] = _user_text({**row, "input": texts[0]})
@@ -236,32 +237,26 @@ def _alpaca(row: Row) -> Turns:
     return _exchange(_user_text(row), text_of(replies, "output"))
 
 
-def _chat(row: Row) -> Turns:
+def _chat(chat: Row) -> Turns:
     """MOSS: turns by the number in their key; only what was said aloud, without markup."""
-    if not isinstance(row["chat"], dict):
-        return _turns(row["chat"], "chat")
-    found = [(re.search(r"\d{1,9}", str(key)), turn) for key, turn in row["chat"].items() if isinstance(turn, dict)]
-    turns = [turn for _, turn in sorted(((int(digits.group()), turn) for digits, turn in found if digits), key=lambda t: t[0])]
-    said = [(role, text_of(turn.get(key), key)) for turn in turns for role, key in (("user", "Human"), ("assistant", "MOSS"))]
+    found = [(re.search(r"\d{1,9}", str(key)), turn) for key, turn in chat.items() if isinstance(turn, dict)]
+    turns = sorted(((int(digits.group()), turn) for digits, turn in found if digits), key=lambda numbered: numbered[0])
+    said = [(role, text_of(turn.get(key), key)) for _, turn in turns for role, key in (("user", "Human"), ("assistant", "MOSS"))]
     return [(role, _MOSS_MARK.sub("", text)) for role, text in said]
 
 
 def _instances(row: Row) -> Turns:
-    turns: Turns = []
-    for instance in row["instances"]:
-        if not isinstance(instance, dict):
-            raise RowError("unknown_schema", f"an instance is {instance!r:.30}, expected an object with input and output")
-        ask = _user_text({**row, "input": instance.get("input")})
-        turns += [("user", ask), ("assistant", text_of(instance.get("output"), "output"))]
-    return turns
+    """BELLE's seed tasks: the instruction with each instance's input."""
+    if not all(isinstance(instance, dict) for instance in row["instances"]):
+        raise RowError("unknown_schema", f"'instances' is {row['instances']!r:.40}, expected objects with input and output")
+    asks = [{**instance, "input": _user_text({**row, "input": instance.get("input")})} for instance in row["instances"]]
+    return _turns(asks, "instances")
 
 
 def _pair(row: Row) -> Turns:
     ask_key = next(ask for ask, answers in PAIRS.items() if ask in row and not row.keys().isdisjoint(answers))
     replies = (text_of(row[key], key) for key in PAIRS[ask_key] if key in row)
     reply, ask = next((text for text in replies if clean(text)), ""), row[ask_key]
-    if isinstance(ask, list) and any(isinstance(turn, dict) and "role" in turn for turn in ask):
-        return [*_turns(ask, ask_key), ("assistant", reply)]
     ask = text_of(ask, ask_key)
     if ask_key == "ask" and clean(ask) in ("无", ""):
         ask = text_of(row.get("title"), "title")
@@ -273,7 +268,7 @@ def _preference(row: Row) -> Turns:
     chosen = row["chosen"]
     while isinstance(chosen, list) and len(chosen) == 1:
         chosen = chosen[0]
-    keys = [key for key in (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask", "问题") if row.get(key) is not None]
+    keys = [key for key in (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask") if row.get(key) is not None]
     if keys and isinstance(row[keys[0]], list):
         asked = _turns(row[keys[0]], keys[0])
     else:
@@ -282,50 +277,44 @@ def _preference(row: Row) -> Turns:
     if isinstance(chosen, list):  # the whole dialogue again, or only its last turns
         told = _turns(chosen, "chosen")
         return told if told and told[0][0] != "assistant" else asked + told
-    if isinstance(chosen, str) and not asked and (tagged := _tagged(clean(chosen))):
+    if not asked and (tagged := _dialogue(chosen)):
         return tagged
     return [*asked, ("assistant", text_of(chosen, "value"))]
 
 
-Family = Callable[[Row], Turns]
-
-
-def _family(row: Row) -> Family | None:
-    """Which of the known schemas `row` has."""
+def _recognized(row: Row) -> Turns | None:
+    """The turns of a row by the first known schema it has; None if it has none."""
     if "chosen" in row:
-        return _preference
-    if key := next((key for key in TURN_KEYS if row.get(key)), ""):
-        return lambda row: _turns(row[key], key)
-    if row.get("chat"):
-        return _chat
+        return _history(row.get("history")) + _preference(row)
+    for key in (*TURN_KEYS, "chat", "paragraph"):
+        value = row.get(key)
+        if (isinstance(value, list) and value) or _dialogue(value):
+            return _turns(value, key)
+    if isinstance(row.get("chat"), dict):
+        return _chat(row["chat"])
     if isinstance(row.get("instances"), list):
-        return _instances
-    if isinstance(row.get("paragraph"), list):
-        return lambda row: _turns(row["paragraph"], "paragraph")
-    if not row.keys().isdisjoint(("instruction", "output", "指令", "输出")):
-        return _alpaca
+        return _instances(row)
+    if "output" in row or ("instruction" in row and _ANSWERS.isdisjoint(row)):
+        whole = row.get("instruction")
+        while isinstance(whole, list) and len(whole) == 1:
+            whole = whole[0]
+        if isinstance(whole, dict) and not _ANSWERS.isdisjoint(whole) and (turns := _recognized(whole)) is not None:
+            return _with_system(whole.get("system"), turns)
+        return _history(row.get("history")) + _alpaca(row)
     if any(ask in row and not row.keys().isdisjoint(answers) for ask, answers in PAIRS.items()):
-        return _pair
-    if any(key in row for key in TURN_KEYS):
-        return lambda row: []
-    if "text" in row and _tagged(clean(text_of(row["text"], "text"))):
-        return lambda row: _turns(text_of(row["text"], "text"), "text")
-    return None
+        return _history(row.get("history")) + _pair(row)
+    if any(key in row and not row[key] for key in TURN_KEYS):
+        return []
+    return next((turns for value in row.values() if (turns := _dialogue(value))), None)
 
 
 def _row_turns(row: Row) -> Turns:
-    if (family := _family(row)) is None:
+    if not CHINESE.keys().isdisjoint(row):
+        row = {CHINESE.get(name, name): value for name, value in row.items()}
+    if (turns := _recognized(row)) is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no keys"
         mend = 'set [data] kind = "text" for pre-training' if "text" in row else "or their names in [data.columns]"
         raise RowError("unknown_schema", f"the row has {keys}, expected known names such as instruction and output; {mend}")
-    whole = row.get("instruction")
-    while isinstance(whole, list) and len(whole) == 1:
-        whole = whole[0]
-    if family is _alpaca and isinstance(whole, dict) and not _ANSWERS.isdisjoint(whole) and _family(whole):
-        return _row_turns(whole)
-    turns = family(row)
-    if "history" in row and family in (_alpaca, _pair, _preference):
-        turns = _history(row["history"]) + turns
     return _with_system(row.get("system"), turns)
 
 
@@ -333,11 +322,12 @@ def _mapped(row: Row, source: str) -> object:
     """The value of a mapped column: a name, an index into header-less cells, or a template such as "{Question}\\nA. {A}"."""
     if source in row:
         return row[source]
-    if names := _PLACEHOLDER.findall(source):
-        filled = {name: clean(text_of(row.get(name), name)) for name in names}
-        return _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source) if any(filled.values()) else ""
-    keys = ", ".join(map(str, list(row)[:12])) or "no columns"
-    raise RowError("unknown_schema", f"[data.columns] asks for {source!r}, the row has {keys}")
+    names = _PLACEHOLDER.findall(source)
+    if absent := [name for name in names or [source] if name not in row]:
+        keys = ", ".join(map(str, list(row)[:12])) or "no columns"
+        raise RowError("unknown_schema", f"[data.columns] asks for {', '.join(absent)}; the row has {keys}")
+    filled = {name: clean(text_of(row[name], name)) for name in names}
+    return _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source) if any(filled.values()) else ""
 
 
 def _mapped_turns(row: Row, columns: Mapping[str, str]) -> Turns:
@@ -397,6 +387,8 @@ class Normalizer:
                 row = {str(index): cell for index, cell in enumerate(row)}
             while isinstance(row, list) and len(row) == 1:
                 row = row[0]
+            if isinstance(row, list) and row and all(map(is_turn, row)):
+                row = {"messages": row}
             if isinstance(row, Fault):
                 raise RowError(*row)
             if not isinstance(row, dict):

@@ -72,9 +72,10 @@ def rewriter(options: TextOptions) -> Callable[[str], str]:
     if options.convert:
         try:
             from opencc import OpenCC
-        except ImportError:
-            raise UserError("data.opencc", convert=options.convert) from None
-        steps.append(OpenCC(options.convert).convert)
+
+            steps.append(OpenCC(options.convert).convert)
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError("data.opencc", convert=options.convert, cause=error) from None
 
     def rewrite(text: str) -> str:
         text = clean(text)

@@ -1,0 +1,240 @@
+"""`python -m cllm.check CONFIG|FILE`: what the data is and what will be trained on, token by token, before an hour is lost on it."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+import os
+import sys
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm.config import PRESETS, Config, load_config
+from cllm.data.reader import sample_rows, write_conversations
+from cllm.data.schema import Conversation, Reject
+from cllm.data.sources import BUILT_IN, hold_out, read_sources
+from cllm.messages import UserError, note, say
+
+if TYPE_CHECKING:
+    from cllm.model.tokenizer import Tokenizer
+
+SAMPLES, SAMPLE_TOKENS = 3, 400
+MIN_ROW, MAX_ROW = 512, 4096  # tokens, of the rows that --init proposes
+ASKING = "question query prompt ask instruction input content source src title 问 题 输入".split()
+REPLYING = "answer response reply output completion summary target tgt 答 复 输出".split()
+
+
+def main(argv: list[str]) -> int:
+    """Print the account; the last line of stdout is it as JSON. Bad rows are no error: they are what this program is for."""
+    parser = argparse.ArgumentParser(prog="python -m cllm.check", description=say("check.help"))
+    parser.add_argument("target", help=say("check.help.target"))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=say("check.help.overrides"))
+    for option in ("init", "write", "report"):
+        parser.add_argument(f"--{option}", type=Path, metavar="FILE", help=say(f"check.help.{option}"))
+    options = parser.parse_args(argv)
+    for path in (options.init, options.write, options.report):
+        if path and path.exists():
+            raise UserError("check.exists", path=path)
+    config = _config(options.target, options.overrides)
+    groups, rejects = read_sources(config.data)
+    conversations = [item for group in groups for item in group]
+    tokenizer = _tokenizer(config)
+    account, lengths = _account(config, conversations, rejects, tokenizer)
+    text = "\n".join([*_summary(account, lengths), *(_samples(conversations, tokenizer) if tokenizer else [])])
+    green = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if green else text)
+    if options.write:
+        from cllm.data.quality import deduplicate
+
+        kept = deduplicate(conversations) if config.data.dedup else conversations
+        account["written"] = write_conversations(kept, options.write, config.data.kind)
+    if options.init:
+        options.init.write_text(_new_config(config, account, options.init), encoding="utf-8")
+    if options.report:
+        _report(options.report, options.target, text, lengths, config.train.row_tokens if tokenizer else 0)
+    for path in filter(None, (options.write, options.init, options.report)):
+        note("check.wrote", path=path)
+    print(json.dumps(account, ensure_ascii=False))
+    return 0
+
+
+def _config(target: str, overrides: list[str]) -> Config:
+    """The config `target`, or the defaults with the data file `target`."""
+    if target.startswith("preset:") or target.endswith(".toml"):
+        return load_config(target, overrides)
+    given = [f"data.train={json.dumps(target, ensure_ascii=False)}", 'data.eval=""', "train.row_tokens=2048", "train.tokens_per_step=8192"]
+    return load_config("preset:quick", [*given, *overrides])
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    """The model's tokenizer if the model is on this machine; looking at data downloads nothing."""
+    from cllm.model.source import resolve
+    from cllm.model.tokenizer import load_tokenizer
+
+    before = os.environ.get("HF_HUB_OFFLINE", "0")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        return load_tokenizer(resolve(config.model.path), template="text" if config.data.kind == "text" else config.model.template)
+    except UserError as error:
+        note("check.no_tokens", detail=error)
+        return None
+    finally:
+        os.environ["HF_HUB_OFFLINE"] = before
+
+
+def _account(
+    config: Config, conversations: list[Conversation], rejects: list[Reject], tokenizer: Tokenizer | None
+) -> tuple[dict[str, Any], list[int]]:
+    """(account, lengths in tokens, or in characters without a tokenizer)."""
+    from cllm.data.quality import NEAR_LIMIT, leaks, quality
+
+    encoded = tokenizer.encode_batch([tokenizer.segments(item) for item in conversations]) if tokenizer else []
+    counted = [len(ids) for ids, _ in encoded]
+    account = quality(conversations, rejects, counted, config.train.row_tokens)
+    train, held_out = hold_out(config.data, conversations)
+    account["leaks"] = len(leaks(train[:NEAR_LIMIT], held_out[:NEAR_LIMIT]))
+    if tokenizer:
+        account["supervised_tokens"] = sum(label != -100 for _, labels in encoded for label in labels)
+        account["end_token_trained"] = any(tokenizer.stop_ids.intersection(labels) for _, labels in encoded)
+        account["template"] = tokenizer.template.name
+    return account, counted or [sum(len(message.content) for message in item) for item in conversations]
+
+
+def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
+    """The account for people."""
+    from cllm.data.quality import histogram
+
+    lines = [say("check.rows", **{key: account[key] for key in ("rows", "valid", "rejected")})]
+    for reason, found in account["rejects"].items():
+        mend = say(f"check.mend.{reason}")
+        lines += ["  " + say("check.reject", **example, mend=mend) for example in found["examples"]]
+        if (left := found["count"] - len(found["examples"])) > 0:
+            lines.append("  " + say("check.more", count=left, reason=reason))
+    if not account["valid"]:
+        return lines
+    unit = "tokens" if "tokens" in account else "characters"
+    numbers = {key: value for key, value in account[unit].items() if key not in ("limit", "over_limit", "total")}
+    lines += [
+        say("check.duplicates", **account["duplicates"]),
+        say("check.languages", counts=_counts(account["languages"])),
+        say("check.boilerplate", count=account["boilerplate"]["count"]),
+        say("check.personal", counts=_counts({kind: found["count"] for kind, found in account["personal"].items()})),
+        say("check.leaks", count=account["leaks"]),
+        say("check.lengths", unit=say(f"check.unit.{unit}"), numbers=_counts(numbers)),
+        *("  " + line for line in histogram(lengths)),
+    ]
+    if account.get("tokens", {}).get("over_limit"):
+        lines.append(say("check.over", count=account["tokens"]["over_limit"], limit=account["tokens"]["limit"]))
+    if account.get("end_token_trained") is False:
+        lines.append(say("check.no_end"))
+    return lines
+
+
+def _counts(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _samples(conversations: list[Conversation], tokenizer: Tokenizer) -> list[str]:
+    """The first conversations, token by token, the supervised ones ⟦so⟧."""
+    lines = []
+    for item in conversations[:SAMPLES]:
+        ids, labels = tokenizer.encode_segments(tokenizer.segments(item))
+        trained = [label != -100 for label in labels]
+        lines.append(say("check.sample", file=item.file, line=item.line, supervised=sum(trained), tokens=len(ids)))
+        pieces = [(on, tokenizer.piece(id).replace("\n", "↵")) for id, on in zip(ids[:SAMPLE_TOKENS], trained, strict=False)]
+        runs = [(on, "·".join(piece for _, piece in run)) for on, run in groupby(pieces, key=lambda pair: pair[0])]
+        lines.append("  " + "·".join(f"⟦{run}⟧" if on else run for on, run in runs) + (" …" if len(ids) > SAMPLE_TOKENS else ""))
+    return lines
+
+
+def _guess_columns(path: str) -> dict[str, str]:
+    """A column map for a file whose names say nothing to `cllm.data.schema`: by likeness of names, else the two longest texts."""
+    rows = [row for row in sample_rows(BUILT_IN.get(path, path), 50) if isinstance(row, dict)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    sizes = {name: sum(len(str(row.get(name) or "")) for row in rows) for name in names}
+    if len(names) < 2:
+        return {}
+    longest = sorted(sorted(names, key=lambda name: -sizes[name])[:2], key=names.index)
+    if all(len(name) > 20 or not name for name in longest):  # the "header" is a row of its own
+        return {role: str(names.index(name)) for role, name in zip(("user", "assistant"), longest, strict=True)}
+    ask = next((name for word in ASKING for name in names if word in name.lower()), "")
+    reply = next((name for word in REPLYING for name in names if word in name.lower() and name != ask), "")
+    return {"user": ask or longest[0], "assistant": reply or longest[1]} if ask != (reply or longest[1]) else {}
+
+
+def _fitting(free_bytes: int) -> tuple[Config, int] | None:
+    """The largest preset that fits, and the longest row it fits with; None if none does with MIN_ROW tokens."""
+    from cllm.memory import GIB, Settings, find_shape, make_plan
+
+    found: list[tuple[int, int, str]] = []
+    for file in PRESETS.glob("*.toml"):
+        preset = load_config(f"preset:{file.stem}")
+        try:
+            shape = find_shape(preset.model.path)
+        except UserError:  # not a published shape: the built-in model
+            continue
+        row = min(make_plan(shape, Settings(quantize=preset.model.quantize, rank=preset.lora.rank), free_bytes / GIB).longest_row, MAX_ROW)
+        if row >= MIN_ROW:
+            found.append((shape.layers * sum(map(prod, shape.linears().values())), row, file.stem))
+    return (load_config(f"preset:{max(found)[2]}"), max(found)[1]) if found else None
+
+
+def _new_config(config: Config, account: dict[str, Any], path: Path) -> str:
+    """A commented config for the data at hand and the memory found."""
+    source = config.data.train[0]
+    columns = source.columns or config.data.columns or ({} if account["valid"] else _guess_columns(source.path))
+    import torch
+
+    fitting = _fitting(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+    preset, row = fitting or (config, config.train.row_tokens)
+    unit = "tokens" if "tokens" in account else "characters"
+    why = (
+        "the largest preset that fits the free GPU memory" if fitting else "no GPU, or none with room for a preset: the model of the check"
+    )
+    table = "{ " + ", ".join(f"{role} = {_quoted(name)}" for role, name in columns.items()) + " }"
+    return f"""# Made by python -m cllm.check for {source.path}: {account["rows"]} rows, {account["valid"]} valid.
+#     python -m cllm.train {path}
+
+[model]
+path = {_quoted(preset.model.path)}  # {why}
+quantize = {_quoted(preset.model.quantize)}
+template = "auto"  # by model family
+
+[data]
+train = {_quoted(source.path)}
+{"columns = " + table if columns else "# columns = { user = … , assistant = … }  # not needed: the rows are understood as they are"}
+kind = {_quoted(config.data.kind)}
+held_out = 0.05  # split off by content for evaluation
+
+[train]
+row_tokens = {row}  # the longest conversation; 99 % have at most {account[unit].get("p99", 0)} {unit}
+tokens_per_step = {max(8192, row)}
+epochs = 3.0
+
+[run]
+dir = {_quoted(f"runs/{path.stem}")}
+"""
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _report(path: Path, title: str, text: str, lengths: list[int], limit: int) -> None:
+    """One self-contained page: what was printed and the plot of lengths; the plot also as lengths.png beside it."""
+    from cllm.data.quality import plot_lengths
+
+    picture = path.with_name("lengths.png")
+    plot_lengths(lengths, picture, "tokens" if limit else "characters", limit)
+    image = base64.b64encode(picture.read_bytes()).decode()
+    body = html.escape(text).replace("⟦", "<b>").replace("⟧", "</b>")
+    path.write_text(
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;margin:2em}}"
+        f"pre{{white-space:pre-wrap;overflow-wrap:anywhere}}b{{color:#080;background:#e8f8e8;font-weight:normal}}img{{max-width:100%}}</style>"
+        f'<h1>{html.escape(title)}</h1><img alt="lengths" src="data:image/png;base64,{image}"><pre>{body}</pre>\n',
+        encoding="utf-8",
+    )

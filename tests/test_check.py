@@ -1,0 +1,132 @@
+"""`python -m cllm.check`: what is printed, the JSON line, and the files it writes; with a byte-level tokenizer made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import tiny_base
+
+from cllm.__main__ import run
+from cllm.check import _fitting, _guess_columns, main
+from cllm.config import load_config
+from cllm.data import read_conversations
+
+ROWS = [{"instruction": f"第{n}个问题？", "output": f"第{n}个回答。"} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    bad = ['{"instruction": "断', '{"instruction": "空", "output": ""}', *['{"foo": 1}'] * 5]
+    path.write_text("\n".join([*(json.dumps(row, ensure_ascii=False) for row in [*ROWS, ROWS[0]]), *bad]), encoding="utf-8")
+    return path
+
+
+def account(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, dict[str, Any]]:
+    assert main([str(word) for word in argv]) == 0
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    return "\n".join(lines[:-1]), json.loads(lines[-1])
+
+
+def test_bad_rows_are_located_explained_and_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, found = account(capsys, data, "model.path=/nowhere/at/all")
+    assert (found["rows"], found["valid"], found["rejected"]) == (20, 13, 7)
+    assert {reason: entry["count"] for reason, entry in found["rejects"].items()} == {
+        "unknown_schema": 5,
+        "parse_error": 1,
+        "empty_assistant": 1,
+    }
+    assert f"{data}:14: parse_error: " in text
+    assert f"{data}:15: empty_assistant: " in text and "expected text; give it an answer" in text
+    assert "and 2 more with unknown_schema" in text
+    assert found["duplicates"]["exact"] == 1
+    assert "tokens" not in found
+
+
+def test_the_samples_show_what_is_trained(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, found = account(capsys, data, f"model.path={base}", "model.template=chatml", "train.row_tokens=40")
+    sample = next(line for line in text.split("\n") if "⟦" in line and "|im_start|" in line)
+    trained = "".join(part.split("⟧")[0] for part in sample.split("⟦")[1:])
+    assert "<|im_end|>" in trained and "<|im_start|>" not in trained
+    assert found["end_token_trained"] is True and found["template"] == "chatml"
+    ids = found["tokens"]
+    assert ids["limit"] == 40 and ids["over_limit"] == 13 and "longer than train.row_tokens = 40" in text
+    assert 0 < found["supervised_tokens"] < ids["total"]
+
+
+def test_nothing_is_downloaded_to_look_at_data(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("the network was asked"))
+    text, found = account(capsys, data, "model.path=some/model")
+    assert "tokens" not in found and "characters per conversation" in text
+
+
+def test_the_cleaned_set_is_written(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = account(capsys, data, "model.path=/nowhere", "--write", tmp_path / "clean.jsonl")
+    conversations, rejects = read_conversations(tmp_path / "clean.jsonl")
+    assert found["written"] == len(conversations) == 12 and rejects == []
+
+
+def test_a_config_is_written_that_trains_on_this_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("id,Frage,Antwort der Expertin\n" + "".join(f"{n},这是第{n}个问题？,这是回答\n" for n in range(5)), encoding="utf-8")
+    _, found = account(capsys, path, "model.path=/nowhere", "--init", tmp_path / "my.toml")
+    assert found["valid"] == 0
+    config = load_config(tmp_path / "my.toml")
+    assert config.data.columns == {"user": "Frage", "assistant": "Antwort der Expertin"}
+    assert "python -m cllm.train" in (tmp_path / "my.toml").read_text(encoding="utf-8")
+    _, again = account(capsys, tmp_path / "my.toml")
+    assert again["valid"] == 5
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("id\tMy Question\tsource\tGold Answer", {"user": "My Question", "assistant": "Gold Answer"}),
+        ("甲的原文足够长足够长足够长足够长足够长足够长\t乙的译文足够长足够长足够长足够长足够长足够长", {"user": "0", "assistant": "1"}),
+        ("a\tb\tc", {"user": "b", "assistant": "c"}),
+        ("only", {}),
+    ],
+)
+def test_columns_are_guessed(tmp_path: Path, header: str, expected: dict[str, str]) -> None:
+    width = header.count("\t") + 1
+    body = "".join(
+        "\t".join([str(n), f"第{n}行的原文很长很长", f"第{n}行的译文很长"][-width:] + ["x"] * (width - 3)) + "\n" for n in range(9)
+    )
+    (tmp_path / "own.tsv").write_text(f"{header}\n{body}", encoding="utf-8")
+    assert _guess_columns(str(tmp_path / "own.tsv")) == expected
+
+
+def test_the_largest_preset_that_fits_is_proposed() -> None:
+    large, small = _fitting(24 * 2**30), _fitting(6 * 2**30)
+    assert large is not None and small is not None
+    assert large[0].model.path != small[0].model.path and 512 <= small[1] <= large[1] == 4096
+    assert _fitting(2**20) is None
+
+
+def test_the_report_is_one_page(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    account(capsys, data, "model.path=/nowhere", "--report", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page and "parse_error" in page and "http" not in page
+    assert (tmp_path / "lengths.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_files_are_not_overwritten_and_missing_ones_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", [str(data), "--write", str(data)]) == 2
+    assert run("check", [str(tmp_path / "nowhere.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "exists already" in error and "nowhere.jsonl" in error
+
+
+def test_an_empty_file_has_an_account_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
+    _, found = account(capsys, tmp_path / "empty.json", "model.path=/nowhere")
+    assert found["rows"] == 0
