@@ -138,9 +138,9 @@ def test_prints_its_parts_and_signature() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("一句", [["一句"]]), "hypotheses must be a list, not a bare string"),
-        ((["一句"], "一句"), "references must be a list, not a bare string"),
-        ((["一句"], ["一句"]), "list of streams"),
+        (("一句", [["一句"]]), "bare string or a single value, as hypotheses;"),
+        ((["一句"], "一句"), "bare string or a single value, as references;"),
+        ((["一句", "二"], [["一", "二"], "一句"]), r"as references\[1\];"),
         ((["一", "二"], [["一", "二"], ["一"]]), r"2 hypotheses and streams of \[2, 1\]"),
         ((["一"], []), "1 hypotheses and streams of"),
         (([], [[]]), "at least 1"),

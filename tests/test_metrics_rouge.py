@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.metrics import ROUGE, corpus_score, generation_scores, lcs_length, rouge
-from cllm.metrics.rouge import _lcs_positions
+from cllm.metrics import ROUGE, corpus_score, generation_scores, rouge
+from cllm.metrics.rouge import _lcs_positions, lcs_length
 from cllm.metrics.score import VERSION
 
 CAT = ("小猫在窗台上晒太阳。", ["小猫趴在窗台上晒太阳。"])
@@ -138,5 +138,5 @@ def test_mistakes_are_named() -> None:
         rouge("天", ["天"], counts="sets")
     with pytest.raises(ValueError, match="unknown kind 'rougeLsum'"):
         ROUGE("rougeLsum", counts="set")
-    with pytest.raises(ValueError, match="a string and a list"):
+    with pytest.raises(ValueError, match="each pair needs a string"):
         generation_scores(["天"], "天")  # type: ignore[arg-type]

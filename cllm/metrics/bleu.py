@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .ngrams import ngram_matches, ngram_total
-from .score import VERSION, Score, corpus_score, sentence_score
-from .tokens import choice, tokenizer_signature, tokens
+from cllm.metrics.ngrams import ngram_matches, ngram_total
+from cllm.metrics.score import VERSION, Score, corpus_score, sentence_score
+from cllm.metrics.tokens import choice, tokenizer_signature, tokens
 
 SMOOTHINGS = {"exp": 0.0, "floor": 0.1, "add-k": 1.0, "none": 0.0, "method3": 0.0}  # name -> default smooth_value
 
@@ -41,11 +42,10 @@ class BLEU:
 
     def statistics(self, hypothesis: str, references: Sequence[str]) -> list[float]:
         """[sys_len, ref_len, matches of orders 1..max_order, totals of orders 1..max_order]."""
-        least = int(self.smooth == "method3")
-        hyp, *refs = (
-            tokens(text.lower() if self.lowercase else text, self.tokenize, blanks=bool(least)) for text in (hypothesis, *references)
-        )
-        totals = [max(ngram_total(hyp, n), least) for n in range(1, self.max_order + 1)]
+        nltk = self.smooth == "method3"
+        texts = (text.lower() if self.lowercase else text for text in (hypothesis, *references))
+        hyp, *refs = (tokens(text, self.tokenize, blanks=nltk) for text in texts)
+        totals = [max(ngram_total(hyp, n), int(nltk)) for n in range(1, self.max_order + 1)]
         _, ref_len = min((abs(len(ref) - len(hyp)), len(ref)) for ref in refs)
         return [len(hyp), ref_len, *ngram_matches(hyp, refs, self.max_order), *totals]
 
@@ -55,38 +55,26 @@ class BLEU:
         counts, sums = list(totals[2 : 2 + self.max_order]), list(totals[2 + self.max_order :])
         bp = 1.0 if sys_len >= ref_len else math.exp(1 - ref_len / sys_len) if sys_len else 0.0
         precisions = self._precisions(counts, sums) if any(counts) else []
-        orders = len(precisions) if self.effective_order else self.max_order
-        precisions += [0.0] * (self.max_order - len(precisions))
-        used = precisions[:orders]
-        value = bp * math.exp(math.fsum(map(math.log, used)) / orders) * 100 if orders and all(used) else 0.0
-        return Score(
-            "BLEU",
-            value,
-            {
-                "counts": counts,
-                "totals": sums,
-                "precisions": [100 * precision for precision in precisions],
-                "bp": bp,
-                "sys_len": sys_len,
-                "ref_len": ref_len,
-            },
-            self.signature,
-        )
+        missing = [0.0] * (self.max_order - len(precisions))
+        used = precisions if self.effective_order else precisions + missing
+        value = bp * math.exp(math.fsum(map(math.log, used)) / len(used)) * 100 if used and all(used) else 0.0
+        percent = [100 * precision for precision in precisions + missing]
+        parts = {"counts": counts, "totals": sums, "precisions": percent, "bp": bp, "sys_len": sys_len, "ref_len": ref_len}
+        return Score("BLEU", value, parts, self.signature)
 
     def _precisions(self, counts: list[float], sums: list[float]) -> list[float]:
         """Smoothed precisions (0-1) up to the longest order there is; `add-k` adds to `counts` and `sums` in place."""
         precisions: list[float] = []
-        misses = 0
+        halves = 1
         for n in range(self.max_order):
             if self.smooth == "add-k" and n:
-                counts[n] += self._k
-                sums[n] += self._k
+                counts[n], sums[n] = counts[n] + self._k, sums[n] + self._k
             if not sums[n]:
                 break
             precision = counts[n] / sums[n]
             if not counts[n] and self.smooth in ("exp", "method3"):
-                misses += 1
-                precision = 1 / (2**misses * sums[n])
+                halves *= 2
+                precision = 1 / (halves * sums[n])
             elif not counts[n] and self.smooth == "floor":
                 precision = self._k / sums[n]
             precisions.append(precision)
@@ -99,45 +87,16 @@ class BLEU:
     @property
     def signature(self) -> str:
         """sacrebleu's signature without `nrefs`, which only a corpus knows."""
-        shown = f"[{self._k:.2f}]" if self.smooth in ("floor", "add-k") else ""
-        return "|".join(
-            [
-                f"case:{'lc' if self.lowercase else 'mixed'}",
-                f"eff:{'yes' if self.effective_order else 'no'}",
-                tokenizer_signature(self.tokenize),
-                f"smooth:{self.smooth}{shown}",
-                VERSION,
-            ]
-        )
+        case, effective = "lc" if self.lowercase else "mixed", "yes" if self.effective_order else "no"
+        smooth = f"{self.smooth}[{self._k:.2f}]" if self.smooth in ("floor", "add-k") else self.smooth
+        return f"case:{case}|eff:{effective}|{tokenizer_signature(self.tokenize)}|smooth:{smooth}|{VERSION}"
 
 
-def sentence_bleu(
-    hypothesis: str,
-    references: Sequence[str | None],
-    *,
-    tokenize: str = "zh",
-    smooth: str = "exp",
-    smooth_value: float | None = None,
-    effective_order: bool = True,
-    lowercase: bool = False,
-    max_order: int = 4,
-) -> Score:
-    """BLEU of one hypothesis against its references; see `BLEU` for options, `corpus_statistics` for errors."""
-    metric = BLEU(tokenize, smooth, smooth_value, effective_order, lowercase, max_order)
-    return sentence_score(metric, hypothesis, references)
+def sentence_bleu(hypothesis: str, references: Sequence[str | None], *, effective_order: bool = True, **options: Any) -> Score:
+    """BLEU of one hypothesis against its references; `options` are `BLEU`'s. Raises ValueError as `corpus_statistics` does."""
+    return sentence_score(BLEU(effective_order=effective_order, **options), hypothesis, references)
 
 
-def corpus_bleu(
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str | None]],
-    *,
-    tokenize: str = "zh",
-    smooth: str = "exp",
-    smooth_value: float | None = None,
-    effective_order: bool = False,
-    lowercase: bool = False,
-    max_order: int = 4,
-) -> Score:
-    """BLEU of a corpus; `references` are streams, None where one is missing. See `BLEU`, `corpus_statistics`."""
-    metric = BLEU(tokenize, smooth, smooth_value, effective_order, lowercase, max_order)
-    return corpus_score(metric, hypotheses, references)
+def corpus_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], **options: Any) -> Score:
+    """BLEU of a corpus; `options` are `BLEU`'s. For the streams of references and the errors see `corpus_statistics`."""
+    return corpus_score(BLEU(**options), hypotheses, references)

@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
-from .bleu import sentence_bleu
-from .ngrams import ngram_matches, ngram_total
-from .score import VERSION, Score, sentence_score
-from .tokens import choice, tokenizer_signature, tokens
+from cllm.metrics.bleu import sentence_bleu
+from cllm.metrics.ngrams import ngram_matches, ngram_total
+from cllm.metrics.score import VERSION, Score, sentence_score
+from cllm.metrics.tokens import Tokens, choice, tokenizer_signature, tokens
 
-Tokens = tuple[str, ...]
 KINDS = {"clipped": ("rouge1", "rouge2", "rougeL", "rougeLsum"), "set": ("rouge1", "rouge2", "rougeL")}
 
 
@@ -41,25 +41,24 @@ class ROUGE:
         """[precision, recall, F, 1.0], each 0-1."""
         return max((self._pair(hypothesis, reference) for reference in references), key=lambda row: row[2])
 
-    def _pair(self, hypothesis: str, reference: str) -> list[float]:
+    def _pair(self, *texts: str) -> list[float]:
         sets = self.counts == "set"
+        hyp, ref = ((_rouge_chinese_tokens if sets else tokens)(text, self.tokenize) for text in texts)
+        sizes = [len(hyp), len(ref)]
         if self.kind == "rougeLsum":
-            matches, hyp_size, ref_size = _union_lcs(self._lines(hypothesis), self._lines(reference))
+            matches = _union_lcs(*([tokens(line, self.tokenize) for line in text.split("\n")] for text in texts))
+        elif self.kind == "rougeL":
+            matches = lcs_length(hyp, ref)
+        elif sets:
+            ours, theirs = (set(text) if self.kind == "rouge1" else set(pairwise(text)) for text in (hyp, ref))
+            matches, sizes = len(ours & theirs), [len(ours), len(theirs)]
         else:
-            split = _rouge_chinese_tokens if sets else tokens
-            hyp, ref = split(hypothesis, self.tokenize), split(reference, self.tokenize)
-            if self.kind == "rougeL":
-                matches, hyp_size, ref_size = lcs_length(hyp, ref), len(hyp), len(ref)
-            else:
-                n = int(self.kind[-1])
-                matches, hyp_size, ref_size = (_set_matches if sets else _clipped_matches)(hyp, ref, n)
+            n = int(self.kind[-1])
+            matches, sizes = ngram_matches(hyp, [ref], n)[-1], [ngram_total(hyp, n), ngram_total(ref, n)]
         if not matches:
             return [0.0, 0.0, 0.0, 1.0]
-        precision, recall = matches / hyp_size, matches / ref_size
+        precision, recall = (matches / size for size in sizes)
         return [precision, recall, 2.0 * ((precision * recall) / (precision + recall + (1e-8 if sets else 0.0))), 1.0]
-
-    def _lines(self, text: str) -> list[Tokens]:
-        return [tokens(line, self.tokenize) for line in text.split("\n") if line]
 
     def score(self, totals: Sequence[float]) -> Score:
         """Means over the pairs; `parts`: precision and recall (0-100)."""
@@ -69,27 +68,14 @@ class ROUGE:
         return Score(name, f * 100 / pairs, {"precision": precision * 100 / pairs, "recall": recall * 100 / pairs}, signature)
 
 
-def _clipped_matches(hypothesis: Tokens, reference: Tokens, n: int) -> tuple[int, int, int]:
-    """Matching n-grams, n-grams of either side."""
-    return ngram_matches(hypothesis, [reference], n)[-1], ngram_total(hypothesis, n), ngram_total(reference, n)
-
-
-def _set_matches(hypothesis: Tokens, reference: Tokens, n: int) -> tuple[int, int, int]:
-    """Matching n-grams, n-grams of either side, each distinct one counted once."""
-    ours, theirs = (set(zip(*(text[i:] for i in range(n)), strict=False)) for text in (hypothesis, reference))
-    return len(ours & theirs), len(ours), len(theirs)
-
-
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=16)  # the three kinds ask for the same pair
 def _rouge_chinese_tokens(text: str, tokenizer: str) -> Tokens:
     """The tokens as rouge-chinese sees them in " ".join(tokens).
 
     It starts a line after each 。！？? and after six dots, then splits the lines at white space: a line of nothing else
     gives one empty token, seven dots give two tokens.
     """
-    spaced = " ".join(tokens(text, tokenizer, blanks=True))
-    for mark in "。！？?":
-        spaced = spaced.replace(mark, mark + "\n")
+    spaced = re.sub("([。！？?])", r"\1\n", " ".join(tokens(text, tokenizer, blanks=True)))
     spaced = re.sub(r"(\.{6})([^”’])", r"\1\n\2", spaced).rstrip()
     return tuple(token for line in spaced.split("\n") if line for token in line.split() or [""])
 
@@ -136,15 +122,14 @@ def _lcs_positions(hypothesis: Tokens, reference: Tokens) -> list[int]:
     return positions
 
 
-def _union_lcs(hypothesis: list[Tokens], reference: list[Tokens]) -> tuple[int, int, int]:
-    """Matches of rougeLsum (Lin 2004, section 3.2, clipped as ROUGE 1.5.5 does), size of either side."""
+def _union_lcs(hypothesis: list[Tokens], reference: list[Tokens]) -> int:
+    """Matches of rougeLsum (Lin 2004, section 3.2), clipped by the tokens of the hypothesis as ROUGE 1.5.5 does."""
     if len(hypothesis) == len(reference) == 1:
-        return lcs_length(hypothesis[0], reference[0]), len(hypothesis[0]), len(reference[0])
+        return lcs_length(hypothesis[0], reference[0])
     common: list[str] = []
     for line in reference:
         common += [line[i] for i in {i for other in hypothesis for i in _lcs_positions(other, line)}]
-    everything = [token for line in hypothesis for token in line]
-    return ngram_matches(common, [everything], 1)[0], len(everything), sum(map(len, reference))
+    return ngram_matches(common, [[token for line in hypothesis for token in line]], 1)[0]
 
 
 def rouge(hypothesis: str, references: Sequence[str | None], *, tokenize: str = "jieba", counts: str = "clipped") -> dict[str, Score]:
@@ -163,7 +148,6 @@ def generation_scores(hypothesis: str, reference: str) -> dict[str, float]:
     Over a data set LLaMA-Factory reports the means of these numbers. (ChatGLM3's bleu-4 is `sentence_bleu` / 100 of the
     stripped texts with tokenize="jieba", smooth="method3".)
     """
-    scores = rouge(hypothesis, [reference], counts="set")
-    bleu = sentence_bleu(hypothesis, [reference], tokenize="char", smooth="method3")
-    named = {"rouge-1": scores["rouge1"], "rouge-2": scores["rouge2"], "rouge-l": scores["rougeL"], "bleu-4": bleu}
-    return {name: round(score.value, 4) for name, score in named.items()}
+    scores = [*rouge(hypothesis, [reference], counts="set").values()]
+    scores.append(sentence_bleu(hypothesis, [reference], tokenize="char", smooth="method3"))
+    return {name: round(score.value, 4) for name, score in zip(("rouge-1", "rouge-2", "rouge-l", "bleu-4"), scores, strict=True)}

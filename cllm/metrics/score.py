@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from .. import __version__
+from cllm import __version__
 
 VERSION = f"version:cllm-{__version__}"  # ends every signature, where sacrebleu names its own version
 
@@ -34,33 +34,24 @@ class Metric(Protocol):
 
     def statistics(self, hypothesis: str, references: Sequence[str]) -> list[float]:
         """Additive statistics of one hypothesis against its references (at least one)."""
-        ...
 
     def score(self, totals: Sequence[float]) -> Score:
         """The score from the sum of any number of statistics; its signature does not know the number of references."""
-        ...
 
 
 def sentence_score(metric: Metric, hypothesis: str, references: Sequence[str | None]) -> Score:
-    """One hypothesis against its references; None stands for a missing one.
-
-    Raises ValueError for anything but a string and a list with at least one string. Texts without tokens score 0.
-    """
-    if not isinstance(hypothesis, str) or isinstance(references, str) or not isinstance(references, Sequence):
-        raise ValueError(
-            f"a string and a list of references are needed, not {_kind(hypothesis)} and {_kind(references)};"
-            " for one reference write [reference]"
-        )
-    row = _present(references)
-    if not row or not all(isinstance(reference, str) for reference in row):
-        raise ValueError(f"references must hold at least one string and nothing but strings (or None), not {row!r:.80}")
-    return _signed(metric.score(metric.statistics(hypothesis, row)), {len(row)})
+    """One hypothesis against its references: a corpus of one pair. Raises ValueError as `corpus_statistics` does."""
+    if not _is_list(references):
+        raise ValueError(f"references must be a list of strings, not {references!r:.80}: for one reference write [reference]")
+    return corpus_score(metric, [hypothesis], [[reference] for reference in references])
 
 
 def corpus_score(metric: Metric, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Score:
     """Score the summed statistics (not the mean of sentence scores). Arguments and errors: `corpus_statistics`."""
     totals = [sum(column) for column in zip(*corpus_statistics(metric, hypotheses, references), strict=True)]
-    return _signed(metric.score(totals), {len(_present(row)) for row in zip(*references, strict=True)})
+    score = metric.score(totals)
+    counts = {len(row) - row.count(None) for row in zip(*references, strict=True)}
+    return score._replace(signature=f"nrefs:{counts.pop() if len(counts) == 1 else 'var'}|{score.signature}")
 
 
 def corpus_statistics(metric: Metric, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> list[list[float]]:
@@ -72,32 +63,20 @@ def corpus_statistics(metric: Metric, hypotheses: Sequence[str], references: Seq
     Raises ValueError for a string where a list belongs, streams of other lengths than `hypotheses`, no hypothesis, or a
     pair that is not a string with at least one string as reference.
     """
-    for name, value in [("hypotheses", hypotheses), ("references", references)]:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ValueError(f"{name} must be a list, not {_kind(value)}")
-    if bare := [k for k, each in enumerate(references) if isinstance(each, str) or not isinstance(each, Sequence)]:
-        raise ValueError(f"references must be a list of streams, each a list of strings; not a list: number {bare}")
+    named: list[tuple[str, object]] = [("hypotheses", hypotheses), ("references", references)]
+    named += [(f"references[{k}]", stream) for k, stream in enumerate(references)] if _is_list(references) else []
+    if bare := [name for name, value in named if not _is_list(value)]:
+        raise ValueError(f"lists are needed, not a bare string or a single value, as {', '.join(bare)}; write references=[[…], …]")
     lengths = [len(stream) for stream in references]
     if not hypotheses or set(lengths) != {len(hypotheses)}:
-        raise ValueError(
-            "hypotheses and every stream of references must have the same length, at least 1; "
-            f"got {len(hypotheses)} hypotheses and streams of {lengths}"
-        )
-    rows = [_present(row) for row in zip(*references, strict=True)]
+        message = "hypotheses and every stream of references must have the same length, at least 1"
+        raise ValueError(f"{message}; got {len(hypotheses)} hypotheses and streams of {lengths}")
+    rows = [[reference for reference in row if reference is not None] for row in zip(*references, strict=True)]
     pairs = list(zip(hypotheses, rows, strict=True))
     if bad := [i for i, (text, row) in enumerate(pairs) if not row or not all(isinstance(t, str) for t in (text, *row))]:
         raise ValueError(f"each pair needs a string and at least one string as reference; not so at positions {bad[:10]}")
     return [metric.statistics(hypothesis, row) for hypothesis, row in pairs]
 
 
-def _present(references: Sequence[str | None]) -> list[str]:
-    return [reference for reference in references if reference is not None]
-
-
-def _signed(score: Score, counts: set[int]) -> Score:
-    """Name the number of references, which only the caller knows: `nrefs:var` if it differs."""
-    return score._replace(signature=f"nrefs:{counts.pop() if len(counts) == 1 else 'var'}|{score.signature}")
-
-
-def _kind(value: object) -> str:
-    return "a bare string" if isinstance(value, str) else type(value).__name__
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

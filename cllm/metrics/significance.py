@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from .score import Score
+from cllm.metrics.score import Score
+
+Rows = Sequence[Sequence[float]]
 
 
 class Interval(NamedTuple):
-    """A value and the bounds of its confidence interval."""
+    """A value and the bounds of its 95 % confidence interval."""
 
     value: float
     low: float
@@ -26,15 +29,7 @@ class Comparison(NamedTuple):
     p_value: float
 
 
-def paired_bootstrap(
-    score: Callable[[Sequence[float]], Score],
-    a: Sequence[Sequence[float]],
-    b: Sequence[Sequence[float]],
-    *,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 12345,
-) -> Comparison:
+def paired_bootstrap(score: Callable[[list[float]], Score], a: Rows, b: Rows, *, resamples: int = 1000, seed: int = 12345) -> Comparison:
     """Compare two systems by resampling the pairs (Koehn 2004), the same pairs for both.
 
     score: statistics summed -> Score, for instance `BLEU().score`; a, b: (pairs, statistics), from `corpus_statistics`.
@@ -45,40 +40,33 @@ def paired_bootstrap(
     """
     import numpy as np
 
-    systems = [np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)]
-    pairs = len(systems[0])
-    if not pairs or len(systems[1]) != pairs:
-        raise ValueError(f"a and b must score the same pairs, at least 1; got {pairs} and {len(systems[1])} rows")
+    pairs = len(a)
+    if not pairs or len(b) != pairs:
+        raise ValueError(f"a and b must score the same pairs, at least 1; got {pairs} and {len(b)} rows")
+    systems = [np.asarray(rows, dtype=np.float64) for rows in (a, b)]
     rng = np.random.default_rng(seed)
-    values = np.empty((resamples, 2))
-    for row in values:
-        times_drawn = np.bincount(rng.integers(0, pairs, pairs), minlength=pairs)
-        row[:] = [score((times_drawn @ system).tolist()).value for system in systems]
-    observed = [score(system.sum(axis=0).tolist()).value for system in systems]
-    observed.append(observed[1] - observed[0])
-    values = np.column_stack([values, values[:, 1] - values[:, 0]])
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = np.quantile(values, tails, axis=0).tolist()
-    shifted = np.abs(values[:, 2] - values[:, 2].mean())
+    draws = (np.bincount(rng.integers(0, pairs, pairs), minlength=pairs) for _ in range(resamples))
+    values = np.array([[score((draw @ rows).tolist()).value for rows in systems] for draw in chain([np.ones(pairs)], draws)])
+    values = np.column_stack([values, values[:, 1] - values[:, 0]])  # the first row is what was observed
+    low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
+    intervals = [Interval(*map(float, bounds)) for bounds in zip(values[0], low, high, strict=True)]
+    differences = values[1:, 2]
     # the tolerance: a difference that is the same in every resample must not depend on rounding
-    extreme = int(np.count_nonzero(shifted >= abs(observed[2]) - 1e-12))
-    intervals = [Interval(*bounds) for bounds in zip(observed, low, high, strict=True)]
+    extreme = int(np.count_nonzero(abs(differences - differences.mean()) >= abs(values[0, 2]) - 1e-12))
     return Comparison(intervals[0], intervals[1], intervals[2], (1 + extreme) / (1 + resamples))
 
 
-def wilson_interval(wins: float, total: int, *, confidence: float = 0.95) -> Interval:
-    """Win rate (0-1) with Wilson's score interval (1927); a tie may count as half a win.
+def wilson_interval(wins: float, total: int) -> Interval:
+    """Win rate (0-1) with Wilson's score interval (1927) at 95 %; a tie may count as half a win.
 
     centre +- margin = (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). Nothing counted: 0 to 1.
     Raises ValueError unless 0 <= wins <= total.
     """
-    from statistics import NormalDist
-
     if not 0 <= wins <= total:
         raise ValueError(f"wins must lie between 0 and total; got {wins} of {total}")
     if total == 0:
         return Interval(0.5, 0.0, 1.0)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
     rate, scale = wins / total, 1 + z * z / total
     centre = (rate + z * z / (2 * total)) / scale
     margin = z * math.sqrt(rate * (1 - rate) / total + (z / (2 * total)) ** 2) / scale

@@ -22,7 +22,6 @@ _AROUND_DIGITS = [  # period and comma unless inside a number; a dash after a di
     (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),
 ]
-_ENTITIES = [("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")]
 # mteval-v14's rules over the first letters of Unicode categories: P punctuation, N number, S symbol
 _INTL = [(re.compile("[^N]P"), "{0} {1} "), (re.compile("P[^N]"), " {0} {1}"), (re.compile("S"), " {0} ")]
 
@@ -31,14 +30,16 @@ def _split(text: str, pieces: re.Pattern[str]) -> list[str]:
     if any(mark in text for mark in ".,-"):
         for pattern, spaced in _AROUND_DIGITS:
             text = pattern.sub(spaced, text)
-    found: list[str] = pieces.findall(text)
-    return found
+    return list(pieces.findall(text))
+
+
+def _zh(text: str) -> list[str]:
+    return _split(text.strip(), _PIECES_ZH)
 
 
 def _13a(text: str) -> list[str]:
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, character in _ENTITIES:
-        text = text.replace(entity, character)
+    text = text.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
     return _split(f" {text} ", _PIECES_13A)  # the padding splits ".5" and "6."; `zh` has none and keeps them
 
 
@@ -46,39 +47,37 @@ def _intl(text: str) -> list[str]:
     text = text.rstrip()
     for pattern, spaced in _INTL:
         categories = "".join(unicodedata.category(character)[0] for character in text)
-        pieces, end = [], 0
-        for match in pattern.finditer(categories):
-            pieces += [text[end : match.start()], spaced.format(*text[match.start() : match.end()])]
-            end = match.end()
-        text = "".join(pieces) + text[end:]
+        for start, end in reversed([match.span() for match in pattern.finditer(categories)]):
+            text = text[:start] + spaced.format(*text[start:end]) + text[end:]
     return text.split()
 
 
-def _jieba(text: str) -> list[str]:
+@lru_cache(maxsize=2048)  # jieba takes most of the time, and one reference meets several systems and metrics
+def _jieba_words(text: str) -> tuple[str, ...]:
     import jieba
 
     if not jieba.dt.initialized:
         jieba.setLogLevel("WARNING")  # its four lines about loading the dictionary are not for our users
-    words: list[str] = jieba.lcut(text)
-    return words
+    return tuple(jieba.cut(text))
+
+
+def _jieba(text: str) -> list[str]:
+    return list(_jieba_words(text))
 
 
 # name -> text to tokens. `char` and `jieba` keep white space as tokens; `tokens` drops those.
-TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
-    "zh": lambda text: _split(text.strip(), _PIECES_ZH),
-    "13a": _13a,
-    "intl": _intl,
-    "none": str.split,
-    "char": list,
-    "jieba": _jieba,
-}
+Tokens = tuple[str, ...] | str  # a string is the sequence of its characters
+Tokenizer = Callable[[str], list[str]]
+TOKENIZERS: dict[str, Tokenizer] = {"zh": _zh, "13a": _13a, "intl": _intl, "none": str.split, "char": list, "jieba": _jieba}
 
 
-@lru_cache(maxsize=2048)  # jieba takes most of the time, and one reference meets several systems and metrics
-def tokens(text: str, tokenizer: str, *, blanks: bool = False) -> tuple[str, ...]:
+@lru_cache(maxsize=16)  # small: several kinds of ROUGE ask for the same pair, but a hoard of tokens is slower than new ones
+def tokens(text: str, tokenizer: str, *, blanks: bool = False) -> Tokens:
     """The tokens of `text` without those that are only white space, or with them (`blanks`), as nltk counts them."""
+    if tokenizer == "char":
+        return text if blanks else "".join(text.split())
     found = TOKENIZERS[tokenizer](text)
-    return tuple(found if blanks else filterfalse(str.isspace, found))
+    return tuple(found if blanks or tokenizer != "jieba" else filterfalse(str.isspace, found))
 
 
 def tokenizer_signature(tokenizer: str) -> str:
