@@ -207,8 +207,40 @@ def load_model(
     checkpoint = open_checkpoint(Path(path))
     model = _skeleton(checkpoint, dtype)
     layout = check(checkpoint, model)
+    _fill(model, checkpoint, layout, _converted(checkpoint, layout), device, quantize)
+    model.name_or_path = str(path)
+    return model  # type: ignore[no-any-return]
+
+
+def random_model(
+    config: dict[str, Any], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", quantize: str | None = None
+) -> nn.Module:
+    """As `load_model`, from the sizes in a config.json (original or native) and random weights: what a card does, without a download."""
+    family = families.family_of(config) or families.NATIVE
+    checkpoint = Checkpoint(Path("config.json"), family, _native_config(Path("config.json"), family, config), [])
+    model = _skeleton(checkpoint, dtype)
+    layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()}
+
+    def random() -> Iterator[tuple[str, Tensor]]:
+        for name, (shape, _) in layout.items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            yield name, tensor.normal_(0, 0.02) if len(shape) > 1 else tensor.fill_(name.endswith("weight"))
+
+    _fill(model, checkpoint, layout, random(), device, quantize)
+    return model  # type: ignore[no-any-return]
+
+
+def _fill(
+    model: Any,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    tensors: Iterator[tuple[str, Tensor]],
+    device: str | torch.device,
+    quantize: str | None,
+) -> None:
+    """Put native tensors into a model on the meta device, quantizing as they come; then what no checkpoint stores."""
     head = model.get_output_embeddings()
-    for name, tensor in _converted(checkpoint, layout):
+    for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if quantize and leaf == "weight" and type(module) is nn.Linear and module is not head:
@@ -219,9 +251,7 @@ def load_model(
     _fill_buffers(model, torch.device(device))
     if checkpoint.family.alibi:
         _use_alibi(model)
-    model.name_or_path = str(path)
     model.eval()
-    return model  # type: ignore[no-any-return]
 
 
 def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:

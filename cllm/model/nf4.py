@@ -202,9 +202,7 @@ class NF4Linear(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         for name, buffer in zip(NF4Tensor._fields, empty_nf4((out_features, in_features), device)[:3], strict=False):

@@ -95,10 +95,8 @@ def _foreign_caches(identifier: str, forced: str) -> list[Path]:
 
 def _is_complete(directory: Path, own: Path) -> bool:
     """Ours carries a marker; another tool's cache must hold a config and every shard of its index."""
-    if directory == own:
-        return (own / ".complete").is_file()
-    if not (directory / "config.json").is_file():
-        return False
+    if directory == own or not (directory / "config.json").is_file():
+        return (directory / ".complete").is_file()
     from cllm.model.shards import weight_files
 
     try:
@@ -124,10 +122,7 @@ def _modelscope_files(endpoint: str, identifier: str) -> list[RemoteFile]:
 
 def _get_json(url: str) -> Any:
     with _open(url) as response:
-        try:
-            return json.load(response)
-        except ValueError as error:
-            raise ValueError(f"no JSON from {url}") from error
+        return json.load(response)
 
 
 def _open(url: str, start: int = 0) -> Any:

@@ -15,28 +15,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cllm.data.encode import IGNORE_INDEX
-from cllm.data.schema import Conversation, Message
-from cllm.data.template import TEMPLATES, Segment, Template, render
+from cllm.data.schema import Message
+from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
 from cllm.messages import UserError
 from cllm.model import gguf
 from cllm.model.families import GGUF, family_of
-from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, from_directory, from_gguf
+from cllm.model.vocabulary import Bpe, Vocabulary, from_directory, from_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPLATE_FILE = "template.json"
-FILES = (
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja"),
-)
+FILES = "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt \
+qwen.tiktoken chat_template.jinja"
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
-_MARK = re.compile("\ue000(\\d+)\ue001")  # stands for message number n while a chat_template is rendered
+_KINDS = "ChatGLMTokenizer=chatglm3 ChatGLM4Tokenizer=glm4 BaichuanTokenizer=baichuan2 QWenTokenizer=qwen1 \
+InternLMTokenizer=internlm InternLM2Tokenizer=internlm2 glm=glm4 glm4=glm4"  # tokenizer_class or model_type = template
+_PROBES = (  # on which one of our templates and a chat_template must agree to be the same
+    ([Message("user", "a"), Message("assistant", "b"), Message("user", "c")], True),
+    ([Message("system", "s"), Message("user", " a\n"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")], False),
+    ([Message("user", "a"), Message("assistant", "b")], False),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A vocabulary, a template, and the special tokens that both need."""
+    """A vocabulary, a template, and the special tokens that both need. `source` is the directory or GGUF file it was read from,
+    `config` its tokenizer_config.json (or the same made from the GGUF file's metadata)."""
 
     vocabulary: Vocabulary
     template: Template
@@ -44,9 +49,7 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     source: Path
-    """The directory or GGUF file that this was read from."""
     config: Mapping[str, Any] = field(repr=False)
-    """tokenizer_config.json, or the same made from a GGUF file's metadata."""
 
     @property
     def vocab_size(self) -> int:
@@ -56,8 +59,8 @@ class Tokenizer:
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
         """The ids at which generation stops: the template's end token and further stops, and any end of text."""
-        names = (self.template.end.strip(), *self.template.stop, *_END_OF_TEXT)
-        return frozenset({self.eos_id, *(self.vocabulary.control[name] for name in names if name in self.vocabulary.control)})
+        names = {self.template.end.strip(), *self.template.stop, *_END_OF_TEXT}
+        return frozenset({self.eos_id, *(id for name, id in self.vocabulary.control.items() if name in names)})
 
     def encode(self, text: str, *, markup: bool = False) -> list[int]:
         """The text's ids, without beginning or end. markup=True: names of control tokens in it become these tokens."""
@@ -75,16 +78,16 @@ class Tokenizer:
         """A decoder for ids that arrive one by one. reply=True: without the white space that opens an answer in ChatGLM's formats."""
         return Stream(self, drop_blank=reply and bool(self.template.lead))
 
-    def segments(self, conversation: Conversation | Iterable[Message | Mapping[str, str]], *, open_turn: bool = False) -> list[Segment]:
+    def segments(self, conversation: Chat, *, open_turn: bool = False) -> list[Segment]:
         """The conversation in this tokenizer's template (see `cllm.data.template.render`).
 
-        Raises UserError if the tokenizer's own chat_template is used and cannot be trained on.
+        Raises UserError if the tokenizer's own chat_template is used and refuses the conversation or cannot be trained on.
         """
         if self.template.jinja:
-            return _render_native(conversation, self, open_turn=open_turn)
+            return _render_native(self, conversation, open_turn=open_turn)
         return render(conversation, self.template, open_turn=open_turn)
 
-    def encode_chat(self, messages: Conversation | Iterable[Message | Mapping[str, str]], open_turn: bool = True) -> list[int]:
+    def encode_chat(self, messages: Chat, open_turn: bool = True) -> list[int]:
         """The ids of a chat prompt, ending with the opening of the assistant's turn."""
         return self.encode_segments(self.segments(messages, open_turn=open_turn))[0]
 
@@ -101,15 +104,13 @@ class Tokenizer:
         plans = [self._plan(segments) for segments in batch]
         texts = list(dict.fromkeys(part for plan in plans for part, _ in plan if isinstance(part, str)))
         known = dict(zip(texts, self.vocabulary.encode(texts), strict=True))
-        examples = []
+        examples: list[tuple[list[int], list[int]]] = []
         for plan in plans:
-            ids: list[int] = []
-            labels: list[int] = []
+            examples.append(([], []))
             for part, label in plan:
                 new = known[part] if isinstance(part, str) else [part]
-                ids += new
-                labels += [IGNORE_INDEX] * len(new) if label is None else [label] if label >= 0 else new
-            examples.append((ids, labels))
+                examples[-1][0].extend(new)
+                examples[-1][1].extend([IGNORE_INDEX] * len(new) if label is None else new if label < 0 else [label])
         return examples
 
     def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int | None]]:
@@ -144,14 +145,19 @@ class Tokenizer:
         pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         return functools.lru_cache(maxsize=4096)(lambda text: tuple(part for part in pattern.split(text) if part))
 
+    def first_control(self, text: str) -> tuple[str, str]:
+        """What stands in markup before its first control token, and that token; "" where there is none."""
+        parts = self._split(text)
+        at = next((i for i, part in enumerate(parts) if part in self.vocabulary.control), None)
+        return (text, "") if at is None else ("".join(parts[:at]), parts[at])
+
     def with_stop(self) -> Tokenizer:
         """The same with the template's end token replaced by the tokenizer's own end of text.
 
-        For base models that never trained the end token (see `end_token_untrained`). Raises UserError if there is no other end
-        of text.
+        For base models that never trained the end token (see `end_token_untrained`). Raises UserError without another end of text.
         """
         old = self.template.end.strip()
-        names = [self.vocabulary.name(self.eos_id), *_END_OF_TEXT]
+        names = (self.vocabulary.name(self.eos_id), *_END_OF_TEXT)
         new = next((name for name in names if name != old and name in self.vocabulary.control), None)
         if new is None:
             raise UserError("tokenizer.no_end", token=old, template=self.template.name)
@@ -161,39 +167,21 @@ class Tokenizer:
         """Write the tokenizer's files and `template.json` into `directory`: `load_tokenizer` of it gives the same ids."""
         directory.mkdir(parents=True, exist_ok=True)
         if self.source.is_dir():
-            for name in FILES:
+            for name in FILES.split():
                 if (self.source / name).is_file() and self.source.resolve() != directory.resolve():
                     shutil.copyfile(self.source / name, directory / name)
         else:
-            if isinstance(self.vocabulary, Bpe):
-                self.vocabulary.model.save(str(directory / "tokenizer.json"))
-            elif isinstance(self.vocabulary, SentencePiece):
-                (directory / "tokenizer.model").write_bytes(self.vocabulary.proto)
+            self.vocabulary.save(directory)
             _write_json(directory / "tokenizer_config.json", dict(self.config))
         ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
         _write_json(directory / TEMPLATE_FILE, {**ids, "template": asdict(self.template)})
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("tokenizer.damaged", path=path, detail=error) from error
-    return value if isinstance(value, dict) else {}
 
 
 class Stream:
     """Text from ids one at a time: no piece holds half a character, and joined they are `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, *, drop_blank: bool = False) -> None:
-        self._decode = tokenizer.decode
-        self._hidden = tokenizer.vocabulary.hidden
+        self._decode, self._hidden = tokenizer.decode, tokenizer.vocabulary.hidden
         self._blank = drop_blank  # still at the white space to be dropped
         self._ids: list[int] = []
         self._start = self._read = 0  # ids before `_read` are out; those from `_start` on give the next ones their context
@@ -204,9 +192,7 @@ class Stream:
             return ""
         self._ids.append(id)
         text = self._decode(self._ids[self._start :])
-        if text.endswith("\ufffd"):
-            return ""
-        return self._emit(text)
+        return "" if text.endswith("\ufffd") else self._emit(text)
 
     def end(self) -> str:
         """What was held back."""
@@ -228,7 +214,7 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
     template: "auto" takes the saved template, else the family's, else the one of ours that renders like the tokenizer's
     chat_template, else that chat_template itself, else ChatML or plain; "native" insists on the chat_template; else a name in
     `TEMPLATES`. thinking: what formats with <think> blocks do with the reasoning (a saved template keeps its own setting).
-    Raises UserError for a missing or unknown vocabulary and for an unknown template.
+    Raises UserError for a missing, damaged or unknown vocabulary and for an unknown template.
     """
     path = Path(path)
     saved: dict[str, Any] = {}
@@ -236,13 +222,8 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
         config = _read_json(path / "special_tokens_map.json") | _read_json(path / "tokenizer_config.json")
         if (jinja := path / "chat_template.jinja").is_file():
             config["chat_template"] = jinja.read_text(encoding="utf-8")
-        try:
-            vocabulary: Vocabulary = from_directory(path, config)
-        except UserError:
-            raise
-        except Exception as error:  # both engines raise bare exceptions for damaged files
-            raise UserError("tokenizer.damaged", path=path, detail=error) from error
         model, saved = _read_json(path / "config.json"), _read_json(path / TEMPLATE_FILE)
+        vocabulary: Vocabulary = from_directory(path, config)
         found = family_of(model)
     elif path.is_file():
         metadata = gguf.read_header(path).metadata
@@ -251,28 +232,24 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
     else:
         raise UserError("tokenizer.missing", path=path)
     ids = {kind: saved.get(f"{kind}_id", _special(vocabulary, config, model, kind)) for kind in ("bos", "eos", "pad")}
-    ends = (vocabulary.control[name] for name in _END_OF_TEXT if name in vocabulary.control)
-    eos_id = next(ends, None) if ids["eos"] is None else ids["eos"]
+    eos_id = ids["eos"] if ids["eos"] is not None else next((vocabulary.control[n] for n in _END_OF_TEXT if n in vocabulary.control), None)
     if eos_id is None:
         raise UserError("tokenizer.no_end", token="eos_token", template=template)
     pad_id = eos_id if ids["pad"] is None else ids["pad"]
-    unset = Tokenizer(
-        vocabulary=vocabulary, template=TEMPLATES["plain"], bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config
-    )
+    plain = TEMPLATES["plain"]
+    unset = Tokenizer(vocabulary=vocabulary, template=plain, bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config)
     if template == "auto" and saved:
         return replace(unset, template=_stored(saved, path / TEMPLATE_FILE))
-    return replace(unset, template=_choose(unset, template, found.template if found else "auto", thinking))
+    return replace(unset, template=_choose(unset, template, found.template if found else "auto", model, thinking))
 
 
 def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json's keys from GGUF metadata."""
-    own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    own = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in metadata.items()}
     names = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
     config = {name: own["tokens"][own[key]] for name, key in names.items() if key in own}
-    config["add_bos_token"] = own.get("add_bos_token", own.get("model") == "llama")
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = metadata["tokenizer.chat_template"]
-    return config
+    template = {"chat_template": own["chat_template"]} if "chat_template" in own else {}
+    return {**config, "add_bos_token": own.get("add_bos_token", own.get("model") == "llama"), **template}
 
 
 def _special(vocabulary: Vocabulary, config: Mapping[str, Any], model: Mapping[str, Any], kind: str) -> int | None:
@@ -284,39 +261,34 @@ def _special(vocabulary: Vocabulary, config: Mapping[str, Any], model: Mapping[s
     return id if isinstance(id, int) and 0 <= id < vocabulary.size else None
 
 
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError("tokenizer.damaged", path=path, detail=error) from error
+    return value if isinstance(value, dict) else {}
+
+
 # --- The template
-_OF_CLASS = {  # tokenizer_class or model_type
-    "ChatGLMTokenizer": "chatglm3",
-    "ChatGLM4Tokenizer": "glm4",
-    "BaichuanTokenizer": "baichuan2",
-    "QWenTokenizer": "qwen1",
-    "InternLMTokenizer": "internlm",
-    "InternLM2Tokenizer": "internlm2",
-    "glm": "glm4",
-    "glm4": "glm4",
-}
-_PROBES = (  # conversations on which one of our templates and a chat_template must agree to be the same
-    ([("user", "a"), ("assistant", "b"), ("user", "c")], True),
-    ([("system", "s"), ("user", " a\n"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], False),
-    ([("user", "a"), ("assistant", "b")], False),
-)
-
-
 def _stored(saved: Mapping[str, Any], path: Path) -> Template:
     try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["template"].items()}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved["template"].items()}
         return Template(**values)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError("tokenizer.damaged", path=path, detail=error) from error
 
 
-def _choose(tokenizer: Tokenizer, name: str, family: str, thinking: str) -> Template:
+def _choose(tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, Any], thinking: str) -> Template:
     """The template of this name, fitted to the vocabulary; "auto": see `load_tokenizer`."""
     own = tokenizer.config.get("chat_template")
     if isinstance(own, list):  # several named ones
         own = next((entry["template"] for entry in own if entry.get("name") == "default"), None)
     if name == "auto":
-        name = _of_directory(tokenizer, family) or (own and (_same(tokenizer, own) or "native")) or ""
+        name = _of_kind(tokenizer, family, model) or (own and (_same(tokenizer, own) or "native")) or ""
         name = name or ("chatml" if {"<|im_start|>", "<|im_end|>"} <= tokenizer.vocabulary.control.keys() else "plain")
     if name == "native" and own:
         return _native(tokenizer, own, thinking)
@@ -325,14 +297,13 @@ def _choose(tokenizer: Tokenizer, name: str, family: str, thinking: str) -> Temp
     return _fitted(tokenizer, TEMPLATES[name], thinking)
 
 
-def _of_directory(tokenizer: Tokenizer, family: str) -> str:
-    """The template that the original tokenizer class or the family names; "" if that says nothing."""
-    configs = [tokenizer.config, _read_json(tokenizer.source / "config.json") if tokenizer.source.is_dir() else {}]
-    kinds = [configs[0].get("tokenizer_class"), configs[1].get("model_type")]
-    name = next((_OF_CLASS[kind] for kind in kinds if kind in _OF_CLASS), family)
+def _of_kind(tokenizer: Tokenizer, family: str, model: Mapping[str, Any]) -> str:
+    """The template that the original tokenizer class, the model type or the family names; "" if they say nothing."""
+    kinds = dict(pair.split("=") for pair in _KINDS.split())
+    name = kinds.get(tokenizer.config.get("tokenizer_class", ""), kinds.get(model.get("model_type", ""), family))
     if name == "chatglm3":  # ChatGLM2, ChatGLM3 and GLM-4 share their class names
-        names = " ".join(str(config.get(key, "")) for config in configs for key in ("name_or_path", "_name_or_path"))
-        return "glm4" if isinstance(tokenizer.vocabulary, Bpe) else "chatglm2" if "chatglm2" in names.lower() else "chatglm3"
+        names = f"{tokenizer.config.get('name_or_path')} {model.get('_name_or_path')}".lower()
+        return "glm4" if isinstance(tokenizer.vocabulary, Bpe) else "chatglm2" if "chatglm2" in names else "chatglm3"
     if name == "baichuan2" and tokenizer.vocab_size == 64000:
         return "baichuan"
     return name if name in TEMPLATES else ""
@@ -343,12 +314,11 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     vocabulary = tokenizer.vocabulary
     if template.thinking:
         template = replace(template, thinking=thinking)
-    end = template.end.strip()
-    if end not in vocabulary.control:
+    if (end := template.end.strip()) not in vocabulary.control:
         template = _replaced(template, end, vocabulary.name(tokenizer.eos_id))
     if tokenizer.bos_id is not None:
         bos = vocabulary.name(tokenizer.bos_id)
-        own = vocabulary.begins_with(tokenizer.bos_id) if isinstance(vocabulary, Bpe) else True
+        own = vocabulary.begins_with(tokenizer.bos_id)
         if bos not in template.prefix + template.user[0] and tokenizer.config.get("add_bos_token", own):
             template = replace(template, prefix=bos + template.prefix)
     return template
@@ -366,70 +336,68 @@ def _replaced(template: Template, old: str, new: str) -> Template:
     return replace(template, **{f.name: swap(getattr(template, f.name)) for f in fields(template) if f.name not in kept})
 
 
-# --- A tokenizer's own chat_template
-def _rendered(tokenizer: Tokenizer, jinja: str, messages: Sequence[tuple[str, str]], tools: str, thinking: str, *, open_turn: bool) -> str:
-    """The text that Transformers' chat templates give. Raises UserError with the template's own complaint."""
+# --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only its own text is markup
+_MARK = re.compile("\ue000(\\d+)\ue001")
+
+
+def _marked(messages: Sequence[Message]) -> list[Message]:
+    return [Message(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)]
+
+
+def _filled(text: str, words: Sequence[str]) -> str:
+    return _MARK.sub(lambda match: words[int(match.group(1))], text)
+
+
+def _jinja(tokenizer: Tokenizer, source: str, thinking: str, messages: Sequence[Message], opened: bool, tools: str = "") -> str:
+    """The text that Transformers renders. Raises UserError with the chat_template's own complaint."""
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    names = {key: "" if id is None else tokenizer.vocabulary.name(id) for key, id in ids.items()}
     try:
-        texts = render_jinja_template(
-            conversations=[[{"role": role, "content": content} for role, content in messages]],
+        texts, _ = render_jinja_template(
+            conversations=[[m._asdict() for m in messages]],
             tools=json.loads(tools) if tools else None,
-            chat_template=jinja,
-            add_generation_prompt=open_turn,
+            chat_template=source,
+            add_generation_prompt=opened,
             enable_thinking=thinking == "keep",
-            **names,
-        )[0]
+            **{key: "" if id is None else tokenizer.vocabulary.name(id) for key, id in ids.items()},
+        )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError("tokenizer.native", detail=error) from error
     return str(texts[0])
 
 
-def _same(tokenizer: Tokenizer, jinja: str) -> str:
+def _same(tokenizer: Tokenizer, source: str) -> str:
     """The name of our template that renders exactly like the chat_template, thinking or not, or ""."""
     modes = ("off", "keep")
     try:
-        texts = [[_rendered(tokenizer, jinja, turns, "", mode, open_turn=opened) for turns, opened in _PROBES] for mode in modes]
+        texts = [[_jinja(tokenizer, source, mode, turns, opened) for turns, opened in _PROBES] for mode in modes]
     except UserError:
         return ""
     for name, template in TEMPLATES.items():
         variants = [replace(template, thinking=mode if template.thinking else "") for mode in modes]
-        ours = [[render([Message(*m) for m in turns], v, open_turn=opened) for turns, opened in _PROBES] for v in variants]
+        ours = [[render(turns, variant, open_turn=opened) for turns, opened in _PROBES] for variant in variants]
         if [["".join(s.text for s in segments) for segments in probes] for probes in ours] == texts:
             return name
     return ""
 
 
-def _native(tokenizer: Tokenizer, jinja: str, thinking: str) -> Template:
+def _native(tokenizer: Tokenizer, source: str, thinking: str) -> Template:
     """The chat_template as a Template; its end token is the first control token behind an answer."""
-    probe = [("user", "\ue0000\ue001"), ("assistant", "\ue0001\ue001")]
-    tail = _rendered(tokenizer, jinja, probe, "", thinking, open_turn=False).rpartition("\ue001")[2]
-    end = next((part for part in tokenizer._split(tail) if part in tokenizer.vocabulary.control), None)
-    end = end or tokenizer.vocabulary.name(tokenizer.eos_id)
-    return Template(name="native", user=("", ""), assistant="", end=end, jinja=jinja, thinking=thinking)
+    tail = _jinja(tokenizer, source, thinking, _marked(_PROBES[2][0]), False).rpartition("\ue001")[2]
+    end = tokenizer.first_control(tail)[1] or tokenizer.vocabulary.name(tokenizer.eos_id)
+    return Template(name="native", user=("", ""), assistant="", end=end, jinja=source, thinking=thinking)
 
 
-def _render_native(
-    conversation: Conversation | Iterable[Message | Mapping[str, str]], tokenizer: Tokenizer, *, open_turn: bool
-) -> list[Segment]:
-    """Segments from the chat_template: it is rendered with a mark in place of each message, so that only its own text is markup.
-
-    An answer is what the rendering up to and with it has beyond the rendering that opens it; both must begin the whole text.
-    """
-    template = tokenizer.template
-    messages = [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in conversation]
-    marked = [(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)]
-
-    def text(turns: Sequence[tuple[str, str]], opened: bool) -> str:
-        tools = getattr(conversation, "tools", "")
-        return _rendered(tokenizer, template.jinja, turns, tools, template.thinking, open_turn=opened)
-
-    whole = text(marked, open_turn)
-    actual = text(messages, open_turn)
-    words = [m.content for m in messages]
+def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) -> list[Segment]:
+    """Segments from the chat_template. An answer is what the rendering up to and with it has beyond the rendering that opens it;
+    both must begin the whole text."""
+    messages = messages_of(conversation)
+    marked, words = _marked(messages), [m.content for m in messages]
+    source, thinking, tools = tokenizer.template.jinja, tokenizer.template.thinking, getattr(conversation, "tools", "")
+    text = functools.partial(_jinja, tokenizer, source, thinking, tools=tools)
+    whole, actual = text(marked, open_turn), text(messages, open_turn)
     if _filled(whole, words) != actual:  # most often because the template strips the words
         words = [content.strip() for content in words]
     if _filled(whole, words) != actual:
@@ -442,28 +410,22 @@ def _render_native(
                 segments.append(Segment(words[int(part)] if at % 2 else part, supervised, at % 2 == 0))
 
     done = 0
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
+    for i in (i for i, message in enumerate(messages) if message.role == "assistant"):
         start, end = text(marked[:i], True), text(marked[: i + 1], False)
         if not (whole.startswith(end) and end.startswith(start)):
             raise UserError("tokenizer.prefix")
-        tail = tokenizer._split(end.rpartition("\ue001")[2])
-        closing = next((k for k, part in enumerate(tail) if part in tokenizer.vocabulary.control), None)
-        if closing is None:
+        answer, _, tail = end.rpartition("\ue001")
+        before, closing = tokenizer.first_control(tail)
+        if not closing:
             raise UserError("tokenizer.no_end", token="end of turn", template="chat_template")
-        stop = len(end) - len("".join(tail[closing:]))
+        stop = len(answer) + 1 + len(before)
         put(whole[done : len(start)], False)
         segments.append(Segment("", not open_turn, True))
         put(whole[len(start) : stop], not open_turn)
-        segments.append(Segment(template.end, not open_turn, True))
-        done = stop + len(tail[closing])
+        segments.append(Segment(tokenizer.template.end, not open_turn, True))
+        done = stop + len(closing)
     put(whole[done:], False)
     return segments
-
-
-def _filled(text: str, words: Sequence[str]) -> str:
-    return _MARK.sub(lambda match: words[int(match.group(1))], text)
 
 
 # --- Preflight

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from cllm.messages import UserError
 
@@ -42,23 +42,6 @@ PATTERNS = {
 }
 
 
-class Vocabulary(Protocol):
-    """Texts <-> ids. `control`: the tokens that only markup may become; `hidden`: those of them that `decode` leaves out; `size`:
-    one more than the highest id. `id` and `name` look a single token up: None, "" where there is none."""
-
-    control: dict[str, int]
-    hidden: frozenset[int]
-    size: int
-
-    def encode(self, texts: list[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-    def id(self, name: str) -> int | None: ...
-
-    def name(self, id: int) -> str: ...
-
-
 def _encode_cut(texts: list[str], names: Set[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
     """`encode` of each text, after cutting any of `names` in it behind the first letter, so that it is not taken for the token."""
     parts: list[str] = []
@@ -71,6 +54,9 @@ def _encode_cut(texts: list[str], names: Set[str], encode: Callable[[list[str]],
     return [next(encoded) if n == 1 else [id for ids in itertools.islice(encoded, n) for id in ids] for n in counts]
 
 
+# Both engines offer the same. `control`: the tokens that only markup may become; `hidden`: those of them that `decode` leaves out;
+# `size`: one more than the highest id; `id` and `name` look a single token up (None, "" where there is none); `begins_with`: whether
+# the family puts this bos before every text; `save` writes the vocabulary's own file.
 class SentencePiece:
     """A SentencePiece model; `added` names tokens beyond or instead of its pieces; `strip`: decoding drops a first space, as Llama's."""
 
@@ -78,8 +64,7 @@ class SentencePiece:
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.proto = model
-        self._strip = strip
+        self._proto, self._strip = model, strip
         pieces: int = self._model.get_piece_size()
         self._names = [self._model.id_to_piece(i) for i in range(pieces)]
         # User-defined pieces (score 0) are matched in any text, so those that look like control tokens have to be kept apart.
@@ -112,6 +97,12 @@ class SentencePiece:
     def name(self, id: int) -> str:
         return self._added.get(id) or (self._names[id] if id < len(self._names) else "")
 
+    def begins_with(self, id: int) -> bool:
+        return True  # where tokenizer_config.json does not say otherwise
+
+    def save(self, directory: Path) -> None:
+        (directory / "tokenizer.model").write_bytes(self._proto)
+
 
 class Bpe:
     """A `tokenizers.Tokenizer`: byte-level BPE, or whatever a tokenizer.json holds."""
@@ -134,7 +125,6 @@ class Bpe:
         return _encode_cut(texts, self._guarded, batch)
 
     def begins_with(self, id: int) -> bool:
-        """Whether the file's own post-processor puts this token (bos) before a text."""
         return bool(self.model.encode("x").ids[:1] == [id])
 
     def decode(self, ids: list[int]) -> str:
@@ -147,21 +137,20 @@ class Bpe:
     def name(self, id: int) -> str:
         return self.model.id_to_token(id) or ""
 
+    def save(self, directory: Path) -> None:
+        self.model.save(str(directory / "tokenizer.json"))
 
-def byte_level(
-    vocabulary: Mapping[str, int],
-    merges: Iterable[tuple[str, str]],
-    patterns: Iterable[str],
-    added: Mapping[str, tuple[int, bool]],
-    *,
-    nfc: bool,
-    whole: bool = False,
-) -> Bpe:
-    """Byte-level BPE from its parts; `added`: name -> (id, special); `whole`: a word that is a token is taken without merging."""
+
+Vocabulary: TypeAlias = SentencePiece | Bpe
+Ids: TypeAlias = Mapping[str, int]
+Added: TypeAlias = Mapping[str, tuple[int, bool]]  # name -> (id, special)
+
+
+def byte_level(ids: Ids, merges: list[tuple[str, str]], patterns: Iterable[str], added: Added, nfc: bool, whole: bool = False) -> Bpe:
+    """Byte-level BPE from its parts; `whole`: a word that is a token is taken without merging."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    tokens = dict(vocabulary) | {name: id for name, (id, _) in added.items()}
-    model = Tokenizer(models.BPE(tokens, list(merges), ignore_merges=whole))
+    model = Tokenizer(models.BPE(dict(ids) | {name: id for name, (id, _) in added.items()}, merges, ignore_merges=whole))
     if nfc:
         model.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
@@ -172,7 +161,7 @@ def byte_level(
     return Bpe(model)
 
 
-def from_ranks(text: bytes, pattern: str, added: Mapping[str, tuple[int, bool]], *, nfc: bool) -> Bpe:
+def from_ranks(text: bytes, pattern: str, added: Added, *, nfc: bool) -> Bpe:
     """A tiktoken file (lines of base64 token and rank). Tiktoken takes a word that is a token whole; else it merges any neighbours
     whose union is a token, lowest rank first: every split of a token into two tokens is a merge."""
     # GPT-2's printable stand-in for each byte: itself where printable, else the next letter from U+0100.
@@ -190,7 +179,7 @@ def from_ranks(text: bytes, pattern: str, added: Mapping[str, tuple[int, bool]],
     return byte_level(vocabulary, merges, (pattern,), added, nfc=nfc, whole=True)
 
 
-def from_gguf(metadata: Mapping[str, Any]) -> Bpe | SentencePiece:
+def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary inside a GGUF file. Raises UserError for a model or pre-tokenizer other than those known here."""
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
     tokens, kinds = own.get("tokens", []), own.get("token_type", [])
@@ -229,8 +218,17 @@ def _proto(tokens: Iterable[str], scores: Iterable[float], kinds: Iterable[int],
     return pieces + field(2, trainer) + field(3, normalizer)
 
 
-def from_directory(path: Path, config: Mapping[str, Any]) -> Bpe | SentencePiece:
-    """The vocabulary in a model directory; `config` is its tokenizer_config.json. Raises UserError if there is none."""
+def from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary in a model directory; `config` is its tokenizer_config.json. Raises UserError if there is none or it is damaged."""
+    try:
+        return _from_directory(path, config)
+    except UserError:
+        raise
+    except Exception as error:  # both engines raise bare exceptions
+        raise UserError("tokenizer.damaged", path=path, detail=error) from error
+
+
+def _from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
     added = {token["content"]: (int(id), bool(token.get("special"))) for id, token in config.get("added_tokens_decoder", {}).items()}
     if (extra := path / "added_tokens.json").is_file():  # older than added_tokens_decoder
         listed = json.loads(extra.read_text(encoding="utf-8"))
@@ -240,26 +238,24 @@ def from_directory(path: Path, config: Mapping[str, Any]) -> Bpe | SentencePiece
         first = len(text.split()) // 2
         added = {name: (first + i, True) for i, name in enumerate(QWEN_TOKENS)}
         return from_ranks(text, _QWEN, added, nfc=True)
-    model = path / "tokenizer.model"
-    original = bool(config.get("auto_map")) or config.get("tokenizer_class") == "LlamaTokenizer"
-    if model.is_file() and (original or not (path / "tokenizer.json").is_file()):
-        content = model.read_bytes()
+    kind = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+    converted = (path / "tokenizer.json").is_file()
+    # Beside a tokenizer.json, the original file is the sure one where the authors' own or Llama's slow code reads it.
+    if (path / "tokenizer.model").is_file() and (
+        not converted or "auto_map" in config or config.get("tokenizer_class") == "LlamaTokenizer"
+    ):
+        content = (path / "tokenizer.model").read_bytes()
         if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", content.split(b"\n", 1)[0]):
             return from_ranks(content, _CL100K, added, nfc=False)
         special = {name: id for name, (id, _) in added.items()}
-        if config.get("tokenizer_class") == "ChatGLMTokenizer":
+        if kind == "ChatGLMTokenizer":
             pieces = SentencePiece(content, {}).size
             special = {name: pieces + i for i, name in enumerate(CHATGLM_TOKENS)}
         return SentencePiece(content, special, strip=config.get("tokenizer_class") == "LlamaTokenizer")
-    return _hugging_face(path, config, added)
-
-
-def _hugging_face(path: Path, config: Mapping[str, Any], added: Mapping[str, tuple[int, bool]]) -> Bpe:
-    if (file := path / "tokenizer.json").is_file():
+    if converted:
         from tokenizers import Tokenizer
 
-        return Bpe(Tokenizer.from_file(str(file)))
-    kind = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+        return Bpe(Tokenizer.from_file(str(path / "tokenizer.json")))
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file() and kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
         lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
