@@ -1,0 +1,301 @@
+"""Bytes of everything that lives on the device while an adapter is trained, from config.json alone: no torch, no weights.
+
+Describes what `cllm.train` does: a frozen base (NF4 linears, or all of it in 16 or 32 bits), float32 LoRA with AdamW, decoder layers
+recomputed in the backward (all, some or none), the loss in chunks. The peak is the largest of three moments: the loss, the backward
+through a kept layer, the backward through a recomputed layer. What autograd keeps of a layer was counted tensor by tensor;
+tests/test_memory.py holds the sums against a storage census of real steps. Context and fragmentation are on paper: no card measured them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cllm.messages import UserError, say
+from cllm.model import families
+
+MIB, GIB = 2**20, 2**30
+SHAPES = Path(__file__).parent / "assets" / "shapes.json"
+ROW_STEP = 128  # tokens: granularity of the longest row
+CONTEXT_BYTES = 450 * MIB  # CUDA context and cuBLAS workspaces
+FRAGMENTATION_BYTES = 250 * MIB
+_LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
+
+# How native architectures differ from Llama, as far as bytes go; "tied" is what an absent tie_word_embeddings means.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {}, "mistral": {}, "qwen2": {"biased": "qkv"}, "qwen3": {"qk_norm": True}, "gemma": {"tied": True},
+    "gemma3_text": {"norms": 4, "qk_norm": True, "tied": True}, "glm": {"fused_mlp": True}, "glm4": {"norms": 4, "fused_mlp": True},
+    "gpt2": {"gated": False, "tied": True},
+}  # fmt: skip
+_GPT2_KEYS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_inner": "intermediate_size"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of a causal LM as its native Transformers class computes it."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool = False
+    """Head and embedding are one matrix."""
+    biased: str = ""
+    """Which of q, k, v, o have a bias."""
+    norms: int = 2
+    """Norms over the hidden size per layer."""
+    qk_norm: bool = False
+    fused_mlp: bool = False
+    """Gate and up are one matrix."""
+    gated: bool = True
+    """SwiGLU and RMS norms; else GPT-2: learned positions, one matrix for q, k, v, biases everywhere, never quantized."""
+    positions: int = 0
+    window: int = 0
+    alibi: bool = False
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> (in, out) of the linears of one decoder layer."""
+        d, f, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if not self.gated:
+            return {"c_attn": (d, 3 * d), "attn.c_proj": (d, d), "c_fc": (d, f), "mlp.c_proj": (f, d)}
+        mlp = {"gate_up_proj": (d, 2 * f)} if self.fused_mlp else {"gate_proj": (d, f), "up_proj": (d, f)}
+        return {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d), **mlp, "down_proj": (f, d)}
+
+    def unquantized(self) -> int:
+        """Parameters of all norms and biases."""
+        norm = self.hidden if self.gated else 2 * self.hidden  # LayerNorm has a bias
+        biases = sum(out for name, (_, out) in self.linears().items() if not self.gated or (name[0] in self.biased and name[1] == "_"))
+        return self.layers * (self.norms * norm + biases + 2 * self.head_dim * self.qk_norm) + norm
+
+
+def shape_of(config: Mapping[str, Any], name: str = "") -> Shape:
+    """The shape behind a config.json, original (ChatGLM, Qwen 1, Baichuan, InternLM, Yi) or native.
+
+    Raises UserError for an architecture whose bytes are not known here (mixtures of experts among them) and for missing sizes.
+    """
+    family = families.family_of(config)
+    native: Mapping[str, Any] = config.get("text_config", config)
+    kind = str(native.get("model_type", "")).replace("llama_alibi", "llama")
+    if family is not None and family.config is not None:
+        kind, native = family.architecture.removesuffix("ForCausalLM").lower(), family.config(config)
+    if kind not in ARCHITECTURES:
+        raise UserError("memory.architecture", name=name or kind, kind=kind or "?", known=", ".join(ARCHITECTURES))
+    sizes: dict[str, Any] = {**native, **{ours: native[gpt2] for gpt2, ours in _GPT2_KEYS.items() if native.get(gpt2)}}
+    get = sizes.get
+    keys = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
+    if missing := [key for key in keys if not isinstance(get(key), int)]:
+        raise UserError("memory.config", name=name or kind, missing=", ".join(missing))
+    layers, hidden, vocab, heads = (sizes[key] for key in keys)
+    traits = ARCHITECTURES[kind]
+    common: dict[str, Any] = {
+        "tied": get("tie_word_embeddings", traits.get("tied", False)),
+        "biased": ("qkv" if kind.startswith("glm") else "qkvo") if get("attention_bias") else traits.get("biased", ""),
+        "window": get("sliding_window") or 0 if get("use_sliding_window", True) else 0,
+        "positions": get("n_positions") or 0,
+        "alibi": family is not None and family.alibi,
+    }
+    return Shape(
+        name=name or kind, layers=layers, hidden=hidden, vocab=vocab, heads=heads, intermediate=get("intermediate_size") or 4 * hidden,
+        kv_heads=get("num_key_value_heads") or heads, head_dim=get("head_dim") or hidden // heads, **{**traits, **common},
+    )  # fmt: skip
+
+
+def find_config(name: str) -> tuple[str, dict[str, Any]]:
+    """(name, config) of a checkpoint directory or config.json, or of a published model by its name, whoever its owner."""
+    path = Path(name)
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix == ".json" and file.is_file():
+        try:
+            return name, dict(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError("model.damaged", path=file, detail=error) from error
+    published: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text(encoding="utf-8"))
+    for known, config in published.items():
+        if _stem(known) == _stem(name):
+            return known, config
+    raise UserError("memory.name", name=name, known=", ".join(published))
+
+
+def _stem(name: str) -> str:
+    """Owners move and chat models have their base's shape: neither counts."""
+    return re.sub(r"-(base|chat|instruct|hf)$", "", re.split("[:/]", name)[-1].lower())
+
+
+def find_shape(name: str) -> Shape:
+    """`shape_of` what `find_config` finds."""
+    known, config = find_config(name)
+    return shape_of(config, known)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the bytes depend on besides the shape; the values mean what they mean in cllm.toml."""
+
+    row_tokens: int = 2048
+    quantize: str = "none"
+    precision: str = "bf16"
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    checkpoint_layers: int = -1
+    chunk_bytes: int = 128 * MIB
+    device: str = "cuda"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of the base and of what is computed."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def residual(self) -> int:
+        """Bytes of a number of the residual stream, which fp16 keeps in float32."""
+        return 2 if self.precision == "bf16" else 4
+
+
+@dataclass(frozen=True, slots=True)
+class VramEstimate:
+    """Bytes by item at the peak; `moment` says which one that is: "loss", "kept_layer" or "recomputed_layer"."""
+
+    items: dict[str, int]
+    moment: str
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device, CUDA context and fragmentation included."""
+        return sum(self.items.values())
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` should show: all but context and fragmentation."""
+        return self.total - self.items["context"] - self.items["fragmentation"]
+
+    def table(self) -> str:
+        """One line per item in MiB, and the total."""
+        mebibytes = {name: f"{size / MIB:>10,.1f}" for name, size in {**self.items, "total": self.total}.items()}
+        return say("memory.table", **mebibytes, moment=self.moment)
+
+
+def nf4_bytes(weights: int) -> int:
+    """4 bits a weight, an 8-bit scale per 64 weights, a float per 256 of those, and their mean."""
+    blocks = -(-weights // 64)
+    return -(-weights // 2) + blocks + 4 * (-(-blocks // 256) + 1)
+
+
+def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
+    """Bytes at the peak of a training step on rows of `row_tokens` tokens, all of them supervised."""
+    s, linears = settings, shape.linears()
+    nf4 = s.quantize == "nf4" and shape.gated
+    weights = sum(nf4_bytes(i * o) if nf4 else i * o * s.width for i, o in linears.values())
+    adapted = [sizes for name, sizes in linears.items() if s.targets == "all-linear" or any(name.endswith(t) for t in s.targets)]
+    lora = 4 * shape.layers * s.rank * sum(i + o for i, o in adapted)
+    recomputed = shape.layers if s.checkpoint_layers < 0 else min(s.checkpoint_layers, shape.layers)
+    moments = _moments(shape, s, adapted, recomputed, nf4)
+    moment = max(moments, key=lambda name: moments[name])
+    cuda = s.device.startswith("cuda")
+    items = {
+        "linears": shape.layers * weights,
+        "embedding": (shape.vocab + shape.positions) * shape.hidden * s.width,
+        "head": 0 if shape.tied else shape.vocab * shape.hidden * s.width,
+        "norms": shape.unquantized() * s.width,
+        "lora": lora,
+        "gradients": lora,
+        "optimizer": 2 * lora,
+        "layer_inputs": recomputed * s.row_tokens * shape.hidden * s.residual,
+        "activations": moments[moment],
+        "context": CONTEXT_BYTES if cuda else 0,
+        "fragmentation": FRAGMENTATION_BYTES if cuda else 0,
+    }
+    return VramEstimate(items, moment)
+
+
+def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], recomputed: int, nf4: bool) -> dict[str, int]:
+    """Moment -> bytes alive then beyond parameters, their gradients and the recomputed layers' inputs."""
+    hidden, mlp = s.row_tokens * shape.hidden, s.row_tokens * shape.intermediate * s.width
+    before_mlp, in_mlp = _kept(shape, s, adapted)
+    own_input = 0 if shape.gated and s.residual < 4 else s.residual * hidden  # the float32 copy stands for it in bf16
+    kept = (shape.layers - recomputed) * (before_mlp + in_mlp + mlp + own_input)
+    kept -= 0 if recomputed else 4 * hidden  # the embedding needs no gradient, so the first norm keeps nothing
+    # Loss: the last norm's float32 input; its output, the supervised part of that and its gradient, the chunk and float32 pieces of it;
+    # or in the backward of that norm five float32 temporaries.
+    rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
+    block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
+    pieces = 0 if s.width == 4 else 4 * shape.vocab * (block + min(block, rows - block))  # one is made before the last one goes
+    chunk = 3 * s.residual * hidden + rows * s.width * (shape.vocab + shape.hidden) + pieces
+    moments = {"loss": kept + 4 * hidden + max(chunk, 20 * hidden * shape.gated)}
+    # Backward of the MLP's last linear: two gradients of its input, and their sum or the dequantized weight. Of its first: gradients of
+    # gate and up, and the weight. Of a norm behind the MLP: five float32 temporaries while all of the layer is still there.
+    dense = shape.hidden * shape.intermediate * s.width if nf4 else 0
+    last = 2 * mlp + max(dense, mlp)
+    first = 2 * mlp + dense * (1 + shape.fused_mlp) + 2 * s.width * hidden - in_mlp
+    gradient = s.residual * hidden + max(last, first, mlp + 20 * hidden if shape.norms > 2 else 0)
+    if recomputed < shape.layers:
+        moments["kept_layer"] = kept - mlp + gradient
+    if recomputed:
+        moments["recomputed_layer"] = before_mlp + in_mlp + s.residual * hidden + gradient
+    return moments
+
+
+def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int]:
+    """Bytes that autograd keeps of one layer: up to the MLP, and in it (without its last product, freed early in the backward)."""
+    hidden, q, kv = s.row_tokens * shape.hidden, s.row_tokens * shape.heads * shape.head_dim, s.row_tokens * shape.kv_heads * shape.head_dim
+    # An RMS norm keeps a float32 copy of its input, if that is not float32 anyway; LayerNorm keeps the input as it is.
+    norms = (4 * hidden if s.residual < 4 else 0) + 4 * (shape.norms - 1) * hidden if shape.gated else s.residual * hidden
+    norms += 4 * (q + kv) * shape.qk_norm
+    casts = (5 - shape.fused_mlp) if s.precision == "fp16" else 2  # under autocast each linear casts the norm's output for itself
+    attention = s.width * (3 * q + 2 * kv) + 4 * s.row_tokens * shape.heads
+    masks = shape.heads if shape.alibi else 0 < shape.window < s.row_tokens
+    lora = s.rank * s.width * (s.row_tokens * len(adapted) + sum(i + o for i, o in adapted) * (s.width < 4))
+    gates = (3 if shape.gated else 4) * s.row_tokens * shape.intermediate * s.width  # gate, silu, up; or what GELU's formula keeps
+    return norms + s.width * (casts * hidden + masks * s.row_tokens**2) + attention + lora, gates
+
+
+class Plan(NamedTuple):
+    """How settings stand to a budget."""
+
+    estimate: VramEstimate
+    fits: bool
+    longest_row: int
+    """Tokens of the longest row that fits with these settings; 0: none."""
+    checkpoint_layers: int
+    """The fewest recomputed layers that fit (fewer is faster); -1: none do."""
+    ladder: list[tuple[str, Settings, int]]
+    """If it does not fit: (message code of a change, all settings by then, total), cheapest first, each on top of those before."""
+
+
+def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
+    """Fit `settings` into `budget_gib` GiB (1024^3 bytes; context and fragmentation count)."""
+    budget = int(budget_gib * GIB)
+
+    def fits(**changes: Any) -> bool:
+        return estimate_vram(shape, replace(settings, **changes)).total <= budget
+
+    low, high = 0, 2**20 // ROW_STEP  # the total grows with the row: bisect
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(row_tokens=middle * ROW_STEP) else (low, middle - 1)
+    fewest = next((count for count in range(shape.layers + 1) if fits(checkpoint_layers=count)), -1)
+    ladder = [] if fits() else list(_ladder(shape, settings, budget))
+    return Plan(estimate_vram(shape, settings), fits(), low * ROW_STEP, fewest, ladder)
+
+
+def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[tuple[str, Settings, int]]:
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("memory.checkpoint", {"checkpoint_layers": -1}), ("memory.quantize", {"quantize": "nf4"}),
+        ("memory.chunk", {"chunk_bytes": 32 * MIB}), ("memory.rank", {"rank": 8}),
+        *(("memory.row", {"row_tokens": tokens}) for tokens in (4096, 2048, 1024, 512, 256)),
+    ]  # fmt: skip
+    total = estimate_vram(shape, settings).total
+    for code, change in changes:
+        changed = replace(settings, **change)
+        if (new := estimate_vram(shape, changed).total) < total:
+            settings, total = changed, new
+            yield code, settings, total
+        if total <= budget:
+            return

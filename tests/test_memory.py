@@ -1,0 +1,215 @@
+"""The estimate against what really lives: parameters byte for byte, the peak of a real step by storage census."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cllm.memory import GIB, MIB, SHAPES, Settings, estimate_vram, find_shape, make_plan, nf4_bytes, shape_of
+from cllm.messages import UserError
+
+PUBLISHED = json.loads(SHAPES.read_text(encoding="utf-8"))
+PARAMETERS = {  # billions, as the model cards say
+    "THUDM/chatglm3-6b": 6.24, "THUDM/glm-4-9b-chat": 9.40, "Qwen/Qwen-7B": 7.72, "Qwen/Qwen2.5-7B": 7.62, "Qwen/Qwen3-0.6B": 0.596,
+    "Qwen/Qwen3-4B": 4.02, "Qwen/Qwen3-8B": 8.19, "Qwen/Qwen3-32B": 32.76, "baichuan-inc/Baichuan2-7B-Base": 7.51, "01-ai/Yi-6B": 6.06,
+    "internlm/internlm2-7b": 7.74, "meta-llama/Llama-3.1-8B": 8.03, "google/gemma-3-270m": 0.268, "openai-community/gpt2": 0.1244,
+}  # fmt: skip
+TINY = {  # 2 layers of every architecture in memory.ARCHITECTURES, wide enough for activations to outweigh bookkeeping
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "glm": {"head_dim": 16, "attention_bias": True},
+    "glm4": {"head_dim": 16, "attention_bias": True},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 8, "n_positions": 256, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+}
+COMMON = {
+    "vocab_size": 160, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def tiny(kind: str) -> dict[str, object]:
+    gpt2 = {"vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2}
+    return {"model_type": kind, **(gpt2 if kind == "gpt2" else COMMON), **TINY[kind]}
+
+
+def build(config: dict[str, object], settings: Settings):  # type: ignore[no-untyped-def]
+    """(model, optimizer, precision) as the trainer makes them."""
+    import torch
+
+    from cllm.learn.optim import Precision, make_optimizer
+    from cllm.model.checkpoint import random_model
+    from cllm.model.lora import inject_lora
+    from cllm.model.offload import checkpoint_layers
+
+    torch.manual_seed(0)
+    precision = Precision.choose(settings.precision, "cpu")
+    model = random_model(config, dtype=precision.weights, quantize=None if settings.quantize == "none" else "nf4").train()
+    inject_lora(model, rank=settings.rank, alpha=16)
+    precision.prepare(model)
+    checkpoint_layers(model, settings.checkpoint_layers)
+    return model, make_optimizer(model, 1e-4), precision
+
+
+def census(config: dict[str, object], settings: Settings) -> tuple[int, int]:
+    """(bytes of parameters, buffers and optimizer state; peak of one accumulated step on top of them)."""
+    from cllm.bench import peak_storage_bytes, random_row, storage_bytes
+    from cllm.learn.loss import sft_loss
+    from cllm.learn.optim import train_step
+
+    model, optimizer, precision = build(config, settings)
+    row = random_row(settings.row_tokens, int(config["vocab_size"]))  # type: ignore[call-overload]
+
+    def step() -> None:
+        train_step(
+            model, [row, row], lambda m, b: sft_loss(m, b, settings.chunk_bytes), optimizer, precision=precision,
+            scaler=precision.scaler(), max_norm=1.0,
+        )  # fmt: skip
+
+    step()
+    state = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
+    return storage_bytes([*model.parameters(), *model.buffers(), *state]), peak_storage_bytes(step)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("kind", TINY)
+def test_parameters_and_optimizer_are_counted_byte_for_byte(kind: str, quantize: str) -> None:
+    from cllm.bench import storage_bytes
+
+    settings = Settings(64, quantize, "bf16", rank=4, device="cpu")
+    model, _, _ = build(tiny(kind), settings)
+    items = estimate_vram(shape_of(tiny(kind)), settings).items
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    rotary = {b.data_ptr() for name, b in model.named_buffers() if "inv_freq" in name or "embed_scale" in name}
+    frozen += [b for b in model.buffers() if b.data_ptr() not in rotary]
+    assert storage_bytes(frozen) == items["linears"] + items["embedding"] + items["head"] + items["norms"]
+    assert storage_bytes(trained) == items["lora"] == items["gradients"] == items["optimizer"] // 2
+
+
+CASES = [
+    *((kind, {}) for kind in TINY),
+    *(("llama", change) for change in ({"precision": "fp32"}, {"precision": "fp16"}, {"checkpoint_layers": 0}, {"checkpoint_layers": 1})),
+    ("glm", {"quantize": "none"}),
+    ("qwen3", {"precision": "fp32", "quantize": "none", "checkpoint_layers": 0}),
+    ("llama", {"row_tokens": 32}),
+    ("llama", {"chunk_bytes": 2**13}),
+    ("gpt2", {"checkpoint_layers": 0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), CASES, ids=lambda value: str(value))
+def test_peak_is_within_five_percent_of_a_storage_census(kind: str, change: dict[str, object]) -> None:
+    settings = replace(Settings(192, "nf4", "bf16", rank=4, device="cpu"), **change)  # type: ignore[arg-type]
+    fixed, peak = census(tiny(kind), settings)
+    estimate = estimate_vram(shape_of(tiny(kind)), settings)
+    assert estimate.allocated / (fixed + peak) == pytest.approx(1, abs=0.05)
+    alive = estimate.items["activations"] + estimate.items["layer_inputs"] + estimate.items["gradients"]
+    assert alive / peak == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_shapes_have_the_published_number_of_parameters(name: str) -> None:
+    items = estimate_vram(find_shape(name), Settings(precision="fp32")).items
+    bytes_ = items["linears"] + items["embedding"] + items["head"] + items["norms"]
+    assert bytes_ / 4 / 1e9 == pytest.approx(PARAMETERS[name], rel=0.002)
+
+
+def test_table_of_the_design_document() -> None:
+    """../shared/design/MEMORY.md: MiB of NF4 linears and of one 16-bit embedding."""
+    for name, linears, embedding in (("chatglm3-6b", 2809, 508), ("Yi-6B", 2724, 500), ("Qwen-7B", 3186, 1187), ("Qwen3-8B", 3417, 1187)):
+        items = estimate_vram(find_shape(name), Settings(quantize="nf4")).items
+        assert round(items["linears"] / MIB) == linears and round(items["embedding"] / MIB) == embedding
+    assert nf4_bytes(4096 * 4096) == 4096 * 4096 // 2 + 4096 * 64 + 4 * 1024 + 4
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_total_grows_with_everything_that_costs(name: str) -> None:
+    shape, small = find_shape(name), Settings(512, "nf4", rank=8)
+    total = estimate_vram(shape, small).total
+    for change in ({"row_tokens": 1024}, {"rank": 64}, {"precision": "fp32"}, {"quantize": "none"}):
+        if name != "openai-community/gpt2" or "quantize" not in change:  # GPT-2's Conv1D stays dense
+            assert estimate_vram(shape, replace(small, **change)).total > total, change
+
+
+def test_names_match_whoever_the_owner_and_chat_models_have_the_shape_of_their_base() -> None:
+    for name in ("zai-org/chatglm3-6b", "hf:THUDM/chatglm3-6b", "CHATGLM3-6B"):
+        assert find_shape(name).name == "THUDM/chatglm3-6b"
+    assert find_shape("modelscope:Qwen/Qwen2.5-7B-Instruct").name == "Qwen/Qwen2.5-7B"
+
+
+def test_config_json_is_read_from_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["THUDM/chatglm3-6b"]), encoding="utf-8")
+    assert replace(find_shape(str(tmp_path)), name="") == replace(find_shape("chatglm3-6b"), name="")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json"):
+        find_shape(str(tmp_path))
+
+
+def test_alibi_keeps_a_square_mask_per_head() -> None:
+    shape = find_shape("Baichuan2-13B-Base")
+    plain = replace(shape, alibi=False)
+    extra = estimate_vram(shape, Settings(1024)).total - estimate_vram(plain, Settings(1024)).total
+    assert shape.alibi and extra == 2 * 40 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({}, "'?'"),
+        ({"model_type": "llama", "hidden_size": 8}, "num_hidden_layers, vocab_size, num_attention_heads"),
+    ],
+)
+def test_unknown_shapes_are_refused_in_one_line(config: dict[str, object], part: str) -> None:
+    with pytest.raises(UserError) as error:
+        shape_of(config, "X")
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="Qwen/Qwen3-8B"):
+        find_shape("nobody/nothing")
+
+
+def test_plan_finds_the_longest_row_and_the_fewest_recomputed_layers() -> None:
+    shape, settings = find_shape("Qwen3-4B"), Settings(2048, "nf4")
+    plan = make_plan(shape, settings, 8.0)
+    assert plan.fits and not plan.ladder
+    for tokens, inside in ((plan.longest_row, True), (plan.longest_row + 128, False)):
+        assert (estimate_vram(shape, replace(settings, row_tokens=tokens)).total <= 8 * GIB) is inside
+    for layers, inside in ((plan.checkpoint_layers, True), (plan.checkpoint_layers - 1, False)):
+        assert (estimate_vram(shape, replace(settings, checkpoint_layers=layers)).total <= 8 * GIB) is inside
+
+
+def test_ladder_ends_where_it_fits_and_never_goes_up() -> None:
+    shape = find_shape("chatglm3-6b")
+    plan = make_plan(shape, Settings(8192, "none", rank=64, checkpoint_layers=0), 6.0)
+    totals = [plan.estimate.total, *(total for _, _, total in plan.ladder)]
+    assert not plan.fits and totals == sorted(totals, reverse=True) and totals[-1] <= 6 * GIB < totals[-2]
+    assert [code for code, _, _ in plan.ladder[:2]] == ["memory.checkpoint", "memory.quantize"]
+    assert estimate_vram(shape, plan.ladder[-1][1]).total == totals[-1]
+    hopeless = make_plan(find_shape("Qwen3-32B"), Settings(2048), 8.0)
+    assert hopeless.longest_row == 0 and hopeless.checkpoint_layers == -1 and hopeless.ladder[-1][2] > 8 * GIB
+
+
+def test_table_names_every_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = estimate_vram(find_shape("Yi-6B"), Settings(2048, "nf4"))
+    assert f"{estimate.total / MIB:,.1f} MiB" in estimate.table()
+    assert len(estimate.table().splitlines()) == len(estimate.items) + 1
+    monkeypatch.setenv("CLLM_LANG", "zh")
+    assert "合计" in estimate.table()
+    assert estimate_vram(find_shape("Yi-6B"), Settings(2048, "nf4", device="cpu")).total == estimate.allocated
+
+
+def test_import_is_light() -> None:
+    code = "import sys, cllm.memory; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
