@@ -41,6 +41,8 @@ class ModelConfig:
     """Built-in `tiny-zh`, a local directory, a .gguf file, or a hub name (`Qwen/Qwen3-4B`, `modelscope:…`, `hf:…`)."""
     template: str = "auto"
     """Chat template: `auto` (by model family) or a name from cllm/data/template.py."""
+    thinking: Literal["off", "keep"] = "off"
+    """Models with <think> blocks: leave the reasoning out, or train it."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: 4-bit base (QLoRA)."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

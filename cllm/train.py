@@ -90,7 +90,7 @@ class Training:
         self.rejects = len(rejects)
         self.base = resolve(config.model.path)
         template = "text" if data.kind == "text" else config.model.template
-        self.tokenizer = load_tokenizer(self.base, template=template)
+        self.tokenizer = load_tokenizer(self.base, template=template, thinking=config.model.thinking)
         self.conversations = hold_out(data, conversations)
 
     def _encode(self) -> None:

@@ -17,17 +17,31 @@ from cllm.serve.engine import Engine, Sampling
 
 VOCAB = 211
 COMMON = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024, "bos_token_id": None,
-    "eos_token_id": None, "pad_token_id": 0,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": COMMON,
     "qwen3": COMMON,
     "glm": COMMON,
     "gpt2": {
-        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024, "bos_token_id": None,
-        "eos_token_id": None, "pad_token_id": 0,
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 1024,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
     },
     "gemma3_text": COMMON | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
 }
@@ -57,9 +71,7 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def alone(model: Any, prompt: list[int], new_tokens: int, *, adapter: bool = True, **options: Any) -> list[int]:
     set_gate(model, None if adapter else 0.0)
     settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options)
-    output = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=settings
-    )
+    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=settings)
     set_gate(model, None)
     return output[0, len(prompt) :].tolist()
 
@@ -76,7 +88,7 @@ def test_staggered_mixed_requests_equal_sequential_generate(name: str) -> None:
     for prompt, budget, adapter in requests:  # one more request every second step, in the midst of the others' decoding
         row = engine._row(prompt, Sampling(max_new_tokens=budget), adapter)
         engine.waiting.append(row)
-        streams.append(row.stream)
+        streams.append(row)
         engine.step()
         engine.step()
         rows_seen = max(rows_seen, len(engine.batch.rows))
@@ -131,14 +143,10 @@ def test_a_small_budget_preempts_and_changes_nothing(monkeypatch: pytest.MonkeyP
 def test_sampled_rows_do_not_depend_on_their_neighbours() -> None:
     model = tiny_model()
     batch = prompts([20, 35, 8, 50])
-    sampling = Sampling(
-        max_new_tokens=15, temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=7
-    )
+    sampling = Sampling(max_new_tokens=15, temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=7)
     together = Engine(model).generate(batch, sampling)
     for i, prompt in enumerate(batch):
-        single = Sampling(
-            max_new_tokens=15, temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=7 + i
-        )
+        single = Sampling(max_new_tokens=15, temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=7 + i)
         assert Engine(model).generate([prompt], single) == [together[i]]
     other = Engine(model).generate(batch, Sampling(max_new_tokens=15, temperature=1.0, seed=8))
     assert other != together
@@ -155,28 +163,33 @@ def test_sampling_follows_transformers_distribution() -> None:
         TopPLogitsWarper,
     )
 
-    from cllm.serve.engine import Stream, _Row, _sample
+    from cllm.serve.engine import Stream, _sample
 
     torch.manual_seed(1)
     logits = torch.randn(1, 50) * 2
     ids = logits[0].topk(3).indices.tolist()
     cases = [
-        Sampling(temperature=0.7, top_k=10), Sampling(temperature=1.5, top_p=0.8), Sampling(temperature=1.0, min_p=0.1),
+        Sampling(temperature=0.7, top_k=10),
+        Sampling(temperature=1.5, top_p=0.8),
+        Sampling(temperature=1.0, min_p=0.1),
         Sampling(temperature=1.2, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.3),
     ]
     for case in cases:
         chain = LogitsProcessorList(
             [
-                RepetitionPenaltyLogitsProcessor(case.repetition_penalty), TemperatureLogitsWarper(case.temperature),
-                TopKLogitsWarper(case.top_k), TopPLogitsWarper(case.top_p), MinPLogitsWarper(case.min_p),
+                RepetitionPenaltyLogitsProcessor(case.repetition_penalty),
+                TemperatureLogitsWarper(case.temperature),
+                TopKLogitsWarper(case.top_k),
+                TopPLogitsWarper(case.top_p),
+                MinPLogitsWarper(case.min_p),
             ]
         )
         expected = torch.softmax(chain(torch.tensor([ids]), logits.clone())[0], dim=-1)
-        rows = [_Row(ids, case, True, Stream(), len(ids)) for _ in range(4000)]
+        rows = [Stream(ids, case, True) for _ in range(4000)]
         drawn = torch.bincount(torch.tensor(_sample(logits.repeat(4000, 1), rows)), minlength=50) / 4000
         assert (drawn[expected == 0] == 0).all(), case
         assert (drawn - expected).abs().max() < 0.03, (case, (drawn - expected).abs().max())
-    assert _sample(torch.tensor([[0.0, float("nan")]]), [_Row([0], Sampling(), True, Stream(), 1)]) == [-1]
+    assert _sample(torch.tensor([[0.0, float("nan")]]), [Stream([0], Sampling(), True)]) == [-1]
 
 
 def test_submit_streams_from_the_thread_and_cancel_frees_the_row() -> None:
@@ -266,10 +279,7 @@ def test_requests_that_cannot_run_are_refused() -> None:
     assert len(engine.generate([[1] * 1020], Sampling(max_new_tokens=50))[0]) == 4  # up to the model's last position
     with pytest.raises(UserError) as caught:
         Sampling(max_new_tokens=0, temperature=-1, top_p=0, top_k=0, min_p=2, repetition_penalty=0)
-    assert all(
-        key in str(caught.value)
-        for key in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    )
+    assert all(key in str(caught.value) for key in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
 
 
 def test_recurrent_models_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,9 +288,20 @@ def test_recurrent_models_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> 
     register()
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-        linear_value_head_dim=8, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
     )
     model = Qwen3_5ForCausalLM._from_config(config, attn_implementation=ATTENTION).eval()
     engine = Engine(model, prefill_tokens=16)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import demo_rows as rows
 from safetensors.torch import load_file
 
 from cllm.__main__ import run
@@ -20,45 +21,6 @@ from cllm.messages import UserError
 from cllm.train import Training
 
 ROOT = Path(__file__).parents[1]
-
-
-def rows(count: int = 40) -> list[dict[str, str]]:
-    digits = "零一二三四五六七八九"
-    return [{"instruction": f"写出数字{n}", "output": "".join(digits[int(d)] for d in str(n)), "task": "AB"[n % 2]} for n in range(count)]
-
-
-@pytest.fixture
-def config(tmp_path: Path, checkpoint: Path) -> Path:
-    """A config over 40 rows that trains six steps in about a second."""
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows()), encoding="utf-8")
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-[model]
-path = {json.dumps(str(checkpoint))}
-template = "chatml"
-device = "cpu"
-[lora]
-rank = 4
-dropout = 0.1
-[data]
-train = {json.dumps(str(tmp_path / "data.jsonl"))}
-held_out = 0.2
-[train]
-steps = 6
-row_tokens = 128
-tokens_per_step = 256
-learning_rate = 2e-2
-[eval]
-every = 3
-samples = 4
-max_new_tokens = 8
-[run]
-dir = {json.dumps(str(tmp_path / "runs" / "a"))}
-""",
-        encoding="utf-8",
-    )
-    return path
 
 
 def adapter_bytes(run_directory: Path) -> bytes:

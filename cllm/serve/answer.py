@@ -38,8 +38,9 @@ class Answer:
         self.prompt = tokenizer.encode_chat(clean)
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
             raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
-        self._decoder = tokenizer.stream()
-        self._held, self._stream, self._cancelled = "", Stream(), False
+        self._decoder = tokenizer.stream(reply=True)
+        self._held, self._cancelled = "", False
+        self._stream: Stream | None = None
         self.text, self.finish_reason = "", ""
         self.prompt_tokens, self.tokens = len(self.prompt), 0
         self.first_seconds = self.seconds = 0.0
@@ -48,13 +49,13 @@ class Answer:
     def cancel(self) -> None:
         """Stop decoding and free the row, from any thread; what was decoded so far stays in `text`."""
         self._cancelled = True
-        self._stream.cancel()
+        if self._stream is not None:
+            self._stream.cancel()
 
     def _submit(self, listener: Listener | None = None) -> Stream:
-        self._stream = self._engine.submit(self.prompt, self._sampling, self._adapter, listener)
-        if self._cancelled:
-            self._stream.cancel()
-        return self._stream
+        self._stream = stream = self._engine.submit(self.prompt, self._sampling, self._adapter, listener)
+        stream.cancelled = self._cancelled
+        return stream
 
     def __iter__(self) -> Iterator[str]:
         stream = self._submit()
@@ -106,7 +107,7 @@ class Answer:
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.finish_reason = "stop"
-            self._stream.cancel()
+            self.cancel()
             keep = min(found)
         else:
             keep = len(self._held) - (0 if last else _overlap(self._held, self._stop))

@@ -31,10 +31,10 @@ BODY_BYTES = 256 * 2**10
 MAX_WAITING = 64
 COOKIE = "cllm_key"
 # The page's own scripts and styles are inline; nothing comes from, or goes to, another host: neither fonts nor model text.
+POLICY = {"default-src": "'self'", "img-src": "'self' data: blob:", "script-src": "'self' 'unsafe-inline'", "font-src": "'self' data:",
+          "style-src": "'self' 'unsafe-inline'", "object-src": "'none'", "base-uri": "'self'", "frame-ancestors": "'self'"}  # fmt: skip
 HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; script-src 'self' 'unsafe-inline'; "
-    "style-src 'self' 'unsafe-inline'; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "
-    "frame-ancestors 'self'",
+    "content-security-policy": "; ".join(f"{key} {value}" for key, value in POLICY.items()),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -229,29 +229,26 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
 
 
 def _handle_errors(app: Any) -> None:
+    """Whatever is raised while a request is handled answers in OpenAI's shape."""
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
 
-    async def invalid(_: object, error: Any) -> JSONResponse:
-        problems = [(".".join(str(part) for part in e["loc"] if part != "body"), e["msg"]) for e in error.errors()]
-        message = "; ".join(f"{where}: {what}" if where else what for where, what in problems)
-        return JSONResponse(error_body(400, message, param=problems[0][0] or None), 400)
-
-    async def refused(_: object, error: Any) -> JSONResponse:
-        body = error.detail if isinstance(error.detail, dict) else error_body(error.status_code, str(error.detail))
-        return JSONResponse(body, error.status_code, error.headers)
-
-    async def mistaken(_: object, error: Any) -> JSONResponse:
-        code = "context_length_exceeded" if error.code == "serve.context" else None
-        return JSONResponse(error_body(400, error.args[0], code=code), 400)
-
-    async def failed(_: object, error: Exception) -> JSONResponse:
+    async def reply(_: object, error: Any) -> JSONResponse:
+        if isinstance(error, HTTPException):
+            body = error.detail if isinstance(error.detail, dict) else error_body(error.status_code, str(error.detail))
+            return JSONResponse(body, error.status_code, error.headers)
+        if isinstance(error, RequestValidationError):
+            problems = [(".".join(str(part) for part in e["loc"] if part != "body"), e["msg"]) for e in error.errors()]
+            message = "; ".join(f"{where}: {what}" if where else what for where, what in problems)
+            return JSONResponse(error_body(400, message, param=problems[0][0] or None), 400)
+        if isinstance(error, UserError):
+            code = "context_length_exceeded" if error.code == "serve.context" else None
+            return JSONResponse(error_body(400, error.args[0], code=code), 400)
         return JSONResponse(error_body(500, str(error)), 500)
 
-    handlers = {RequestValidationError: invalid, HTTPException: refused, UserError: mistaken, ModelError: failed}
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
+    for kind in (RequestValidationError, HTTPException, UserError, ModelError):
+        app.add_exception_handler(kind, reply)
 
 
 async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:

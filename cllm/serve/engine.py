@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ from cllm.model.lora import lora_layers
 
 HEADROOM_TOKENS = 128  # what an admitted row is expected to grow by; a wrong guess costs one preemption
 MAX_TOP_K = 1024
+LIMITS = {
+    "max_new_tokens": (1, 2**31), "temperature": (0, 10), "top_p": (1e-6, 1), "top_k": (1, MAX_TOP_K), "min_p": (0, 1),
+    "repetition_penalty": (0.1, 10),
+}  # fmt: skip
+Listener = Callable[[int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,61 +56,45 @@ class Sampling:
     stop_ids: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        ranges = {
-            "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
-            "temperature": (0 <= self.temperature <= 10, "0 … 10"),
-            "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
-            "top_k": (1 <= self.top_k <= MAX_TOP_K, f"1 … {MAX_TOP_K}"),
-            "min_p": (0 <= self.min_p <= 1, "0 … 1"),
-            "repetition_penalty": (0.1 <= self.repetition_penalty <= 10, "0.1 … 10"),
-        }
-        wrong = [f"{key} = {getattr(self, key)} ({allowed})" for key, (fits, allowed) in ranges.items() if not fits]
+        values = {key: getattr(self, key) for key in LIMITS}
+        wrong = [f"{key} = {value} ({LIMITS[key][0]} … {LIMITS[key][1]})" for key, value in values.items()
+                 if not LIMITS[key][0] <= value <= LIMITS[key][1]]  # fmt: skip
         if wrong:
             raise UserError("serve.sampling", problems="; ".join(wrong))
 
 
-Listener = Callable[[int | None], None]
-
-
 class Stream:
-    """The token ids of one request as they are decoded: iterate over it in any thread. Stop ids are not among them.
+    """One request and the token ids of its answer: iterate over it in any thread. Stop ids are not among them.
 
     With `listener`, every id and finally None go to that function instead, called in the engine's thread. After the end
     `finish_reason` is "stop", "length", "cancelled" or "error" (then `error` says why).
     """
 
-    def __init__(self, listener: Listener | None = None) -> None:
+    def __init__(self, prompt: list[int], sampling: Sampling, adapter: bool, listener: Listener | None = None) -> None:
+        # `ids` is the prompt and what was generated; while decoding, the last of them is not in the cache yet.
+        self.ids, self.prompt_tokens, self.sampling, self.adapter = list(prompt), len(prompt), sampling, adapter
+        self.random = random.Random(sampling.seed)
+        self.finish_reason, self.error, self.cancelled = "", "", False
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.put = listener or self._queue.put
-        self.finish_reason, self.error, self.cancelled = "", "", False
-
-    def cancel(self) -> None:
-        """Free the row before the next step; may be called from any thread, also after the end."""
-        self.cancelled = True
 
     def __iter__(self) -> Iterator[int]:
         while (token := self._queue.get()) is not None:
             yield token
 
+    def cancel(self) -> None:
+        """Free the row before the next step; may be called from any thread, also after the end."""
+        self.cancelled = True
 
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One request; `ids` is the prompt and what was generated; while decoding, the last id is not in the cache yet."""
-
-    ids: list[int]
-    sampling: Sampling
-    adapter: bool
-    stream: Stream
-    prompt_tokens: int
-    random: random.Random = field(default_factory=random.Random)
+    def finish(self, reason: str, error: str = "") -> None:
+        """Called by the engine, once."""
+        self.finish_reason, self.error = reason, error
+        self.put(None)
 
     @property
     def remaining(self) -> int:
+        """How many ids may still come."""
         return self.sampling.max_new_tokens - (len(self.ids) - self.prompt_tokens)
-
-    def finish(self, reason: str, error: str = "") -> None:
-        self.stream.finish_reason, self.stream.error = reason, error
-        self.stream.put(None)
 
 
 class _RowLayer(DynamicLayer):  # type: ignore[misc]
@@ -167,7 +156,7 @@ class _RowLayer(DynamicLayer):  # type: ignore[misc]
 class _Batch:
     """Rows that are computed together, and their cache; of a prefill, `filled` of the padded columns are in it."""
 
-    rows: list[_Row]
+    rows: list[Stream]
     cache: DynamicCache
     filled: int = 0
 
@@ -204,7 +193,7 @@ class Engine:
         self.kv_tokens = kv_tokens or _free_bytes(self.device) // token_bytes
         self.prefill_tokens = prefill_tokens or (256 if self.device.type == "cpu" else 2048)
         self.healthy, self.steps, self.generated_tokens, self._closed = True, 0, 0, False
-        self.waiting: deque[_Row] = deque()
+        self.waiting: deque[Stream] = deque()
         self.prefill: _Batch | None = None
         self.batch = self._new_batch([])
         self._owner, self._work = threading.Lock(), threading.Condition()
@@ -221,13 +210,13 @@ class Engine:
         with self._work:
             if self._closed:
                 row.finish("cancelled")
-                return row.stream
+                return row
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="cllm-engine", daemon=True)
                 self._thread.start()
             self.waiting.append(row)
             self._work.notify()
-        return row.stream
+        return row
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, adapter: bool | Sequence[bool] = True,
@@ -238,25 +227,23 @@ class Engine:
         A given seed becomes seed + index. `progress(done, total)` is called whenever an answer is complete. Raises
         UserError for a prompt that does not fit, before anything is computed, and RuntimeError if the model fails.
         """
-        adapters = [adapter] * len(prompts) if isinstance(adapter, bool) else list(adapter)
-        rows = [
-            self._row(prompt, sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i), gate)
-            for i, (prompt, gate) in enumerate(zip(prompts, adapters, strict=True))
-        ]
+        adapters = [adapter] * len(prompts) if isinstance(adapter, bool) else adapter
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
+        rows = [self._row(p, replace(sampling, seed=s), a) for p, s, a in zip(prompts, seeds, adapters, strict=True)]
         self.waiting.extend(sorted(rows, key=lambda row: -len(row.ids)))
         done = 0
         try:
             while done < len(rows):
                 self.step()
-                if failed := next((row.stream.error for row in rows if row.stream.error), None):
+                if failed := next((row.error for row in rows if row.error), None):
                     raise RuntimeError(failed)
-                finished = sum(bool(row.stream.finish_reason) for row in rows)
+                finished = sum(bool(row.finish_reason) for row in rows)
                 if progress is not None and finished > done:
                     progress(finished, len(rows))
                 done = finished
         finally:
             for row in rows:
-                row.stream.cancel()
+                row.cancel()
             with self._owner:
                 self._sweep()
         return [row.ids[row.prompt_tokens :] for row in rows]
@@ -314,22 +301,22 @@ class Engine:
             self.step()
             time.sleep(0)  # let a waiting `generate` or `submit` have its turn
 
-    def _row(self, prompt: list[int], sampling: Sampling, adapter: bool, listener: Listener | None = None) -> _Row:
+    def _row(self, prompt: list[int], sampling: Sampling, adapter: bool, listener: Listener | None = None) -> Stream:
         if not prompt:
             raise UserError("serve.empty")
         if len(prompt) >= self.max_tokens:
             raise UserError("serve.context", tokens=len(prompt), limit=self.max_tokens)
-        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.max_tokens - len(prompt)))
-        return _Row(list(prompt), sampling, adapter, Stream(listener), len(prompt), random.Random(sampling.seed))
+        longest = min(sampling.max_new_tokens, self.max_tokens - len(prompt))
+        return Stream(prompt, replace(sampling, max_new_tokens=longest), adapter, listener)
 
-    def _new_batch(self, rows: list[_Row]) -> _Batch:
+    def _new_batch(self, rows: list[Stream]) -> _Batch:
         # Recurrent layers have cache types that cannot be padded or joined: such models run one request at a time.
         cache = DynamicCache(config=self.model.config) if self.stateful else DynamicCache()
         if not self.stateful:
             cache.layer_class_to_replicate = _RowLayer
         return _Batch(rows, cache)
 
-    def _take_all(self) -> list[_Row]:
+    def _take_all(self) -> list[Stream]:
         """Empty the engine; returns what was prefilling or decoding."""
         rows = self.batch.rows + (self.prefill.rows if self.prefill else [])
         self.prefill, self.batch = None, self._new_batch([])
@@ -337,12 +324,12 @@ class Engine:
 
     def _sweep(self) -> None:
         """Free the rows whose requests were cancelled."""
-        for row in [row for row in list(self.waiting) if row.stream.cancelled]:  # a copy: `submit` appends meanwhile
+        for row in [row for row in list(self.waiting) if row.cancelled]:  # a copy: `submit` appends meanwhile
             self.waiting.remove(row)
             row.finish("cancelled")
-        for row in [row for row in self.batch.rows if row.stream.cancelled]:
+        for row in [row for row in self.batch.rows if row.cancelled]:
             self._drop(row, "cancelled")
-        if self.prefill and all(row.stream.cancelled for row in self.prefill.rows):
+        if self.prefill and all(row.cancelled for row in self.prefill.rows):
             for row in self.prefill.rows:
                 row.finish("cancelled")
             self.prefill = None
@@ -354,17 +341,13 @@ class Engine:
         """Form the next group to prefill: within the budget, and small enough for one slice unless it is one row."""
         if self.prefill or not self.waiting or (self.stateful and self.batch.rows):
             return
-        running, group = self.batch.rows, list[_Row]()
-        window = max((len(row.ids) + min(row.remaining, HEADROOM_TOKENS) for row in running), default=0)
-        longest = 0
+        rows, group = self.batch.rows[:], list[Stream]()
         while self.waiting and not (self.stateful and group):
-            row = self.waiting[0]
-            longest = max(longest, len(row.ids))
-            window = max(window, len(row.ids) + min(row.remaining, HEADROOM_TOKENS))
-            alone = not running and not group
-            if not alone and self._cost(len(running) + len(group) + 1, window) > self.kv_tokens:
-                break
-            if group and (len(group) + 1) * longest > self.prefill_tokens:
+            rows.append(self.waiting[0])
+            window = max(len(row.ids) + min(row.remaining, HEADROOM_TOKENS) for row in rows)
+            longest = max(len(row.ids) for row in [*group, rows[-1]])
+            over_budget = len(rows) > 1 and self._cost(len(rows), window) > self.kv_tokens
+            if over_budget or (group and (len(group) + 1) * longest > self.prefill_tokens):
                 break
             group.append(self.waiting.popleft())
         if group:
@@ -379,9 +362,9 @@ class Engine:
             ids.append([self.pad_id] * (stop - batch.filled - len(part)) + part)
         pad_columns = torch.tensor(pads, device=self.device)[:, None]
         if self.gate is not None:
-            gates = [float(row.adapter) for row in batch.rows]
-            mixed = 0 < sum(gates) < len(gates)
-            self.gate.rows = torch.tensor(gates, device=self.device) if mixed else (None if gates[0] else 0.0)
+            gates = {row.adapter for row in batch.rows}
+            mixed = torch.tensor([float(row.adapter) for row in batch.rows], device=self.device) if len(gates) > 1 else None
+            self.gate.rows = mixed if mixed is not None else None if True in gates else 0.0
         output = self.model(
             input_ids=torch.tensor(ids, device=self.device), attention_mask=(columns >= pad_columns).long(),
             position_ids=(columns[batch.filled :] - pad_columns).clamp(min=0), past_key_values=batch.cache,
@@ -419,57 +402,53 @@ class Engine:
         logits = self._forward(batch, batch.window)
         self._emit(batch.rows[:], _sample(logits, batch.rows))
 
-    def _emit(self, rows: list[_Row], tokens: list[int]) -> None:
+    def _emit(self, rows: list[Stream], tokens: list[int]) -> None:
         for row, token in zip(rows, tokens, strict=True):
-            stop_ids = self.stop_ids if row.sampling.stop_ids is None else row.sampling.stop_ids
             if token < 0:
                 self._drop(row, "error", say("serve.not_finite"))
-                continue
-            if token in stop_ids:
+            elif token in (self.stop_ids if row.sampling.stop_ids is None else row.sampling.stop_ids):
                 self._drop(row, "stop")
-                continue
-            row.ids.append(token)
-            row.stream.put(token)
-            self.generated_tokens += 1
-            if row.remaining <= 0:
-                self._drop(row, "length")
+            else:
+                row.ids.append(token)
+                row.put(token)
+                self.generated_tokens += 1
+                if row.remaining <= 0:
+                    self._drop(row, "length")
 
-    def _drop(self, row: _Row, reason: str = "", error: str = "") -> None:
+    def _drop(self, row: Stream, reason: str = "", error: str = "") -> None:
         """Take a row out of the decoding batch, and end its request if there is a reason."""
-        batch = self.batch
-        index = batch.rows.index(row)
-        last = batch.rows.pop()
-        if last is not row:
-            batch.rows[index] = last
-        if not batch.rows:
+        rows = self.batch.rows
+        index = rows.index(row)
+        rows[index] = rows[-1]
+        rows.pop()
+        for layer in self.batch.cache.layers:
+            if isinstance(layer, _RowLayer) and layer.is_initialized:
+                layer.drop(index)
+        if not rows:
             self.batch = self._new_batch([])
-        else:
-            for layer in batch.cache.layers:
-                if layer.is_initialized:
-                    layer.drop(index)
         if reason:
             row.finish(reason, error)
 
     def _recover(self, error: Exception) -> None:
-        rows = self._take_all()
-        if not _out_of_memory(error):
+        rows, detail, out_of_memory = self._take_all(), f"{type(error).__name__}: {error}", _out_of_memory(error)
+        if out_of_memory:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.kv_tokens = max(1, self.kv_tokens // 2)
+            note("serve.memory", tokens=self.kv_tokens)
+        else:
             self.healthy = False
-            note("serve.failed", detail=f"{type(error).__name__}: {error}")
-            for row in rows:
-                row.finish("error", say("serve.failed", detail=f"{type(error).__name__}: {error}"))
-            return
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.kv_tokens = max(1, self.kv_tokens // 2)
-        note("serve.memory", tokens=self.kv_tokens)
+            note("serve.failed", detail=detail)
         for row in reversed(rows):
-            if self._cost(1, len(row.ids) + 1) > self.kv_tokens:
+            if not out_of_memory:
+                row.finish("error", say("serve.failed", detail=detail))
+            elif self._cost(1, len(row.ids) + 1) > self.kv_tokens:
                 row.finish("error", say("serve.too_long_for_memory", tokens=len(row.ids)))
             else:
                 self.waiting.appendleft(row)
 
 
-def _sample(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+def _sample(logits: Tensor, rows: Sequence[Stream]) -> list[int]:
     """The next token of every row from logits (B, V), which are overwritten; -1 where they are not finite."""
     for i, row in enumerate(rows):
         if (penalty := row.sampling.repetition_penalty) != 1:
@@ -483,7 +462,7 @@ def _sample(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
     return torch.where(best.values.isfinite(), tokens, -1).tolist()
 
 
-def _draw(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
+def _draw(logits: Tensor, rows: Sequence[Stream]) -> Tensor:
     """One token per row (S,) by inverting the cumulative distribution of its candidates at the row's own random number.
 
     Only the top-k are sorted: sorting 16 x 262,144 logits takes 400 ms on a CPU, `topk(64)` 8 ms.

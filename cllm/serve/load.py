@@ -62,8 +62,10 @@ def open_model(name: str | Path, *, precision: str = "", device: str = "auto", q
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = Precision.choose(precision or config.precision, device)
     base = resolve(base_name)
-    own_tokenizer = folder if folder is not None and any(folder.glob("*token*")) else base
-    tokenizer = load_tokenizer(own_tokenizer, template=config.template)
+    if folder is not None and any(folder.glob("*token*")):
+        tokenizer = load_tokenizer(folder)  # with the template it was trained with, whatever a config says
+    else:
+        tokenizer = load_tokenizer(base, template=config.template, thinking=config.thinking)
     quantized = "nf4" if (quantize or config.quantize) == "nf4" else None
     model = load_model(base, dtype=chosen.weights, device=device, quantize=quantized)
     chosen.prepare(model)
