@@ -40,8 +40,7 @@ def messages() -> dict[str, tuple[str, str]]:
 def language() -> str:
     """`zh` or `en`: `CLLM_LANG` if set, else whether the locale (LC_ALL, LC_MESSAGES, LANG, Windows' setting) is Chinese."""
     chosen = os.environ.get("CLLM_LANG") or next(
-        (os.environ[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(key)),
-        locale.getlocale()[0] or "",
+        (os.environ[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(key)), locale.getlocale()[0] or ""
     )
     return "zh" if chosen.lower().startswith(("zh", "chinese")) else "en"
 
@@ -66,9 +65,7 @@ def table(rows: list[list[str]]) -> str:
     padded = []
     for row in rows:
         cells = [" " * (columns[i] - width(cell)) for i, cell in enumerate(row)]
-        padded.append(
-            "  ".join(c + s if i == 0 else s + c for i, (c, s) in enumerate(zip(row, cells, strict=True))).rstrip()
-        )
+        padded.append("  ".join(c + s if i == 0 else s + c for i, (c, s) in enumerate(zip(row, cells, strict=True))).rstrip())
     return "\n".join(padded)
 
 

@@ -160,8 +160,7 @@ def test_qlora_equals_bitsandbytes_and_peft():
 
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     reference, ours = LlamaForCausalLM(config), LlamaForCausalLM(config)
     ours.load_state_dict(reference.state_dict())

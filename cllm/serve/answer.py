@@ -124,5 +124,5 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
 
 def chat_sampling(**values: Any) -> Sampling:
     """The terminal's, the page's and the API's defaults; values that are None stay at them."""
-    defaults = Sampling(max_new_tokens=512, temperature=0.6, top_p=0.9, top_k=50)
+    defaults = Sampling(max_new_tokens=512, temperature=0.3, top_p=0.9, top_k=50)
     return replace(defaults, **{key: value for key, value in values.items() if value is not None})

@@ -1,0 +1,180 @@
+"""How fast the engine serves: 16 chats at once against one `generate` after the other and Transformers' own continuous batching.
+
+    python bench/serving.py models/SmolLM2-135M-Instruct.Q4_1.gguf [--tokens 128] [--rounds 3] [--out bench/results/serving-smollm2.json]
+
+One process, the variants alternate; medians over the rounds. Greedy, bf16, no stop ids, so that every variant makes the same number of
+tokens. Rates are per second of CPU time (set OMP_NUM_THREADS=1; on a GPU per second of wall time), so that a busy machine does not
+decide the ratios. `overhead_ms` is the engine's time outside the model's forward, per generated token. The API part asks 16 streaming
+clients at once over real sockets and subtracts the engine's own time to first token, measured with the same prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+
+from cllm.serve.engine import Engine, Sampling
+from cllm.serve.load import Loaded, open_model
+
+CHATS = 16
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+TOPICS = "天气 历史 数学 厨艺 旅行 音乐 编程 物理 诗歌 健康 电影 体育 花草 汽车 法律 童年".split()
+
+
+def questions() -> list[str]:
+    """Sixteen questions of 6 to about 50 characters."""
+    return [f"请谈谈{topic}。" + f"说说你对{topic}的看法，举两个例子，并说明理由。" * (i % 3) for i, topic in enumerate(TOPICS)]
+
+
+def sequential(model: Any, prompts: list[list[int]], tokens: int) -> float:
+    config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    start = clock()
+    with torch.no_grad():
+        for prompt in prompts:
+            model.generate(torch.tensor([prompt], device=model.device), generation_config=config)
+    return len(prompts) * tokens / (clock() - start)
+
+
+def continuous(model: Any, prompts: list[list[int]], tokens: int) -> float:
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    start = clock()
+    blocks = 2 * sum(-(-(len(prompt) + tokens) // 256) for prompt in prompts)
+    cache = ContinuousBatchingConfig(page_size=256, num_blocks=blocks, max_batch_tokens=256)  # as many prefill tokens as ours
+    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=cache)
+    made = sum(len(output.generated_tokens) for output in outputs.values())
+    return made / (clock() - start)
+
+
+def engine_rate(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+    """(tokens per second, milliseconds outside the forward per token)."""
+    inside = 0.0
+    forward = engine.model.forward
+
+    def timed(**kwargs: Any) -> Any:
+        nonlocal inside
+        begin = clock()
+        output = forward(**kwargs)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        inside += clock() - begin
+        return output
+
+    engine.model.forward = timed  # type: ignore[method-assign]
+    start = clock()
+    engine.generate(prompts, Sampling(max_new_tokens=tokens, stop_ids=frozenset()), adapter=False)
+    seconds = clock() - start
+    engine.model.forward = forward  # type: ignore[method-assign]
+    return len(prompts) * tokens / seconds, 1000 * (seconds - inside) / (len(prompts) * tokens)
+
+
+def first_tokens_of_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> list[float]:
+    """Seconds from submission to the first token, all at once."""
+    start, firsts = time.perf_counter(), [0.0] * len(prompts)
+
+    def listener(i: int) -> Any:
+        def heard(token: int | None) -> None:
+            firsts[i] = firsts[i] or time.perf_counter() - start
+
+        return heard
+
+    sampling = Sampling(max_new_tokens=tokens, stop_ids=frozenset())
+    streams = [engine.submit(prompt, sampling, False, listener(i)) for i, prompt in enumerate(prompts)]
+    while not all(stream.finish_reason for stream in streams):
+        time.sleep(0.01)
+    return firsts
+
+
+def first_tokens_of_api(loaded: Loaded, engine: Engine, tokens: int) -> list[float]:
+    """The same through HTTP: until the first piece of content of each of 16 streaming clients."""
+    import httpx
+    import uvicorn
+
+    from cllm.serve.api import Guard, build_app
+
+    server = uvicorn.Server(uvicorn.Config(Guard(build_app(loaded, engine)), port=7899, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+
+    async def ask(client: httpx.AsyncClient, question: str) -> float:
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": tokens, "stream": True}
+        start, first = time.perf_counter(), 0.0
+        async with client.stream("POST", "http://127.0.0.1:7899/v1/chat/completions", json=body | {"model": "base"}) as response:
+            async for line in response.aiter_lines():
+                if not first and line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                    first = time.perf_counter() - start
+        return first
+
+    async def all_at_once() -> list[float]:
+        async with httpx.AsyncClient(timeout=600) as client:
+            return list(await asyncio.gather(*(ask(client, question) for question in questions())))
+
+    firsts = asyncio.run(all_at_once())
+    server.should_exit = True
+    thread.join()
+    return firsts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    from cllm.data.schema import Message
+
+    loaded = open_model(arguments.model, precision=arguments.precision)
+    engine = loaded.engine()
+    prompts = [loaded.tokenizer.encode_chat([Message("user", question)]) for question in questions()]
+    model: Any = loaded.model
+    rates: dict[str, list[float]] = {"sequential": [], "engine": [], "continuous_batching": [], "overhead_ms": []}
+    for round_ in range(arguments.rounds):
+        model.set_attn_implementation("sdpa")
+        rates["sequential"].append(sequential(model, prompts, arguments.tokens))
+        model.set_attn_implementation("cllm")
+        rate, overhead = engine_rate(engine, prompts, arguments.tokens)
+        rates["engine"].append(rate)
+        rates["overhead_ms"].append(overhead)
+        model.set_attn_implementation("sdpa")
+        rates["continuous_batching"].append(continuous(model, prompts, arguments.tokens))
+        print(f"round {round_}: " + "  ".join(f"{k} {v[-1]:.2f}" for k, v in rates.items()), file=sys.stderr)
+    model.set_attn_implementation("cllm")
+    own = statistics.median(first_tokens_of_engine(engine, prompts, arguments.tokens))
+    api = statistics.median(first_tokens_of_api(loaded, engine, arguments.tokens))
+    engine.close()
+    medians = {key: statistics.median(values) for key, values in rates.items()}
+    result = {
+        "command": " ".join(["python", "bench/serving.py", *sys.argv[1:]]),
+        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(engine.device), "torch": torch.__version__},
+        "chats": CHATS, "new_tokens": arguments.tokens, "prompt_tokens": [len(prompt) for prompt in prompts],
+        "tokens_per_second": {key: values for key, values in rates.items() if key != "overhead_ms"},
+        "engine_over_sequential": medians["engine"] / medians["sequential"],
+        "engine_over_continuous_batching": medians["engine"] / medians["continuous_batching"],
+        "overhead_ms_per_token": medians["overhead_ms"],
+        "first_token_seconds": {"engine": own, "api": api, "api_minus_engine": api - own},
+    }  # fmt: skip
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(result, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The bench program: the plan without torch, a measured step, the census itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cllm import bench
+from cllm.messages import UserError
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_plan_needs_no_torch_and_ends_with_json() -> None:
+    code = "import sys; from cllm.bench import main; main(['--plan', 'Qwen/Qwen3-8B']); print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    plan = json.loads(done.stdout.splitlines()[-1])["plans"][0]
+    assert done.stderr.strip() == "False"
+    assert plan["model"] == "Qwen/Qwen3-8B" and plan["total"] == sum(plan["items"].values()) and plan["quantize"] == "nf4"
+    assert "MiB" in done.stdout
+
+
+def test_plan_of_a_config_follows_its_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('[model]\npath = "THUDM/chatglm3-6b"\n[lora]\nrank = 4\n[train]\nrow_tokens = 4096\n', encoding="utf-8")
+    assert bench.main(["--plan", str(file), "model.quantize=nf4", "memory.budget_gib=6", "train.tokens_per_step=4096"]) == 0
+    plan = last_json(capsys)["plans"][0]  # type: ignore[index]
+    assert (plan["rank"], plan["row_tokens"], plan["quantize"], plan["budget_gib"], plan["fits"]) == (4, 4096, "nf4", 6.0, False)
+    assert plan["ladder"][-1]["total"] <= 6 * 2**30
+
+
+def test_plan_of_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--plan"]) == 0
+    assert last_json(capsys)["plans"][0]["fits"] is True  # type: ignore[index]
+
+
+@pytest.mark.parametrize("subjects", [["nobody/nothing"], ["tiny-zh", "model.quantise=nf4"], ["missing.toml"]])
+def test_mistakes_are_one_line(subjects: list[str]) -> None:
+    with pytest.raises(UserError):
+        bench.main(["--plan", *subjects])
+
+
+def test_measured_step_is_near_its_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["model.precision=bf16", "model.device=cpu", "lora.rank=4"]
+    assert bench.main(["tiny-zh", "--layers", "1", "--rows", "32,64", "--steps", "1", *settings]) == 0
+    report = last_json(capsys)
+    assert [r["row_tokens"] for r in report["results"]] == [32, 64]  # type: ignore[attr-defined]
+    for result in report["results"]:  # type: ignore[attr-defined]
+        assert result["layers"] == 1 and result["quantize"] == "nf4" and result["precision"] == "bf16"
+        assert result["estimate_ratio"] == pytest.approx(1, abs=0.05)
+        assert result["tokens_per_second"] == pytest.approx(2 * result["row_tokens"] / result["step_seconds"])
+
+
+def test_generation_is_timed() -> None:
+    config = bench._config("tiny-zh", ["model.quantize=none", "model.device=cpu"])
+    results = bench.Subject(config, *bench._original(config, 1)).generation(prompt_tokens=8)
+    assert [r["rows"] for r in results] == [1, 4, 16]
+    assert all(r["first_token_seconds"] > 0 and r["decode_tokens_per_second"] > 0 for r in results)
+
+
+def test_census_counts_storages_not_tensors() -> None:
+    import torch
+
+    before = torch.ones(1000)
+
+    def run() -> None:
+        first = torch.zeros(256)  # 1 KiB
+        view = first[10:]
+        second = view + 1  # 984 bytes
+        before.mul_(2)
+        del first, view
+        assert second.sum() > 0
+
+    assert bench.peak_storage_bytes(run) == 1024 + 984
+    assert bench.storage_bytes([before, before[:10], torch.zeros(3)]) == 4000 + 12
+
+
+def test_peer_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "PEER", tmp_path / "peft_step.py")
+    with pytest.raises(UserError, match="checkout"):
+        bench.main(["tiny-zh", "--against", "peft"])
+
+
+def test_gpu_script_says_in_one_line_that_there_is_no_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""

@@ -1,0 +1,101 @@
+"""What only a GPU can show; everything here is skipped without one (`bench/gpu.sh` runs it)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cllm.memory import Settings, estimate_vram, shape_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CONFIG = {
+    "model_type": "qwen3", "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def step_of(quantize: str, precision_name: str, rows: int, tokens: int = 1024) -> tuple[Any, Any, Any]:
+    """(model, run one step -> StepStats, settings) as the trainer makes them."""
+    from cllm.bench import random_row
+    from cllm.learn.loss import sft_loss
+    from cllm.learn.optim import Precision, make_optimizer, train_step
+    from cllm.model.checkpoint import random_model
+    from cllm.model.lora import inject_lora
+    from cllm.model.offload import checkpoint_layers
+
+    torch.manual_seed(0)
+    precision = Precision.choose(precision_name, "cuda")
+    model: Any = random_model(CONFIG, dtype=precision.weights, device="cuda", quantize=None if quantize == "none" else quantize).train()
+    inject_lora(model, rank=16, alpha=32)
+    precision.prepare(model)
+    checkpoint_layers(model)
+    optimizer, scaler, batches = make_optimizer(model, 1e-3), precision.scaler(), [random_row(tokens, 4096)] * rows
+    run = lambda: train_step(model, batches, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0)  # noqa: E731
+    return model, run, Settings(tokens, quantize, precision.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1024, 4096), (130, 200), (7, 63)])
+def test_nf4_equals_the_cpu_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    from cllm.model.nf4 import dequantize, dequantize_plain, quantize_nf4
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    host, card = quantize_nf4(weight), quantize_nf4(weight.cuda())
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(host[:3], card[:3], strict=True))
+    for kernel in (dequantize, dequantize_plain):
+        assert torch.equal(kernel(card, dtype).cpu(), dequantize_plain(host, dtype))
+
+
+def test_nf4_linear_gradient_equals_the_dense_layer() -> None:
+    from cllm.model.nf4 import NF4Linear
+
+    layer = NF4Linear.from_weight(torch.randn(256, 512, device="cuda"))
+    x = torch.randn(33, 512, device="cuda", requires_grad=True)
+    grad = torch.randn(33, 256, device="cuda")
+    (found,) = torch.autograd.grad(layer(x), x, grad)
+    torch.testing.assert_close(found, grad @ layer.dequantize())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_few_steps_lower_the_loss(precision: str, quantize: str) -> None:
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("no bf16 on this card")
+    _, run, _ = step_of(quantize, precision, rows=1, tokens=256)
+    losses = [stats.loss for stats in (run() for _ in range(12)) if not stats.skipped]
+    assert len(losses) >= 6 and losses[-1] < losses[0] - 0.1
+
+
+def test_fp16_follows_fp32() -> None:
+    losses = {}
+    for precision in ("fp32", "fp16"):
+        _, run, _ = step_of("none", precision, rows=1, tokens=256)
+        losses[precision] = next(stats.loss for stats in (run() for _ in range(16)) if not stats.skipped)
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_peak_is_within_five_percent_of_the_estimate(quantize: str) -> None:
+    precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    _, run, settings = step_of(quantize, precision, rows=2, tokens=2048)
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    estimate = estimate_vram(shape_of(CONFIG), settings)
+    assert estimate.allocated / (torch.cuda.max_memory_allocated() - before) == pytest.approx(1, abs=0.05)
+
+
+def test_packed_attention_equals_the_cpu() -> None:
+    from cllm.model.attention import packed_attention
+
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 96, 64, generator=generator) for heads in (8, 2, 2))
+    bounds = torch.tensor([0, 17, 60, 96], dtype=torch.int32)
+    module = torch.nn.Module()
+    expected, _ = packed_attention(module, query, key, value, cu_seqlens=bounds)
+    found, _ = packed_attention(module, query.cuda(), key.cuda(), value.cuda(), cu_seqlens=bounds)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
