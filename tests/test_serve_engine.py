@@ -308,3 +308,16 @@ def test_recurrent_models_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> 
     assert "Qwen3_5ForCausalLM" in capsys.readouterr().err
     batch = prompts([20, 5, 40])
     assert engine.generate(batch, Sampling(max_new_tokens=8)) == [alone(model, p, 8) for p in batch]
+
+
+def test_two_engines_on_one_model_do_not_disturb_each_others_gate() -> None:
+    model = tiny_model()
+    asked = prompts([9, 9, 9, 9])
+    expected = {adapter: [alone(model, prompt, 40, adapter=adapter) for prompt in asked] for adapter in (True, False)}
+    serving, other = Engine(model), Engine(model)
+    streams = [serving.submit(prompt, Sampling(max_new_tokens=40)) for prompt in asked]
+    try:
+        assert other.generate(asked, Sampling(max_new_tokens=40), adapter=False) == expected[False]
+        assert [list(stream) for stream in streams] == expected[True]
+    finally:
+        serving.close()

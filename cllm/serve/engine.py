@@ -8,6 +8,7 @@ LoRA's gate of that row.
 
 from __future__ import annotations
 
+import inspect
 import queue
 import random
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ LIMITS = {
     "repetition_penalty": (0.1, 10),
 }  # fmt: skip
 Listener = Callable[[int | None], None]
+_owners: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # one per model: its gate and its mode are shared state
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,7 @@ class Engine:
 
     By default the budget is half of the free GPU memory (on the CPU 2 GiB) over the bytes of one token's keys and
     values. `submit` starts the engine's thread; `generate` works without it, in the calling thread. Both may be used at
-    once: every step holds the lock that makes its thread the owner of the model. Gradients are off, `autocast` is on;
+    once, of several engines too: every step holds the model's one lock. Gradients are off, `autocast` is on;
     the gate and the training mode are put back after every step.
     """
 
@@ -196,7 +199,9 @@ class Engine:
         self.waiting: deque[Stream] = deque()
         self.prefill: _Batch | None = None
         self.batch = self._new_batch([])
-        self._owner, self._work = threading.Lock(), threading.Condition()
+        self._owner, self._work = _owners.setdefault(model, threading.Lock()), threading.Condition()
+        # Transformers 5.24 renamed the argument.
+        self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         self._thread: threading.Thread | None = None
 
     @property
@@ -367,8 +372,8 @@ class Engine:
             self.gate.rows = mixed if mixed is not None else None if True in gates else 0.0
         output = self.model(
             input_ids=torch.tensor(ids, device=self.device), attention_mask=(columns >= pad_columns).long(),
-            position_ids=(columns[batch.filled :] - pad_columns).clamp(min=0), past_key_values=batch.cache,
-            use_cache=True, logits_to_keep=1,
+            position_ids=(columns[batch.filled :] - pad_columns).clamp(min=0), use_cache=True, logits_to_keep=1,
+            **{self._cache_argument: batch.cache},
         )  # fmt: skip
         batch.filled = stop
         logits: Tensor = output.logits[:, -1].float()
