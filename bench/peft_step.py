@@ -23,8 +23,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cllm.bench import ROWS_PER_STEP, peak_storage_bytes, random_row, storage_bytes
+from cllm.bench import ROWS_PER_STEP, random_row
 from cllm.learn.optim import Precision
+from cllm.learn.proof import peak_storage_bytes, storage_bytes
 from cllm.model.checkpoint import random_model
 
 

@@ -14,19 +14,29 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, load_config
-from cllm.memory import GIB, MIB, Settings, estimate_vram, find_config, make_plan, shape_of
+from cllm.memory import (
+    GIB,
+    MIB,
+    Hardware,
+    Settings,
+    Shape,
+    estimate_vram,
+    find_config,
+    make_plan,
+    row_flops,
+    row_seconds,
+    savings,
+    settings_of,
+    shape_of,
+)
 from cllm.messages import UserError, note, say, table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cllm.data.packing import PackedBatch
 
 ASSETS = Path(__file__).parent / "assets"
@@ -35,41 +45,10 @@ PLAN_ROWS = (512, 1024, 2048, 4096, 8192)
 PLAN_BUDGET_GIB = 8.0
 ROWS_PER_STEP = 2  # so that gradients of earlier rows are alive at the peak, as in any accumulated step
 DECODE_TOKENS = 32
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def peak_storage_bytes(run: Callable[[], object]) -> int:
-    """The most bytes of storages that `run` creates and that live at once; what existed before does not count."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Census(TorchDispatchMode):
-        alive, peak = 0, 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-            for storage in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)):
-                if storage._cdata not in old and storage._cdata not in known:
-                    known[storage._cdata] = storage.nbytes()
-                    self.alive += storage.nbytes()
-                    weakref.finalize(storage, self.gone, storage._cdata)
-            self.peak = max(self.peak, self.alive)
-            return result
-
-        def gone(self, key: int) -> None:
-            self.alive -= known.pop(key)
-
-    known: dict[int, int] = {}
-    census: Any = Census()  # type: ignore[no-untyped-call]
-    with census:
-        run()
-    return int(census.peak)
+WARM_STEPS = 3
+SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on paper"
+CPU = Hardware(flops=0.4e12, bandwidth=20e9)  # one or two cores: only decides whether to measure
+TOKENS_PER_CHARACTER = 0.7  # of mixed Chinese text, where no tokenizer is at hand
 
 
 def random_row(tokens: int, vocabulary: int, seed: int = 0) -> PackedBatch:
@@ -91,14 +70,14 @@ class Subject:
 
         from cllm.learn.loss import sft_loss
         from cllm.learn.optim import Precision, make_optimizer
+        from cllm.learn.proof import cap_allocator, choose_device
         from cllm.model.checkpoint import load_model, random_model
         from cllm.model.lora import inject_lora
-        from cllm.model.offload import checkpoint_layers
         from cllm.model.source import resolve
 
-        device = config.model.device if config.model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(config.model.device)
         self.config, self.name, self.device, self.cuda = config, name, torch.device(device), device.startswith("cuda")
-        self.context_bytes = _cap(config.memory.budget_gib, self.device) if self.cuda else 0
+        self.budget = cap_allocator(config.memory.budget_gib, device)
         self.precision = Precision.choose(config.model.precision, self.device.type)
         how: dict[str, Any] = {"dtype": self.precision.weights, "device": self.device}
         how["quantize"] = None if config.model.quantize == "none" else config.model.quantize
@@ -108,11 +87,18 @@ class Subject:
         lora = config.lora
         inject_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora)
         self.precision.prepare(model)
-        checkpoint_layers(model, config.memory.checkpoint_layers)
         self.model, self.optimizer, self.scaler = model.train(), make_optimizer(model, 1e-4), self.precision.scaler()
         self.objective = lambda model, row: sft_loss(model, row, config.memory.chunk_mib * MIB)
 
-    def step(self, row: PackedBatch) -> tuple[float, float]:
+    def settings(self, tokens: int) -> Settings:
+        """What a run on rows of `tokens` would use: as few recomputed layers as fit, if there is a budget and the config leaves it open."""
+        settings = settings_of(self.config.model, self.config.lora, self.config.memory, tokens, self.precision.name, self.device.type)
+        fewest = (
+            make_plan(self.shape, settings, self.budget / GIB).checkpoint_layers if self.budget and settings.checkpoint_layers < 0 else -1
+        )
+        return settings if fewest < 0 else replace(settings, checkpoint_layers=fewest)
+
+    def step(self, row: PackedBatch, rows: int = ROWS_PER_STEP) -> tuple[float, float]:
         """One optimizer step; returns its loss and seconds."""
         import torch
 
@@ -120,7 +106,7 @@ class Subject:
 
         start = time.perf_counter()
         how: dict[str, Any] = {"precision": self.precision, "scaler": self.scaler, "max_norm": 1.0}
-        loss = train_step(self.model, [row] * ROWS_PER_STEP, self.objective, self.optimizer, **how).loss
+        loss = train_step(self.model, [row] * rows, self.objective, self.optimizer, **how).loss
         if self.cuda:
             torch.cuda.synchronize(self.device)
         return loss, time.perf_counter() - start
@@ -129,29 +115,41 @@ class Subject:
         """Loss of the first step, step time, speed, peak and estimate for rows of `tokens`; out_of_memory if it does not run."""
         import torch
 
-        row = random_row(tokens, self.shape.vocab)
-        settings = settings_of(self.config, tokens, self.precision.name, self.device.type)
+        from cllm.learn.proof import peak_bytes
+        from cllm.model.offload import checkpoint_layers
+
+        row, settings = random_row(tokens, self.shape.vocab), self.settings(tokens)
+        checkpoint_layers(self.model, settings.checkpoint_layers)
         estimate = estimate_vram(self.shape, settings)
-        result = {"model": self.name, "layers": self.shape.layers, **asdict(settings), "context_bytes": self.context_bytes}
-        result |= {"estimate_bytes": estimate.allocated, "estimate_total_bytes": estimate.total, "reserved_bytes": None}
+        result = {"model": self.name, "layers": self.shape.layers, **asdict(settings), "budget_bytes": self.budget, "reserved_bytes": None}
+        result |= {"estimate_bytes": estimate.allocated, "estimate_total_bytes": estimate.total}
         try:
-            if self.cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(self.device)
             result["first_loss"], _ = self.step(row)
-            result["step_seconds"] = statistics.median(self.step(row)[1] for _ in range(steps))
-            if self.cuda:
-                peak = torch.cuda.max_memory_allocated(self.device)
-                result["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
-            else:
-                state = [t for s in self.optimizer.state.values() for t in s.values()]
-                peak = storage_bytes([*self.model.parameters(), *self.model.buffers(), *state])
-                peak += peak_storage_bytes(lambda: self.step(row))
+            seconds = result["step_seconds"] = statistics.median(self.step(row)[1] for _ in range(steps))
+            peak = peak_bytes(lambda: self.step(row), self.model, self.optimizer)
         except torch.cuda.OutOfMemoryError:
             self.optimizer.zero_grad(set_to_none=True)
             return {**result, "out_of_memory": True}
-        speed = ROWS_PER_STEP * tokens / result["step_seconds"]
-        return {**result, "tokens_per_second": speed, "peak_bytes": peak, "estimate_ratio": estimate.allocated / peak}
+        if self.cuda:
+            result["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
+            result["context_bytes"] = total - free - torch.cuda.memory_reserved(self.device)  # and whatever else uses the card
+        useful = ROWS_PER_STEP * row_flops(self.shape, replace(settings, checkpoint_layers=0)) / seconds
+        result |= {"tokens_per_second": ROWS_PER_STEP * tokens / seconds, "mfu": useful / self.matmul_rate()}
+        return {**result, "peak_bytes": peak, "estimate_ratio": estimate.allocated / peak}
+
+    def matmul_rate(self) -> float:
+        """Operations per second of one large matrix product on this device: what MFU is a share of."""
+        import torch
+
+        size = 8192 if self.cuda else 1024
+        a = torch.ones(size, size, dtype=torch.float16 if self.precision.name == "fp16" else self.precision.weights, device=self.device)
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()
+            seconds.append(time.perf_counter() - start)
+        return float(2 * size**3 / min(seconds))
 
     def generation(self, prompt_tokens: int = 128) -> list[dict[str, Any]]:
         """Time to the first token and decoded tokens per second for 1, 4 and 16 random prompts at once."""
@@ -171,42 +169,80 @@ class Subject:
         return results
 
 
-def _cap(budget_gib: float, device: Any) -> int:
-    """Bytes of the CUDA context; the allocator is kept within the budget less these."""
-    import torch
-
-    torch.zeros((), device=device)
-    free, total = torch.cuda.mem_get_info(device)
-    context = total - free - torch.cuda.memory_reserved(device)
-    if budget_gib:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (budget_gib * GIB - context) / total), device)
-    return int(context)
-
-
-def settings_of(config: Config, row_tokens: int, precision: str, device: str) -> Settings:
-    """What the estimate needs of a config; precision and device resolved by the caller."""
-    targets = config.lora.targets if isinstance(config.lora.targets, str) else tuple(config.lora.targets)
-    how, chunk = config.memory.checkpoint_layers, config.memory.chunk_mib * MIB
-    return Settings(row_tokens, config.model.quantize, precision, config.lora.rank, targets, how, chunk, device)
-
-
-def show_plan(config: Config, name: str, original: dict[str, Any]) -> dict[str, Any]:
-    """Print the plan of one model for people; returns it for the JSON."""
+def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[str, Any]) -> dict[str, Any]:
+    """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it for the JSON."""
     shape, budget = shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
-    settings = settings_of(config, config.train.row_tokens, precision, "cuda")
+    settings = settings_of(config.model, config.lora, config.memory, config.train.row_tokens, precision, "cuda")
     plan, estimate = make_plan(shape, settings, budget), estimate_vram(shape, settings)
-    totals = {tokens: estimate_vram(shape, replace(settings, row_tokens=tokens)).total for tokens in PLAN_ROWS}
     print(say("bench.plan", name=name, row=settings.row_tokens, quantize=settings.quantize, precision=precision, rank=settings.rank))
     print(estimate.table())
-    print(say("bench.totals", totals="  ".join(f"{tokens}: {total / GIB:.2f}" for tokens, total in totals.items())))
+    grid, rows = [], [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
+    for step in savings(shape, settings, int(budget * GIB)):
+        totals = {n: estimate_vram(shape, replace(step.settings, row_tokens=n)).total for n in PLAN_ROWS}
+        longest = make_plan(shape, step.settings, budget).longest_row
+        grid.append({"change": step.change, "slowdown": step.slowdown, "totals": totals, "longest_row": longest})
+        rows.append([f"+ {step.change}", *(f"{total / GIB:.2f}" for total in totals.values()), str(longest), f"{step.slowdown:.2f}"])
+    print(table(rows))
     verdict = "bench.fits" if plan.fits else "bench.too_big"
     print(say(verdict, budget=f"{budget:g}", longest=plan.longest_row, fewest=plan.checkpoint_layers))
-    for code, changed, total in plan.ladder:
-        print(f"  {total / GIB:6.2f} GiB  {say(code, tokens=changed.row_tokens)}")
-    result = {"model": name, "budget_gib": budget, **asdict(settings), **asdict(estimate), "total": estimate.total, "totals": totals}
-    ladder = [{"change": code, "total": total} for code, _, total in plan.ladder]
-    return {**result, "fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers, "ladder": ladder}
+    for step in plan.ladder:
+        print(f"  {step.total / GIB:6.2f} GiB  x{step.slowdown:.2f}  {step.change}")
+    result = {"model": name, "budget_gib": budget, **asdict(settings), **asdict(estimate), "total": estimate.total, "grid": grid}
+    ladder = [{"change": step.change, "total": step.total, "slowdown": step.slowdown} for step in plan.ladder]
+    result |= {"fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers, "ladder": ladder}
+    used = (
+        replace(settings, checkpoint_layers=plan.checkpoint_layers)
+        if settings.checkpoint_layers < 0 <= plan.checkpoint_layers
+        else settings
+    )
+    return {**result, "time": _time(config, shape, used, work)}
+
+
+def _time(config: Config, shape: Shape, settings: Settings, work: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, steps and hours of the run; of a million tokens, if there is no data. Prints them."""
+    seconds = work.get("row_seconds") or row_seconds(shape, settings) * work.get("fill", 1.0)
+    tokens = work.get("tokens", 10**6) * (config.train.epochs if work else 1)
+    rows = -(-tokens // (settings.row_tokens * work.get("fill", 1.0)))
+    steps = config.train.steps or max(1, round(rows / max(1, config.train.tokens_per_step // config.train.row_tokens)))
+    if config.train.steps and work:
+        rows = steps * max(1, config.train.tokens_per_step // config.train.row_tokens)
+    how = "measured" if "row_seconds" in work else "roofline"
+    result = {"tokens": int(tokens), "exact_tokens": "fill" in work, "steps": steps, "hours": rows * seconds / 3600, "how": how}
+    values = {"tokens": f"{tokens:,.0f}", "steps": steps, "hours": f"{result['hours']:.2f}", "speed": f"{tokens / rows / seconds:,.0f}"}
+    print(say(f"bench.time.{how}", **values))
+    return result
+
+
+def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
+    """What a config's data amount to: tokens per epoch and how full rows are; with the base at hand, seconds of a row on this device."""
+    from cllm.data.sources import hold_out, mix, read_sources
+
+    groups, _ = read_sources(config.data)
+    train, _ = hold_out(config.data, mix(config.data, groups))
+    if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
+        return {"tokens": round(TOKENS_PER_CHARACTER * sum(len(m.content) for c in train for m in c.messages))}
+    from cllm.data.packing import PackedRows
+    from cllm.model.offload import checkpoint_layers
+    from cllm.model.source import resolve
+    from cllm.model.tokenizer import load_tokenizer
+    from cllm.train import encode_set
+
+    template = "text" if config.data.kind == "text" else config.model.template
+    tokenizer = load_tokenizer(resolve(config.model.path), template=template, thinking=config.model.thinking)
+    rows = PackedRows(encode_set(train, tokenizer, config)[0], config.train.row_tokens, seed=config.train.seed)
+    tokens = sum(len(e.input_ids) for e in rows.examples)
+    work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * config.train.row_tokens)}
+    settings = settings_of(config.model, config.lora, config.memory, config.train.row_tokens, "fp32", "cpu")
+    import torch
+
+    if torch.cuda.is_available() or row_seconds(shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
+        note("bench.timing", steps=WARM_STEPS)
+        subject = Subject(config, config.model.path, None)
+        checkpoint_layers(subject.model, subject.settings(config.train.row_tokens).checkpoint_layers)
+        batches = rows.take(WARM_STEPS + 1)
+        work["row_seconds"] = statistics.median([subject.step(row, 1)[1] for row in batches][1:])
+    return work
 
 
 def _config(name: str, overrides: list[str]) -> Config:
@@ -221,7 +257,12 @@ def _config(name: str, overrides: list[str]) -> Config:
 
 def _original(config: Config, layers: int) -> tuple[str, dict[str, Any]]:
     built_in = ASSETS / config.model.path / "config.json"
-    name, original = find_config(str(built_in) if built_in.is_file() else config.model.path)
+    if config.model.path.endswith(".gguf"):
+        from cllm.model.checkpoint import original_config
+
+        name, original = config.model.path, original_config(Path(config.model.path))
+    else:
+        name, original = find_config(str(built_in) if built_in.is_file() else config.model.path)
     key = next((key for key in ("num_layers", "n_layer", "num_hidden_layers") if key in original), "num_hidden_layers")
     return (config.model.path if built_in.is_file() else name), {**original, key: layers} if layers else original
 
@@ -248,6 +289,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N", help=say("bench.help.rows"))
     parser.add_argument("--steps", type=int, default=5, help=say("bench.help.steps"))
     parser.add_argument("--generate", action="store_true", help=say("bench.help.generate"))
+    parser.add_argument("--out", type=Path, help=say("bench.help.out"))
     parser.add_argument("--against", choices=["peft"], help=say("bench.help.against"))
     return parser.parse_intermixed_args(argv)
 
@@ -256,9 +298,15 @@ def main(argv: list[str]) -> int:
     """Measure (or plan) every subject; the last line on stdout is {"device", "results", …} or {"plans"}."""
     arguments = _arguments(argv)
     overrides = [subject for subject in arguments.subjects if "=" in subject]
-    configs = [_config(name, overrides) for name in arguments.subjects if "=" not in name] or [_config("tiny-zh", overrides)]
+    names = [name for name in arguments.subjects if "=" not in name] or ["tiny-zh"]
+    configs = [_config(name, overrides) for name in names]
     if arguments.plan:
-        print(json.dumps({"plans": [show_plan(config, *_original(config, arguments.layers)) for config in configs]}))
+        plans = []
+        for subject_name, config in zip(names, configs, strict=True):
+            name, published = _original(config, arguments.layers)
+            data = subject_name.endswith(".toml") or subject_name.startswith("preset:") or any(o.startswith("data.") for o in overrides)
+            plans.append(show_plan(config, name, published, _work(config, published) if data else {}))
+        print(json.dumps({"plans": plans}))
         return 0
     report: dict[str, Any] = {"device": "", "results": [], "generation": []}
     for config in configs:
@@ -273,6 +321,9 @@ def main(argv: list[str]) -> int:
         del subject
         gc.collect()
     print(_table(report))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _plot(report, arguments.out.with_suffix(".png"))
     print(json.dumps(report))
     return 0
 
@@ -288,12 +339,38 @@ def _machine(device: Any) -> dict[str, Any]:
     return {"device": properties.name, "device_bytes": properties.total_memory, "cuda": torch.version.cuda, **versions}
 
 
+def _plot(report: dict[str, Any], target: Path) -> None:
+    """Peak memory and speed over the row length, a line per model and settings; the estimate dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (memory, speed) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    ran = [r for r in report["results"] if "peak_bytes" in r]
+    for number, (name, quantize) in enumerate(dict.fromkeys((r["model"], r["quantize"]) for r in ran)):
+        rows = [r for r in ran if (r["model"], r["quantize"]) == (name, quantize)]
+        tokens, how = [r["row_tokens"] for r in rows], {"color": f"C{number}"}
+        memory.plot(tokens, [r["peak_bytes"] / GIB for r in rows], "o-", label=f"{name}, {quantize}", **how)
+        memory.plot(tokens, [r["estimate_bytes"] / GIB for r in rows], "--", **how)
+        speed.plot(tokens, [r["tokens_per_second"] for r in rows], "o-", **how)
+    for axes, label in ((memory, "peak GiB (dashed: estimate)"), (speed, "tokens per second")):
+        axes.set(xlabel="row, tokens", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+    figure.suptitle(report["device"])
+    figure.legend(frameon=False, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(target)
+    plt.close(figure)
+
+
 def _table(report: dict[str, Any]) -> str:
     rows, lines = [say("bench.columns").split("|")], []
     for r in report["results"]:
         ran = "peak_bytes" in r
-        measured = [(r["tokens_per_second"], 0), (r["step_seconds"], 2), (r["peak_bytes"] / GIB, 3)] if ran else []
-        cells = [f"{value:,.{digits}f}" for value, digits in measured] or ["", "", say("bench.out_of_memory")]
+        measured = [(r["tokens_per_second"], 0), (r["step_seconds"], 2), (100 * r["mfu"], 1), (r["peak_bytes"] / GIB, 3)] if ran else []
+        cells = [f"{value:,.{digits}f}" for value, digits in measured] or ["", "", "", say("bench.out_of_memory")]
         ratio = f"{r['estimate_ratio']:.3f}" if ran else ""
         rows.append([r["model"], str(r["layers"]), str(r["row_tokens"]), *cells, f"{r['estimate_bytes'] / GIB:.3f}", ratio])
         for setting, peer in r["peft"].items() if ran else ():

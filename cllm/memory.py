@@ -13,10 +13,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cllm.messages import UserError, say
+from cllm.messages import UserError, note, say
 from cllm.model import families
+
+if TYPE_CHECKING:
+    from cllm.config import LoraConfig, MemoryConfig, ModelConfig
 
 MIB, GIB = 2**20, 2**30
 SHAPES = Path(__file__).parent / "assets" / "shapes.json"
@@ -182,6 +185,17 @@ class VramEstimate:
         return say("memory.table", **mebibytes, moment=self.moment)
 
 
+def settings_of(model: ModelConfig, lora: LoraConfig, memory: MemoryConfig, row_tokens: int, precision: str, device: str) -> Settings:
+    """What the estimate needs of a config's sections; precision and device as resolved by the caller."""
+    targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
+    chunk = memory.chunk_mib * MIB
+    return Settings(row_tokens, model.quantize, precision, lora.rank, targets, memory.checkpoint_layers, chunk, device)
+
+
+def _recomputed(shape: Shape, s: Settings) -> int:
+    return shape.layers if s.checkpoint_layers < 0 else min(s.checkpoint_layers, shape.layers)
+
+
 def nf4_bytes(weights: int) -> int:
     """4 bits a weight, an 8-bit scale per 64 weights, a float per 256 of those, and their mean."""
     blocks = -(-weights // 64)
@@ -195,7 +209,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     weights = sum(nf4_bytes(i * o) if nf4 else i * o * s.width for i, o in linears.values())
     adapted = [sizes for name, sizes in linears.items() if s.targets == "all-linear" or any(name.endswith(t) for t in s.targets)]
     lora = 4 * shape.layers * s.rank * sum(i + o for i, o in adapted)
-    recomputed = shape.layers if s.checkpoint_layers < 0 else min(s.checkpoint_layers, shape.layers)
+    recomputed = _recomputed(shape, s)
     moments = _moments(shape, s, adapted, recomputed, nf4)
     moment = max(moments, key=lambda name: moments[name])
     cuda = s.device.startswith("cuda")
@@ -256,6 +270,52 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
     return norms + s.width * (casts * hidden + masks * s.row_tokens**2) + attention + lora, gates
 
 
+class Hardware(NamedTuple):
+    """Rates that a roofline needs; the defaults are an 8 GB desktop card's, sustained: nobody's measurement."""
+
+    flops: float = 30e12
+    """16-bit operations per second."""
+    bandwidth: float = 250e9
+    """Bytes per second of the device's memory."""
+    link: float = 12e9
+    """Bytes per second between host and device."""
+
+
+PAPER = Hardware()
+
+
+def row_flops(shape: Shape, s: Settings) -> float:
+    """Operations of one row: 2 per weight and token in the forward, in the gradient of the input and where a layer is recomputed; the head
+    twice (its gradient is formed in the forward); causal attention half of 4 T^2 per query channel, 2.5 times that in its backward."""
+    passes = 2 + _recomputed(shape, s) / shape.layers
+    weights = sum(i * o for i, o in shape.linears().values())
+    attention = 2 * s.row_tokens * min(shape.window or s.row_tokens, s.row_tokens) * shape.heads * shape.head_dim * (passes + 1.5)
+    return shape.layers * (2 * passes * s.row_tokens * weights + attention) + 4 * s.row_tokens * shape.vocab * shape.hidden
+
+
+def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
+    """Roofline estimate of one row: operations at full rate, then bytes that are only moved; no launch overhead.
+
+    NF4 weights are read, and written and read again in 16 bits, in every pass; what autograd keeps of a layer is written and read.
+    """
+    linears = list(shape.linears().values())
+    weights = sum(i * o for i, o in linears)
+    stored = nf4_bytes(weights) + 2 * s.width * weights if s.quantize == "nf4" and shape.gated else s.width * weights
+    moved = (2 * shape.layers + _recomputed(shape, s)) * (stored + 2 * sum(_kept(shape, s, linears)))
+    return row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth
+
+
+class Step(NamedTuple):
+    """One rung of the ladder, on top of those before."""
+
+    change: str
+    """`section.key=value`, as the command line takes it."""
+    settings: Settings
+    total: int
+    slowdown: float
+    """Estimated seconds per token over those of the settings asked for."""
+
+
 class Plan(NamedTuple):
     """How settings stand to a budget."""
 
@@ -265,8 +325,8 @@ class Plan(NamedTuple):
     """Tokens of the longest row that fits with these settings; 0: none."""
     checkpoint_layers: int
     """The fewest recomputed layers that fit (fewer is faster); -1: none do."""
-    ladder: list[tuple[str, Settings, int]]
-    """If it does not fit: (message code of a change, all settings by then, total), cheapest first, each on top of those before."""
+    ladder: list[Step]
+    """If it does not fit: what would help, cheapest first."""
 
 
 def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
@@ -285,17 +345,63 @@ def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
     return Plan(estimate_vram(shape, settings), fits(), low * ROW_STEP, fewest, ladder)
 
 
-def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[tuple[str, Settings, int]]:
+def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
+    """`settings` as they are, then every change that saves bytes, cheapest first, each on top of those before."""
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("memory.checkpoint", {"checkpoint_layers": -1}), ("memory.quantize", {"quantize": "nf4"}),
-        ("memory.chunk", {"chunk_bytes": 32 * MIB}), ("memory.rank", {"rank": 8}),
-        *(("memory.row", {"row_tokens": tokens}) for tokens in (4096, 2048, 1024, 512, 256)),
+        ("memory.checkpoint_layers=-1", {"checkpoint_layers": -1}), ("model.quantize=nf4", {"quantize": "nf4"}),
+        ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}), ("lora.rank=8", {"rank": 8}),
     ]  # fmt: skip
-    total = estimate_vram(shape, settings).total
-    for code, change in changes:
-        changed = replace(settings, **change)
+    total, pace = estimate_vram(shape, settings).total, row_seconds(shape, settings)
+    yield Step("", settings, total, 1.0)
+    for change, values in changes:
+        changed = replace(settings, **values)
         if (new := estimate_vram(shape, changed).total) < total:
             settings, total = changed, new
-            yield code, settings, total
+            yield Step(change, settings, total, row_seconds(shape, settings) / pace)
+
+
+def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
+    """As many savings as it takes to fit, then shorter rows."""
+    pace, step = row_seconds(shape, settings) / settings.row_tokens, Step("", settings, 0, 1.0)
+    for step in savings(shape, settings, budget):
+        if step.change:
+            yield step
+        if step.total <= budget:
+            return
+    for tokens in (n for n in (4096, 2048, 1024, 512, 256) if n < settings.row_tokens):
+        shorter = replace(step.settings, row_tokens=tokens)
+        total = estimate_vram(shape, shorter).total
+        yield Step(f"train.row_tokens={tokens}", shorter, total, row_seconds(shape, shorter) / tokens / pace)
         if total <= budget:
             return
+
+
+def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
+    """`settings` with -1 layers replaced by the fewest recomputed ones that fit `budget` bytes.
+
+    Raises UserError, with the settings that would fit, if these do not.
+    """
+    plan = make_plan(shape, settings, budget / GIB)
+    if plan.fits:
+        return settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=plan.checkpoint_layers)
+    values = {"name": shape.name, "need": f"{plan.estimate.total / GIB:.2f}", "budget": f"{budget / GIB:.2f}"}
+    if not plan.ladder or plan.ladder[-1].total > budget:
+        least = plan.ladder[-1].total if plan.ladder else plan.estimate.total
+        raise UserError("memory.hopeless", least=f"{least / GIB:.2f}", **values)
+    changes = " ".join({step.change.partition("=")[0]: step.change for step in plan.ladder}.values())
+    raise UserError("memory.too_big", changes=changes, total=f"{plan.ladder[-1].total / GIB:.2f}", longest=plan.longest_row, **values)
+
+
+def plan_run(original: Mapping[str, Any], name: str, settings: Settings, budget: int) -> tuple[Settings, VramEstimate | None]:
+    """What a run is to use: `fit` with a line about it; no estimate without a budget, or for an architecture without a known shape."""
+    if not budget:
+        return settings, None
+    try:
+        shape = shape_of(original, name)
+    except UserError as error:
+        note("memory.unplanned", reason=error.args[0])
+        return settings, None
+    settings = fit(shape, settings, budget)
+    estimate, sizes = estimate_vram(shape, settings), {"budget": f"{budget / GIB:.2f}", "row": settings.row_tokens, "layers": shape.layers}
+    note("memory.plan", total=f"{estimate.total / GIB:.2f}", recomputed=_recomputed(shape, settings), **sizes)
+    return settings, estimate

@@ -122,15 +122,20 @@ class Training:
 
         from cllm.learn.loss import sft_loss
         from cllm.learn.optim import Precision, make_optimizer
-        from cllm.model.checkpoint import load_model
+        from cllm.learn.proof import cap_allocator, choose_device
+        from cllm.memory import plan_run, settings_of
+        from cllm.model.checkpoint import load_model, original_config
         from cllm.model.lora import inject_lora, load_adapter
         from cllm.model.offload import checkpoint_layers
 
         config = self.config
-        device = config.model.device if config.model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = self.device = choose_device(config.model.device)
         torch.manual_seed(config.train.seed)
-        self.device = device
         self.precision = Precision.choose(config.model.precision, torch.device(device).type)
+        longest = len(self.rows.longest().input_ids)
+        settings = settings_of(config.model, config.lora, config.memory, longest, self.precision.name, torch.device(device).type)
+        self.budget = cap_allocator(config.memory.budget_gib, device)
+        settings, self.planned = plan_run(original_config(self.base), config.model.path, settings, self.budget)
         quantize = None if config.model.quantize == "none" else config.model.quantize
         self.model: Any = load_model(self.base, dtype=self.precision.weights, device=device, quantize=quantize)
         lora = config.lora
@@ -142,7 +147,7 @@ class Training:
                 self.model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora, dora=lora.dora
             )
         self.precision.prepare(self.model)
-        checkpoint_layers(self.model, config.memory.checkpoint_layers)
+        checkpoint_layers(self.model, settings.checkpoint_layers)
         self.chunk_bytes = config.memory.chunk_mib * 2**20
         self.objective = lambda model, batch: sft_loss(model, batch, self.chunk_bytes)
         self.optimizer = make_optimizer(
@@ -236,11 +241,16 @@ class Training:
         """Train to the last step, an early stop or an interruption; returns the last training loss."""
         from cllm.learn.log import RunLog, open_tracker, peak_memory_bytes
         from cllm.learn.optim import learning_rate, set_learning_rate, train_step
+        from cllm.learn.proof import prove
 
         train = self.config.train
         self.log = RunLog(self.run, self.total, open_tracker(self.config.log.tracker, self.run), done=self.step)
         self.model.train()
         loss, bad = float("nan"), 0
+        if self.budget:
+            rows = [self.rows.longest()] * min(2, self.rows_per_step)
+            how: dict[str, Any] = {"precision": self.precision, "scaler": self.scaler, "max_norm": train.max_norm}
+            prove(self.model, rows, self.objective, self.optimizer, plan=self.planned, budget=self.budget, **how)
         start = time.perf_counter()
         with self._until_signal():
             if self.held_rows and self._evaluation_due():

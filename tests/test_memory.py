@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from cllm.memory import GIB, MIB, SHAPES, Settings, estimate_vram, find_shape, make_plan, nf4_bytes, shape_of
+from cllm.memory import (
+    GIB,
+    MIB,
+    SHAPES,
+    Settings,
+    estimate_vram,
+    find_shape,
+    fit,
+    make_plan,
+    nf4_bytes,
+    plan_run,
+    row_flops,
+    row_seconds,
+    shape_of,
+)
 from cllm.messages import UserError
 
 PUBLISHED = json.loads(SHAPES.read_text(encoding="utf-8"))
@@ -61,9 +76,10 @@ def build(config: dict[str, object], settings: Settings):  # type: ignore[no-unt
 
 def census(config: dict[str, object], settings: Settings) -> tuple[int, int]:
     """(bytes of parameters and buffers; peak of one accumulated step on top of them, which ends before AdamW makes its moments)."""
-    from cllm.bench import peak_storage_bytes, random_row, storage_bytes
+    from cllm.bench import random_row
     from cllm.learn.loss import sft_loss
     from cllm.learn.optim import train_step
+    from cllm.learn.proof import peak_storage_bytes, storage_bytes
 
     model, optimizer, precision = build(config, settings)
     row = random_row(settings.row_tokens, int(config["vocab_size"]))  # type: ignore[call-overload]
@@ -79,7 +95,7 @@ def census(config: dict[str, object], settings: Settings) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("kind", "quantize"), [*((kind, "nf4") for kind in TINY), ("llama", "none"), ("glm", "none")])
 def test_parameters_and_optimizer_are_counted_byte_for_byte(kind: str, quantize: str) -> None:
-    from cllm.bench import storage_bytes
+    from cllm.learn.proof import storage_bytes
 
     settings = Settings(64, quantize, "bf16", rank=4, device="cpu")
     model, optimizer, _ = build(tiny(kind), settings)
@@ -195,12 +211,51 @@ def test_plan_finds_the_longest_row_and_the_fewest_recomputed_layers() -> None:
 def test_ladder_ends_where_it_fits_and_never_goes_up() -> None:
     shape = find_shape("chatglm3-6b")
     plan = make_plan(shape, Settings(8192, "none", rank=64, checkpoint_layers=0), 6.0)
-    totals = [plan.estimate.total, *(total for _, _, total in plan.ladder)]
+    totals = [plan.estimate.total, *(step.total for step in plan.ladder)]
     assert not plan.fits and totals == sorted(totals, reverse=True) and totals[-1] <= 6 * GIB < totals[-2]
-    assert [code for code, _, _ in plan.ladder[:2]] == ["memory.checkpoint", "memory.quantize"]
-    assert estimate_vram(shape, plan.ladder[-1][1]).total == totals[-1]
-    hopeless = make_plan(find_shape("Qwen3-32B"), Settings(2048), 8.0)
-    assert hopeless.longest_row == 0 and hopeless.checkpoint_layers == -1 and hopeless.ladder[-1][2] > 8 * GIB
+    assert [step.change for step in plan.ladder[:2]] == ["memory.checkpoint_layers=-1", "model.quantize=nf4"]
+    assert estimate_vram(shape, plan.ladder[-1].settings).total == totals[-1]
+    hopeless = make_plan(find_shape("Qwen3-32B"), Settings(2048), 4.0)
+    assert hopeless.longest_row == 0 and hopeless.checkpoint_layers == -1 and hopeless.ladder[-1].total > 4 * GIB
+
+
+def test_recomputing_costs_a_forward_and_nf4_costs_traffic() -> None:
+    shape, settings = find_shape("Qwen3-4B"), Settings(2048, "none", checkpoint_layers=0)
+    plain, recomputed = row_flops(shape, settings), row_flops(shape, replace(settings, checkpoint_layers=-1))
+    layers = sum(i * o for i, o in shape.linears().values()) * shape.layers
+    assert plain == pytest.approx(4 * 2048 * (layers + shape.vocab * shape.hidden), rel=0.1)
+    assert recomputed - plain == pytest.approx(2 * 2048 * layers, rel=0.1)
+    assert row_seconds(shape, replace(settings, quantize="nf4")) > row_seconds(shape, settings) > plain / 30e12
+
+
+def test_fit_recomputes_as_few_layers_as_the_budget_allows() -> None:
+    shape = find_shape("Qwen3-4B")
+    chosen = fit(shape, Settings(2048, "nf4"), 8 * GIB).checkpoint_layers
+    assert 0 < chosen < 36 and estimate_vram(shape, Settings(2048, "nf4", checkpoint_layers=chosen - 1)).total > 8 * GIB
+    assert fit(shape, Settings(2048, "nf4", checkpoint_layers=36), 8 * GIB).checkpoint_layers == 36
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    shape = find_shape("Qwen3-4B")
+    with pytest.raises(UserError) as error:
+        fit(shape, Settings(2048, checkpoint_layers=0), 5 * GIB)
+    text = str(error.value)
+    assert error.value.code == "memory.too_big" and "\n" not in text and "5.00" in text
+    advice = re.search(r"add (.*?) \(then", text)[1].split()  # type: ignore[index]
+    assert advice == ["memory.checkpoint_layers=-1", "model.quantize=nf4"]
+    assert estimate_vram(shape, Settings(2048, "nf4")).total <= 5 * GIB
+    with pytest.raises(UserError, match="smaller model") as error:
+        fit(shape, Settings(2048), GIB)
+    assert error.value.code == "memory.hopeless"
+
+
+def test_a_run_without_budget_or_shape_goes_unplanned(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(64, device="cpu")
+    assert plan_run(PUBLISHED["Qwen/Qwen3-4B"], "x", settings, 0) == (settings, None) and not capsys.readouterr().err
+    assert plan_run({"model_type": "qwen3_moe"}, "x", settings, GIB) == (settings, None)
+    assert "qwen3_moe" in capsys.readouterr().err
+    _, estimate = plan_run(PUBLISHED["HuggingFaceTB/SmolLM2-135M"], "x", settings, 8 * GIB)
+    assert estimate is not None and f"plan {estimate.total / GIB:.2f} of 8.00 GiB" in capsys.readouterr().err
 
 
 def test_table_names_every_item(monkeypatch: pytest.MonkeyPatch) -> None:

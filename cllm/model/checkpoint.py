@@ -56,6 +56,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, family, config, weight_files(path))
 
 
+def original_config(path: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint directory as it was published; of a GGUF file the native config behind its metadata."""
+    return dict(open_checkpoint(path).config.to_dict()) if path.suffix == ".gguf" else _read_config(path / "config.json")
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError("model.no_config", path=file.parent)
