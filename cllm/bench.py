@@ -248,6 +248,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N", help=say("bench.help.rows"))
     parser.add_argument("--steps", type=int, default=5, help=say("bench.help.steps"))
     parser.add_argument("--generate", action="store_true", help=say("bench.help.generate"))
+    parser.add_argument("--doctor", action="store_true", help=say("bench.help.doctor"))
     parser.add_argument("--against", choices=["peft"], help=say("bench.help.against"))
     return parser.parse_intermixed_args(argv)
 
@@ -255,6 +256,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measure (or plan) every subject; the last line on stdout is {"device", "results", …} or {"plans"}."""
     arguments = _arguments(argv)
+    if arguments.doctor:
+        from cllm.doctor import examine
+
+        print(json.dumps({"findings": [finding._asdict() for finding in examine()]}, ensure_ascii=False))
+        return 0
     overrides = [subject for subject in arguments.subjects if "=" in subject]
     configs = [_config(name, overrides) for name in arguments.subjects if "=" not in name] or [_config("tiny-zh", overrides)]
     if arguments.plan:
