@@ -21,13 +21,16 @@
             case "$(uname -s)" in
               Linux) export LD_LIBRARY_PATH="${libraries}:/run/opengl-driver/lib:/usr/lib/wsl/lib''${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ;;
             esac
-            if [ ! -x .venv/bin/python ]; then
-              uv venv --python "$(command -v python3.12)" .venv
+            # .venv holds the wheels of requirements.lock; it is made anew when the lock changes.
+            if [ -f requirements.lock ] && ! cmp -s requirements.lock .venv/requirements.lock; then
+              uv venv --clear --python "$(command -v python3.12)" .venv &&
+                uv pip install --python .venv --require-hashes -r requirements.lock &&
+                uv pip install --python .venv -c constraints.txt -e '.[test]' &&
+                cp requirements.lock .venv/requirements.lock
             fi
-            # shellcheck disable=SC1091
-            . .venv/bin/activate
-            if ! python -c 'import cllm' 2>/dev/null; then
-              uv pip install -e '.[test]'
+            if [ -f .venv/bin/activate ]; then
+              # shellcheck disable=SC1091
+              . .venv/bin/activate
             fi
           '';
         };

@@ -290,6 +290,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help=say("bench.help.steps"))
     parser.add_argument("--generate", action="store_true", help=say("bench.help.generate"))
     parser.add_argument("--out", type=Path, help=say("bench.help.out"))
+    parser.add_argument("--doctor", action="store_true", help=say("bench.help.doctor"))
     parser.add_argument("--against", choices=["peft"], help=say("bench.help.against"))
     return parser.parse_intermixed_args(argv)
 
@@ -297,6 +298,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measure (or plan) every subject; the last line on stdout is {"device", "results", …} or {"plans"}."""
     arguments = _arguments(argv)
+    if arguments.doctor:
+        from cllm.doctor import examine
+
+        print(json.dumps({"findings": [finding._asdict() for finding in examine()]}, ensure_ascii=False))
+        return 0
     overrides = [subject for subject in arguments.subjects if "=" in subject]
     names = [name for name in arguments.subjects if "=" not in name] or ["tiny-zh"]
     configs = [_config(name, overrides) for name in names]
@@ -304,7 +310,7 @@ def main(argv: list[str]) -> int:
         plans = []
         for subject_name, config in zip(names, configs, strict=True):
             name, published = _original(config, arguments.layers)
-            data = subject_name.endswith(".toml") or subject_name.startswith("preset:") or any(o.startswith("data.") for o in overrides)
+            data = subject_name.endswith(".toml") or subject_name.startswith("preset:")
             plans.append(show_plan(config, name, published, _work(config, published) if data else {}))
         print(json.dumps({"plans": plans}))
         return 0

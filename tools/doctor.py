@@ -1,0 +1,14 @@
+"""What of this machine helps or hinders a training: `python tools/doctor.py`, also before anything is installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cllm.doctor import examine
+
+sys.stdout.reconfigure(errors="replace")
+print(json.dumps({"findings": [finding._asdict() for finding in examine()]}, ensure_ascii=False))
