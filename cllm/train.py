@@ -124,7 +124,7 @@ class Training:
         from cllm.learn.optim import Precision, make_optimizer
         from cllm.model.checkpoint import load_model
         from cllm.model.lora import inject_lora, load_adapter
-        from cllm.model.offload import checkpoint_layers
+        from cllm.model.offload import place
 
         config = self.config
         device = config.model.device if config.model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,7 +132,10 @@ class Training:
         self.device = device
         self.precision = Precision.choose(config.model.precision, torch.device(device).type)
         quantize = None if config.model.quantize == "none" else config.model.quantize
-        self.model: Any = load_model(self.base, dtype=self.precision.weights, device=device, quantize=quantize)
+        self.model: Any = load_model(
+            self.base, dtype=self.precision.weights, device=device, quantize=quantize, head=config.model.head,
+            stream_layers=config.memory.stream_layers,
+        )  # fmt: skip
         lora = config.lora
         if lora.init_from:
             source = Path(lora.init_from)
@@ -142,7 +145,7 @@ class Training:
                 self.model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora, dora=lora.dora
             )
         self.precision.prepare(self.model)
-        checkpoint_layers(self.model, config.memory.checkpoint_layers)
+        place(self.model, config.memory, device)
         self.chunk_bytes = config.memory.chunk_mib * 2**20
         self.objective = lambda model, batch: sft_loss(model, batch, self.chunk_bytes)
         self.optimizer = make_optimizer(
