@@ -73,6 +73,7 @@ class Subject:
         from cllm.learn.proof import cap_allocator, choose_device
         from cllm.model.checkpoint import load_model, random_model
         from cllm.model.lora import inject_lora
+        from cllm.model.offload import place
         from cllm.model.source import resolve
 
         device = choose_device(config.model.device)
@@ -80,6 +81,7 @@ class Subject:
         self.budget = cap_allocator(config.memory.budget_gib, device)
         self.precision = Precision.choose(config.model.precision, self.device.type)
         how: dict[str, Any] = {"dtype": self.precision.weights, "device": self.device}
+        how |= {"head": config.model.head, "stream_layers": config.memory.stream_layers}
         how["quantize"] = None if config.model.quantize == "none" else config.model.quantize
         torch.manual_seed(config.train.seed)
         model: Any = random_model(original, **how) if original else load_model(resolve(config.model.path), **how)
@@ -87,12 +89,13 @@ class Subject:
         lora = config.lora
         inject_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora)
         self.precision.prepare(model)
+        place(model, config.memory, device)
         self.model, self.optimizer, self.scaler = model.train(), make_optimizer(model, 1e-4), self.precision.scaler()
         self.objective = lambda model, row: sft_loss(model, row, config.memory.chunk_mib * MIB)
 
     def settings(self, tokens: int) -> Settings:
         """What a run on rows of `tokens` would use: as few recomputed layers as fit, if there is a budget and the config leaves it open."""
-        settings = settings_of(self.config.model, self.config.lora, self.config.memory, tokens, self.precision.name, self.device.type)
+        settings = _settings(self.config, tokens, self.precision.name, self.device.type)
         fewest = (
             make_plan(self.shape, settings, self.budget / GIB).checkpoint_layers if self.budget and settings.checkpoint_layers < 0 else -1
         )
@@ -119,7 +122,7 @@ class Subject:
         from cllm.model.offload import checkpoint_layers
 
         row, settings = random_row(tokens, self.shape.vocab), self.settings(tokens)
-        checkpoint_layers(self.model, settings.checkpoint_layers)
+        checkpoint_layers(self.model, settings.checkpoint_layers, offload=settings.offload_inputs)
         estimate = estimate_vram(self.shape, settings)
         result = {"model": self.name, "layers": self.shape.layers, **asdict(settings), "budget_bytes": self.budget, "reserved_bytes": None}
         result |= {"estimate_bytes": estimate.allocated, "estimate_total_bytes": estimate.total}
@@ -169,11 +172,15 @@ class Subject:
         return results
 
 
+def _settings(config: Config, tokens: int, precision: str, device: str) -> Settings:
+    return settings_of(config.model, config.lora, config.train, config.memory, row_tokens=tokens, precision=precision, device=device)
+
+
 def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[str, Any]) -> dict[str, Any]:
     """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it for the JSON."""
     shape, budget = shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
-    settings = settings_of(config.model, config.lora, config.memory, config.train.row_tokens, precision, "cuda")
+    settings = _settings(config, config.train.row_tokens, precision, "cuda")
     plan, estimate = make_plan(shape, settings, budget), estimate_vram(shape, settings)
     print(say("bench.plan", name=name, row=settings.row_tokens, quantize=settings.quantize, precision=precision, rank=settings.rank))
     print(estimate.table())
@@ -223,7 +230,6 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
         return {"tokens": round(TOKENS_PER_CHARACTER * sum(len(m.content) for c in train for m in c.messages))}
     from cllm.data.packing import PackedRows
-    from cllm.model.offload import checkpoint_layers
     from cllm.model.source import resolve
     from cllm.model.tokenizer import load_tokenizer
     from cllm.train import encode_set
@@ -233,13 +239,12 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     rows = PackedRows(encode_set(train, tokenizer, config)[0], config.train.row_tokens, seed=config.train.seed)
     tokens = sum(len(e.input_ids) for e in rows.examples)
     work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * config.train.row_tokens)}
-    settings = settings_of(config.model, config.lora, config.memory, config.train.row_tokens, "fp32", "cpu")
+    settings = _settings(config, config.train.row_tokens, "fp32", "cpu")
     import torch
 
     if torch.cuda.is_available() or row_seconds(shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
         note("bench.timing", steps=WARM_STEPS)
         subject = Subject(config, config.model.path, None)
-        checkpoint_layers(subject.model, subject.settings(config.train.row_tokens).checkpoint_layers)
         batches = rows.take(WARM_STEPS + 1)
         work["row_seconds"] = statistics.median([subject.step(row, 1)[1] for row in batches][1:])
     return work

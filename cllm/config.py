@@ -45,6 +45,8 @@ class ModelConfig:
     """Models with <think> blocks: leave the reasoning out, or train it."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: 4-bit base (QLoRA)."""
+    head: Literal["16bit", "nf4"] = "16bit"
+    """`nf4`: the output head in 4 bits too (frees up to 0.9 GiB of a large vocabulary; logits change a little)."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """`auto`: bf16 where the GPU has it, else fp16 with a loss scaler; fp32 on a CPU."""
     device: str = "auto"
@@ -119,6 +121,8 @@ class TrainConfig:
     weight_decay: float = _at_least(0, 0.0)
     max_norm: float = _at_least(0, 1.0)
     """Gradient clipping; 0: off."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit`: AdamW's two moments in 8 bits, a quarter of their memory."""
     seed: int = _at_least(0, 42)
 
 
@@ -147,6 +151,14 @@ class MemoryConfig:
     """Decoder layers recomputed in the backward: -1 all (least memory), 0 none (fastest)."""
     chunk_mib: int = _at_least(1, 128)
     """Logits alive at once in the loss."""
+    offload_inputs: bool = False
+    """Inputs of recomputed layers wait in host memory."""
+    stream_layers: int = _at_least(0, 0)
+    """Decoder layers whose frozen weights live in host memory and pass through two slots on the device; each is recomputed."""
+    mlp_tile_tokens: int = _at_least(0, 0)
+    """The MLP runs in tiles of so many tokens, recomputed once more; 0: whole rows."""
+    embedding: Literal["auto", "device", "cpu"] = "auto"
+    """Where the input embedding lives; `auto`: in host memory beside a 4-bit base on a GPU, unless a 16-bit head shares it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,8 +35,9 @@ def held_out_loss(model: nn.Module, rows: Sequence[PackedBatch], precision: Prec
     import torch
 
     from cllm.learn.loss import row_nll
+    from cllm.model.offload import device_of
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     was_training = model.training
     model.eval()
     with torch.no_grad(), precision.autocast():

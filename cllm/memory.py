@@ -19,7 +19,7 @@ from cllm.messages import UserError, note, say
 from cllm.model import families
 
 if TYPE_CHECKING:
-    from cllm.config import LoraConfig, MemoryConfig, ModelConfig
+    from cllm.config import LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 
 MIB, GIB = 2**20, 2**30
 SHAPES = Path(__file__).parent / "assets" / "shapes.json"
@@ -150,6 +150,12 @@ class Settings:
     checkpoint_layers: int = -1
     chunk_bytes: int = 128 * MIB
     device: str = "cuda"
+    head: str = "16bit"
+    optimizer: str = "adamw"
+    offload_inputs: bool = False
+    stream_layers: int = 0
+    mlp_tile_tokens: int = 0
+    embedding: str = "auto"
 
     @property
     def width(self) -> int:
@@ -168,6 +174,8 @@ class VramEstimate:
 
     items: dict[str, int]
     moment: str
+    host: int = 0
+    """Bytes in host memory instead: streamed layers, the embedding, offloaded layer inputs."""
 
     @property
     def total(self) -> int:
@@ -185,75 +193,115 @@ class VramEstimate:
         return say("memory.table", **mebibytes, moment=self.moment)
 
 
-def settings_of(model: ModelConfig, lora: LoraConfig, memory: MemoryConfig, row_tokens: int, precision: str, device: str) -> Settings:
+def settings_of(
+    model: ModelConfig, lora: LoraConfig, train: TrainConfig, memory: MemoryConfig, *, row_tokens: int, precision: str, device: str
+) -> Settings:
     """What the estimate needs of a config's sections; precision and device as resolved by the caller."""
     targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
-    chunk = memory.chunk_mib * MIB
-    return Settings(row_tokens, model.quantize, precision, lora.rank, targets, memory.checkpoint_layers, chunk, device)
+    same = {
+        name: getattr(memory, name) for name in ("checkpoint_layers", "offload_inputs", "stream_layers", "mlp_tile_tokens", "embedding")
+    }
+    return Settings(
+        row_tokens, model.quantize, precision, lora.rank, targets, chunk_bytes=memory.chunk_mib * MIB, device=device, head=model.head,
+        optimizer=train.optimizer, **{name: getattr(memory, name) for name in names},
+    )  # fmt: skip
+
+
+def _streamed(shape: Shape, s: Settings) -> list[int]:
+    """Indices of the streamed layers, spread as cllm.model.offload spreads them (tests compare the two)."""
+    count = min(s.stream_layers, shape.layers)
+    return [(2 * i + 1) * shape.layers // (2 * count) for i in range(count)]
 
 
 def _recomputed(shape: Shape, s: Settings) -> int:
-    return shape.layers if s.checkpoint_layers < 0 else min(s.checkpoint_layers, shape.layers)
+    """Layers recomputed in the backward: the first `checkpoint_layers`, and those that are streamed."""
+    first = shape.layers if s.checkpoint_layers < 0 else min(s.checkpoint_layers, shape.layers)
+    return first + sum(index >= first for index in _streamed(shape, s))
 
 
 def nf4_bytes(weights: int) -> int:
     """4 bits a weight, an 8-bit scale per 64 weights, a float per 256 of those, and their mean."""
+    return sum(_nf4_parts(weights))
+
+
+def _nf4_parts(weights: int) -> tuple[int, int, int]:
     blocks = -(-weights // 64)
-    return -(-weights // 2) + blocks + 4 * (-(-blocks // 256) + 1)
+    return -(-weights // 2), blocks, 4 * (-(-blocks // 256) + 1)
+
+
+def _moment_bytes(s: Settings, count: int) -> int:
+    """AdamW's two moments of a parameter of `count` values; in 8 bits in blocks of 256 with a float each, small ones in float32."""
+    blocks = -(-count // 256)
+    return 8 * count if s.optimizer == "adamw" else 2 * blocks * (256 * 4 if count < 4096 else 256 + 4)
 
 
 def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     """Bytes at the peak of a training step on rows of `row_tokens` tokens, all of them supervised."""
-    s, linears = settings, shape.linears()
-    nf4 = s.quantize == "nf4" and shape.gated
-    weights = sum(nf4_bytes(i * o) if nf4 else i * o * s.width for i, o in linears.values())
+    s, linears, matrix = settings, shape.linears(), shape.vocab * shape.hidden
+    nf4, cuda = s.quantize == "nf4" and shape.gated, s.device.startswith("cuda")
+    parts = [_nf4_parts(i * o) if nf4 else (i * o * s.width,) for i, o in linears.values()]
+    weights, streamed = sum(map(sum, parts)), len(_streamed(shape, s))
+    packed = sum(-(-size // 256) * 256 for part in parts for size in part)  # a streamed layer's tensors are aligned in one buffer
     adapted = [sizes for name, sizes in linears.items() if s.targets == "all-linear" or any(name.endswith(t) for t in s.targets)]
     lora = 4 * shape.layers * s.rank * sum(i + o for i, o in adapted)
     recomputed = _recomputed(shape, s)
+    offloaded = min(recomputed, shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers) if s.offload_inputs else 0
+    shared = shape.tied and s.head != "nf4"
+    away = s.embedding == "cpu" or (s.embedding == "auto" and cuda and nf4 and not shared)
+    layer_input = s.row_tokens * shape.hidden * s.residual
     moments = _moments(shape, s, adapted, recomputed, nf4)
     moment = max(moments, key=lambda name: moments[name])
-    cuda = s.device.startswith("cuda")
     items = {
-        "linears": shape.layers * weights,
-        "embedding": (shape.vocab + shape.positions) * shape.hidden * s.width,
-        "head": 0 if shape.tied else shape.vocab * shape.hidden * s.width,
+        "linears": (shape.layers - streamed) * weights + min(2, streamed) * packed,
+        "embedding": ((0 if away else matrix) + shape.positions * shape.hidden) * s.width,
+        "head": nf4_bytes(matrix) if s.head == "nf4" else (away if shape.tied else 1) * matrix * s.width,
         "norms": shape.unquantized() * s.width,
         "lora": lora,
         "gradients": lora,
-        "optimizer": 2 * lora,
-        "layer_inputs": recomputed * s.row_tokens * shape.hidden * s.residual,
+        "optimizer": shape.layers * sum(_moment_bytes(s, i * s.rank) + _moment_bytes(s, o * s.rank) for i, o in adapted),
+        "layer_inputs": (recomputed - offloaded + min(2, offloaded)) * layer_input,
         "activations": moments[moment],
         "context": CONTEXT_BYTES if cuda else 0,
         "fragmentation": FRAGMENTATION_BYTES if cuda else 0,
     }
-    return VramEstimate(items, moment)
+    return VramEstimate(items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input)
 
 
 def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], recomputed: int, nf4: bool) -> dict[str, int]:
     """Moment -> bytes alive then beyond parameters, their gradients and the recomputed layers' inputs."""
     hidden, mlp = s.row_tokens * shape.hidden, s.row_tokens * shape.intermediate * s.width
     before_mlp, in_mlp = _kept(shape, s, adapted)
+    tiled = 0 < s.mlp_tile_tokens < s.row_tokens
+    if tiled:  # of the MLP one tile lives at a time, beside the gradients of the tiles' inputs
+        mlp, in_mlp = mlp * s.mlp_tile_tokens // s.row_tokens, in_mlp * s.mlp_tile_tokens // s.row_tokens
     own_input = 0 if shape.gated and s.residual < 4 else s.residual * hidden  # the float32 copy stands for it in bf16
-    kept = (shape.layers - recomputed) * (before_mlp + in_mlp + mlp + own_input)
+    kept = (shape.layers - recomputed) * (before_mlp + (0 if tiled else in_mlp + mlp) + own_input)
     kept -= 0 if recomputed else 4 * hidden  # the embedding needs no gradient, so the first norm keeps nothing
-    # Loss: the last norm's float32 input; its output, the supervised part of that and its gradient, the chunk and float32 pieces of it;
-    # or in the backward of that norm five float32 temporaries.
-    rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
-    block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
-    pieces = 0 if s.width == 4 else 4 * shape.vocab * (block + min(block, rows - block))  # one is made before the last one goes
-    chunk = 3 * s.residual * hidden + rows * s.width * (shape.vocab + shape.hidden) + pieces
-    moments = {"loss": kept + 4 * hidden + max(chunk, 20 * hidden * shape.gated)}
+    moments = {"loss": kept + 4 * hidden + max(_loss(shape, s), 20 * hidden * shape.gated)}
     # Backward of the MLP's last linear: two gradients of its input, and their sum or the dequantized weight. Of its first: gradients of
     # gate and up, and the weight. Of a norm behind the MLP: five float32 temporaries while all of the layer is still there.
     dense = shape.hidden * shape.intermediate * s.width if nf4 else 0
     last = 2 * mlp + max(dense, mlp)
-    first = 2 * mlp + dense * (1 + shape.fused_mlp) + 2 * s.width * hidden - in_mlp
-    gradient = s.residual * hidden + max(last, first, mlp + 20 * hidden if shape.norms > 2 else 0)
+    first = 2 * mlp + dense * (1 + shape.fused_mlp) + 2 * s.width * hidden // (1 + tiled) - in_mlp
+    gradient = (s.residual + s.width * tiled) * hidden + max(last, first, mlp + 20 * hidden if shape.norms > 2 else 0)
+    gradient = max(gradient, s.residual * hidden + 20 * hidden * shape.gated - in_mlp)  # the norm before the MLP, when that is done
     if recomputed < shape.layers:
-        moments["kept_layer"] = kept - mlp + gradient
+        moments["kept_layer"] = kept - (0 if tiled else mlp) + tiled * in_mlp + gradient
     if recomputed:
         moments["recomputed_layer"] = before_mlp + in_mlp + s.residual * hidden + gradient
     return moments
+
+
+def _loss(shape: Shape, s: Settings) -> int:
+    """The last norm's output, the supervised part of that and its gradient, the chunk of logits and float32 pieces of it."""
+    hidden = s.row_tokens * shape.hidden
+    if s.head == "nf4":  # logits, in float32 too, their softmax and gradient; the dequantized head
+        rows = max(1, min(s.row_tokens, s.chunk_bytes // (6 * shape.vocab)))
+        return 3 * s.residual * hidden + rows * shape.vocab * (12 + s.width) + shape.vocab * shape.hidden * s.width
+    rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
+    block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
+    pieces = 0 if s.width == 4 else 4 * shape.vocab * (block + min(block, rows - block))  # one is made before the last one goes
+    return 3 * s.residual * hidden + rows * s.width * (shape.vocab + shape.hidden) + pieces
 
 
 def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int]:
@@ -296,13 +344,15 @@ def row_flops(shape: Shape, s: Settings) -> float:
 def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
     """Roofline estimate of one row: operations at full rate, then bytes that are only moved; no launch overhead.
 
-    NF4 weights are read, and written and read again in 16 bits, in every pass; what autograd keeps of a layer is written and read.
+    NF4 weights are read, and written and read again in 16 bits, in every pass; what autograd keeps of a layer is written and read. What
+    waits in host memory crosses the link twice, hidden behind the computation as far as that lasts.
     """
     linears = list(shape.linears().values())
     weights = sum(i * o for i, o in linears)
     stored = nf4_bytes(weights) + 2 * s.width * weights if s.quantize == "nf4" and shape.gated else s.width * weights
     moved = (2 * shape.layers + _recomputed(shape, s)) * (stored + 2 * sum(_kept(shape, s, linears)))
-    return row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth
+    link = 2 * (estimate_vram(shape, s).host - shape.vocab * shape.hidden * s.width) if s.stream_layers or s.offload_inputs else 0
+    return max(row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth, link / hardware.link)
 
 
 class Step(NamedTuple):
@@ -347,17 +397,27 @@ def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
 
 def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
     """`settings` as they are, then every change that saves bytes, cheapest first, each on top of those before."""
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("memory.checkpoint_layers=-1", {"checkpoint_layers": -1}), ("model.quantize=nf4", {"quantize": "nf4"}),
-        ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}), ("lora.rank=8", {"rank": 8}),
+    counts = range(3, shape.layers + 1)  # of streamed layers; two slots hold two anyway
+
+    def stream(old: Settings) -> dict[str, int]:
+        fitting = (n for n in counts if estimate_vram(shape, replace(old, stream_layers=n)).total <= budget)
+        return {"stream_layers": next(fitting, shape.layers)}
+
+    changes: list[tuple[str, Any]] = [
+        ("memory.embedding=cpu", {"embedding": "cpu"}), ("train.optimizer=adamw8bit", {"optimizer": "adamw8bit"}),
+        ("memory.checkpoint_layers=-1", {"checkpoint_layers": -1}), ("memory.offload_inputs=true", {"offload_inputs": True}),
+        ("model.quantize=nf4", {"quantize": "nf4"}), ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}),
+        ("memory.mlp_tile_tokens=1024", {"mlp_tile_tokens": 1024}), ("memory.stream_layers={}", stream), ("lora.rank=8", {"rank": 8}),
+        ("model.head=nf4", {"head": "nf4"}),
     ]  # fmt: skip
     total, pace = estimate_vram(shape, settings).total, row_seconds(shape, settings)
     yield Step("", settings, total, 1.0)
-    for change, values in changes:
+    for change, found in changes:
+        values = found(settings) if callable(found) else found
         changed = replace(settings, **values)
         if (new := estimate_vram(shape, changed).total) < total:
             settings, total = changed, new
-            yield Step(change, settings, total, row_seconds(shape, settings) / pace)
+            yield Step(change.format(*values.values()), settings, total, row_seconds(shape, settings) / pace)
 
 
 def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:

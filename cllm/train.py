@@ -126,18 +126,23 @@ class Training:
         from cllm.memory import plan_run, settings_of
         from cllm.model.checkpoint import load_model, original_config
         from cllm.model.lora import inject_lora, load_adapter
-        from cllm.model.offload import checkpoint_layers
+        from cllm.model.offload import place
 
         config = self.config
         device = self.device = choose_device(config.model.device)
         torch.manual_seed(config.train.seed)
         self.precision = Precision.choose(config.model.precision, torch.device(device).type)
         longest = len(self.rows.longest().input_ids)
-        settings = settings_of(config.model, config.lora, config.memory, longest, self.precision.name, torch.device(device).type)
+        settings = settings_of(
+            config.model, config.lora, config.train, config.memory, row_tokens=longest, precision=self.precision.name, device=device
+        )
         self.budget = cap_allocator(config.memory.budget_gib, device)
         settings, self.planned = plan_run(original_config(self.base), config.model.path, settings, self.budget)
         quantize = None if config.model.quantize == "none" else config.model.quantize
-        self.model: Any = load_model(self.base, dtype=self.precision.weights, device=device, quantize=quantize)
+        self.model: Any = load_model(
+            self.base, dtype=self.precision.weights, device=device, quantize=quantize, head=config.model.head,
+            stream_layers=config.memory.stream_layers,
+        )  # fmt: skip
         lora = config.lora
         if lora.init_from:
             source = Path(lora.init_from)
@@ -147,7 +152,7 @@ class Training:
                 self.model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora, dora=lora.dora
             )
         self.precision.prepare(self.model)
-        checkpoint_layers(self.model, settings.checkpoint_layers)
+        place(self.model, settings, device)
         self.chunk_bytes = config.memory.chunk_mib * 2**20
         self.objective = lambda model, batch: sft_loss(model, batch, self.chunk_bytes)
         self.optimizer = make_optimizer(

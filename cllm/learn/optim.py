@@ -132,7 +132,7 @@ def first_nonfinite(model: nn.Module, batch: PackedBatch, objective: Objective, 
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if not list(module.children())]
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if p.requires_grad)
     try:
         with precision.autocast():
             loss = objective(model, batch.to(device))

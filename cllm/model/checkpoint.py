@@ -22,6 +22,7 @@ from cllm.model import families, gguf
 from cllm.model.attention import ATTENTION, register
 from cllm.model.families import Family, ModelShape
 from cllm.model.nf4 import NF4Linear
+from cllm.model.offload import decoder_layers, streamed_layers
 from cllm.model.shards import Layout, Stored, stored_tensors, weight_files, write_safetensors
 
 
@@ -199,26 +200,40 @@ def _converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Te
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", quantize: str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
+    head: str = "16bit",
+    stream_layers: int = 0,
 ) -> nn.Module:
     """The native Transformers causal LM of a checkpoint directory or `.gguf` file, in evaluation mode, attention "cllm".
 
     dtype: of the floating-point weights (rotary frequencies stay float32). quantize="nf4": every Linear but the head becomes
-    `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the whole model never exists. Call it like the native
-    class: `model(input_ids=...).logits`. Raises UserError as `open_checkpoint`, `check` and `cllm.model.shards` say.
+    `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the whole model never exists; head="nf4": the head too, after
+    a tied embedding has been kept. stream_layers: so many layers stay in host memory, for `cllm.model.offload.stream_layers`. Call it
+    like the native class: `model(input_ids=...).logits`. Raises UserError as `open_checkpoint`, `check` and `cllm.model.shards` say.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize = {quantize!r}")
     checkpoint = open_checkpoint(Path(path))
     model = _skeleton(checkpoint, dtype)
     layout = check(checkpoint, model)
-    _fill(model, checkpoint, layout, _converted(checkpoint, layout), device, quantize)
+    _fill(model, checkpoint, layout, _converted(checkpoint, layout), device, quantize, stream_layers)
+    _quantize_head(model, head)
     model.name_or_path = str(path)
     return model  # type: ignore[no-any-return]
 
 
 def random_model(
-    config: dict[str, Any], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", quantize: str | None = None
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
+    head: str = "16bit",
+    stream_layers: int = 0,
 ) -> nn.Module:
     """As `load_model`, from the sizes in a config.json (original or native) and random weights: what a card does, without a download."""
     family = families.family_of(config) or families.NATIVE
@@ -231,7 +246,8 @@ def random_model(
             tensor = torch.empty(shape, dtype=dtype, device=device)
             yield name, tensor.normal_(0, 0.02) if len(shape) > 1 else tensor.fill_(name.endswith("weight"))
 
-    _fill(model, checkpoint, layout, random(), device, quantize)
+    _fill(model, checkpoint, layout, random(), device, quantize, stream_layers)
+    _quantize_head(model, head)
     return model  # type: ignore[no-any-return]
 
 
@@ -242,16 +258,19 @@ def _fill(
     tensors: Iterator[tuple[str, Tensor]],
     device: str | torch.device,
     quantize: str | None,
+    stream: int,
 ) -> None:
     """Put native tensors into a model on the meta device, quantizing as they come; then what no checkpoint stores."""
-    head = model.get_output_embeddings()
+    head, layers = model.get_output_embeddings(), decoder_layers(model)
+    streamed = {id(module) for index in streamed_layers(len(layers), stream) for module in layers[index].modules()}
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
+        home = "cpu" if id(module) in streamed else device
         if quantize and leaf == "weight" and type(module) is nn.Linear and module is not head:
-            model.set_submodule(owner, _quantized(module, tensor.to(device)))
+            model.set_submodule(owner, _quantized(module, tensor.to(device), home))
         else:
-            _place(module, leaf, tensor.to(device))
+            _place(module, leaf, tensor.to(home))
     _tie(model, layout)
     _fill_buffers(model, torch.device(device))
     if checkpoint.family.alibi:
@@ -271,12 +290,21 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
         setattr(module, leaf, tensor)
 
 
-def _quantized(linear: nn.Linear, weight: Tensor) -> NF4Linear:
-    """NF4 in place of `linear`; its bias, in place already or still to come, goes along."""
+def _quantized(linear: nn.Linear, weight: Tensor, home: str | torch.device) -> NF4Linear:
+    """NF4 in place of `linear`, quantized where `weight` lies, kept at `home`; its bias, in place already or still to come, goes along."""
     module = NF4Linear(linear.in_features, linear.out_features, device="meta")
     module.load_weight(weight)
+    module.to(home)
     module.bias = None if linear.bias is None else linear.bias.detach()
     return module
+
+
+def _quantize_head(model: Any, head: str) -> None:
+    """With head = "nf4" the model computes its logits with an `NF4Linear`; a tied embedding stays as it is."""
+    if head == "nf4":
+        model.set_output_embeddings(NF4Linear.from_linear(model.get_output_embeddings()))
+    elif head != "16bit":
+        raise ValueError(f"head = {head!r}")
 
 
 def _tie(model: Any, layout: Layout) -> None:

@@ -1,44 +1,269 @@
-"""Gradient checkpointing of our own: a layer keeps its input only and is computed again in the backward.
+"""What of a model does not have to live on the device all the time: layer activations, layer inputs, embedding rows, frozen weights.
 
-Reference: Chen et al., arXiv:1604.06174; equal in gradients to `torch.utils.checkpoint`, dropout included.
+    checkpoint_layers(model, count=-1, *, offload=False)   recompute layers in the backward; their inputs wait in host memory
+    stream_layers(model, count, device)                    frozen linears of layers live in host memory, pass through two device slots
+    embedding_on_cpu(model, device)                        lookup in host memory, rows copied to the device
+    tile_mlp(model, tokens)                                the MLP of a layer runs in tiles of so many tokens
+    place(model, memory, device)                           all of these as the [memory] section says
+
+Each may be called at any time after `inject_lora`, again and in any order, and changes no value: losses and gradients are bit-equal (tiles
+sum adapter gradients in another order). Copies run on a side stream, the next one under way while a layer computes; on the CPU the same
+calls run in order. References: checkpointing Chen et al., arXiv:1604.06174, equal in gradients to `torch.utils.checkpoint`, dropout
+included; streaming: the base never changes, so nothing flows back.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from cllm.messages import note
+from cllm.model.lora import linear_shape
+
+_ALIGNMENT = 256  # bytes between tensors of a packed layer
+
+
+class _Lane:
+    """Copies between host and device beside the computation: on a CUDA stream of its own, on the CPU at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+        """target <- source once all work issued so far is done; the result is what `wait` waits for."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        (target if target.is_cuda else source).record_stream(self.stream)  # its memory is not reused before the copy is done
+        return done
+
+    def wait(self, done: torch.cuda.Event | None) -> None:
+        """Work issued from now on runs after that copy."""
+        if done is not None:
+            torch.cuda.current_stream(self.device).wait_event(done)
+
+
+class _Input:
+    """One layer's input in host memory, and (`below`) that of the layer below."""
+
+    def __init__(self, lane: _Lane, hidden: Tensor, below: _Input | None) -> None:
+        self.lane, self.below = lane, below
+        self.host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
+        self.back: Tensor | None = None
+        self.done = lane.copy(self.host, hidden)
+        if below and below.below and below.below.done:
+            below.below.done.synchronize()  # the host runs two layers ahead at most, so that only two inputs wait on the device
+
+    def fetch(self) -> None:
+        """Start the copy back to the device."""
+        if self.back is None:
+            self.back = torch.empty_like(self.host, device=self.lane.device)
+            self.done = self.lane.copy(self.back, self.host)
+
+    def take(self) -> Tensor:
+        """The input on the device, once; the copy of the one below starts."""
+        self.fetch()
+        self.lane.wait(self.done)
+        if self.below:
+            self.below.fetch()
+        taken, self.back = self.back, None
+        assert taken is not None
+        return taken
+
+
+class _Inputs:
+    """The layers' inputs of the forward that runs."""
+
+    def __init__(self) -> None:
+        self.lane: _Lane | None = None
+        self.last: Callable[[], _Input | None] = lambda: None
+
+    def put(self, hidden: Tensor, first: bool) -> _Input:
+        self.lane = self.lane or _Lane(hidden.device)
+        kept = _Input(self.lane, hidden, None if first else self.last())
+        self.last = weakref.ref(kept)
+        return kept
+
+
+class _Piece(NamedTuple):
+    """Where a tensor of a linear lies in its layer's packed bytes."""
+
+    module: nn.Module
+    name: str
+    start: int
+    stop: int
+    like: Tensor
+
+
+class _Weights:
+    """The frozen linears of some layers, each layer packed into one host buffer, and two device slots for them.
+
+    Layer i of these uses slot i % 2, so that its neighbours above and below are always in the other one.
+    """
+
+    def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
+        self.lane = _Lane(device)
+        self.pieces = [_pieces(layer) for layer in layers]
+        self.hosts: list[Tensor] = []
+        for index, pieces in enumerate(self.pieces):
+            self.hosts.append(_packed(pieces))
+            self._point(index, self.hosts[-1])
+            if device.type == "cuda":
+                self._pin(self.hosts[-1])
+        largest = max(host.numel() for host in self.hosts)
+        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(2, len(layers)))]
+        self.held: list[int | None] = [None] * len(self.slots)
+        self.done: list[Any] = [None] * len(self.slots)
+
+    def _pin(self, host: Tensor) -> None:
+        """Page-lock in place, for copies beside the computation; torch's pinned allocator would round up to a power of two."""
+        runtime: Any = torch.cuda.cudart()
+        if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
+            note("memory.unpinned")
+        else:
+            weakref.finalize(self, runtime.cudaHostUnregister, host.data_ptr())
+
+    def acquire(self, index: int, step: int) -> None:
+        """Layer `index`'s weights are on the device; those of layer `index + step` set out."""
+        self._fetch(index)
+        self.lane.wait(self.done[index % 2])
+        if 0 <= index + step < len(self.hosts):
+            self._fetch(index + step)
+
+    def _fetch(self, index: int) -> None:
+        slot = index % 2
+        before = self.held[slot]
+        if before == index:
+            return
+        if before is not None:
+            self._point(before, self.hosts[before])
+        host = self.hosts[index]
+        self.done[slot] = self.lane.copy(self.slots[slot][: host.numel()], host)
+        self._point(index, self.slots[slot])
+        self.held[slot] = index
+
+    def _point(self, index: int, buffer: Tensor) -> None:
+        """Let the linears of layer `index` read their tensors from `buffer`."""
+        for module, name, start, stop, like in self.pieces[index]:
+            view = buffer[start:stop].view(like.dtype).view(like.shape)
+            if name in module._parameters:
+                getattr(module, name).data = view
+            else:
+                module._buffers[name] = view
+
+
+def _pieces(layer: nn.Module) -> list[_Piece]:
+    pieces, start = [], 0
+    for module in layer.modules():
+        if linear_shape(module) is None:
+            continue
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not tensor.requires_grad:
+                pieces.append(_Piece(module, name, start, start + tensor.nbytes, tensor.to("meta")))
+                start += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return pieces
+
+
+def _packed(pieces: list[_Piece]) -> Tensor:
+    """The tensors of `pieces` side by side in one host buffer of bytes."""
+    buffer = torch.empty(pieces[-1].stop, dtype=torch.uint8)
+    for module, name, start, stop, like in pieces:
+        tensor: Tensor = getattr(module, name)
+        buffer[start:stop].view(like.dtype).view(like.shape).copy_(tensor.detach())
+    return buffer
 
 
 class _Checkpoint(torch.autograd.Function):
     """forward: run(hidden) without a graph. backward: the generators as they were, run again, differentiate."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[Tensor], Tensor], hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Callable[[Tensor, int], Tensor], kept: _Input | None, hidden: Tensor, *parameters: Tensor) -> Tensor:
         device = hidden.device.type
-        ctx.run, ctx.parameters = run, parameters
+        ctx.run, ctx.kept, ctx.parameters = run, kept, parameters
         ctx.rng = torch.get_rng_state(), torch.cuda.get_rng_state(hidden.device) if device == "cuda" else None
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        ctx.save_for_backward(hidden)
-        return run(hidden)
+        ctx.save_for_backward(*([hidden] if kept is None else []))
+        return run(hidden, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors
+        hidden: Tensor = ctx.saved_tensors[0] if ctx.kept is None else ctx.kept.take()
         device, enabled, dtype = ctx.autocast
         cpu_state, cuda_state = ctx.rng
         with torch.random.fork_rng(devices=[hidden.device] if cuda_state is not None else []), torch.enable_grad():
             torch.set_rng_state(cpu_state)
             if cuda_state is not None:
                 torch.cuda.set_rng_state(cuda_state, hidden.device)
-            inputs = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
+            inputs = hidden.detach().requires_grad_(ctx.needs_input_grad[2])
             with torch.autocast(device, dtype=dtype, enabled=enabled):
-                output = ctx.run(inputs)
+                output = ctx.run(inputs, -1)
         wanted = [inputs, *ctx.parameters] if inputs.requires_grad else list(ctx.parameters)
         found = torch.autograd.grad(output, wanted, gradients[0], allow_unused=True)
-        return (None, *found) if inputs.requires_grad else (None, None, *found)
+        return (None, None, *found) if inputs.requires_grad else (None, None, None, *found)
+
+
+class _Route:
+    """How one module is run in place of its `forward`; a decoder layer's, or (with `tokens`) an MLP's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.forward: Callable[..., Any] = module.forward
+        self.recompute, self.index, self.tokens = False, 0, 0
+        self.inputs: _Inputs | None = None
+        self.weights: tuple[_Weights, int] | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Route:
+        """The module's route; made on the first call."""
+        if not isinstance(module.forward, _Route):
+            module.forward = cls(module)
+        return module.forward
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def run(hidden: Tensor, step: int) -> Any:
+            if self.weights:
+                self.weights[0].acquire(self.weights[1], step)
+            return self.forward(hidden, *args, **kwargs)
+
+        if self.tokens and hidden_states.shape[1] > self.tokens:
+            return torch.cat([self._run(run, tile, recompute=True) for tile in hidden_states.split(self.tokens, dim=1)], dim=1)
+        return self._run(run, hidden_states, recompute=self.recompute or self.weights is not None)
+
+    def _run(self, run: Callable[[Tensor, int], Tensor], hidden: Tensor, *, recompute: bool) -> Tensor:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if not recompute or not torch.is_grad_enabled() or not (parameters or hidden.requires_grad):
+            return run(hidden, 1)
+        kept = self.inputs.put(hidden, first=self.index == 0) if self.inputs else None
+        output: Tensor = _Checkpoint.apply(run, kept, hidden, *parameters)  # type: ignore[no-untyped-call]
+        return output
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: parameters that wait in host memory do not count."""
+    return next((p.device for p in model.parameters() if p.device.type != "cpu"), torch.device("cpu"))
+
+
+def place(model: Any, memory: Any, device: torch.device | str) -> None:
+    """Apply a `MemoryConfig` (or anything with its names) to a model with adapters whose base was loaded for `device`."""
+    checkpoint_layers(model, memory.checkpoint_layers, offload=memory.offload_inputs)
+    stream_layers(model, memory.stream_layers, device)
+    tile_mlp(model, memory.mlp_tile_tokens)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    shared = getattr(head, "weight", None) is embedding.weight
+    four_bit = any(hasattr(module, "dequantize") for module in decoder_layers(model).modules())
+    automatic = torch.device(device).type == "cuda" and four_bit and not shared
+    if memory.embedding == "cpu" or (memory.embedding == "auto" and automatic):
+        embedding_on_cpu(model, device)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -47,27 +272,62 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max((m for m in base.children() if isinstance(m, nn.ModuleList)), key=len)
 
 
-def checkpoint_layers(model: nn.Module, count: int = -1) -> int:
-    """Recompute the first `count` decoder layers in the backward (-1: all, 0: none); returns how many. May be called again.
+def checkpoint_layers(model: nn.Module, count: int = -1, *, offload: bool = False) -> int:
+    """Recompute the first `count` decoder layers in the backward (-1: all, 0: none); returns how many.
 
     The first layers are taken because their activations live longest. Inactive without gradients, so evaluation pays nothing.
+    offload: the layers' inputs wait in host memory; at most two of them are on the device beside the one in use.
     """
     layers = decoder_layers(model)
     chosen = len(layers) if count < 0 else min(count, len(layers))
+    inputs = _Inputs() if offload else None
     for index, layer in enumerate(layers):
-        layer.__dict__.pop("forward", None)
-        if index < chosen:
-            layer.forward = _checkpointed(layer, layer.forward)
+        route = _Route.of(layer)
+        route.recompute, route.index = index < chosen, index
+        route.inputs = inputs if index < chosen else None
     return chosen
 
 
-def _checkpointed(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        if not torch.is_grad_enabled() or not (parameters or hidden_states.requires_grad):
-            return forward(hidden_states, *args, **kwargs)
-        again = lambda hidden: forward(hidden, *args, **kwargs)  # noqa: E731
-        output: Tensor = _Checkpoint.apply(again, hidden_states, *parameters)  # type: ignore[no-untyped-call]
-        return output
+def streamed_layers(layers: int, count: int) -> list[int]:
+    """Which `count` of `layers` are streamed: spread evenly, so that a copy hides behind as many resident layers as there are."""
+    count = min(count, layers)
+    return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
-    return run
+
+def stream_layers(model: nn.Module, count: int, device: torch.device | str) -> int:
+    """Keep the frozen linears of `count` decoder layers in host memory, in two slots of `device` while used; returns the slots' bytes.
+
+    These layers are recomputed in the backward, whatever `checkpoint_layers` says. Weights cross twice per row. What else a layer holds
+    (norms, adapters) moves to `device`. Up to two layers gain nothing.
+    """
+    layers, device = decoder_layers(model), torch.device(device)
+    chosen = [layers[index] for index in streamed_layers(len(layers), count)]
+    if not chosen:
+        return 0
+    weights = _Weights(chosen, device)
+    for index, layer in enumerate(chosen):
+        _Route.of(layer).weights = (weights, index)
+        streamed = {id(piece.module) for piece in weights.pieces[index]}
+        for module in layer.modules():
+            if id(module) not in streamed:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(device)
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(device)
+    return sum(slot.nbytes for slot in weights.slots)
+
+
+def embedding_on_cpu(model: Any, device: torch.device | str) -> None:
+    """Look ids up in host memory and copy the rows to `device`; with a tied 16-bit head the device keeps the matrix for that."""
+    embedding: nn.Module = model.get_input_embeddings()
+    embedding.weight = nn.Parameter(embedding.weight.detach().cpu(), requires_grad=False)  # type: ignore[operator]
+    embedding.to("cpu")
+    embedding.register_forward_pre_hook(lambda _module, inputs: (inputs[0].cpu(), *inputs[1:]))
+    embedding.register_forward_hook(lambda _module, _inputs, output: output.to(device))
+
+
+def tile_mlp(model: nn.Module, tokens: int) -> None:
+    """Run every decoder layer's `mlp` in tiles of `tokens` positions (0: whole), each recomputed in the backward: its activations
+    then take `tokens` rows instead of the row's, for one more forward of the MLP."""
+    for layer in decoder_layers(model):
+        _Route.of(layer.mlp).tokens = tokens  # type: ignore[arg-type]
