@@ -156,8 +156,9 @@ class Training:
         self.chunk_bytes = config.memory.chunk_mib * 2**20
         self.objective = lambda model, batch: sft_loss(model, batch, self.chunk_bytes)
         self.optimizer = make_optimizer(
-            self.model, config.train.learning_rate, weight_decay=config.train.weight_decay, plus_ratio=lora.plus_ratio
-        )
+            self.model, config.train.learning_rate, weight_decay=config.train.weight_decay, plus_ratio=lora.plus_ratio,
+            name=config.train.optimizer,
+        )  # fmt: skip
         self.scaler = self.precision.scaler()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())

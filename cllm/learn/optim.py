@@ -1,4 +1,4 @@
-"""One optimizer step: AdamW over the adapters, the learning rate as a pure function of the step, the fp16 loss scaler.
+"""One optimizer step: AdamW over the adapters (32 or 8 bits), the learning rate as a pure function of the step, the fp16 loss scaler.
 
 Everything here is told what to do by plain values; the loop that calls it stands in `cllm.train`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -70,13 +71,95 @@ def learning_rate(step: int, total: int, peak: float, *, schedule: str = "cosine
     return peak * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(model: nn.Module, lr: float, *, weight_decay: float = 0.0, plus_ratio: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over what requires a gradient; LoRA+ (arXiv:2402.12354): lora_B learns `plus_ratio` times faster."""
+@cache
+def _dynamic_map(device: torch.device, signed: bool) -> Tensor:
+    """(256,) ascending: 0, 1 and seven decades, each cut into twice as many even steps as the one below (a sign takes half of them)."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, device="cpu")
+        middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += middles + [-value for value in middles if signed]
+    return torch.tensor(sorted(values), device=device)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose moments are 8-bit codes of a dynamic map times the largest magnitude of their block of 256 (arXiv:2110.02861).
+
+    2 + 8 / 256 bytes of state per parameter instead of 8, in plain PyTorch on every device. Parameters of fewer than 4,096 values keep
+    float32 moments, as in bitsandbytes. Codes are the nearest ones, but a second moment above zero never becomes zero, since the first
+    would then be divided by eps alone.
+    """
+
+    BLOCK, SMALL = 256, 4096
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, size, (beta1, beta2), lr = self.state[parameter], parameter.numel(), group["betas"], group["lr"]
+        grad = nn.functional.pad(parameter.grad.float().flatten(), (0, -size % self.BLOCK)).view(-1, self.BLOCK)  # type: ignore[union-attr]
+        if not state:
+            state["step"] = torch.zeros(())
+        state["step"] += 1
+        count = state["step"].item()
+        first = self._moment(state, "exp_avg", grad).mul_(beta1).add_(grad, alpha=1 - beta1)
+        second = self._moment(state, "exp_avg_sq", grad).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        divisor = (second.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
+        update = (first / divisor).flatten()[:size].view(parameter.shape)
+        parameter.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr / (1 - beta1**count))
+        for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+            self._keep(state, name, moment, exact=size < self.SMALL)
+
+    @staticmethod
+    def _moment(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+        """A moment as float32 (blocks, 256)."""
+        if f"{name}_scale" not in state:
+            return state.get(name, torch.zeros_like(like))
+        table = _dynamic_map(like.device, signed=name == "exp_avg")
+        return table[state[name].int()].mul_(state[f"{name}_scale"])
+
+    @staticmethod
+    def _keep(state: dict[str, Tensor], name: str, moment: Tensor, exact: bool) -> None:
+        if exact:
+            state[name] = moment
+            return
+        table = _dynamic_map(moment.device, signed=name == "exp_avg")
+        scale = moment.abs().amax(1, keepdim=True)
+        codes = torch.bucketize(moment / scale.clamp(min=1e-38), (table[1:] + table[:-1]) / 2, out_int32=True)
+        if name == "exp_avg_sq":
+            codes = codes.clamp_(min=1) * (moment > 0)
+        state[name], state[f"{name}_scale"] = codes.to(torch.uint8), scale
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's; the codes are bytes again (torch casts all state to the parameter's dtype)."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state.update({n: v.to(torch.uint8) for n, v in state.items() if f"{n}_scale" in state})
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, *, weight_decay: float = 0.0, plus_ratio: float = 1.0, name: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101), or name="adamw8bit", over what requires a gradient; LoRA+ (arXiv:2402.12354): lora_B learns `plus_ratio`
+    times faster."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in trained if name.endswith("lora_B")]
     slow = [p for name, p in trained if not name.endswith("lora_B")]
     groups = [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": plus_ratio}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, weight_decay=weight_decay, fused=True)
+    groups = [g for g in groups if g["params"]]
+    if name == "adamw8bit":
+        return AdamW8bit(groups, lr, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
