@@ -198,9 +198,7 @@ def settings_of(
 ) -> Settings:
     """What the estimate needs of a config's sections; precision and device as resolved by the caller."""
     targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
-    same = {
-        name: getattr(memory, name) for name in ("checkpoint_layers", "offload_inputs", "stream_layers", "mlp_tile_tokens", "embedding")
-    }
+    names = ("checkpoint_layers", "offload_inputs", "stream_layers", "mlp_tile_tokens", "embedding")
     return Settings(
         row_tokens, model.quantize, precision, lora.rank, targets, chunk_bytes=memory.chunk_mib * MIB, device=device, head=model.head,
         optimizer=train.optimizer, **{name: getattr(memory, name) for name in names},
@@ -213,10 +211,9 @@ def _streamed(shape: Shape, s: Settings) -> list[int]:
     return [(2 * i + 1) * shape.layers // (2 * count) for i in range(count)]
 
 
-def _recomputed(shape: Shape, s: Settings) -> int:
-    """Layers recomputed in the backward: the first `checkpoint_layers`, and those that are streamed."""
-    first = shape.layers if s.checkpoint_layers < 0 else min(s.checkpoint_layers, shape.layers)
-    return first + sum(index >= first for index in _streamed(shape, s))
+def _recomputed(shape: Shape, s: Settings) -> set[int]:
+    """Indices of the layers recomputed in the backward: the first `checkpoint_layers`, and those that are streamed."""
+    return {*range(shape.layers)[: shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers], *_streamed(shape, s)}
 
 
 def nf4_bytes(weights: int) -> int:
@@ -244,12 +241,12 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     packed = sum(-(-size // 256) * 256 for part in parts for size in part)  # a streamed layer's tensors are aligned in one buffer
     adapted = [sizes for name, sizes in linears.items() if s.targets == "all-linear" or any(name.endswith(t) for t in s.targets)]
     lora = 4 * shape.layers * s.rank * sum(i + o for i, o in adapted)
-    recomputed = _recomputed(shape, s)
-    offloaded = min(recomputed, shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers) if s.offload_inputs else 0
+    recomputed = len(_recomputed(shape, s))
+    offloaded = len(_recomputed(shape, replace(s, stream_layers=0))) if s.offload_inputs else 0
     shared = shape.tied and s.head != "nf4"
     away = s.embedding == "cpu" or (s.embedding == "auto" and cuda and nf4 and not shared)
     layer_input = s.row_tokens * shape.hidden * s.residual
-    moments = _moments(shape, s, adapted, recomputed, nf4)
+    moments = _moments(shape, s, adapted, nf4)
     moment = max(moments, key=lambda name: moments[name])
     items = {
         "linears": (shape.layers - streamed) * weights + min(2, streamed) * packed,
@@ -267,7 +264,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     return VramEstimate(items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input)
 
 
-def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], recomputed: int, nf4: bool) -> dict[str, int]:
+def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], nf4: bool) -> dict[str, int]:
     """Moment -> bytes alive then beyond parameters, their gradients and the recomputed layers' inputs."""
     hidden, mlp = s.row_tokens * shape.hidden, s.row_tokens * shape.intermediate * s.width
     before_mlp, in_mlp = _kept(shape, s, adapted)
@@ -275,7 +272,8 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], recomput
     if tiled:  # of the MLP one tile lives at a time, beside the gradients of the tiles' inputs
         mlp, in_mlp = mlp * s.mlp_tile_tokens // s.row_tokens, in_mlp * s.mlp_tile_tokens // s.row_tokens
     own_input = 0 if shape.gated and s.residual < 4 else s.residual * hidden  # the float32 copy stands for it in bf16
-    kept = (shape.layers - recomputed) * (before_mlp + (0 if tiled else in_mlp + mlp) + own_input)
+    recomputed, layer = _recomputed(shape, s), before_mlp + (0 if tiled else in_mlp + mlp) + own_input
+    kept = (shape.layers - len(recomputed)) * layer
     kept -= 0 if recomputed else 4 * hidden  # the embedding needs no gradient, so the first norm keeps nothing
     moments = {"loss": kept + 4 * hidden + max(_loss(shape, s), 20 * hidden * shape.gated)}
     # Backward of the MLP's last linear: two gradients of its input, and their sum or the dequantized weight. Of its first: gradients of
@@ -285,19 +283,20 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], recomput
     first = 2 * mlp + dense * (1 + shape.fused_mlp) + 2 * s.width * hidden // (1 + tiled) - in_mlp
     gradient = (s.residual + s.width * tiled) * hidden + max(last, first, mlp + 20 * hidden if shape.norms > 2 else 0)
     gradient = max(gradient, s.residual * hidden + 20 * hidden * shape.gated - in_mlp)  # the norm before the MLP, when that is done
-    if recomputed < shape.layers:
+    if len(recomputed) < shape.layers:
         moments["kept_layer"] = kept - (0 if tiled else mlp) + tiled * in_mlp + gradient
     if recomputed:
-        moments["recomputed_layer"] = before_mlp + in_mlp + s.residual * hidden + gradient
+        below = max(recomputed) + 1 - len(recomputed)  # kept layers below the uppermost recomputed one
+        moments["recomputed_layer"] = below * layer + before_mlp + in_mlp + s.residual * hidden + gradient
     return moments
 
 
 def _loss(shape: Shape, s: Settings) -> int:
     """The last norm's output, the supervised part of that and its gradient, the chunk of logits and float32 pieces of it."""
     hidden = s.row_tokens * shape.hidden
-    if s.head == "nf4":  # logits, in float32 too, their softmax and gradient; the dequantized head
-        rows = max(1, min(s.row_tokens, s.chunk_bytes // (6 * shape.vocab)))
-        return 3 * s.residual * hidden + rows * shape.vocab * (12 + s.width) + shape.vocab * shape.hidden * s.width
+    if s.head == "nf4":  # the gradient of a float32 softmax; or logits, in float32 too, and the dequantized head
+        logits = max(1, min(s.row_tokens, s.chunk_bytes // (6 * shape.vocab))) * shape.vocab
+        return 3 * s.residual * hidden + max(12 * logits, (4 + s.width) * logits + shape.vocab * shape.hidden * s.width)
     rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
     block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
     pieces = 0 if s.width == 4 else 4 * shape.vocab * (block + min(block, rows - block))  # one is made before the last one goes
@@ -335,10 +334,12 @@ PAPER = Hardware()
 def row_flops(shape: Shape, s: Settings) -> float:
     """Operations of one row: 2 per weight and token in the forward, in the gradient of the input and where a layer is recomputed; the head
     twice (its gradient is formed in the forward); causal attention half of 4 T^2 per query channel, 2.5 times that in its backward."""
-    passes = 2 + _recomputed(shape, s) / shape.layers
+    passes = 2 + len(_recomputed(shape, s)) / shape.layers
     weights = sum(i * o for i, o in shape.linears().values())
     attention = 2 * s.row_tokens * min(shape.window or s.row_tokens, s.row_tokens) * shape.heads * shape.head_dim * (passes + 1.5)
-    return shape.layers * (2 * passes * s.row_tokens * weights + attention) + 4 * s.row_tokens * shape.vocab * shape.hidden
+    tiled = shape.layers * 3 * shape.hidden * shape.intermediate * (0 < s.mlp_tile_tokens < s.row_tokens)  # one more forward
+    head = (6 if s.head == "nf4" else 4) * shape.vocab * shape.hidden
+    return shape.layers * attention + s.row_tokens * (2 * passes * shape.layers * weights + 2 * tiled + head)
 
 
 def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
@@ -350,7 +351,7 @@ def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
     linears = list(shape.linears().values())
     weights = sum(i * o for i, o in linears)
     stored = nf4_bytes(weights) + 2 * s.width * weights if s.quantize == "nf4" and shape.gated else s.width * weights
-    moved = (2 * shape.layers + _recomputed(shape, s)) * (stored + 2 * sum(_kept(shape, s, linears)))
+    moved = (2 * shape.layers + len(_recomputed(shape, s))) * (stored + 2 * sum(_kept(shape, s, linears)))
     link = 2 * (estimate_vram(shape, s).host - shape.vocab * shape.hidden * s.width) if s.stream_layers or s.offload_inputs else 0
     return max(row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth, link / hardware.link)
 
@@ -401,7 +402,7 @@ def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
 
     def stream(old: Settings) -> dict[str, int]:
         fitting = (n for n in counts if estimate_vram(shape, replace(old, stream_layers=n)).total <= budget)
-        return {"stream_layers": next(fitting, shape.layers)}
+        return {"stream_layers": next(fitting, shape.layers) if total > budget else shape.layers}
 
     changes: list[tuple[str, Any]] = [
         ("memory.embedding=cpu", {"embedding": "cpu"}), ("train.optimizer=adamw8bit", {"optimizer": "adamw8bit"}),
@@ -463,5 +464,5 @@ def plan_run(original: Mapping[str, Any], name: str, settings: Settings, budget:
         return settings, None
     settings = fit(shape, settings, budget)
     estimate, sizes = estimate_vram(shape, settings), {"budget": f"{budget / GIB:.2f}", "row": settings.row_tokens, "layers": shape.layers}
-    note("memory.plan", total=f"{estimate.total / GIB:.2f}", recomputed=_recomputed(shape, settings), **sizes)
+    note("memory.plan", total=f"{estimate.total / GIB:.2f}", recomputed=len(_recomputed(shape, settings)), **sizes)
     return settings, estimate

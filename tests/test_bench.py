@@ -90,6 +90,15 @@ def test_peer_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         bench.main(["tiny-zh", "--against", "peft"])
 
 
+def test_readme_tables_are_what_the_plan_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """tools/readme_table.py rewrites them."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import readme_table
+
+    monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check"])
+    assert readme_table.main() == 0 and last_json(capsys) == {"out_of_date": []}
+
+
 def test_gpu_script_says_in_one_line_that_there_is_no_gpu() -> None:
     import torch
 
