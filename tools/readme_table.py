@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cllm.memory import GIB, Settings, estimate_vram, find_shape, make_plan, savings
+from cllm.memory import GIB, Settings, estimate_vram, find_shape, make_plan, savings  # noqa: E402
 
 MODELS = (
-    "Qwen/Qwen3-4B", "THUDM/chatglm3-6b", "01-ai/Yi-6B", "baichuan-inc/Baichuan2-7B-Base", "Qwen/Qwen2.5-7B", "Qwen/Qwen-7B", "Qwen/Qwen3-8B",
-    "Qwen/Qwen3-14B", "Qwen/Qwen3-32B",
+    "Qwen/Qwen3-4B", "THUDM/chatglm3-6b", "01-ai/Yi-6B", "baichuan-inc/Baichuan2-7B-Base", "Qwen/Qwen2.5-7B", "Qwen/Qwen-7B",
+    "Qwen/Qwen3-8B", "Qwen/Qwen3-14B", "Qwen/Qwen3-32B",
 )  # fmt: skip
 BUDGET_GIB = 8.0
 QUALITY = ("lora.rank=8", "model.head=nf4")
