@@ -14,9 +14,11 @@ from torch import nn
 
 from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import PackedRows, collate
+from cllm.learn import loss
 from cllm.learn.loss import row_nll, sft_loss, token_nll
 from cllm.learn.optim import Precision, first_nonfinite, learning_rate, make_optimizer, set_learning_rate, train_step
 from cllm.model.lora import adapter_tensors, inject_lora
+from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import checkpoint_layers
 
 FP32 = Precision.choose("fp32", "cpu")
@@ -65,6 +67,55 @@ def test_chunked_equals_full_in_value_and_gradient(trainable: bool, chunk_bytes:
     torch.testing.assert_close(ours, full, rtol=1e-6, atol=1e-6)
     for left, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tile", [1, 2**25], ids=["tiles", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_four_bit_head_equals_its_dense_twin(dtype: torch.dtype, tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 x 96: tiles of 512 rows (where a group of 16,384 weights ends) and a rest; 30 rows of logits at a time."""
+    torch.manual_seed(0)
+    head = NF4Linear.from_linear(nn.Linear(96, 1000, bias=bias, dtype=dtype))
+    dense = nn.Linear(96, 1000, bias=bias, dtype=dtype).requires_grad_(False)
+    dense.weight.copy_(head.dequantize(dtype))
+    if bias:
+        dense.bias.copy_(head.bias)
+    monkeypatch.setattr(loss, "_TILE", tile)
+    assert [len(weight) for _, weight, _ in head.tiles(dtype, tile)] == ([512, 488] if tile == 1 else [1000])
+    hidden, labels, found = torch.randn(70, 96, dtype=dtype), torch.randint(0, 1000, (70,)), []
+    for module in (dense, head):
+        inputs = hidden.clone().requires_grad_()
+        nll = token_nll(inputs, module, labels, 30 * 1000 * dtype.itemsize)
+        (nll * torch.arange(70)).sum().backward()
+        found.append((nll.detach(), inputs.grad))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 5e-2}
+    torch.testing.assert_close(found[1][0], found[0][0], **tolerance)
+    torch.testing.assert_close(found[1][1], found[0][1], **tolerance)
+    one_call = head(hidden)
+    assert torch.equal(one_call, dense(hidden))
+    monkeypatch.setattr(head, "tiles", lambda dtype: NF4Linear.tiles(head, dtype, tile))
+    torch.testing.assert_close(head(hidden), one_call)
+    inputs = hidden.clone().requires_grad_()
+    head(inputs).sum().backward()
+    torch.testing.assert_close(
+        inputs.grad, dense.weight.sum(0).expand_as(hidden), rtol=2e-2, atol=1e-1 if dtype == torch.bfloat16 else 1e-4
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gemma2"])
+def test_a_model_with_a_four_bit_head_trains_to_the_dense_twins_gradients(architecture: str) -> None:
+    results = []
+    for four_bit in (True, False):
+        model = adapted(architecture)
+        head = NF4Linear.from_linear(model.get_output_embeddings())
+        dense = nn.Linear(32, 96, bias=False).requires_grad_(False)
+        dense.weight.copy_(head.dequantize())
+        model.set_output_embeddings(head if four_bit else dense)
+        value = sft_loss(model, collate(examples(4)))
+        value.backward()
+        results.append((value.item(), gradients(model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

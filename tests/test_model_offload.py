@@ -191,6 +191,20 @@ def test_a_run_with_everything_in_host_memory_equals_the_plain_run(config: Path,
     losses = []
     for name, settings in (("plain", ""), ("hosted", everything)):
         options = [f"memory.{setting}" for setting in settings.split()]
-        assert program("train", [str(config), "model.quantize=nf4", "eval.samples=0", f"run.dir={tmp_path / name}", *options]) == 0
+        assert (
+            program(
+                "train",
+                [
+                    str(config),
+                    "model.quantize=nf4",
+                    "model.head=nf4",
+                    "train.optimizer=adamw8bit",
+                    "eval.samples=0",
+                    f"run.dir={tmp_path / name}",
+                    *options,
+                ],
+            )
+            == 0
+        )
         losses.append([(row.get("loss"), row.get("eval_loss")) for row in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert losses[0] == losses[1] and len(losses[0]) > 6

@@ -5,6 +5,8 @@ Knows a model only as "hidden states, then a head"; the head runs where there is
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from cllm.data.encode import IGNORE_INDEX
 from cllm.data.packing import PackedBatch
 
 CHUNK_BYTES = 128 * 2**20
+_TILE = 2**25  # weights of a 4-bit head dequantized at a time: 64 MiB in 16 bits, twice
 _FP32_BYTES = 16 * 2**20  # of a chunk, this much at a time is looked at in float32: it stays in the processor's cache
 
 
@@ -44,17 +47,17 @@ def token_nll(hidden: Tensor, lm_head: nn.Module, labels: Tensor, chunk_bytes: i
     """-log softmax(lm_head(hidden_t))[labels_t] for every position; exact in value and gradient for any later weighting.
 
     Shapes: hidden (T, D), labels (T,) int64; result (T,) nats in float32, 0 at IGNORE_INDEX. Labels are what position t predicts
-    (already shifted). At most `chunk_bytes` of logits live at once. With a frozen dense head the unit gradient (softmax - onehot) W
-    is formed in the forward and only scaled in the backward; any other head is recomputed chunk by chunk in the backward.
+    (already shifted). At most `chunk_bytes` of logits live at once. With a frozen bare head, dense or NF4 (dequantized in tiles), the unit
+    gradient (softmax - onehot) W is formed in the forward and scaled in the backward; any other head is recomputed chunk by chunk there.
     """
     kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     result = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
     if kept.numel() == 0:
         return result + hidden.sum() * 0.0  # keeps the graph connected
     chosen, targets = hidden[kept], labels[kept]
-    frozen = type(lm_head) is nn.Linear and not any(p.requires_grad for p in lm_head.parameters())
-    if frozen:
-        nll = _FrozenHeadNll.apply(chosen, lm_head.weight, lm_head.bias, targets, chunk_bytes)  # type: ignore[no-untyped-call]
+    bare = type(lm_head) is nn.Linear or hasattr(lm_head, "tiles")
+    if bare and not any(p.requires_grad for p in lm_head.parameters()):
+        nll = _FrozenHeadNll.apply(chosen, lm_head, targets, chunk_bytes)  # type: ignore[no-untyped-call]
     else:
         rows = max(1, chunk_bytes // (6 * _vocabulary(lm_head)))
         parts = zip(chosen.split(rows), targets.split(rows), strict=True)
@@ -70,10 +73,29 @@ def _chunk_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
+def _logits(hidden: Tensor, vocabulary: int, tiles: Iterable[tuple[slice, Tensor, Tensor | None]]) -> Tensor:
+    logits = hidden.new_empty(0)
+    for part, weight, bias in tiles:
+        if len(weight) == vocabulary:
+            return F.linear(hidden, weight, bias)
+        logits = logits if logits.numel() else hidden.new_empty(len(hidden), vocabulary)
+        torch.mm(hidden, weight.T, out=logits[:, part])
+        if bias is not None:
+            logits[:, part] += bias
+    return logits
+
+
 class _FrozenHeadNll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_bytes: int) -> Tensor:
-        vocabulary, dtype = weight.shape[0], weight.dtype
+    def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, chunk_bytes: int) -> Tensor:
+        vocabulary, device = head.out_features, hidden.device.type
+        tiles: Callable[[], Iterable[tuple[slice, Tensor, Tensor | None]]]
+        if hasattr(head, "tiles"):
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+            tiles = lambda: head.tiles(dtype, _TILE)  # noqa: E731
+        else:
+            dtype = head.weight.dtype
+            tiles = lambda: [(slice(None), head.weight, head.bias)]  # noqa: E731
         rows = max(1, min(len(targets), chunk_bytes // (vocabulary * dtype.itemsize)))
         inner = max(1, _FP32_BYTES // (4 * vocabulary))
         needs_gradient = ctx.needs_input_grad[0]
@@ -83,8 +105,8 @@ class _FrozenHeadNll(torch.autograd.Function):
         unit = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_gradient else None
         for start in range(0, len(targets), rows):
             span = slice(start, start + rows)
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = F.linear(hidden[span].to(dtype), weight, bias)
+            with torch.autocast(device, enabled=False):
+                logits = _logits(hidden[span].to(dtype), vocabulary, tiles())
                 for low in range(0, len(logits), inner):
                     block, target = logits[low : low + inner], targets[span][low : low + inner, None]
                     exact = block.float()
@@ -94,14 +116,14 @@ class _FrozenHeadNll(torch.autograd.Function):
                         exact.sub_(normalizer).exp_().scatter_add_(1, target, torch.full_like(normalizer, -1.0))
                         block.copy_(exact.mul_(scale))
                 if unit is not None:
-                    unit[span] = (logits @ weight).div_(scale)
+                    unit[span] = reduce(Tensor.add_, ((logits[:, part] @ weight).float() for part, weight, _ in tiles())).div_(scale)
         ctx.save_for_backward(*([unit] if unit is not None else []))
         return nll
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (unit,) = ctx.saved_tensors
-        return unit * gradients[0].to(unit.dtype)[:, None], None, None, None, None
+        return unit * gradients[0].to(unit.dtype)[:, None], None, None, None
 
 
 def row_nll(model: Any, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:

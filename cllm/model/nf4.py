@@ -12,8 +12,9 @@ one thread: 25 ms against 61 ms. bitsandbytes' AVX-512 kernel reads wrong scales
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -30,6 +31,7 @@ CODE = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_TILE = 2**27  # weights dequantized at a time: any layer whole, a large vocabulary's head in parts
 _CHUNK = 2**21  # weights converted at a time: temporaries of about 40 MB, and close to the CPU's cache
 
 
@@ -180,14 +182,17 @@ class _NF4Matmul(torch.autograd.Function):
     """x W^T + b with a frozen W: keeps a reference to the module only, and dequantizes W again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
-        ctx.weight = weight
-        return nn.functional.linear(x, weight(x.dtype), bias)
+    def forward(ctx: Any, x: Tensor, tiles: Callable[[torch.dtype], Iterator[tuple[slice, Tensor, Tensor | None]]]) -> Tensor:
+        ctx.tiles = tiles
+        parts = [nn.functional.linear(x, weight, bias) for _, weight, bias in tiles(x.dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        return (grad @ ctx.weight(grad.dtype) if ctx.needs_input_grad[0] else None), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return reduce(Tensor.add_, (grad[..., rows] @ weight for rows, weight, _ in ctx.tiles(grad.dtype))), None
 
 
 class NF4Linear(nn.Module):
@@ -233,11 +238,22 @@ class NF4Linear(nn.Module):
         shape = (self.out_features, self.in_features)
         return dequantize(NF4Tensor(self.packed, self.absmax, self.scales, shape), dtype)
 
+    def tiles(self, dtype: torch.dtype, weights: int = _TILE) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(rows, their dense weight, their bias), about so many weights at a time; cut where a group of scales starts."""
+        columns, step = self.in_features, BLOCK * GROUP // math.gcd(self.in_features, BLOCK * GROUP)
+        step *= max(1, weights // (columns * step))
+        for low in range(0, self.out_features, step):
+            high = min(low + step, self.out_features)
+            block, last = low * columns // BLOCK, -(-high * columns // BLOCK)
+            scales = torch.cat([self.scales[:-1][block // GROUP : -(-last // GROUP)], self.scales[-1:]])
+            packed = self.packed[low * columns // 2 : -(-high * columns // 2)]
+            part = NF4Tensor(packed, self.absmax[block:last], scales, (high - low, columns))
+            yield slice(low, high), dequantize(part, dtype), None if self.bias is None else self.bias[low:high].to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return cast(Tensor, _NF4Matmul.apply(x, bias, self.dequantize))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _NF4Matmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
