@@ -126,6 +126,7 @@ class Subject:
         estimate = estimate_vram(self.shape, settings)
         result = {"model": self.name, "layers": self.shape.layers, **asdict(settings), "budget_bytes": self.budget, "reserved_bytes": None}
         result |= {"estimate_bytes": estimate.allocated, "estimate_total_bytes": estimate.total}
+        result["link_bytes"] = ROWS_PER_STEP * crossing_bytes(self.shape, settings)
         try:
             result["first_loss"], _ = self.step(row)
             seconds = result["step_seconds"] = statistics.median(self.step(row)[1] for _ in range(steps))

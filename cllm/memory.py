@@ -27,6 +27,7 @@ ROW_STEP = 128  # tokens: granularity of the longest row
 CONTEXT_BYTES = 450 * MIB  # CUDA context and cuBLAS workspaces
 FRAGMENTATION_BYTES = 250 * MIB
 _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
+_HEAD_TILE = 2**25  # and dequantizes so many weights of a 4-bit head at a time
 
 # How native architectures differ from Llama, as far as bytes go; "tied" is what an absent tie_word_embeddings means.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -292,15 +293,14 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], nf4: boo
 
 
 def _loss(shape: Shape, s: Settings) -> int:
-    """The last norm's output, the supervised part of that and its gradient, the chunk of logits and float32 pieces of it."""
-    hidden = s.row_tokens * shape.hidden
-    if s.head == "nf4":  # the gradient of a float32 softmax; or logits, in float32 too, and the dequantized head
-        logits = max(1, min(s.row_tokens, s.chunk_bytes // (6 * shape.vocab))) * shape.vocab
-        return 3 * s.residual * hidden + max(12 * logits, (4 + s.width) * logits + shape.vocab * shape.hidden * s.width)
+    """The last norm's output, the supervised part of that and its gradient, the chunk of logits and float32 pieces of it; or, with a 4-bit
+    head, two dense tiles of that and a sum of products in float32."""
     rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
     block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
     pieces = 0 if s.width == 4 else 4 * shape.vocab * (block + min(block, rows - block))  # one is made before the last one goes
-    return 3 * s.residual * hidden + rows * s.width * (shape.vocab + shape.hidden) + pieces
+    tiles = min(shape.vocab * shape.hidden, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden if s.head == "nf4" else 0
+    logits = rows * s.width * shape.vocab + max(rows * s.width * shape.hidden + pieces, tiles)
+    return 3 * s.residual * s.row_tokens * shape.hidden + logits
 
 
 def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int]:
@@ -342,6 +342,12 @@ def row_flops(shape: Shape, s: Settings) -> float:
     return shape.layers * attention + s.row_tokens * (2 * passes * shape.layers * weights + 2 * tiled + head)
 
 
+def crossing_bytes(shape: Shape, s: Settings) -> int:
+    """What crosses between host and device per row: streamed weights and offloaded layer inputs twice, embedding rows not counted."""
+    resident = estimate_vram(shape, replace(s, stream_layers=0, offload_inputs=False))
+    return 2 * (estimate_vram(shape, s).host - resident.host)
+
+
 def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
     """Roofline estimate of one row: operations at full rate, then bytes that are only moved; no launch overhead.
 
@@ -352,8 +358,10 @@ def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
     weights = sum(i * o for i, o in linears)
     stored = nf4_bytes(weights) + 2 * s.width * weights if s.quantize == "nf4" and shape.gated else s.width * weights
     moved = (2 * shape.layers + len(_recomputed(shape, s))) * (stored + 2 * sum(_kept(shape, s, linears)))
-    link = 2 * (estimate_vram(shape, s).host - shape.vocab * shape.hidden * s.width) if s.stream_layers or s.offload_inputs else 0
-    return max(row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth, link / hardware.link)
+    return max(
+        row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth,
+        crossing_bytes(shape, s) / hardware.link,
+    )
 
 
 class Step(NamedTuple):
