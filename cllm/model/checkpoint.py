@@ -151,7 +151,10 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     register()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=ATTENTION)
+        try:
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=ATTENTION)
+        except (KeyError, ValueError):  # a class with attention of its own only; `cllm.model.attention.packs` finds that out
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
 
 
 def check(checkpoint: Checkpoint, model: Any) -> Layout:

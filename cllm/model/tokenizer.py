@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cllm.data.encode import IGNORE_INDEX
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
-from cllm.messages import UserError
+from cllm.messages import UserError, note
 from cllm.model import gguf
 from cllm.model.families import GGUF, family_of
 from cllm.model.vocabulary import Bpe, Vocabulary, from_directory, from_gguf
@@ -161,7 +161,8 @@ class Tokenizer:
         new = next((name for name in names if name != old and name in self.vocabulary.control), None)
         if new is None:
             raise UserError("tokenizer.no_end", token=old, template=self.template.name)
-        return replace(self, template=replace(self.template, end=self.template.end.replace(old, new)))
+        stop = (*self.template.stop, old)  # a model that was taught it elsewhere still ends there
+        return replace(self, template=replace(self.template, end=self.template.end.replace(old, new), stop=stop))
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files and `template.json` into `directory`: `load_tokenizer` of it gives the same ids."""
@@ -429,6 +430,16 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
 
 
 # --- Preflight
+def with_trained_end(tokenizer: Tokenizer, model: Any) -> Tokenizer:
+    """The tokenizer, `with_stop` (and a note) if `model` never trained the end token of its template: it could not learn to stop."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if not end_token_untrained(tokenizer, embedding, *([] if head is embedding else [head])):
+        return tokenizer
+    changed = tokenizer.with_stop()
+    note("tokenizer.end_untrained", before=tokenizer.template.end.strip(), after=changed.template.end.strip())
+    return changed
+
+
 def end_token_untrained(tokenizer: Tokenizer, *rows: Tensor) -> bool:
     """Whether the template's end token was never trained, by its rows in `rows`: the embedding (V, D) and, if untied, the head.
 
