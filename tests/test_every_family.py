@@ -93,7 +93,7 @@ def test_fp16_with_a_float32_residual_stream_follows_float32(name: str, home: Pa
         inject_lora(model, rank=2, alpha=4.0)
         precision.prepare(model)
         optimizer, scaler = make_optimizer(model, 1e-3), precision.scaler()
-        for _ in range(8):  # the scaler may have to find its scale first
+        for _ in range(16):  # the scaler may have to find its scale first
             stats = train_step(model, rows, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0)
             losses.setdefault(kind, stats.loss)
             if not stats.skipped:

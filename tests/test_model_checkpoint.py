@@ -338,6 +338,7 @@ def test_all_tensor_problems_at_once(tmp_path: Path) -> None:
     [
         ({"model_type": "mixformer", "architectures": ["MixFormerForCausalLM"]}, "model.unsupported", "MixFormerForCausalLM.*chatglm"),
         ({"model_type": "t5"}, "model.unsupported", "qwen"),
+        ({"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "x--modeling_x.OtherLM"}}, "model.unsupported", "OtherLM.*qwen"),
         ({"pre_seq_len": 128, "quantization_bit": 4}, "model.config_refused", "pre_seq_len = 128, quantization_bit = 4"),
         ({"quantization_config": {"quant_method": "gptq"}}, "model.quantized", "gptq"),
         ({"num_attention_heads": "four"}, "model.damaged", "num_attention_heads"),

@@ -90,13 +90,15 @@ def _native_config(path: Path, family: Family, original: dict[str, Any]) -> Any:
         native = getattr(transformers, family.architecture).config_class
         return native(architectures=[family.architecture], **family.config(original))
     kind = str(original.get("model_type")).removesuffix("-alibi")
+    remote = str((original.get("auto_map") or {}).get("AutoModelForCausalLM", "")).rpartition(".")[2]
     if kind in transformers.CONFIG_MAPPING:
         config = transformers.CONFIG_MAPPING[kind].from_dict({**original, "model_type": kind})
         for candidate in (config.get_text_config(), config):
-            if type(candidate) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            native = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(candidate), None)
+            if native and remote in ("", native.__name__):  # else its own code computes something else under a native name
                 return candidate
-    names = original.get("architectures") or [kind]
-    raise UserError("model.unsupported", path=path, architecture=names[0], supported=families.SUPPORTED)
+    names = dict.fromkeys([*(original.get("architectures") or []), remote or kind])
+    raise UserError("model.unsupported", path=path, architecture=", ".join(names), supported=families.SUPPORTED)
 
 
 def convert(name: str, tensor: Tensor, family: Family, shape: ModelShape) -> list[tuple[str, Tensor]]:

@@ -50,6 +50,8 @@ class Tokenizer:
     pad_id: int
     source: Path
     config: Mapping[str, Any] = field(repr=False)
+    # Of the model: its name in the table of families, or its native model_type.
+    family: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -174,8 +176,8 @@ class Tokenizer:
         else:
             self.vocabulary.save(directory)
             _write_json(directory / "tokenizer_config.json", dict(self.config))
-        ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
-        _write_json(directory / TEMPLATE_FILE, {**ids, "template": asdict(self.template)})
+        own = {"family": self.family, "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        _write_json(directory / TEMPLATE_FILE, {**own, "template": asdict(self.template)})
 
 
 class Stream:
@@ -226,10 +228,12 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
         model, saved = _read_json(path / "config.json"), _read_json(path / TEMPLATE_FILE)
         vocabulary: Vocabulary = from_directory(path, config)
         found = family_of(model)
+        kind = found.template if found else "auto"
     elif path.is_file():
         metadata = gguf.read_header(path).metadata
         vocabulary, config, model = from_gguf(metadata), _gguf_config(metadata), {}
-        found = GGUF.get(metadata.get("general.architecture", "")) if "chat_template" not in config else None
+        found = GGUF.get(metadata.get("general.architecture", ""))
+        kind = found.template if found and "chat_template" not in config else "auto"
     else:
         raise UserError("tokenizer.missing", path=path)
     ids = {kind: saved.get(f"{kind}_id", _special(vocabulary, config, model, kind)) for kind in ("bos", "eos", "pad")}
@@ -237,11 +241,13 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
     if eos_id is None:
         raise UserError("tokenizer.no_end", token="eos_token", template=template)
     pad_id = eos_id if ids["pad"] is None else ids["pad"]
-    plain = TEMPLATES["plain"]
-    unset = Tokenizer(vocabulary=vocabulary, template=plain, bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config)
+    unset = Tokenizer(
+        vocabulary=vocabulary, template=TEMPLATES["plain"], bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config,
+        family=saved.get("family") or (found.name if found else model.get("model_type", "")),
+    )  # fmt: skip
     if template == "auto" and saved:
         return replace(unset, template=_stored(saved, path / TEMPLATE_FILE))
-    return replace(unset, template=_choose(unset, template, found.template if found else "auto", model, thinking))
+    return replace(unset, template=_choose(unset, template, kind, model, thinking))
 
 
 def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
