@@ -22,7 +22,7 @@ from cllm.model import families, gguf
 from cllm.model.attention import ATTENTION, register
 from cllm.model.families import Family, ModelShape
 from cllm.model.nf4 import NF4Linear
-from cllm.model.shards import Layout, Stored, stored_tensors, weight_files, write_safetensors
+from cllm.model.shards import Layout, Stored, read_json, stored_tensors, weight_files, write_safetensors
 
 
 class Checkpoint(NamedTuple):
@@ -59,12 +59,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError("model.no_config", path=file.parent)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("model.damaged", path=file, detail=error) from error
-    if not isinstance(config, dict):
-        raise UserError("model.damaged", path=file, detail="no JSON object")
+    config = read_json(file)
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "?")
         raise UserError("model.quantized", path=file.parent, method=method)

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, 
 from cllm.messages import UserError, note
 from cllm.model import gguf
 from cllm.model.families import GGUF, family_of
+from cllm.model.shards import read_json
 from cllm.model.vocabulary import Bpe, Vocabulary, from_directory, from_gguf
 
 if TYPE_CHECKING:
@@ -246,7 +247,10 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
         family=saved.get("family") or (found.name if found else model.get("model_type", "")),
     )  # fmt: skip
     if template == "auto" and saved:
-        return replace(unset, template=_stored(saved, path / TEMPLATE_FILE))
+        try:
+            return replace(unset, template=_stored(saved["template"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError("tokenizer.damaged", path=path / TEMPLATE_FILE, detail=error) from error
     return replace(unset, template=_choose(unset, template, kind, model, thinking))
 
 
@@ -273,20 +277,14 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError("tokenizer.damaged", path=path, detail=error) from error
-    return value if isinstance(value, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 # --- The template
-def _stored(saved: Mapping[str, Any], path: Path) -> Template:
-    try:
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved["template"].items()}
-        return Template(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError("tokenizer.damaged", path=path, detail=error) from error
+def _stored(values: Mapping[str, Any]) -> Template:
+    """The template whose `asdict` went through JSON."""
+    parts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Template(**parts)
 
 
 def _choose(tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, Any], thinking: str) -> Template:
@@ -322,25 +320,14 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     if template.thinking:
         template = replace(template, thinking=thinking)
     if (end := template.end.strip()) not in vocabulary.control:
-        template = _replaced(template, end, vocabulary.name(tokenizer.eos_id))
+        text = json.dumps(asdict(template), ensure_ascii=False).replace(end, vocabulary.name(tokenizer.eos_id))
+        template = _stored(json.loads(text))
     if tokenizer.bos_id is not None:
         bos = vocabulary.name(tokenizer.bos_id)
         own = vocabulary.begins_with(tokenizer.bos_id)
         if bos not in template.prefix + template.user[0] and tokenizer.config.get("add_bos_token", own):
             template = replace(template, prefix=bos + template.prefix)
     return template
-
-
-def _replaced(template: Template, old: str, new: str) -> Template:
-    """The template with one token name for another in all of its markup."""
-
-    def swap(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(swap(part) for part in value)
-        return value.replace(old, new) if isinstance(value, str) else value
-
-    kept = ("name", "default_system", "tools", "thinking")
-    return replace(template, **{f.name: swap(getattr(template, f.name)) for f in fields(template) if f.name not in kept})
 
 
 # --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only its own text is markup
@@ -363,13 +350,10 @@ def _jinja(tokenizer: Tokenizer, source: str, thinking: str, messages: Sequence[
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     try:
         texts, _ = render_jinja_template(
-            conversations=[[m._asdict() for m in messages]],
-            tools=json.loads(tools) if tools else None,
-            chat_template=source,
-            add_generation_prompt=opened,
-            enable_thinking=thinking == "keep",
+            conversations=[[m._asdict() for m in messages]], tools=json.loads(tools) if tools else None, chat_template=source,
+            add_generation_prompt=opened, enable_thinking=thinking == "keep",
             **{key: "" if id is None else tokenizer.vocabulary.name(id) for key, id in ids.items()},
-        )
+        )  # fmt: skip
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError("tokenizer.native", detail=error) from error
     return str(texts[0])
@@ -407,8 +391,8 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
     whole, actual = text(marked, open_turn), text(messages, open_turn)
     if _filled(whole, words) != actual:  # most often because the template strips the words
         words = [content.strip() for content in words]
-    if _filled(whole, words) != actual:
-        raise UserError("tokenizer.prefix")
+        if _filled(whole, words) != actual:
+            raise UserError("tokenizer.prefix")
     segments: list[Segment] = []
 
     def put(chunk: str, supervised: bool) -> None:
