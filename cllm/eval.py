@@ -217,6 +217,7 @@ def main(argv: list[str]) -> int:
     from cllm.data.encode import encode_all
     from cllm.data.packing import PackedRows
     from cllm.learn.snapshot import new_run
+    from cllm.model.attention import packs
     from cllm.model.lora import disable_lora
     from cllm.serve import open_model
 
@@ -247,7 +248,9 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
         row_tokens = config.train.row_tokens if config else 2048
         encoded = encode_all(conversations, loaded.tokenizer, max_tokens=row_tokens)
-        rows = PackedRows([e for e in encoded if not isinstance(e, str)], row_tokens)
+        with loaded.precision.autocast():
+            single = not packs(loaded.model)
+        rows = PackedRows([e for e in encoded if not isinstance(e, str)], row_tokens, single=single)
         batches = rows.take(len(rows)) if rows.examples else []
         chunk = (config.memory.chunk_mib if config else 128) * 2**20
         with disable_lora(loaded.model):

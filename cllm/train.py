@@ -58,7 +58,7 @@ class Training:
         self._read(accept_rejects)
         self._encode()
         self._load()
-        self._check_end_token()
+        self._fit_rows()
         self._plan_steps()
         self.step, self.best, self.stale, self.interrupted = 0, float("inf"), 0, False
         if resume:
@@ -93,7 +93,7 @@ class Training:
         self.tokenizer = load_tokenizer(self.base, template=template, thinking=config.model.thinking)
         self.conversations = hold_out(data, conversations)
 
-    def _encode(self) -> None:
+    def _encode(self, *, single: bool = False) -> None:
         """Conversations -> examples -> rows; stops when nothing, or never an end token, would be trained."""
         from cllm.data.packing import PackedRows
 
@@ -106,8 +106,8 @@ class Training:
         if not any(self.tokenizer.stop_ids.intersection(example.labels) for example in self.examples):
             raise UserError("train.no_end", template=self.tokenizer.template.name)
         self.data_hash = hashlib.sha256(repr([e.input_ids for e in self.examples]).encode()).hexdigest()
-        self.rows = PackedRows(self.examples, config.train.row_tokens, seed=config.train.seed)
-        held = PackedRows(held_examples, config.train.row_tokens)
+        self.rows = PackedRows(self.examples, config.train.row_tokens, seed=config.train.seed, single=single)
+        held = PackedRows(held_examples, config.train.row_tokens, single=single)
         self.held_rows = held.take(len(held)) if held_examples else []
         left_out = ", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0"
         tokens = sum(len(e.input_ids) for e in self.examples)
@@ -168,26 +168,28 @@ class Training:
             millions=f"{trained / 1e6:.2f}", share=f"{trained / total:.1%}", device=device,
         )  # fmt: skip
 
-    def _check_end_token(self) -> None:
-        """A base model whose end-of-turn token was never trained would not learn to stop: its own end of text serves instead."""
-        import torch
-
-        from cllm.model.tokenizer import end_token_untrained
+    def _fit_rows(self) -> None:
+        """What only the loaded model tells: whether its end token was ever trained, and whether sequences may share a row."""
+        from cllm.learn.loss import check_head
+        from cllm.model.attention import packs
+        from cllm.model.tokenizer import with_trained_end
         from cllm.serve.engine import Engine
 
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        rows = {id(m.weight): m.weight for m in (embedding, head) if isinstance(getattr(m, "weight", None), torch.nn.Parameter)}
-        if end_token_untrained(self.tokenizer, *rows.values()):
-            before = self.tokenizer.template.end.strip()
-            self.tokenizer = self.tokenizer.with_stop()
-            note("train.end_token", before=before, after=self.tokenizer.template.end.strip())
-            self._encode()
+        with self.precision.autocast():
+            check_head(self.model)
+            single = not packs(self.model)
+        if single:
+            note("train.single", architecture=type(self.model).__name__)
+        before, self.tokenizer = self.tokenizer, with_trained_end(self.tokenizer, self.model)
+        if single or before is not self.tokenizer:
+            self._encode(single=single)
         stop_ids, pad_id = self.tokenizer.stop_ids, self.tokenizer.pad_id
         self.engine = Engine(self.model, stop_ids=stop_ids, pad_id=pad_id, autocast=self.precision.autocast)
 
     def _plan_steps(self) -> None:
         train = self.config.train
-        self.rows_per_step = max(1, train.tokens_per_step // train.row_tokens)
+        row_tokens = sum(len(e.input_ids) for e in self.examples) // len(self.rows) if self.rows.single else train.row_tokens
+        self.rows_per_step = max(1, train.tokens_per_step // row_tokens)
         self.total = train.steps or max(1, round(train.epochs * len(self.rows) / self.rows_per_step))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from serving import open_tiny
 
 from cllm.data.schema import Message
+from cllm.data.template import TEMPLATES
+from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
 from cllm.serve.engine import Sampling
 from cllm.serve.load import Loaded
@@ -60,6 +63,27 @@ def test_chat_answers_with_the_chosen_model_and_says_its_cost(page: Page) -> Non
         history, cost = page.call("respond", [dict(said[0])], name, " 你是助手 ", *GREEDY)
         assert history[-1] == {"role": "assistant", "content": page.greedy("你好", adapter=adapter, system="你是助手")}
         assert re.fullmatch(r"\d+\.\d\d s · \d+ tok/s · \d+ \+ \d+ tok", cost)
+
+
+def test_reasoning_is_folded_and_not_said_again(page: Page) -> None:
+    chatbot = next(block for block in page.blocks.blocks.values() if type(block).__name__ == "Chatbot")
+    shown = chatbot.postprocess([{"role": "user", "content": "你好"}, {"role": "assistant", "content": "<think>\n数手指\n</think>\n\n二"}])
+    turns = [turn.model_dump() for turn in shown.root]
+    assert [(turn["role"], bool((turn["metadata"] or {}).get("title"))) for turn in turns] == [
+        *[("user", False), ("assistant", True), ("assistant", False)]
+    ]
+    again = [*turns, {"role": "user", "content": "再来"}]
+    plain = [{"role": role, "content": words} for role, words in (("user", "你好"), ("assistant", "二"), ("user", "再来"))]
+    assert page.call("respond", again, "demo", "", *GREEDY)[0][-1] == page.call("respond", plain, "demo", "", *GREEDY)[0][-1]
+
+
+def test_reasoning_that_the_prompt_opens_is_part_of_the_answer(page: Page) -> None:
+    for name, opened in (("qwen3.5", "<think>\n"), ("qwen3", "")):
+        template = replace(TEMPLATES[name], thinking="keep")
+        tokenizer = replace(page.loaded.tokenizer, template=template)
+        answer = Answer(page.engine, tokenizer, [Message("user", "你好")], Sampling(max_new_tokens=6))
+        plain = page.loaded.tokenizer.decode(page.engine.generate([answer.prompt], Sampling(max_new_tokens=6))[0])
+        assert "".join(answer) == answer.text == opened + plain
 
 
 def test_a_closed_page_frees_the_row(page: Page) -> None:

@@ -23,7 +23,7 @@ from cllm.model.attention import ATTENTION, register
 from cllm.model.families import Family, ModelShape
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import decoder_layers, streamed_layers
-from cllm.model.shards import Layout, Stored, stored_tensors, weight_files, write_safetensors
+from cllm.model.shards import Layout, Stored, read_json, stored_tensors, weight_files, write_safetensors
 
 
 class Checkpoint(NamedTuple):
@@ -65,12 +65,7 @@ def original_config(path: Path) -> dict[str, Any]:
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError("model.no_config", path=file.parent)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("model.damaged", path=file, detail=error) from error
-    if not isinstance(config, dict):
-        raise UserError("model.damaged", path=file, detail="no JSON object")
+    config = read_json(file)
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "?")
         raise UserError("model.quantized", path=file.parent, method=method)
@@ -96,13 +91,15 @@ def _native_config(path: Path, family: Family, original: dict[str, Any]) -> Any:
         native = getattr(transformers, family.architecture).config_class
         return native(architectures=[family.architecture], **family.config(original))
     kind = str(original.get("model_type")).removesuffix("-alibi")
+    remote = str((original.get("auto_map") or {}).get("AutoModelForCausalLM", "")).rpartition(".")[2]
     if kind in transformers.CONFIG_MAPPING:
         config = transformers.CONFIG_MAPPING[kind].from_dict({**original, "model_type": kind})
         for candidate in (config.get_text_config(), config):
-            if type(candidate) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            native = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(candidate), None)
+            if native and remote in ("", native.__name__):  # else its own code computes something else under a native name
                 return candidate
-    names = original.get("architectures") or [kind]
-    raise UserError("model.unsupported", path=path, architecture=names[0], supported=families.SUPPORTED)
+    names = dict.fromkeys([*(original.get("architectures") or []), remote or kind])
+    raise UserError("model.unsupported", path=path, architecture=", ".join(names), supported=families.SUPPORTED)
 
 
 def convert(name: str, tensor: Tensor, family: Family, shape: ModelShape) -> list[tuple[str, Tensor]]:
@@ -157,7 +154,10 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     register()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=ATTENTION)
+        try:
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=ATTENTION)
+        except (KeyError, ValueError):  # a class with attention of its own only; `cllm.model.attention.packs` finds that out
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
 
 
 def check(checkpoint: Checkpoint, model: Any) -> Layout:

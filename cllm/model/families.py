@@ -171,13 +171,9 @@ INTERNLM2 = Family("internlm2", "LlamaForCausalLM", "internlm2", _llama("internl
 YI = Family("yi", "LlamaForCausalLM", "yi", _llama("yi", theta=5000000.0), rules=_YI)
 
 # --- Native checkpoints: leftovers to drop, and prefixes under which the same names are found.
-GPT2 = Family(
-    "gpt2",
-    "GPT2LMHeadModel",
-    "plain",
-    prefixes=((r"^(?=(?:wte|wpe|h|ln_f)\.)", "transformer."),),
-    drop=r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)",  # causal-mask buffers; not c_attn.bias
-)
+_NO_BASE = ((r"^(?=(?:wte|wpe|h|ln_f)\.)", "transformer."),)
+_MASKS = r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)"  # causal-mask buffers; not c_attn.bias
+GPT2 = Family("gpt2", "GPT2LMHeadModel", "plain", prefixes=_NO_BASE, drop=_MASKS)
 LLAMA_ALIBI = Family("llama-alibi", "LlamaForCausalLM", "baichuan2", alibi=True)  # what tools/convert.py makes of 13B
 _TEXT_PART = (
     (r"^language_model\.lm_head\.", "lm_head."),

@@ -10,16 +10,17 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cllm.data.encode import IGNORE_INDEX
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
-from cllm.messages import UserError
+from cllm.messages import UserError, note
 from cllm.model import gguf
 from cllm.model.families import GGUF, family_of
+from cllm.model.shards import read_json
 from cllm.model.vocabulary import Bpe, Vocabulary, from_directory, from_gguf
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Tokenizer:
     pad_id: int
     source: Path
     config: Mapping[str, Any] = field(repr=False)
+    # Of the model: its name in the table of families, or its native model_type.
+    family: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -161,7 +164,8 @@ class Tokenizer:
         new = next((name for name in names if name != old and name in self.vocabulary.control), None)
         if new is None:
             raise UserError("tokenizer.no_end", token=old, template=self.template.name)
-        return replace(self, template=replace(self.template, end=self.template.end.replace(old, new)))
+        stop = (*self.template.stop, old)  # a model that was taught it elsewhere still ends there
+        return replace(self, template=replace(self.template, end=self.template.end.replace(old, new), stop=stop))
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files and `template.json` into `directory`: `load_tokenizer` of it gives the same ids."""
@@ -173,8 +177,8 @@ class Tokenizer:
         else:
             self.vocabulary.save(directory)
             _write_json(directory / "tokenizer_config.json", dict(self.config))
-        ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
-        _write_json(directory / TEMPLATE_FILE, {**ids, "template": asdict(self.template)})
+        own = {"family": self.family, "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        _write_json(directory / TEMPLATE_FILE, {**own, "template": asdict(self.template)})
 
 
 class Stream:
@@ -225,10 +229,12 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
         model, saved = _read_json(path / "config.json"), _read_json(path / TEMPLATE_FILE)
         vocabulary: Vocabulary = from_directory(path, config)
         found = family_of(model)
+        kind = found.template if found else "auto"
     elif path.is_file():
         metadata = gguf.read_header(path).metadata
         vocabulary, config, model = from_gguf(metadata), _gguf_config(metadata), {}
-        found = GGUF.get(metadata.get("general.architecture", "")) if "chat_template" not in config else None
+        found = GGUF.get(metadata.get("general.architecture", ""))
+        kind = found.template if found and "chat_template" not in config else "auto"
     else:
         raise UserError("tokenizer.missing", path=path)
     ids = {kind: saved.get(f"{kind}_id", _special(vocabulary, config, model, kind)) for kind in ("bos", "eos", "pad")}
@@ -236,11 +242,16 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
     if eos_id is None:
         raise UserError("tokenizer.no_end", token="eos_token", template=template)
     pad_id = eos_id if ids["pad"] is None else ids["pad"]
-    plain = TEMPLATES["plain"]
-    unset = Tokenizer(vocabulary=vocabulary, template=plain, bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config)
+    unset = Tokenizer(
+        vocabulary=vocabulary, template=TEMPLATES["plain"], bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config,
+        family=saved.get("family") or (found.name if found else model.get("model_type", "")),
+    )  # fmt: skip
     if template == "auto" and saved:
-        return replace(unset, template=_stored(saved, path / TEMPLATE_FILE))
-    return replace(unset, template=_choose(unset, template, found.template if found else "auto", model, thinking))
+        try:
+            return replace(unset, template=_stored(saved["template"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError("tokenizer.damaged", path=path / TEMPLATE_FILE, detail=error) from error
+    return replace(unset, template=_choose(unset, template, kind, model, thinking))
 
 
 def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,20 +277,14 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError("tokenizer.damaged", path=path, detail=error) from error
-    return value if isinstance(value, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 # --- The template
-def _stored(saved: Mapping[str, Any], path: Path) -> Template:
-    try:
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved["template"].items()}
-        return Template(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError("tokenizer.damaged", path=path, detail=error) from error
+def _stored(values: Mapping[str, Any]) -> Template:
+    """The template whose `asdict` went through JSON."""
+    parts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Template(**parts)
 
 
 def _choose(tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, Any], thinking: str) -> Template:
@@ -315,25 +320,14 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     if template.thinking:
         template = replace(template, thinking=thinking)
     if (end := template.end.strip()) not in vocabulary.control:
-        template = _replaced(template, end, vocabulary.name(tokenizer.eos_id))
+        text = json.dumps(asdict(template), ensure_ascii=False).replace(end, vocabulary.name(tokenizer.eos_id))
+        template = _stored(json.loads(text))
     if tokenizer.bos_id is not None:
         bos = vocabulary.name(tokenizer.bos_id)
         own = vocabulary.begins_with(tokenizer.bos_id)
         if bos not in template.prefix + template.user[0] and tokenizer.config.get("add_bos_token", own):
             template = replace(template, prefix=bos + template.prefix)
     return template
-
-
-def _replaced(template: Template, old: str, new: str) -> Template:
-    """The template with one token name for another in all of its markup."""
-
-    def swap(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(swap(part) for part in value)
-        return value.replace(old, new) if isinstance(value, str) else value
-
-    kept = ("name", "default_system", "tools", "thinking")
-    return replace(template, **{f.name: swap(getattr(template, f.name)) for f in fields(template) if f.name not in kept})
 
 
 # --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only its own text is markup
@@ -356,13 +350,10 @@ def _jinja(tokenizer: Tokenizer, source: str, thinking: str, messages: Sequence[
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     try:
         texts, _ = render_jinja_template(
-            conversations=[[m._asdict() for m in messages]],
-            tools=json.loads(tools) if tools else None,
-            chat_template=source,
-            add_generation_prompt=opened,
-            enable_thinking=thinking == "keep",
+            conversations=[[m._asdict() for m in messages]], tools=json.loads(tools) if tools else None, chat_template=source,
+            add_generation_prompt=opened, enable_thinking=thinking == "keep",
             **{key: "" if id is None else tokenizer.vocabulary.name(id) for key, id in ids.items()},
-        )
+        )  # fmt: skip
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError("tokenizer.native", detail=error) from error
     return str(texts[0])
@@ -400,8 +391,8 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
     whole, actual = text(marked, open_turn), text(messages, open_turn)
     if _filled(whole, words) != actual:  # most often because the template strips the words
         words = [content.strip() for content in words]
-    if _filled(whole, words) != actual:
-        raise UserError("tokenizer.prefix")
+        if _filled(whole, words) != actual:
+            raise UserError("tokenizer.prefix")
     segments: list[Segment] = []
 
     def put(chunk: str, supervised: bool) -> None:
@@ -429,6 +420,16 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
 
 
 # --- Preflight
+def with_trained_end(tokenizer: Tokenizer, model: Any) -> Tokenizer:
+    """The tokenizer, `with_stop` (and a note) if `model` never trained the end token of its template: it could not learn to stop."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if not end_token_untrained(tokenizer, embedding, *([] if head is embedding else [head])):
+        return tokenizer
+    changed = tokenizer.with_stop()
+    note("tokenizer.end_untrained", before=tokenizer.template.end.strip(), after=changed.template.end.strip())
+    return changed
+
+
 def end_token_untrained(tokenizer: Tokenizer, *rows: Tensor) -> bool:
     """Whether the template's end token was never trained, by its rows in `rows`: the embedding (V, D) and, if untied, the head.
 

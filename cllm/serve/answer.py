@@ -39,7 +39,8 @@ class Answer:
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
             raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
         self._decoder = tokenizer.stream(reply=True)
-        self._held, self._cancelled = "", False
+        opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")  # Qwen3.5's prompt opens the reasoning
+        self._held, self._cancelled = "<think>\n" if opened else "", False
         self._stream: Stream | None = None
         self.text, self.finish_reason = "", ""
         self.prompt_tokens, self.tokens = len(self.prompt), 0

@@ -15,7 +15,7 @@ from cllm.messages import UserError
 from cllm.model.checkpoint import load_model
 from cllm.model.lora import CONFIG_FILE, load_adapter
 from cllm.model.source import resolve
-from cllm.model.tokenizer import Tokenizer, load_tokenizer
+from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end
 from cllm.serve.engine import Engine
 
 
@@ -62,12 +62,13 @@ def open_model(name: str | Path, *, precision: str = "", device: str = "auto", q
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = Precision.choose(precision or config.precision, device)
     base = resolve(base_name)
+    quantized = "nf4" if (quantize or config.quantize) == "nf4" else None
+    model = load_model(base, dtype=chosen.weights, device=device, quantize=quantized)
     if folder is not None and any(folder.glob("*token*")):
         tokenizer = load_tokenizer(folder)  # with the template it was trained with, whatever a config says
     else:
         tokenizer = load_tokenizer(base, template=config.template, thinking=config.thinking)
-    quantized = "nf4" if (quantize or config.quantize) == "nf4" else None
-    model = load_model(base, dtype=chosen.weights, device=device, quantize=quantized)
+        tokenizer = tokenizer if folder else with_trained_end(tokenizer, model)
     chosen.prepare(model)
     if folder is not None:
         load_adapter(model, folder, dropout=0.0)

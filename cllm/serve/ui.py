@@ -71,13 +71,18 @@ def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
     """Streaming, stop, regenerate, edit, undo; returns the settings, which Compare shares."""
     import gradio as gr
 
-    chatbot = gr.Chatbot(height="62vh", show_label=False, editable="user", buttons=["copy"], feedback_options=None, placeholder=t("hello"))
+    chatbot = gr.Chatbot(
+        height="62vh", show_label=False, editable="user", buttons=["copy"], feedback_options=None, placeholder=t("hello"),
+        reasoning_tags=[("<think>", "</think>")],
+    )  # fmt: skip
     cost = gr.Markdown(" ", elem_classes="cost")
     box = gr.Textbox(show_label=False, placeholder=t("ask"), max_lines=8, autofocus=True, submit_btn=True, container=False)
     knobs = _knobs(t, loaded)
 
     async def respond(history: Turns, name: str, system: str | None, *values: Any) -> AsyncIterator[tuple[Turns, str]]:
-        messages = [Message(turn["role"], _text(turn["content"])) for turn in history]
+        # Reasoning comes back as a titled turn of its own; no format shows it to the model again.
+        said = [turn for turn in history if turn["role"] != "assistant" or not (turn.get("metadata") or {}).get("title")]
+        messages = [Message(turn["role"], _text(turn["content"])) for turn in said]
         history.append({"role": "assistant", "content": ""})
         with _shown_errors():
             answer = Answer(engine, loaded.tokenizer, _with_system(system, messages), _sampling(values), name == loaded.adapter_name)
