@@ -25,6 +25,7 @@ from cllm.memory import (
     Hardware,
     Settings,
     Shape,
+    crossing_bytes,
     estimate_vram,
     find_config,
     make_plan,

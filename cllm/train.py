@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -335,7 +336,7 @@ class Training:
 
     def _evaluate(self) -> None:
         """Held-out loss, the best adapter so far, one answer to look at."""
-        from cllm.eval import answer_of, generate, held_out_loss, question_of
+        from cllm.evaluate.answers import answer_of, generate, held_out_loss, question_of
 
         loss = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
         improved = loss < self.best
@@ -374,8 +375,9 @@ class Training:
         """Put the best adapter back, answer the held-out questions with and without it, write and return the scores."""
         from safetensors.torch import load_file
 
-        from cllm.eval import Progress, compare, held_out_loss, report, write_results
-        from cllm.model.lora import adapter_tensors, disable_lora
+        from cllm.evaluate.answers import answers, evaluate, losses, sequence_nll
+        from cllm.evaluate.report import Progress, report, write_results
+        from cllm.model.lora import adapter_tensors
 
         self.log.close()
         if not (self.run / "adapter").is_dir():
@@ -387,18 +389,16 @@ class Training:
         if not self.held_rows:
             return {}
         settings = self.config.eval
-        results: dict[str, dict[str, Any]] = {"base": {}, "adapter": {}}
-        if settings.samples and self.config.data.kind == "chat":
-            note("train.answering", count=min(settings.samples, len(self.held_set)))
-            results, samples = compare(
-                self.engine, self.tokenizer, self.held_set[: settings.samples], train=self.train_set, shots=settings.shots,
+        answered, systems = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0], {}
+        if answered:
+            note("train.answering", count=len(answered))
+            systems = answers(
+                self.engine, self.tokenizer, answered, train=self.train_set, shots=settings.shots,
                 max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
             )  # fmt: skip
-        else:
-            samples = []
-        with disable_lora(self.model):
-            results["base"]["loss"] = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
-        results["adapter"]["loss"] = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
+        model, precision, chunk_bytes = self.model, self.precision, self.chunk_bytes
+        held_out = functools.partial(sequence_nll, model, self.held_rows, precision, chunk_bytes)
+        results, samples = evaluate(answered, systems, losses(model, self.tokenizer, held_out, precision, chunk_bytes))
         write_results(self.run, results, samples)
         print(report(results))
         return results

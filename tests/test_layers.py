@@ -109,6 +109,12 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
     assert others <= allowed, f"{name} imports {others - allowed}"
 
 
+def test_evaluation_is_assembly_and_knows_no_program() -> None:
+    rooms = [name for name in modules() if name.split(".")[0] == "evaluate"]
+    assert len(rooms) == 5 and {layer(name) for name in rooms} == {3}
+    assert not {other for name in rooms for other in inner(modules()[name])} & PROGRAMS
+
+
 @pytest.mark.parametrize("name", [n for n in modules() if layer(n) in (1, 4)])
 def test_light_modules_import_nothing_heavy_at_the_top(name: str) -> None:
     top = {n.split(".")[0] for n in imports(modules()[name], top_level=True)}

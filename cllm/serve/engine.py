@@ -201,7 +201,7 @@ class Engine:
         self.batch = self._new_batch([])
         self._owner, self._work = _owners.setdefault(model, threading.Lock()), threading.Condition()
         # Transformers 5.24 renamed the argument.
-        self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        self.cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         self._thread: threading.Thread | None = None
 
     @property
@@ -373,7 +373,7 @@ class Engine:
         output = self.model(
             input_ids=torch.tensor(ids, device=self.device), attention_mask=(columns >= pad_columns).long(),
             position_ids=(columns[batch.filled :] - pad_columns).clamp(min=0), use_cache=True, logits_to_keep=1,
-            **{self._cache_argument: batch.cache},
+            **{self.cache_argument: batch.cache},
         )  # fmt: skip
         batch.filled = stop
         logits: Tensor = output.logits[:, -1].float()
@@ -435,8 +435,8 @@ class Engine:
             row.finish(reason, error)
 
     def _recover(self, error: Exception) -> None:
-        rows, detail, out_of_memory = self._take_all(), f"{type(error).__name__}: {error}", _out_of_memory(error)
-        if out_of_memory:
+        rows, detail, exhausted = self._take_all(), f"{type(error).__name__}: {error}", out_of_memory(error)
+        if exhausted:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.kv_tokens = max(1, self.kv_tokens // 2)
@@ -445,7 +445,7 @@ class Engine:
             self.healthy = False
             note("serve.failed", detail=detail)
         for row in reversed(rows):
-            if not out_of_memory:
+            if not exhausted:
                 row.finish("error", say("serve.failed", detail=detail))
             elif self._cost(1, len(row.ids) + 1) > self.kv_tokens:
                 row.finish("error", say("serve.too_long_for_memory", tokens=len(row.ids)))
@@ -498,6 +498,7 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * 2**30
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that a GPU's or the machine's memory did not suffice."""
     # The CPU allocator has no exception class of its own.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.data.schema import Message
-from cllm.eval import COLUMNS
+from cllm.evaluate.report import COLUMNS
 from cllm.learn.log import peak_memory_bytes, read_metrics
 from cllm.messages import UserError, messages
 from cllm.model.lora import WEIGHTS_FILE
