@@ -231,9 +231,9 @@ def main(argv: list[str]) -> int:
         files[data] = usable[: arguments.limit or None]
     train: list[Conversation] = []
     if config:
-        from cllm.data.sources import hold_out, mix, read_sources
+        from cllm.data.sources import prepare
 
-        train, _ = hold_out(config.data, mix(config.data, read_sources(config.data)[0]))
+        train = list(prepare(config.data).train)
     loaded = open_model(arguments.model)
     has_adapter = loaded.adapter_name is not None and not arguments.base
     engine = loaded.engine()
