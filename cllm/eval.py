@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,10 +122,10 @@ def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conv
 
 def _training_set(config: Config) -> list[Conversation]:
     """What the run was trained on, for the baselines; nothing, and a note, where those files are gone."""
-    from cllm.data.sources import hold_out, mix, read_sources
+    from cllm.data.sources import prepare
 
     try:
-        return hold_out(config.data, mix(config.data, read_sources(config.data)[0]))[0]
+        return list(prepare(config.data).train)
     except UserError as error:
         note("eval.no_train", detail=error.args[0])
         return []
@@ -137,14 +136,14 @@ def _compare(
     arguments: argparse.Namespace, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """One file: losses and answers of base and adapter, tables on stdout, the evaluation's folder."""
+    from cllm.data.encode import encode_set
     from cllm.evaluate.answers import answers, evaluate, example_nll, losses
     from cllm.evaluate.report import Progress, report, write_results
     from cllm.learn.snapshot import new_run
-    from cllm.train import encode_set
 
     engine, tokenizer, model = loaded.engine(), loaded.tokenizer, loaded.model
-    longest = replace(config, train=replace(config.train, row_tokens=engine.max_tokens))
-    examples, kept, refused = encode_set(conversations, tokenizer, longest)
+    how: Any = {"kind": config.data.kind, "max_tokens": engine.max_tokens, "truncate": config.data.truncate}
+    examples, kept, refused = encode_set(conversations, tokenizer, **how)
     if left_out := sum(refused.values()):
         note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=engine.max_tokens)
     if not examples:

@@ -12,43 +12,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cllm.config import Config, load_config, to_toml
-from cllm.data.schema import Conversation, Reject
-from cllm.data.sources import hold_out, mix, read_sources
+from cllm.data.schema import Reject
+from cllm.data.sources import prepare
 from cllm.messages import UserError, note, say
-
-if TYPE_CHECKING:
-    from cllm.data.encode import Example
-    from cllm.model.tokenizer import Tokenizer
 
 MAX_REJECTED = 0.2
 MAX_BAD_STEPS = 20
 STATE_SECTIONS = ("model", "lora", "data", "train")
 """Settings that decide what the next step does: a resumed run must agree on them."""
-
-
-def encode_set(
-    conversations: list[Conversation], tokenizer: Tokenizer, config: Config
-) -> tuple[list[Example], list[Conversation], Counter[str]]:
-    """Examples, the conversations that gave one, and how many were left out for which reason; a text may give several examples."""
-    from cllm.data.encode import encode_all, encode_document
-
-    row_tokens = config.train.row_tokens
-    if config.data.kind == "text":
-        examples = [e for c in conversations for e in encode_document(c, tokenizer, max_tokens=row_tokens)]
-        return examples, conversations, Counter()
-    made = list(encode_all(conversations, tokenizer, max_tokens=row_tokens, truncate=config.data.truncate))
-    refused: Counter[str] = Counter(m for m in made if isinstance(m, str))
-    return (
-        [m for m in made if not isinstance(m, str)],
-        [c for c, m in zip(conversations, made, strict=True) if not isinstance(m, str)],
-        refused,
-    )
 
 
 class Training:
@@ -78,10 +54,9 @@ class Training:
     def _read(self, accept_rejects: bool) -> None:
         """Data and tokenizer, and everything that can be found wrong with them before weights are loaded."""
         config, data = self.config, self.config.data
-        groups, rejects = read_sources(data)
-        conversations = mix(data, groups)
-        rows = sum(map(len, groups)) + len(rejects)
-        if not conversations:
+        found = prepare(data)
+        rejects, rows = found.rejects, found.rows
+        if not found.train:
             raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=_located(rejects))
         if len(rejects) > MAX_REJECTED * rows and not accept_rejects:
             raise UserError("train.rejects", share=f"{len(rejects) / rows:.0%}", count=len(rejects), examples=_located(rejects))
@@ -92,26 +67,30 @@ class Training:
         self.base = resolve(config.model.path)
         template = "text" if data.kind == "text" else config.model.template
         self.tokenizer = load_tokenizer(self.base, template=template, thinking=config.model.thinking)
-        self.conversations = hold_out(data, conversations)
+        self.conversations = found.train, found.held_out
+        if found.duplicates or found.leaked:
+            note("train.repeated", duplicates=found.duplicates, leaked=found.leaked)
 
     def _encode(self, *, single: bool = False) -> None:
         """Conversations -> examples -> rows; stops when nothing, or never an end token, would be trained."""
+        from cllm.data.encode import encode_set
         from cllm.data.packing import PackedRows
 
         config, (train, held_out) = self.config, self.conversations
-        self.examples, self.train_set, refused = encode_set(train, self.tokenizer, config)
-        held_examples, self.held_set, _ = encode_set(held_out, self.tokenizer, config)
+        how: Any = {"kind": config.data.kind, "max_tokens": config.train.row_tokens, "truncate": config.data.truncate}
+        self.examples, self.train_set, refused = encode_set(train, self.tokenizer, **how)
+        held_examples, self.held_set, _ = encode_set(held_out, self.tokenizer, **how)
         if not self.examples:
             code = "train.unsupervised" if refused["no_supervised_token"] else "train.too_long"
             raise UserError(code, count=len(train), row=config.train.row_tokens, template=self.tokenizer.template.name)
         if not any(self.tokenizer.stop_ids.intersection(example.labels) for example in self.examples):
             raise UserError("train.no_end", template=self.tokenizer.template.name)
-        self.data_hash = hashlib.sha256(repr([e.input_ids for e in self.examples]).encode()).hexdigest()
+        self.data_hash = self.examples.digest()
         self.rows = PackedRows(self.examples, config.train.row_tokens, seed=config.train.seed, single=single)
         held = PackedRows(held_examples, config.train.row_tokens, single=single)
         self.held_rows = held.take(len(held)) if held_examples else []
         left_out = ", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0"
-        tokens = sum(len(e.input_ids) for e in self.examples)
+        tokens = sum(self.examples.sizes)
         note(
             "train.data", train=len(self.examples), held_out=len(self.held_set), tokens=f"{tokens:,}", rows=len(self.rows),
             rejects=self.rejects, left_out=left_out,
@@ -189,7 +168,7 @@ class Training:
 
     def _plan_steps(self) -> None:
         train = self.config.train
-        row_tokens = sum(len(e.input_ids) for e in self.examples) // len(self.rows) if self.rows.single else train.row_tokens
+        row_tokens = sum(self.examples.sizes) // len(self.rows) if self.rows.single else train.row_tokens
         self.rows_per_step = max(1, train.tokens_per_step // row_tokens)
         self.total = train.steps or max(1, round(train.epochs * len(self.rows) / self.rows_per_step))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
@@ -393,7 +372,7 @@ class Training:
         if answered:
             note("train.answering", count=len(answered))
             systems = answers(
-                self.engine, self.tokenizer, answered, train=self.train_set, shots=settings.shots,
+                self.engine, self.tokenizer, answered, train=list(self.train_set), shots=settings.shots,
                 max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
             )  # fmt: skip
         model, precision, chunk_bytes = self.model, self.precision, self.chunk_bytes

@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("CLLM_LANG", "en")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CLLM_DATA_CACHE"] = ""  # tests that are about the cache set their own
 
 from collections.abc import Callable
 from pathlib import Path

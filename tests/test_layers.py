@@ -32,6 +32,7 @@ LAYER_1 = {
     "__main__",
 }
 LAYER_2 = {
+    "data.cache",
     "data.encode",
     "data.packing",
     "model.nf4",
