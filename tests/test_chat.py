@@ -77,7 +77,7 @@ def test_terminal_remembers_switches_and_forgets(loaded: Loaded, engine: Engine,
 
 def test_terminal_shows_mistakes_and_goes_on(loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, out = talk(loaded._replace(home=None), engine, "/adapter", "字" * 2000, "/reset", monkeypatch=monkeypatch)
-    assert "chat.no_adapter" in out and "serve.context" in out and terminal.turns == 0 and not terminal.adapter
+    assert "chat.no_adapter" in out and "serve.context" in out and terminal.turns == 0 and terminal.name == "base"
 
 
 def test_open_model_names_what_is_missing(loaded: Loaded, tmp_path: Path) -> None:

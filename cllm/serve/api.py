@@ -180,8 +180,7 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
     from starlette.concurrency import run_in_threadpool
 
     app = FastAPI(title="cllm", docs_url=None, redoc_url=None)  # FastAPI's own documentation pages load from other hosts
-    models = {"base": False} if loaded.adapter_name is None else {loaded.adapter_name: True, "base": False}
-    started = int(time.time())
+    models, started = loaded.models, int(time.time())
     _handle_errors(app)
 
     @app.get("/health")
