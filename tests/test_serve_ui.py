@@ -20,7 +20,7 @@ from cllm.data.schema import Message
 from cllm.serve.api import HEADERS, Guard, build_app
 from cllm.serve.engine import Sampling
 from cllm.serve.load import Loaded
-from cllm.serve.ui import _chart, mount_page
+from cllm.serve.ui import _chart, build_page, mount_page
 
 GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order
 
@@ -31,7 +31,7 @@ class Page:
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.engine = loaded, loaded.engine()
         self.app = mount_page(build_app(loaded, self.engine), loaded, self.engine)
-        self.blocks = self.app.routes[-1].app.get_blocks()
+        self.blocks = build_page(str, loaded, self.engine)
 
     def handlers(self, name: str) -> list[Any]:
         return [function.fn for function in self.blocks.fns.values() if function.fn is not None and function.name == name]
@@ -159,9 +159,21 @@ def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> Non
         assert "Compare" in response.text and ("对比" in response.text or r"\u5bf9\u6bd4" in response.text)
         assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?://(?!127)', response.text)
         assert client.get("/gradio_api/file=/etc/passwd").status_code in (403, 404)
-        assert (
-            client.post(
-                "/gradio_api/upload", content=b"x" * 300_000, headers={"content-type": "multipart/form-data; boundary=x"}
-            ).status_code
-            == 413
-        )
+        form = {"content-type": "multipart/form-data; boundary=x"}
+        for path in ("/gradio_api/upload", "/upload", "/v1/chat/completions"):
+            assert client.post(path, content=b"x" * 1000, headers=form).status_code == 415
+        for path in ("/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/predict"):
+            json_type = {"content-type": "application/json"}
+            assert client.post(path, content=b"x" * 300_000, headers=json_type).status_code == 413
+            assert client.post(path, content=b"{}", headers=json_type | {"origin": "http://evil.example"}).status_code == 403
+        for method, path in (("TRACE", "/health"), ("DELETE", "/v1/models"), ("GET", "/v1/chat/completions")):
+            refused = client.request(method, path)
+            assert refused.status_code == 405 and refused.headers["allow"] and "error" in refused.json(), path
+        assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
+        for path in (
+            "file=../../etc/passwd",
+            "file=%2e%2e/%2e%2e/etc/passwd",
+            f"file={page.loaded.home / 'votes.jsonl'}",
+            "file=http://evil.example",
+        ):
+            assert client.get(f"/gradio_api/{path}").status_code in (403, 404), path

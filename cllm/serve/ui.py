@@ -41,13 +41,32 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 Turns = list[dict[str, Any]]
 
 
-def mount_page(app: Any, loaded: Loaded, engine: Engine) -> Any:
-    """Put the page at `/` of the FastAPI application."""
+def mount_page(api: Any, loaded: Loaded, engine: Engine) -> Any:
+    """An ASGI application: the API where its paths are, so that what it does not know is refused in its own shape, else the page."""
+    from fastapi import FastAPI
+
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
     texts = {code.removeprefix("ui."): text for code, text in messages().items() if code.startswith("ui.")}
     t = gr.I18n(en={key: text[0] for key, text in texts.items()}, zh={key: text[1] for key, text in texts.items()})
+    theme = gr.themes.Soft(font=list(FONTS), font_mono=["ui-monospace", "Consolas", "monospace"])
+    page = gr.mount_gradio_app(
+        FastAPI(openapi_url=None, docs_url=None, redoc_url=None), build_page(t, loaded, engine), path="/", theme=theme, css=CSS, i18n=t,
+        footer_links=[], run_history=False, ssr_mode=False, enable_monitoring=False, max_file_size="1kb",
+    )  # fmt: skip
+
+    async def either(scope: Any, receive: Any, send: Any) -> None:
+        own = scope.get("path", "").startswith("/v1/") or scope.get("path") in ("/health", "/openapi.json")
+        await (api if own else page)(scope, receive, send)
+
+    return either
+
+
+def build_page(t: Any, loaded: Loaded, engine: Engine) -> Any:
+    """The four tabs; `t` translates a text's key in the browser."""
+    import gradio as gr
+
     with gr.Blocks(title="cllm", fill_height=True, analytics_enabled=False) as page, gr.Tabs():
         with gr.Tab(t("chat")) as chat:
             knobs = _chat_tab(t, loaded, engine)
@@ -66,12 +85,7 @@ def mount_page(app: Any, loaded: Loaded, engine: Engine) -> Any:
             tab.select(refresh, inputs, outputs, **QUIET).then(lambda: gr.Timer(active=True), None, timer, **QUIET)
             for other in {*tabs, training, monitor} - {tab}:
                 other.select(lambda: gr.Timer(active=False), None, timer, **QUIET)
-    page.queue(default_concurrency_limit=None, max_size=256)
-    theme = gr.themes.Soft(font=list(FONTS), font_mono=["ui-monospace", "Consolas", "monospace"])
-    return gr.mount_gradio_app(
-        app, page, path="/", theme=theme, css=CSS, i18n=t, footer_links=[], run_history=False, ssr_mode=False,
-        enable_monitoring=False, max_file_size="1kb",
-    )  # fmt: skip
+    return page.queue(default_concurrency_limit=None, max_size=256)
 
 
 def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
