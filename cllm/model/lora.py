@@ -39,6 +39,8 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
 
 def base_weight(module: Any, dtype: torch.dtype) -> Tensor:
     """The dense weight (out, in) of a linear layer in `dtype`: dequantized, or transposed where it is stored (in, out)."""
+    if isinstance(module, LoraLinear):  # another adapter of the same base
+        return base_weight(module.base, dtype)
     if hasattr(module, "dequantize"):
         dense: Tensor = module.dequantize(dtype)
         return dense
@@ -52,12 +54,16 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 class Gate:
-    """Which rows of the batch go through the adapter; one object shared by all layers of a model. None: all of them."""
+    """Which rows of the batch go through the adapter; one object shared by all layers of an adapter. None: all of them.
 
-    __slots__ = ("rows",)
+    `number` tells the adapters of one base apart: 1 for the first, and for the only one.
+    """
+
+    __slots__ = ("number", "rows")
 
     def __init__(self) -> None:
         self.rows: Tensor | float | None = None
+        self.number = 1
 
 
 class LoraLinear(nn.Module):
@@ -92,6 +98,12 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude = nn.Parameter(base_weight(base, torch.float32).norm(dim=1)) if dora else None
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's, as DoRA needs it."""
+        bias: Tensor | None = getattr(self.base, "bias", None)
+        return bias
+
     def delta(self) -> Tensor:
         """scaling * B A, (out, in) float32."""
         return self.scaling * (self.lora_B @ self.lora_A)
@@ -112,8 +124,7 @@ class LoraLinear(nn.Module):
             with torch.no_grad():
                 norm = (base_weight(self.base, torch.float32) + self.delta()).norm(dim=1)
             ratio = (self.magnitude / norm).to(x.dtype)
-            bias = getattr(self.base, "bias", None)
-            update = (ratio - 1) * (result if bias is None else result - bias) + ratio * update
+            update = (ratio - 1) * (result if self.bias is None else result - self.bias) + ratio * update
         if isinstance(rows, Tensor):
             update = update * rows.to(update.dtype).view(-1, *[1] * (update.dim() - 1))
         return result + update
@@ -167,8 +178,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _gate(model: nn.Module) -> Gate | None:
-    # All layers share one Gate, so the first one found will do.
-    return next((module.gate for module in model.modules() if isinstance(module, LoraLinear)), None)
+    # All layers of an adapter share one Gate, so any will do; further adapters are the engine's business.
+    return next((module.gate for module in model.modules() if isinstance(module, LoraLinear) and module.gate.number == 1), None)
 
 
 def set_gate(model: nn.Module, rows: Tensor | float | None) -> None:
@@ -267,6 +278,27 @@ def load_adapter(model: nn.Module, directory: str | Path, *, dropout: float | No
         for key, value in own.items():
             value.copy_(tensors[key])
     return layers
+
+
+def load_beside(model: nn.Module, directory: str | Path, **options: Any) -> None:
+    """Load one more adapter of the same base, switched off: y = base(x) + gate_1 update_1(x) + gate_2 update_2(x) + …
+
+    Its gate has the next number. `options` and errors are those of `load_adapter`.
+    """
+    before = lora_layers(model)
+    inner = {id(layer.base) for layer in before.values()}
+    outer = {name: layer for name, layer in before.items() if id(layer) not in inner}
+    for name, layer in outer.items():
+        bare: nn.Module = layer
+        while isinstance(bare, LoraLinear):
+            bare = bare.base
+        _replace(model, name, bare)
+    added = load_adapter(model, directory, **options)
+    for name, layer in added.items():
+        layer.base = outer.pop(name, layer.base)
+        layer.gate.number, layer.gate.rows = 1 + max(old.gate.number for old in before.values()), 0.0
+    for name, layer in outer.items():
+        _replace(model, name, layer)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -422,8 +422,9 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
 # --- Preflight
 def with_trained_end(tokenizer: Tokenizer, model: Any) -> Tokenizer:
     """The tokenizer, `with_stop` (and a note) if `model` never trained the end token of its template: it could not learn to stop."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if not end_token_untrained(tokenizer, embedding, *([] if head is embedding else [head])):
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = {id(m.weight): m.weight for m in modules if hasattr(m, "weight")}  # a tied head has the same rows, a 4-bit one none to look at
+    if not end_token_untrained(tokenizer, *rows.values()):
         return tokenizer
     changed = tokenizer.with_stop()
     note("tokenizer.end_untrained", before=tokenizer.template.end.strip(), after=changed.template.end.strip())

@@ -30,7 +30,7 @@ class Answer:
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, messages: Sequence[Message], sampling: Sampling,
-        adapter: bool = True, stop: Sequence[str] = (),
+        adapter: int = 1, stop: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._engine, self._sampling, self._adapter, self._stop = engine, sampling, adapter, tuple(stop)
         # Half a surrogate pair, from JSON or a terminal, is no text that a tokenizer could read.
