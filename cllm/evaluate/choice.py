@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cllm.data.schema import Message
-from cllm.evaluate.answers import Rows, before_after, value, versus
+from cllm.evaluate.answers import Rows, before_after, versus
 from cllm.learn.loss import output_head
 from cllm.messages import UserError, say
 from cllm.metrics import wilson_interval
@@ -112,8 +112,10 @@ def log_likelihoods(engine: Engine, prompts: Sequence[list[int]], letters: Seque
         while pending:
             batch = pending.pop()
             try:
-                hidden = _hidden(engine, [prompts[i][shared:] for i in batch], _repeated(cache, len(batch)) if shared else None)
-                logits = output_head(engine.model)(hidden).float()
+                several = copy.deepcopy(cache) if shared else None
+                if several is not None:
+                    several.batch_repeat_interleave(len(batch))
+                logits = output_head(engine.model)(_hidden(engine, [prompts[i][shared:] for i in batch], several)).float()
                 found |= zip(batch, logits.log_softmax(-1)[:, list(letters)].tolist(), strict=True)
             except Exception as error:
                 if len(batch) == 1 or not out_of_memory(error):
@@ -133,36 +135,21 @@ def _hidden(engine: Engine, rows: list[list[int]], cache: DynamicCache | None) -
     return hidden[torch.arange(len(rows), device=engine.device), last]
 
 
-def _repeated(cache: DynamicCache, count: int) -> DynamicCache:
-    several = copy.deepcopy(cache)
-    several.batch_repeat_interleave(count)
-    return several
-
-
 def sit(engine: Engine, tokenizer: Tokenizer, subject: Subject) -> tuple[dict[str, Rows], int]:
-    """(system -> log-likelihoods of A-D per question, fewest shots used): the longest shots are left out where the prompt is too long.
+    """(system -> log-likelihoods of A-D per question, shots used): the longest shots are left out until every prompt fits.
 
-    `tokenizer` has the template `text`: prompts are plain text, as the sets' own scripts ask."""
-    ending = subject.questions[0].rpartition("\n")[2]
-    groups: defaultdict[int, dict[int, list[int]]] = defaultdict(dict)
-    for i, question in enumerate(subject.questions):
-        shots = subject.shots[:]
-        while len(ids := _prompt_ids(tokenizer, subject.header, shots, question)) >= engine.max_tokens and shots:
-            del shots[max(range(len(shots)), key=lambda i: (len(shots[i]), i))]
-        groups[len(shots)][i] = ids[-engine.max_tokens :]
-    letters = letter_ids(tokenizer, ending)
-
-    def measure() -> Rows:
-        found: dict[int, list[float]] = {}
-        for members in groups.values():
-            found |= zip(members, log_likelihoods(engine, list(members.values()), letters), strict=True)
-        return [found[i] for i in range(len(subject.questions))]
-
-    return before_after(engine.model, measure), min(groups)
-
-
-def _prompt_ids(tokenizer: Tokenizer, header: str, shots: list[str], question: str) -> list[int]:
-    return tokenizer.encode_chat([Message("user", f"{header}{''.join(shots)}{question}")])
+    `tokenizer` has the template `text`: prompts are plain text, as the sets' own scripts ask.
+    """
+    shots = subject.shots[:]
+    while True:
+        texts = [f"{subject.header}{''.join(shots)}{question}" for question in subject.questions]
+        prompts = [tokenizer.encode_chat([Message("user", text)]) for text in texts]
+        if not shots or max(map(len, prompts)) <= engine.max_tokens:
+            break
+        del shots[max(range(len(shots)), key=lambda i: (len(shots[i]), i))]
+    kept = [ids[-engine.max_tokens :] for ids in prompts]
+    letters = letter_ids(tokenizer, subject.questions[0].rpartition("\n")[2])
+    return before_after(engine.model, lambda: log_likelihoods(engine, kept, letters)), len(shots)
 
 
 def examine(
@@ -174,35 +161,33 @@ def examine(
     questions of every subject; `subjects` holds each one's accuracy, interval, questions and shots; `versus_base` as in `versus`.
     """
     tokenizer = load_tokenizer(tokenizer.source, template="text")
-    right: dict[str, list[Rows]] = defaultdict(list)
+    right: defaultdict[str, list[Rows]] = defaultdict(list)
     used: list[int] = []
     samples: list[dict[str, Any]] = []
     for subject in subjects:
         found, shots = sit(engine, tokenizer, subject)
         used.append(shots)
         for system, rows in found.items():
-            right[system].append(
-                [[100.0 * (LETTERS[row.index(max(row))] == answer), 1.0] for row, answer in zip(rows, subject.answers, strict=True)]
-            )
-        for i, (question, answer) in enumerate(zip(subject.questions, subject.answers, strict=True)):
+            chosen = [LETTERS[row.index(max(row))] for row in rows]
+            right[system].append([[100.0 * (letter == answer), 1.0] for letter, answer in zip(chosen, subject.answers, strict=True)])
+        for i, question in enumerate(subject.questions):
             given = {system: dict(zip(LETTERS, rows[i], strict=True)) for system, rows in found.items()}
-            samples.append({"subject": subject.name, "question": question, "answer": answer, "log_likelihoods": given})
+            samples.append({"subject": subject.name, "question": question, "answer": subject.answers[i], "log_likelihoods": given})
         if progress is not None:
             progress(len(samples), sum(len(s.questions) for s in subjects))
     results: dict[str, dict[str, Any]] = {}
+    everything = {system: {"accuracy": [row for part in parts for row in part]} for system, parts in right.items()}
     for system, parts in right.items():
-        everything, base = ({"accuracy": [row for part in right[name] for row in part]} for name in (system, "base"))
         by_subject = {s.name: _accuracy(part) | {"shots": shots} for s, part, shots in zip(subjects, parts, used, strict=True)}
-        macro = sum(its["accuracy"] for its in by_subject.values()) / len(by_subject)
-        its = _accuracy(everything["accuracy"]) | {"macro": macro, "macro_interval": _macro_interval(parts), "subjects": by_subject}
-        results[system] = its | ({} if system == "base" else {"versus_base": versus(base, everything)[1]})
+        macro = {"macro": sum(its["accuracy"] for its in by_subject.values()) / len(parts), "macro_interval": _macro_interval(parts)}
+        gaps = {} if system == "base" else {"versus_base": versus(everything["base"], everything[system])[1]}
+        results[system] = _accuracy(everything[system]["accuracy"]) | macro | {"subjects": by_subject} | gaps
     return results, samples
 
 
 def _accuracy(rows: Rows) -> dict[str, Any]:
-    wins = sum(row[0] for row in rows) / 100
-    rate = wilson_interval(wins, len(rows))
-    return {"accuracy": value("accuracy", rows), "interval": [100 * rate.low, 100 * rate.high], "questions": len(rows)}
+    rate = wilson_interval(sum(right for right, _ in rows) / 100, len(rows))
+    return {"accuracy": 100 * rate.value, "interval": [100 * rate.low, 100 * rate.high], "questions": len(rows)}
 
 
 def _macro_interval(parts: Sequence[Rows], resamples: int = 1000, seed: int = 12345) -> list[float]:
@@ -210,7 +195,7 @@ def _macro_interval(parts: Sequence[Rows], resamples: int = 1000, seed: int = 12
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    drawn = [rng.binomial(len(part), value("accuracy", part) / 100, resamples) / len(part) for part in parts]
+    drawn = [rng.binomial(len(part), _accuracy(part)["accuracy"] / 100, resamples) / len(part) for part in parts]
     low, high = np.quantile(100 * np.mean(drawn, axis=0), [0.025, 0.975])
     return [float(low), float(high)]
 
@@ -218,12 +203,12 @@ def _macro_interval(parts: Sequence[Rows], resamples: int = 1000, seed: int = 12
 def accuracy_table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     """One line per subject, then both averages with their intervals, one column per system."""
 
-    def cell(its: dict[str, Any], key: str = "accuracy", interval: str = "interval") -> str:
-        return f"{its[key]:.1f} [{its[interval][0]:.1f}, {its[interval][1]:.1f}]"
+    def cells(parts: Sequence[dict[str, Any]], key: str = "accuracy", interval: str = "interval") -> list[str]:
+        return [f"{its[key]:.1f} [{its[interval][0]:.1f}, {its[interval][1]:.1f}]" for its in parts]
 
-    first = next(iter(results.values()))
+    systems = list(results.values())
     lines = [["", say("eval.questions"), say("eval.shots"), *results]]
-    for name, its in first["subjects"].items():
-        lines.append([name, str(its["questions"]), str(its["shots"]), *(cell(result["subjects"][name]) for result in results.values())])
-    lines.append([say("eval.micro"), str(first["questions"]), "", *(cell(result) for result in results.values())])
-    return [*lines, [say("eval.macro"), "", "", *(cell(result, "macro", "macro_interval") for result in results.values())]]
+    for name, its in systems[0]["subjects"].items():
+        lines.append([name, str(its["questions"]), str(its["shots"]), *cells([system["subjects"][name] for system in systems])])
+    lines.append([say("eval.micro"), str(systems[0]["questions"]), "", *cells(systems)])
+    return [*lines, [say("eval.macro"), "", "", *cells(systems, "macro", "macro_interval")]]

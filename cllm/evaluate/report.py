@@ -91,7 +91,7 @@ def draw_scores(results: Results, target: Path) -> None:
 
     systems = {name: result for name, result in results.items() if name not in ("copy", "majority") and "by_length" in result}
     lengths, width = results["base"]["by_length"], 0.8 / len(systems)
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), dpi=120, width_ratios=[3, 2], layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), dpi=120, layout="constrained")
     for i, (name, result) in enumerate(systems.items()):
         bars = [result[metric] for metric in PLOTTED], [its["rouge-l-char"] for its in result["by_length"].values()]
         bounds = [[abs(result[metric] - result["interval"][metric][side]) for metric in PLOTTED] for side in (0, 1)]
@@ -102,7 +102,7 @@ def draw_scores(results: Results, target: Path) -> None:
     titles = "scores with 95 % intervals", "rouge-l-char by characters of the reference"
     for axes, title, names in zip(panels, titles, (PLOTTED, counts), strict=True):
         axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
-        axes.set(title=title, ylim=(0, 100))
+        axes.set(title=title, ylim=(0, None))
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(systems), frameon=False)
