@@ -24,6 +24,7 @@ LAYER_1 = {
     "data.encoding",
     "data.json_rows",
     "data.template",
+    "data.dialects",
     "model",
     "model.families",
     "metrics",
@@ -102,7 +103,7 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
     allowed = (
         {"data.encode", "data.packing"}
         if room == "learn"
-        else {"data.template", "data.schema", "data.encode"}
+        else {"data.template", "data.dialects", "data.schema", "data.encode"}
         if name == "model.tokenizer"
         else set()
     )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm.messages import UserError
@@ -126,6 +125,12 @@ def _qkv_grouped(tensor: Tensor, shape: ModelShape) -> Sequence[Tensor]:
     return [part.reshape(-1, *tensor.shape[1:]) for part in groups.split([queries, 1, 1], dim=1)]
 
 
+def _unit_rows(tensor: Tensor) -> Tensor:
+    """Each row by its norm, in float32; in place, because a head is as large as a tensor gets."""
+    rows = tensor.to(torch.float32, copy=True)
+    return rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+
+
 def _unpermute(tensor: Tensor, heads: int) -> Sequence[Tensor]:
     """llama.cpp stores rotary pairs side by side, [d/2, 2] within a head; Transformers' halves are [2, d/2]."""
     return [tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)]
@@ -134,8 +139,8 @@ def _unpermute(tensor: Tensor, heads: int) -> Sequence[Tensor]:
 _OPERATIONS: dict[str, Callable[[Tensor, ModelShape], Sequence[Tensor]]] = {
     "qkv": _qkv,
     "qkv_grouped": _qkv_grouped,
-    "unit_rows": lambda tensor, shape: [F.normalize(tensor.float(), dim=1)],
-    "tied_unit_rows": lambda tensor, shape: [tensor, F.normalize(tensor.float(), dim=1)],
+    "unit_rows": lambda tensor, shape: [_unit_rows(tensor)],
+    "tied_unit_rows": lambda tensor, shape: [tensor, _unit_rows(tensor)],
     "unpermute_q": lambda tensor, shape: _unpermute(tensor, shape.heads),
     "unpermute_k": lambda tensor, shape: _unpermute(tensor, shape.kv_heads),
     "minus_one": lambda tensor, shape: [tensor - 1.0],
@@ -148,7 +153,7 @@ def _shape(config: Any) -> ModelShape:
     return ModelShape(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The native model on the meta device: no memory, no initialisation."""
     from transformers import AutoModelForCausalLM
 
@@ -191,12 +196,12 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
     return layout
 
 
-def _converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Native (name, tensor) pairs of `layout`, one original tensor in memory at a time."""
     shape = _shape(checkpoint.config)
     for name, _, _, read in checkpoint.stored():
         if any(target in layout for target in families.rename(name, checkpoint.family)[1]):
-            yield from convert(name, read(), checkpoint.family, shape)
+            yield from (pair for pair in convert(name, read(), checkpoint.family, shape) if pair[0] in layout)
 
 
 def load_model(
@@ -218,9 +223,9 @@ def load_model(
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize = {quantize!r}")
     checkpoint = open_checkpoint(Path(path))
-    model = _skeleton(checkpoint, dtype)
+    model = skeleton(checkpoint, dtype)
     layout = check(checkpoint, model)
-    _fill(model, checkpoint, layout, _converted(checkpoint, layout), device, quantize, stream_layers)
+    _fill(model, checkpoint, layout, converted(checkpoint, layout), device, quantize, stream_layers)
     _quantize_head(model, head)
     model.name_or_path = str(path)
     return model  # type: ignore[no-any-return]
@@ -238,7 +243,7 @@ def random_model(
     """As `load_model`, from the sizes in a config.json (original or native) and random weights: what a card does, without a download."""
     family = families.family_of(config) or families.NATIVE
     checkpoint = Checkpoint(Path("config.json"), family, _native_config(Path("config.json"), family, config), [])
-    model = _skeleton(checkpoint, dtype)
+    model = skeleton(checkpoint, dtype)
     layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()}
 
     def random() -> Iterator[tuple[str, Tensor]]:
@@ -348,25 +353,42 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.cat([slopes, between])
 
 
+def split_rows(checkpoint: Checkpoint) -> Callable[[str, Tensor], list[tuple[str, Tensor]]]:
+    """How an adapter trained on the original layout becomes one for the native model (`cllm.model.lora.read_adapter`)."""
+    shape = _shape(checkpoint.config)
+
+    def split(name: str, rows: Tensor) -> list[tuple[str, Tensor]]:
+        pairs = convert(f"{name}.weight", rows, checkpoint.family, shape)
+        return [(native.removesuffix(".weight"), part) for native, part in pairs]
+
+    return split
+
+
+def write_config(checkpoint: Checkpoint, model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The native config.json. ALiBi gets the model_type "llama-alibi", which only cllm loads: a plain Llama computes something else."""
+    config = json.loads(checkpoint.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    if checkpoint.family.alibi:
+        config |= {"model_type": "llama-alibi", "architectures": ["LlamaAlibiForCausalLM"]}
+    if dtype:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     """Write the native checkpoint (config.json, one model.safetensors) into the new directory `out`, tensor by tensor.
 
-    dtype: of floating-point tensors; None keeps what is stored (GGUF and NormHead become float32). A checkpoint with ALiBi
-    gets the model_type "llama-alibi", which only cllm loads: as a plain Llama it would compute something else.
+    dtype: of floating-point tensors; None keeps what is stored (GGUF and NormHead become float32).
     Raises UserError if `out` exists, and as `load_model`.
     """
     if out.exists():
         raise UserError("model.exists", path=out)
     checkpoint = open_checkpoint(path)
-    model = _skeleton(checkpoint, torch.float32)
+    model = skeleton(checkpoint, torch.float32)
     layout = check(checkpoint, model)
     if dtype:
         layout = {name: (dims, dtype if kind.is_floating_point else kind) for name, (dims, kind) in layout.items()}
     out.mkdir(parents=True)
     part = out / "model.safetensors.incomplete"
-    write_safetensors(part, layout, _converted(checkpoint, layout))
-    config = json.loads(checkpoint.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
-    if checkpoint.family.alibi:
-        config |= {"model_type": "llama-alibi", "architectures": ["LlamaAlibiForCausalLM"]}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_safetensors(part, layout, converted(checkpoint, layout))
+    write_config(checkpoint, model, out)
     part.rename(out / "model.safetensors")

@@ -193,6 +193,7 @@ def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, T
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             if tensor.numel():
                 file.write(_bytes(tensor.to(layout[name][1]).contiguous()))
+            del tensor  # before the next one is read
         file.truncate(8 + len(text) + end)
 
 

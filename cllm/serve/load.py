@@ -12,7 +12,7 @@ from torch import nn
 from cllm.config import ModelConfig, load_config
 from cllm.learn.optim import Precision
 from cllm.messages import UserError
-from cllm.model.checkpoint import load_model
+from cllm.model.checkpoint import load_model, open_checkpoint, split_rows
 from cllm.model.lora import CONFIG_FILE, load_adapter, load_beside
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end
@@ -105,7 +105,7 @@ def open_model(name: str | Path, *, precision: str = "", device: str = "auto", q
     tokenizer = tokenizer if folder else with_trained_end(tokenizer, model)
     chosen.prepare(model)
     if folder is not None:
-        load_adapter(model, folder, dropout=0.0)
+        load_adapter(model, folder, dropout=0.0, split=split_rows(open_checkpoint(base)))
         folder = folder.resolve().parent if folder.name == "adapter" else folder.resolve()
     return Loaded(model.eval(), tokenizer, folder, found.base_name, chosen)
 
@@ -117,6 +117,7 @@ def open_beside(loaded: Loaded, name: str | Path) -> Loaded:
         raise UserError("serve.beside", name=name, base=found.base_name, other=loaded.base_name)
     if open_tokenizer(found).template != loaded.tokenizer.template:
         raise UserError("serve.beside_template", name=name)
-    load_beside(loaded.model, found.adapter, dropout=0.0)
+    split = split_rows(open_checkpoint(resolve(found.base_name)))
+    load_beside(loaded.model, found.adapter, dropout=0.0, split=split)
     home = found.adapter.resolve()
     return loaded._replace(model=loaded.model.eval(), beside=(*loaded.beside, home.parent if home.name == "adapter" else home))
