@@ -12,7 +12,8 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +36,25 @@ def held_out_loss(model: nn.Module, rows: Sequence[PackedBatch], precision: Prec
     import torch
 
     from cllm.learn.loss import row_nll
+    from cllm.learn.optim import out_of_memory
     from cllm.model.offload import device_of
 
     device = device_of(model)
     was_training = model.training
     model.eval()
+
+    def total(row: PackedBatch) -> float:
+        try:
+            return row_nll(model, row.to(device), chunk_bytes).double().sum().item()
+        except Exception as error:
+            if not out_of_memory(error) or len(row.cu_seqlens) == 2:  # a single sequence cannot be split
+                raise
+        return sum(map(total, row.split(len(row.input_ids) // 2)))
+
     with torch.no_grad(), precision.autocast():
-        total = sum(row_nll(model, row.to(device), chunk_bytes).double().sum().item() for row in rows)
+        summed = sum(map(total, rows))
     model.train(was_training)
-    return float(total) / max(1, sum(row.weight for row in rows))
+    return summed / max(1, sum(row.weight for row in rows))
 
 
 def question_of(conversation: Conversation) -> list[Message]:
@@ -71,6 +82,17 @@ def generate(
     prompts = [tokenizer.encode_chat(question) for question in questions]
     outputs = engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens), adapter=adapter, progress=progress)
     return [tokenizer.decode(ids).strip() for ids in outputs]
+
+
+@contextmanager
+def unless_memory_is_short(engine: Engine) -> Iterator[None]:
+    """Answers that do not fit into memory are left out, and it is said: nothing that was learned depends on them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not engine.healthy:  # another failure than a lack of memory
+            raise
+        note("train.unanswered", detail=error)
 
 
 def scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -232,9 +254,9 @@ def main(argv: list[str]) -> int:
         files[data] = usable[: arguments.limit or None]
     train: list[Conversation] = []
     if config:
-        from cllm.data.sources import hold_out, mix, read_sources
+        from cllm.data.sources import read_data
 
-        train, _ = hold_out(config.data, mix(config.data, read_sources(config.data)[0]))
+        train, _, _ = read_data(config.data, accept_rejects=True)
     loaded = open_model(arguments.model)
     has_adapter = loaded.adapter_name is not None and not arguments.base
     engine = loaded.engine()

@@ -7,6 +7,7 @@ its answers.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
@@ -71,6 +72,25 @@ def encode_document(conversation: Conversation, tokenizer: Encoder, *, max_token
     """A pre-training text as consecutive examples of at most `max_tokens`; only the last one has the end token."""
     ids, labels = tokenizer.encode_batch([tokenizer.segments(conversation)])[0]
     return [Example(ids[a : a + max_tokens], labels[a : a + max_tokens]) for a in range(0, len(ids), max_tokens)]
+
+
+def encode_set(
+    conversations: list[Conversation],
+    tokenizer: Encoder,
+    *,
+    kind: Literal["chat", "text"],
+    max_tokens: int,
+    truncate: Literal["drop", "prompt"] = "drop",
+) -> tuple[list[Example], list[Conversation], Counter[str]]:
+    """Examples, the conversations that gave one, and how many were left out for which reason; a text may give several examples."""
+    if kind == "text":
+        return [e for c in conversations for e in encode_document(c, tokenizer, max_tokens=max_tokens)], conversations, Counter()
+    made = list(encode_all(conversations, tokenizer, max_tokens=max_tokens, truncate=truncate))
+    return (
+        [m for m in made if not isinstance(m, str)],
+        [c for c, m in zip(conversations, made, strict=True) if not isinstance(m, str)],
+        Counter(m for m in made if isinstance(m, str)),
+    )
 
 
 def _shorten(conversation: Conversation, tokenizer: Encoder, max_tokens: int) -> Example | None:

@@ -12,7 +12,22 @@ from cllm.data.schema import Conversation, Reject
 from cllm.messages import UserError
 
 _ASSETS = Path(__file__).parents[1] / "assets"
+MAX_REJECTED = 0.2
 BUILT_IN = {"demo": _ASSETS / "demo.jsonl", "demo-test": _ASSETS / "demo-test.jsonl"}
+
+
+def read_data(data: DataConfig, *, accept_rejects: bool = False) -> tuple[list[Conversation], list[Conversation], int]:
+    """(to train on, held out, how many rows were rejected). Raises UserError if nothing is left, or a fifth was rejected unaccepted."""
+    groups, rejects = read_sources(data)
+    conversations = mix(data, groups)
+    rows = sum(map(len, groups)) + len(rejects)
+    shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejects[:3]]
+    located = "\n  ".join([str(len(rejects)), *shown])
+    if not conversations:
+        raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=located)
+    if len(rejects) > MAX_REJECTED * rows and not accept_rejects:
+        raise UserError("train.rejects", share=f"{len(rejects) / rows:.0%}", count=len(rejects), examples=located)
+    return *hold_out(data, conversations), len(rejects)
 
 
 def read_sources(data: DataConfig) -> tuple[list[list[Conversation]], list[Reject]]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from cllm.learn.optim import out_of_memory
 from cllm.messages import UserError, note, say
 from cllm.model.lora import lora_layers
 
@@ -435,8 +436,8 @@ class Engine:
             row.finish(reason, error)
 
     def _recover(self, error: Exception) -> None:
-        rows, detail, out_of_memory = self._take_all(), f"{type(error).__name__}: {error}", _out_of_memory(error)
-        if out_of_memory:
+        rows, detail, memory = self._take_all(), f"{type(error).__name__}: {error}", out_of_memory(error)
+        if memory:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.kv_tokens = max(1, self.kv_tokens // 2)
@@ -445,7 +446,7 @@ class Engine:
             self.healthy = False
             note("serve.failed", detail=detail)
         for row in reversed(rows):
-            if not out_of_memory:
+            if not memory:
                 row.finish("error", say("serve.failed", detail=detail))
             elif self._cost(1, len(row.ids) + 1) > self.kv_tokens:
                 row.finish("error", say("serve.too_long_for_memory", tokens=len(row.ids)))
@@ -496,8 +497,3 @@ def _cache_bytes(config: Any, dtype: torch.dtype) -> tuple[int, int]:
 
 def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * 2**30
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # The CPU allocator has no exception class of its own.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
