@@ -43,6 +43,8 @@ LAYER_2 = {
     "learn",
     "learn.loss",
     "learn.optim",
+    "learn.dist",
+    "learn.ladder",
 }
 PROGRAMS = {"doctor", "train", "eval", "bench", "chat", "check", "export", "serve.api", "serve.ui"}
 HEAVY = {"torch", "transformers", "gradio", "fastapi", "uvicorn", "matplotlib", "jieba", "numpy", "safetensors", "sentencepiece", "gguf"}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from cllm.messages import UserError
 from cllm.model.lora import adapter_tensors, disable_lora, inject_lora, load_adapter, lora_layers, merge_lora, save_adapter, set_gate
@@ -140,3 +144,40 @@ def test_a_foreign_adapter_is_refused_with_every_reason(tmp_path) -> None:  # ty
         load_adapter(tiny_model("llama"), tmp_path)
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         load_adapter(tiny_model("llama"), tmp_path / "nothing")
+
+
+def test_hostile_adapter_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+    ours, _ = pair("llama")
+    save_adapter(ours, tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    good, settings = load_file(weights), config.read_text(encoding="utf-8")
+    first = next(iter(good))
+
+    def refused(reason: str) -> None:
+        with pytest.raises(UserError, match=reason):
+            load_adapter(tiny_model("llama"), tmp_path)
+
+    for tensors, reason in (
+        ({**good, first: good[first].T.contiguous()}, "has shape"),
+        ({**good, "base_model.model.lm_head.weight": torch.zeros(2)}, "unexpected tensor base_model.model.lm_head.weight"),
+        ({**good, "base_model.model.../../etc/passwd.lora_A.weight": torch.zeros(2, 2)}, r"no linear layer \.\./\.\./etc/passwd"),
+        ({key: value for key, value in good.items() if key != first}, "missing tensor"),
+        ({}, "no tensors"),
+    ):
+        save_file(tensors, weights)
+        refused(reason)
+    for data in (
+        pickle.dumps(print),
+        (2**62).to_bytes(8, "little"),
+        (99 * 2**20).to_bytes(8, "little") + b"{",
+        b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[9999999999],"data_offsets":[0,4]}}  ',
+    ):
+        weights.write_bytes(data)
+        refused("not a readable LoRA adapter")
+    weights.unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(print))  # PEFT's old format: never opened
+    refused("not a readable LoRA adapter")
+    save_file(good, weights)
+    for text in ("[" * 100_000, "[]", "null", '{"peft_type": "LORA", "r": 1e999, "lora_alpha": 1}', settings.replace('"r": ', '"r": -')):
+        config.write_text(text, encoding="utf-8")
+        refused("not a readable LoRA adapter")

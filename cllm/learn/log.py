@@ -5,60 +5,42 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-from cllm.messages import UserError
+from cllm.messages import UserError, note
 
 CLOCK_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
 """Fields of metrics.jsonl that may differ between a run and its resumed twin."""
 
 
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """Where numbers go besides metrics.jsonl."""
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Record the values of one step."""
-
-    def close(self) -> None:
-        """Flush."""
-
-
-class _TensorBoard:
-    def __init__(self, directory: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(directory / "tensorboard"))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _SwanLab:
-    def __init__(self, directory: Path) -> None:
-        import swanlab
-
-        self._swanlab = swanlab  # offline: nothing leaves this machine and no login is asked for
-        swanlab.init(project="cllm", experiment_name=directory.name, logdir=str(directory / "swanlab"), mode="offline")
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._swanlab.log(values, step=step)
-
-    def close(self) -> None:
-        self._swanlab.finish()
+    log: Callable[[dict[str, float], int], object]
+    """Record the values of one step."""
+    close: Callable[[], object]
 
 
 def open_tracker(name: str, directory: Path) -> Tracker | None:
     """The tracker called `name` ("tensorboard", "swanlab"; "none": None). Raises UserError if its package is absent."""
-    kinds: dict[str, type[_TensorBoard] | type[_SwanLab]] = {"tensorboard": _TensorBoard, "swanlab": _SwanLab}
     try:
-        return kinds[name](directory) if name != "none" else None
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer: Any = SummaryWriter(str(directory / "tensorboard"))
+            return Tracker(lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()], writer.close)
+        if name == "swanlab":
+            import swanlab
+
+            # offline: nothing leaves this machine and no login is asked for
+            swanlab.init(project="cllm", experiment_name=directory.name, logdir=str(directory / "swanlab"), mode="offline")
+            return Tracker(lambda values, step: swanlab.log(values, step=step), swanlab.finish)
     except ImportError as error:
         raise UserError("log.tracker", name=name) from error
+    return None
 
 
 class RunLog:
@@ -67,8 +49,7 @@ class RunLog:
     def __init__(self, directory: Path, total_steps: int, tracker: Tracker | None = None, *, done: int = 0) -> None:
         self.path = directory / "metrics.jsonl"
         self.total, self.tracker, self.done = total_steps, tracker, done
-        truncate_metrics(self.path, done)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._recent = deque((row["loss"] for row in read_metrics(self.path) if "loss" in row), maxlen=50)
         self._start = time.perf_counter()
         self._live = sys.stderr.isatty()
 
@@ -86,11 +67,15 @@ class RunLog:
             print(f"\r\033[K{line}", end="\n" if step == self.total else "", file=sys.stderr, flush=True)
         elif step % every == 0 or step in (1, self.total):
             print(line, file=sys.stderr, flush=True)
+        if len(self._recent) >= 10 and values["loss"] > 1.5 * max(self._recent) + 0.1:
+            self.break_line()
+            note("log.spike", step=step, loss=f"{values['loss']:.3f}", count=len(self._recent), most=f"{max(self._recent):.3f}")
+        self._recent.append(values["loss"])
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one object and flush, so that a crash loses nothing and the page can follow."""
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Append one object at once, so that a crash loses nothing and the page can follow."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
         if self.tracker:
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.tracker.log(numbers, int(values["step"]))
@@ -101,8 +86,7 @@ class RunLog:
             print(file=sys.stderr)
 
     def close(self) -> None:
-        """Flush everything and draw loss.png beside metrics.jsonl."""
-        self._file.close()
+        """Close the tracker and draw loss.png beside metrics.jsonl."""
         if self.tracker:
             self.tracker.close()
         draw_loss(self.path, self.path.with_name("loss.png"))
@@ -139,14 +123,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Forget what was written after `step`: a resumed run writes it again."""
-    # The evaluation of that very step is done again: snapshots are taken before it.
-    kept = [row for row in read_metrics(path) if row["step"] < step or (row["step"] == step and "eval_loss" not in row)]
-    if path.exists():
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
 
 
 def draw_loss(metrics: Path, target: Path) -> None:
