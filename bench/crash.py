@@ -1,4 +1,4 @@
-"""Never lose work: `python bench/crash.py [--kills 50] [--disk 10] [--flips 10] [--out bench/results/crash.json]`.
+"""Never lose work: `python bench/crash.py [--kills 50] [--disk 10] [--flips 10] [--seed 0] [--out bench/results/crash.json]`.
 
 A tiny model trains 12 steps with dropout, a snapshot after each, four evaluations. Then, again and again:
     kill   SIGKILL at a random moment (every second time: while a snapshot is being written), then --resume
@@ -154,8 +154,10 @@ def interrupt(config: Path, directory: Path, chance: random.Random, seconds: flo
     return "elsewhere" if list(directory.glob("snapshots/step-*")) else "before the first snapshot"
 
 
-def kills(config: Path, folder: Path, count: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]) -> dict[str, object]:
-    chance, moments, wrong = random.Random(1), Counter[str](), []
+def kills(
+    config: Path, folder: Path, count: int, seed: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]
+) -> dict[str, object]:
+    chance, moments, wrong = random.Random(f"kill {seed}"), Counter[str](), []
     number = 0
     while sum(moments.values()) < count:
         number += 1
@@ -169,8 +171,10 @@ def kills(config: Path, folder: Path, count: int, seconds: float, expected: tupl
     return {"kills": count, "identical": count - len(wrong), "moments": dict(moments), "wrong": wrong}
 
 
-def flips(config: Path, folder: Path, count: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]) -> dict[str, object]:
-    chance, named, wrong = random.Random(2), 0, []
+def flips(
+    config: Path, folder: Path, count: int, seed: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]
+) -> dict[str, object]:
+    chance, named, wrong = random.Random(f"flip {seed}"), 0, []
     for number in range(count):
         directory = folder / f"flip-{number}"
         enough = lambda d=directory: len(list(d.glob("snapshots/step-*"))) > 1  # noqa: E731
@@ -189,8 +193,10 @@ def flips(config: Path, folder: Path, count: int, seconds: float, expected: tupl
     return {"flips": count, "named": named, "identical": count - len(wrong), "wrong": wrong}
 
 
-def full_disk(config: Path, folder: Path, count: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]) -> dict[str, object]:
-    chance, ends, wrong = random.Random(3), Counter[str](), []
+def full_disk(
+    config: Path, folder: Path, count: int, seed: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]
+) -> dict[str, object]:
+    chance, ends, wrong = random.Random(f"disk {seed}"), Counter[str](), []
     mount = folder / "small"
     mount.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "cllm-crash", str(mount)]
@@ -227,7 +233,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--disk", type=int, default=10)
     parser.add_argument("--flips", type=int, default=10)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON list; the report is appended")
     arguments = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
@@ -244,15 +251,16 @@ def main() -> int:
                 seconds = time.perf_counter() - began
         expected = result_of(folder / "plain")
         report = {
-            "command": f"python bench/crash.py --kills {arguments.kills} --disk {arguments.disk} --flips {arguments.flips}",
-            "kill": kills(config, folder, arguments.kills, seconds, expected),
-            "flip": flips(config, folder, arguments.flips, seconds, expected),
-            "disk": full_disk(config, folder, arguments.disk, seconds, expected),
+            "command": " ".join(["python bench/crash.py", *sys.argv[1:]]),
+            "kill": kills(config, folder, arguments.kills, arguments.seed, seconds, expected),
+            "flip": flips(config, folder, arguments.flips, arguments.seed, seconds, expected),
+            "disk": full_disk(config, folder, arguments.disk, arguments.seed, seconds, expected),
             "run_seconds": round(seconds, 2), "seconds": round(time.perf_counter() - start, 1),
             "torch": torch.__version__, "platform": platform.platform(),
         }  # fmt: skip
     if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        before = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else []
+        arguments.out.write_text(json.dumps([*before, report], indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))
     return int(any(part.get("wrong") for part in (report["kill"], report["flip"], report["disk"])))
 

@@ -175,7 +175,7 @@ class Training:
 
     def _open_run(self, resume: Path | None, resources: contextlib.ExitStack) -> None:
         """A new run with its config and manifest, or the newest whole snapshot of an old one; rank 0 writes, all agree."""
-        from cllm.learn.snapshot import adapter_fingerprint, base_fingerprint, changes_since, environment, locked, new_run, replace_file
+        from cllm.learn.snapshot import adapter_fingerprint, base_fingerprint, changes_since, locked, manifest_of, new_run, replace_file
 
         hashes = {"data_sha256": self.data_hash, "base_sha256": base_fingerprint(self.base)}
         self.untrained = adapter_fingerprint(self.model)
@@ -191,12 +191,12 @@ class Training:
                 found = differences(load_config(self.run / "config.toml"), self.config)
                 changes = changes_since(self.run, found, hashes, vital=STATE_SECTIONS, allow=self.allow_changes)
             if changes or not resume:
-                manifest = {
-                    **environment(self.device), "ranks": self.world.size, "seed": self.config.train.seed, "steps": self.total,
-                    "precision": self.precision.name, "template": self.tokenizer.template.name, **hashes, "changes": changes,
-                }  # fmt: skip
+                manifest = manifest_of(
+                    self.device, ranks=self.world.size, seed=self.config.train.seed, steps=self.total, precision=self.precision.name,
+                    template=self.tokenizer.template.name, changes=changes, **hashes,
+                )  # fmt: skip
                 replace_file(self.run / "config.toml", to_toml(self.config).encode())
-                replace_file(self.run / "manifest.json", (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
+                replace_file(self.run / "manifest.json", manifest)
         if resume:
             self._restore()
             note("train.resumed", run=self.run, step=self.step, total=self.total)
@@ -388,8 +388,7 @@ class Training:
         self.log.break_line()
         with writing(self.log.path):
             self.log.write({"step": self.step, "eval_loss": loss, "best": improved})
-        mark = " *" if improved else ""
-        note("train.eval_loss", step=self.step, loss=f"{loss:.3f}{mark}")
+        note("train.eval_loss", step=self.step, loss=f"{loss:.3f}{' *' * improved}")
         if self.config.data.kind == "chat":
             shown = self.held_set[(self.step // self.eval_every) % len(self.held_set)]
             with unless_memory_is_short(self.engine):

@@ -274,6 +274,8 @@ def test_a_base_with_nan_is_named_and_nothing_is_overwritten(config: Path, tmp_p
     assert run("train", [str(config), f"model.path={broken}"]) == 2
     assert "is not finite" in (error := capsys.readouterr().err) and "first at: model.layers.1.mlp.down_proj.base" in error
     assert run("train", [str(config), f"model.path={broken}", "--resume"]) == 2  # the newest run of this config, of the broken base
+    assert run("train", [str(config), f"model.path={broken}", "model.quantize=nf4"]) == 2
+    assert "cannot be quantized (the weight holds inf or NaN)" in capsys.readouterr().err
     assert adapter_bytes(tmp_path / "runs" / "a") == before and not (tmp_path / "runs" / "a-2" / "adapter").exists()
 
 
@@ -297,6 +299,12 @@ def test_less_data_than_a_step_and_a_sequence_longer_than_a_row(config: Path, tm
     assert run("train", [str(config), f"data.train={few}", "data.held_out=0", "train.tokens_per_step=1024", "train.steps=2"]) == 0
     said = capsys.readouterr().err
     assert "left out too_long 1" in said and "the data fill only 2 packed rows, a step takes 8" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_as_data_cannot_hang_the_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "pipe.jsonl" in refused([str(config), f"data.train={tmp_path / 'pipe.jsonl'}"], capsys)
 
 
 def test_a_jump_of_the_loss_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,8 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on some rank."""
+        if self.size == 1:
+            return flag
         count = torch.tensor(float(flag), device=self.device)
         self.sum_([count])
         return bool(count)

@@ -112,8 +112,8 @@ def _lock(handle: int) -> None:
     os.lseek(handle, 0, os.SEEK_SET)
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Versions, system, GPU and git commit: what a manifest needs to explain a result."""
+def manifest_of(device: str, **facts: Any) -> bytes:
+    """manifest.json: `facts` of the run, and the versions, system, GPU and git commit that explain its result."""
     import transformers
 
     from cllm import __version__
@@ -122,11 +122,12 @@ def environment(device: str) -> dict[str, Any]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
-    return {
+    manifest = {
         "cllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "git_commit": commit,
         "python": platform.python_version(), "platform": platform.platform(),
-        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else "",
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else "", **facts,
     }  # fmt: skip
+    return (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def base_fingerprint(base: Path) -> str:
@@ -270,7 +271,7 @@ def load_snapshot(run: Path) -> tuple[bytes, bytes, bytes]:
             if json.loads(files[_STATE])["step"] != step:
                 raise ValueError(f"{_STATE} is of another step")
             return files[_STATE], files[_TENSORS], files[_METRICS]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError, MemoryError) as error:
             note("snapshot.torn", path=path, detail=error)
     raise UserError("snapshot.none", path=run / "snapshots")
 
