@@ -185,8 +185,9 @@ class StepOutOfMemoryError(Exception):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the device, or the host, has no memory left."""
-    # The CPU allocator has no exception class of its own.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    # The CPU's allocator and cuBLAS have no exception class of their own.
+    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def train_step(
