@@ -86,6 +86,7 @@ class Training:
         self.held_rows = held.take(len(held)) if held_examples else []
         left_out = ", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0"
         tokens = sum(self.examples.sizes)
+        self.rows_per_step = max(1, config.train.tokens_per_step // (tokens // len(self.rows) if self.single else row_tokens))
         note(
             "train.data", train=len(self.examples), held_out=len(self.held_set), tokens=f"{tokens:,}", rows=len(self.rows),
             rejects=self.rejects, left_out=left_out,
@@ -165,8 +166,6 @@ class Training:
 
     def _plan_steps(self) -> None:
         train = self.config.train
-        row_tokens = sum(self.examples.sizes) // len(self.rows) if self.single else self.ladder.row_tokens
-        self.rows_per_step = max(1, train.tokens_per_step // row_tokens)
         self.total = train.steps or max(1, round(train.epochs * len(self.rows) / self.rows_per_step))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every
@@ -221,7 +220,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
             self._apply(ladder)
             self.rows.seek(epoch, row)
-        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
             raise UserError("snapshot.foreign", count=1, problems=f"{type(error).__name__}: {error}") from error
         restore(self.model, self.optimizer, load(tensors))
         if self.world.rank == 0:
@@ -269,12 +268,13 @@ class Training:
         from cllm.learn.optim import StepOutOfMemoryError
         from cllm.learn.proof import prove
 
-        how: dict[str, Any] = {"precision": self.precision, "scaler": self.scaler, "max_norm": self.config.train.max_norm}
-        how |= {"plan": self.planned, "budget": self.budget}
+        how: dict[str, Any] = {"precision": self.precision, "max_norm": self.config.train.max_norm, "plan": self.planned}
         while True:
-            rows = [self.rows.longest()] * min(2, self.rows_per_step)
+            rows, scaler = [self.rows.longest()] * min(2, self.rows_per_step), self.precision.scaler()  # of its own: a failure spoils it
+            scaler.load_state_dict(self.scaler.state_dict())
+            how |= {"scaler": scaler, "budget": self.budget, "micro_tokens": self.ladder.micro_tokens}
             try:
-                prove(self.model, rows, self.objective, self.optimizer, micro_tokens=self.ladder.micro_tokens, **how)
+                prove(self.model, rows, self.objective, self.optimizer, **how)
                 return
             except StepOutOfMemoryError as error:
                 detail = str(error)
@@ -333,7 +333,6 @@ class Training:
             (epoch, row), count = self.rows.state, len(self.rows)
             self._encode()
             self.rows.seek(epoch, row * len(self.rows) // count)
-            self.rows_per_step = max(1, self.config.train.tokens_per_step // ladder.row_tokens)
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -367,18 +366,13 @@ class Training:
         if self.world.rank == 0:
             save_snapshot(self.run, self.step, capture(self.model, self.optimizer), state, keep=self.config.run.keep)
 
-    def _held_out_loss(self) -> float:
-        from cllm.evaluate.answers import held_out_loss
-
-        return held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
-
     def _evaluate(self) -> None:
         """Held-out loss (on rank 0, for all), the best adapter so far, one answer to look at."""
-        from cllm.evaluate.answers import answer_of, generate, question_of, unless_memory_is_short
+        from cllm.evaluate.answers import answer_of, generate, held_out_loss, question_of, unless_memory_is_short
         from cllm.learn.snapshot import writing
 
-        found = json.dumps(self._held_out_loss() if self.world.rank == 0 else 0.0)
-        loss = json.loads(self.world.share(found.encode()))
+        own = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes) if self.world.rank == 0 else 0.0
+        loss = float(self.world.share(repr(own).encode()))
         improved = loss < self.best
         self.best, self.stale, self.evaluated = (loss, 0, self.step) if improved else (self.best, self.stale + 1, self.step)
         if self.world.rank:

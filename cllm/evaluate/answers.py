@@ -23,7 +23,7 @@ from cllm.data.packing import PackedBatch, best_fit, collate
 from cllm.data.schema import Conversation, Message
 from cllm.learn.loss import row_nll
 from cllm.learn.optim import Precision, out_of_memory
-from cllm.messages import note
+from cllm.messages import UserError, note
 from cllm.metrics import BLEU, ROUGE, Score, corpus_statistics, generation_scores, paired_bootstrap
 from cllm.model.attention import packs
 from cllm.model.lora import lora_layers, set_gate
@@ -171,10 +171,10 @@ def unless_memory_is_short(engine: Engine) -> Iterator[None]:
     """Answers that do not fit into memory are left out, and it is said: nothing that was learned depends on them."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         if not engine.healthy:  # another failure than a lack of memory
             raise
-        note("train.unanswered", detail=error)
+        note("train.unanswered", detail=error.args[0])
 
 
 def generate(

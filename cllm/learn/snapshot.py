@@ -200,7 +200,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
                 wrong.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name])}")
         elif match := re.fullmatch(r"optimizer/(\d{1,9})/(\w+)", name):
             index = int(match[1])
-            if index >= len(order) or value.numel() > order[index].numel() or (value.ndim > 1 and value.shape != order[index].shape):
+            if index >= len(order) or not _fits(optimizer, order[index], value):
                 wrong.append(f"{name} of shape {tuple(value.shape)} belongs to no parameter")
             state.setdefault(index, {})[match[2]] = value
         elif name != "rng/cuda":
@@ -214,6 +214,12 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def _fits(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: Tensor) -> bool:
+    if isinstance(optimizer, torch.optim.AdamW):
+        return moment.shape in (parameter.shape, ())
+    return moment.numel() < parameter.numel() + 256  # in 8 bits: blocks of 256, the last one padded
 
 
 def save_snapshot(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> Path | None:
