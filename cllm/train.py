@@ -235,7 +235,7 @@ class Training:
         from cllm.learn.snapshot import writing
 
         if self.world.rank == 0:
-            self.log = RunLog(self.run, self.total, open_tracker(self.config.log.tracker, self.run), done=self.step)
+            self.log = RunLog(self.run, self.total, open_tracker(self.config.log.tracker, self.run))
         self.model.train()
         if self.budget:
             self._prove()

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from cllm.messages import UserError, note
 
+LOGGED_SECONDS = 30
+"""A log file that is no terminal gets a line at least this often."""
 CLOCK_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
 """Fields of metrics.jsonl that may differ between a run and its resumed twin."""
 
@@ -46,27 +48,30 @@ def open_tracker(name: str, directory: Path) -> Tracker | None:
 class RunLog:
     """Appends one object per step to metrics.jsonl, keeps a line on the terminal, draws loss.png."""
 
-    def __init__(self, directory: Path, total_steps: int, tracker: Tracker | None = None, *, done: int = 0) -> None:
+    def __init__(self, directory: Path, total_steps: int, tracker: Tracker | None = None) -> None:
         self.path = directory / "metrics.jsonl"
-        self.total, self.tracker, self.done = total_steps, tracker, done
+        self.total, self.tracker = total_steps, tracker
         self._recent = deque((row["loss"] for row in read_metrics(self.path) if "loss" in row), maxlen=50)
-        self._start = time.perf_counter()
+        self._paces: deque[float] = deque(maxlen=50)  # seconds of the last steps; evaluations do not count
+        self._printed = time.perf_counter()
         self._live = sys.stderr.isatty()
 
     def step(self, values: dict[str, Any]) -> None:
         """Record a training step; `values` has step, loss, lr, grad_norm, tokens_per_second, peak_memory_bytes …"""
         self.write(values)
         step = values["step"]
-        remaining = (time.perf_counter() - self._start) / max(1, step - self.done) * (self.total - step)
+        self._paces.append(values["tokens"] / values["tokens_per_second"])
+        remaining = sum(self._paces) / len(self._paces) * (self.total - step)
         line = (
             f"step {step:>5}/{self.total}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
             f"{values['tokens_per_second']:,.0f} tok/s  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB  eta {duration(remaining)}"
         )
-        every = max(1, self.total // 20)
+        due = time.perf_counter() - self._printed > LOGGED_SECONDS or step % max(1, self.total // 20) == 0 or step in (1, self.total)
         if self._live:
             print(f"\r\033[K{line}", end="\n" if step == self.total else "", file=sys.stderr, flush=True)
-        elif step % every == 0 or step in (1, self.total):
+        elif due:
             print(line, file=sys.stderr, flush=True)
+            self._printed = time.perf_counter()
         if len(self._recent) >= 10 and values["loss"] > 1.5 * max(self._recent) + 0.1:
             self.break_line()
             note("log.spike", step=step, loss=f"{values['loss']:.3f}", count=len(self._recent), most=f"{max(self._recent):.3f}")
@@ -117,7 +122,7 @@ def duration(seconds: float) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl; a torn last line (a crash while writing) is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
