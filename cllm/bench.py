@@ -18,22 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm import memory
 from cllm.config import Config, load_config
-from cllm.memory import (
-    GIB,
-    MIB,
-    Hardware,
-    Settings,
-    Shape,
-    estimate_vram,
-    find_config,
-    make_plan,
-    row_flops,
-    row_seconds,
-    savings,
-    settings_of,
-    shape_of,
-)
+from cllm.memory import GIB, MIB, Settings, estimate_vram, make_plan
 from cllm.messages import UserError, note, say, table
 
 if TYPE_CHECKING:
@@ -47,7 +34,7 @@ ROWS_PER_STEP = 2  # so that gradients of earlier rows are alive at the peak, as
 DECODE_TOKENS = 32
 WARM_STEPS = 3
 SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on paper"
-CPU = Hardware(flops=0.4e12, bandwidth=20e9)  # one or two cores: only decides whether to measure
+CPU = memory.Hardware(flops=0.4e12, bandwidth=20e9)  # one or two cores: only decides whether to measure
 TOKENS_PER_CHARACTER = 0.7  # of mixed Chinese text, where no tokenizer is at hand
 
 
@@ -85,7 +72,7 @@ class Subject:
         how["quantize"] = None if config.model.quantize == "none" else config.model.quantize
         torch.manual_seed(config.train.seed)
         model: Any = random_model(original, **how) if original else load_model(resolve(config.model.path), **how)
-        self.shape = shape_of(original or model.config.to_dict(), name)
+        self.shape = memory.shape_of(original or model.config.to_dict(), name)
         lora = config.lora
         inject_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora)
         self.precision.prepare(model)
@@ -126,7 +113,7 @@ class Subject:
         estimate = estimate_vram(self.shape, settings)
         result = {"model": self.name, "layers": self.shape.layers, **asdict(settings), "budget_bytes": self.budget, "reserved_bytes": None}
         result |= {"estimate_bytes": estimate.allocated, "estimate_total_bytes": estimate.total}
-        result["link_bytes"] = ROWS_PER_STEP * crossing_bytes(self.shape, settings)
+        result["link_bytes"] = ROWS_PER_STEP * memory.crossing_bytes(self.shape, settings)
         try:
             result["first_loss"], _ = self.step(row)
             seconds = result["step_seconds"] = statistics.median(self.step(row)[1] for _ in range(steps))
@@ -138,7 +125,7 @@ class Subject:
             result["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
             free, total = torch.cuda.mem_get_info(self.device)
             result["context_bytes"] = total - free - torch.cuda.memory_reserved(self.device)  # and whatever else uses the card
-        useful = ROWS_PER_STEP * row_flops(self.shape, replace(settings, checkpoint_layers=0)) / seconds
+        useful = ROWS_PER_STEP * memory.row_flops(self.shape, Settings(tokens, checkpoint_layers=0)) / seconds
         result |= {"tokens_per_second": ROWS_PER_STEP * tokens / seconds, "mfu": useful / self.matmul_rate()}
         return {**result, "peak_bytes": peak, "estimate_ratio": estimate.allocated / peak}
 
@@ -174,19 +161,19 @@ class Subject:
 
 
 def _settings(config: Config, tokens: int, precision: str, device: str) -> Settings:
-    return settings_of(config.model, config.lora, config.train, config.memory, row_tokens=tokens, precision=precision, device=device)
+    return memory.settings_of(config.model, config.lora, config.train, config.memory, row_tokens=tokens, precision=precision, device=device)
 
 
 def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[str, Any]) -> dict[str, Any]:
     """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it for the JSON."""
-    shape, budget = shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
+    shape, budget = memory.shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
     settings = _settings(config, config.train.row_tokens, precision, "cuda")
     plan, estimate = make_plan(shape, settings, budget), estimate_vram(shape, settings)
     print(say("bench.plan", name=name, row=settings.row_tokens, quantize=settings.quantize, precision=precision, rank=settings.rank))
     print(estimate.table())
     grid, rows = [], [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
-    for step in savings(shape, settings, int(budget * GIB)):
+    for step in memory.savings(shape, settings, int(budget * GIB)):
         totals = {n: estimate_vram(shape, replace(step.settings, row_tokens=n)).total for n in PLAN_ROWS}
         longest = make_plan(shape, step.settings, budget).longest_row
         grid.append({"change": step.change, "slowdown": step.slowdown, "totals": totals, "longest_row": longest})
@@ -207,9 +194,9 @@ def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[st
     return {**result, "time": _time(config, shape, used, work)}
 
 
-def _time(config: Config, shape: Shape, settings: Settings, work: dict[str, Any]) -> dict[str, Any]:
+def _time(config: Config, shape: memory.Shape, settings: Settings, work: dict[str, Any]) -> dict[str, Any]:
     """Tokens, steps and hours of the run; of a million tokens, if there is no data. Prints them."""
-    seconds = work.get("row_seconds") or row_seconds(shape, settings) * work.get("fill", 1.0)
+    seconds = work.get("row_seconds") or memory.row_seconds(shape, settings) * work.get("fill", 1.0)
     tokens = work.get("tokens", 10**6) * (config.train.epochs if work else 1)
     rows = -(-tokens // (settings.row_tokens * work.get("fill", 1.0)))
     steps = config.train.steps or max(1, round(rows / max(1, config.train.tokens_per_step // config.train.row_tokens)))
@@ -243,7 +230,7 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     settings = _settings(config, config.train.row_tokens, "fp32", "cpu")
     import torch
 
-    if torch.cuda.is_available() or row_seconds(shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
+    if torch.cuda.is_available() or memory.row_seconds(memory.shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
         note("bench.timing", steps=WARM_STEPS)
         subject = Subject(config, config.model.path, None)
         batches = rows.take(WARM_STEPS + 1)
@@ -268,7 +255,7 @@ def _original(config: Config, layers: int) -> tuple[str, dict[str, Any]]:
 
         name, original = config.model.path, original_config(Path(config.model.path))
     else:
-        name, original = find_config(str(built_in) if built_in.is_file() else config.model.path)
+        name, original = memory.find_config(str(built_in) if built_in.is_file() else config.model.path)
     key = next((key for key in ("num_layers", "n_layer", "num_hidden_layers") if key in original), "num_hidden_layers")
     return (config.model.path if built_in.is_file() else name), {**original, key: layers} if layers else original
 
@@ -358,15 +345,15 @@ def _plot(report: dict[str, Any], target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (memory, speed) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    figure, (peaks, speed) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
     ran = [r for r in report["results"] if "peak_bytes" in r]
     for number, (name, quantize) in enumerate(dict.fromkeys((r["model"], r["quantize"]) for r in ran)):
         rows = [r for r in ran if (r["model"], r["quantize"]) == (name, quantize)]
         tokens, how = [r["row_tokens"] for r in rows], {"color": f"C{number}"}
-        memory.plot(tokens, [r["peak_bytes"] / GIB for r in rows], "o-", label=f"{name}, {quantize}", **how)
-        memory.plot(tokens, [r["estimate_bytes"] / GIB for r in rows], "--", **how)
+        peaks.plot(tokens, [r["peak_bytes"] / GIB for r in rows], "o-", label=f"{name}, {quantize}", **how)
+        peaks.plot(tokens, [r["estimate_bytes"] / GIB for r in rows], "--", **how)
         speed.plot(tokens, [r["tokens_per_second"] for r in rows], "o-", **how)
-    for axes, label in ((memory, "peak GiB (dashed: estimate)"), (speed, "tokens per second")):
+    for axes, label in ((peaks, "peak GiB (dashed: estimate)"), (speed, "tokens per second")):
         axes.set(xlabel="row, tokens", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)

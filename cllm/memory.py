@@ -297,9 +297,9 @@ def _loss(shape: Shape, s: Settings) -> int:
     head, two dense tiles of that and a sum of products in float32."""
     rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
     block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
-    pieces = 0 if s.width == 4 else 4 * shape.vocab * (block + min(block, rows - block))  # one is made before the last one goes
+    pieces, following = (0, 0) if s.width == 4 else (4 * shape.vocab * block, 4 * shape.vocab * min(block, rows - block))
     tiles = min(shape.vocab * shape.hidden, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden if s.head == "nf4" else 0
-    logits = rows * s.width * shape.vocab + max(rows * s.width * shape.hidden + pieces, tiles)
+    logits = rows * s.width * (shape.vocab + shape.hidden) + pieces + max(following, tiles)  # a piece is made before the last one goes
     return 3 * s.residual * s.row_tokens * shape.hidden + logits
 
 
@@ -358,10 +358,8 @@ def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
     weights = sum(i * o for i, o in linears)
     stored = nf4_bytes(weights) + 2 * s.width * weights if s.quantize == "nf4" and shape.gated else s.width * weights
     moved = (2 * shape.layers + len(_recomputed(shape, s))) * (stored + 2 * sum(_kept(shape, s, linears)))
-    return max(
-        row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth,
-        crossing_bytes(shape, s) / hardware.link,
-    )
+    computed = row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth
+    return max(computed, crossing_bytes(shape, s) / hardware.link)
 
 
 class Step(NamedTuple):

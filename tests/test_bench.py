@@ -99,6 +99,16 @@ def test_readme_tables_are_what_the_plan_says(monkeypatch: pytest.MonkeyPatch, c
     assert readme_table.main() == 0 and last_json(capsys) == {"out_of_date": []}
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon")
+def test_loading_into_nf4_never_holds_the_checkpoint_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench/load_memory.py at a twentieth of ChatGLM3-6B: model + 3 x largest tensor + 0.1 GiB."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import load_memory
+
+    result = load_memory.run(20)
+    assert result["checkpoint_bytes"] > 6e8 and result["above_bytes"] < result["bound_bytes"] < result["checkpoint_bytes"]
+
+
 def test_gpu_script_says_in_one_line_that_there_is_no_gpu() -> None:
     import torch
 
