@@ -8,7 +8,18 @@ from conftest import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from cllm.messages import UserError
-from cllm.model.lora import adapter_tensors, disable_lora, inject_lora, load_adapter, lora_layers, merge_lora, save_adapter, set_gate
+from cllm.model.lora import (
+    GATED,
+    LoraLinear,
+    adapter_tensors,
+    disable_lora,
+    inject_lora,
+    load_adapter,
+    lora_layers,
+    merge_lora,
+    save_adapter,
+    set_gate,
+)
 
 IDS = torch.tensor([[5, 9, 33, 71, 20, 11, 2, 8], [7, 7, 40, 3, 90, 12, 64, 1]])
 TARGETS = {"llama": "all-linear", "qwen3": "all-linear", "gpt2": ["c_attn", "c_proj", "c_fc"]}
@@ -140,3 +151,102 @@ def test_a_foreign_adapter_is_refused_with_every_reason(tmp_path) -> None:  # ty
         load_adapter(tiny_model("llama"), tmp_path)
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         load_adapter(tiny_model("llama"), tmp_path / "nothing")
+
+
+def random_layer(kind: str, dtype: torch.dtype) -> LoraLinear:
+    from transformers.pytorch_utils import Conv1D
+
+    from cllm.model.nf4 import NF4Linear
+
+    torch.manual_seed(2)
+    base: torch.nn.Module = torch.nn.Linear(96, 70, dtype=dtype)
+    if kind == "nf4":
+        base = NF4Linear.from_linear(base)  # type: ignore[arg-type]
+    if kind == "conv1d":
+        base = Conv1D(70, 96).to(dtype)
+    layer = LoraLinear(base.requires_grad_(False), 4, 12.0)
+    torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return layer
+
+
+def outcome(layer: torch.nn.Module, inputs: list[torch.Tensor], *rest: object) -> list[torch.Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    wanted = [*leaves, *(p for p in layer.parameters() if p.requires_grad)]
+    result = layer(*leaves, *rest)
+    torch.manual_seed(5)
+    return [result.detach(), *torch.autograd.grad(result, wanted, torch.randn(result.shape).bfloat16().to(result.dtype))]
+
+
+def distances(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]:
+    return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["linear", "gated"])
+@pytest.mark.parametrize("kind", ["dense", "nf4", "conv1d"])
+def test_fused_equals_autograd(kind: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 to 1e-6; bf16 no further from the float32 truth than 1.1 times plain autograd is (norm-relative), and within 1e-2."""
+    monkeypatch.setattr("cllm.model.lora._PIECE", 96 * 7)  # several pieces and a short one
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 33, 96) for _ in range(1 + gated)]
+    rest = [torch.nn.SiLU()] if gated else []
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for fused in (True, False):
+            layer = random_layer(kind, torch.bfloat16).to(dtype)
+            layer.lora_A.data, layer.lora_B.data = (random_layer(kind, dtype).float().get_parameter(n).data for n in ("lora_A", "lora_B"))
+            layer.fused = fused
+            results[dtype, fused] = outcome(layer, [x.bfloat16().to(dtype) for x in exact], *rest)
+            assert [t.dtype for t in results[dtype, fused][-2:]] == [torch.float32] * 2
+    assert max(distances(results[torch.float32, True], results[torch.float32, False])) < 1e-6
+    ours, theirs = (distances(results[torch.bfloat16, fused], results[torch.float32, False]) for fused in (True, False))
+    assert max(ours) < 1e-2 and all(a <= 1.1 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_mlp_equals_its_own_forward(name: str) -> None:
+    import transformers
+
+    family = name.removesuffix("MLP")
+    module = __import__(f"transformers.models.{family.lower()}.modeling_{family.lower()}", fromlist=[name])
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")(hidden_size=32, intermediate_size=48)
+    torch.manual_seed(0)
+    mlp = getattr(module, name)(config)
+    plain = mlp.forward
+    inject_lora(mlp, rank=2, alpha=4)
+    for parameter in mlp.parameters():
+        parameter.data.normal_(std=0.2)
+    x = torch.randn(2, 5, 32)
+    found = outcome(mlp, [x])
+    mlp.forward = plain
+    assert max(distances(found, outcome(mlp, [x]))) < 1e-6
+    LoraLinear.fused = False
+    try:
+        assert max(distances(found, outcome(mlp, [x]))) < 1e-6
+    finally:
+        LoraLinear.fused = True
+    merge_lora(mlp)
+    assert torch.isfinite(mlp(x)).all()
+
+
+def kept_bytes(run) -> int:  # type: ignore[no-untyped-def]
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: storages.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+    ):
+        result = run()
+    assert result.requires_grad
+    return sum(storages.values())
+
+
+def test_a_gated_mlp_keeps_two_wide_tensors_instead_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    inject_lora(model, rank=2, alpha=4)
+    model.requires_grad_(False)
+    for value in adapter_tensors(model).values():
+        value.requires_grad_()
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 1000, 32)
+    ours = kept_bytes(lambda: mlp(x))
+    monkeypatch.setattr(LoraLinear, "fused", False)
+    plain = kept_bytes(lambda: mlp(x))
+    wide = 1000 * 64 * 4
+    assert plain - ours > 1.9 * wide and ours < 2.6 * wide + x.nbytes

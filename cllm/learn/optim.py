@@ -214,7 +214,10 @@ def first_nonfinite(model: nn.Module, batch: PackedBatch, objective: Objective, 
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if not list(module.children())]
+    def watched(module: nn.Module) -> bool:
+        return hasattr(module, "lora_A") or not list(module.children())  # an adapted linear computes its base without calling it
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if watched(module)]
     device = next(p.device for p in model.parameters() if p.requires_grad)
     try:
         with precision.autocast():

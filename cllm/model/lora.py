@@ -1,7 +1,8 @@
 """LoRA: low-rank adapters around frozen linear layers, and their files in PEFT's format.
 
 Knows nothing about architectures: whatever has a dense weight (`nn.Linear`, `NF4Linear`, GPT-2's `Conv1D`) is wrapped, never rewritten,
-so that base and adapter are one model. A gate per row switches the adapter: gate 0 is the base.
+so that base and adapter are one model. A gate per row switches the adapter: gate 0 is the base. Plain LoRA without dropout runs through
+one autograd function per linear, a gated MLP's last one with the product in front of it; `LoraLinear.fused = False` switches to autograd.
 References: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353; file layout and numbers as PEFT 0.21.
 """
 
@@ -20,11 +21,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cllm.messages import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_PIECE = 2**22  # elements of a gated MLP's product handled at a time
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GlmMLP", "Glm4MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
+"""Classes that compute down_proj(act(gate) * up), gate and up from two linears or from one; a test compares each."""
 _SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
@@ -60,12 +65,73 @@ class Gate:
         self.rows: Tensor | float | None = None
 
 
+class _LoraMatmul(torch.autograd.Function):
+    """`layer`(x), or `layer`(act(x) * up): keeps x, up and r numbers per token; the dense weight and the product are made again.
+
+    x is kept by reference, so q, k and v share it, as gate and up do. Against autograd, the forward makes one tensor of the output's size
+    instead of three, the backward one of the input's instead of three, and a gated MLP keeps two wide tensors instead of four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, act: Any, x: Tensor, up: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.layer, ctx.act, ctx.dtype = layer, act, dtype
+        inputs = _inputs(x, up, act, dtype)
+        bias = getattr(layer.base, "bias", None)
+        output = F.linear(inputs, base_weight(layer.base, dtype), None if bias is None else bias.to(dtype))
+        low = F.linear(inputs, a.to(dtype))
+        output.view(-1, output.shape[-1]).addmm_(low.view(-1, layer.rank), b.to(dtype).T, alpha=layer.scaling)
+        ctx.save_for_backward(x, up, low, a, b)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, low, A, B = ctx.saved_tensors
+        layer, dtype, grad = ctx.layer, ctx.dtype, grad.reshape(-1, grad.shape[-1])
+        low_grad = (grad @ B.to(dtype)).mul_(layer.scaling)
+        A_grad = (low_grad.T @ _inputs(x, up, ctx.act, dtype).reshape(-1, layer.in_features)).to(A.dtype)
+        B_grad = (grad.T @ low.view(-1, layer.rank)).mul_(layer.scaling).to(B.dtype)
+        if not ctx.needs_input_grad[2]:
+            return None, None, None, None, A_grad, B_grad
+        x_grad = (grad @ base_weight(layer.base, dtype)).addmm_(low_grad, A.to(dtype)).view(x.shape)
+        if up is None:
+            return None, None, x_grad.to(x.dtype), None, A_grad, B_grad
+        gate_grad = torch.empty_like(x_grad)
+        for gate, factor, piece, out in zip(*map(_pieces, (x, up, x_grad, gate_grad)), strict=True):
+            with torch.enable_grad():
+                leaf = gate.detach().requires_grad_()
+                active = ctx.act(leaf)
+            out.copy_(torch.autograd.grad(active, leaf, piece * factor)[0])
+            piece.mul_(active.detach())  # the product's gradient becomes that of up
+        return None, None, gate_grad, x_grad, A_grad, B_grad
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    flat = tensor.flatten(0, -2)
+    pieces: tuple[Tensor, ...] = flat.split(max(1, _PIECE // flat.shape[1]))
+    return pieces
+
+
+def _inputs(x: Tensor, up: Tensor | None, act: Any, dtype: torch.dtype) -> Tensor:
+    """x, or act(x) * up, in `dtype`."""
+    if up is None:
+        return x.to(dtype)
+    product = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for gate, factor, out in zip(*map(_pieces, (x, up, product)), strict=True):
+        torch.mul(act(gate), factor, out=out)
+    return product
+
+
 class LoraLinear(nn.Module):
     """y = base(x) + scaling * gate * B A dropout(x), with scaling = alpha / r (rsLoRA: alpha / sqrt(r)).
 
     Shapes: x (…, in), lora_A (r, in) Kaiming-uniform, lora_B (out, r) zero, y (…, out); adapters are float32 and computed in x's dtype.
     DoRA (`magnitude` (out,)): y = bias + m / ||W + scaling B A||_row * (W + scaling B A) x, the norm held constant in backward.
     """
+
+    fused = True
 
     def __init__(
         self,
@@ -101,9 +167,15 @@ class LoraLinear(nn.Module):
         weight = base_weight(self.base, torch.float32) + self.delta()
         return weight if self.magnitude is None else weight * (self.magnitude / weight.norm(dim=1))[:, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x)
+    def forward(self, x: Tensor, up: Tensor | None = None, act: Any = None) -> Tensor:
+        """y (…, out) of x (…, in), or of act(x) * up."""
         rows = self.gate.rows
+        plain = self.magnitude is not None or rows is not None or (self.dropout > 0 and self.training)
+        if self.fused and not plain:
+            fused: Tensor = _LoraMatmul.apply(self, act, x, up, self.lora_A, self.lora_B)  # type: ignore[no-untyped-call]
+            return fused
+        x = x if up is None else act(x) * up
+        result: Tensor = self.base(x)
         if isinstance(rows, float) and rows == 0.0:
             return result
         hidden = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
@@ -117,6 +189,22 @@ class LoraLinear(nn.Module):
         if isinstance(rows, Tensor):
             update = update * rows.to(update.dtype).view(-1, *[1] * (update.dim() - 1))
         return result + update
+
+
+class _GatedMlp:
+    """Stands for the `forward` of an MLP of `GATED` and leaves the product to its adapted `down_proj`."""
+
+    def __init__(self, mlp: Any) -> None:
+        self.mlp, self.plain = mlp, mlp.forward
+        self.act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mlp = self.mlp
+        if not isinstance(mlp.down_proj, LoraLinear):  # merged
+            return self.plain(x)  # type: ignore[no-any-return]
+        fused = hasattr(mlp, "gate_up_proj")
+        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1) if fused else (mlp.gate_proj(x), mlp.up_proj(x))
+        return mlp.down_proj(gate, up, self.act)  # type: ignore[no-any-return]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -158,6 +246,9 @@ def inject_lora(
     for name in chosen:
         layer = LoraLinear(linears[name], rank, alpha, dropout=dropout, rslora=rslora, dora=dora, gate=gate)
         _replace(model, name, layer)
+    for module in model.modules():
+        if type(module).__name__ in GATED and isinstance(module.down_proj, LoraLinear):
+            module.forward = _GatedMlp(module)
     return lora_layers(model)
 
 
