@@ -183,29 +183,25 @@ def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[st
     print(say(verdict, budget=f"{budget:g}", longest=plan.longest_row, fewest=plan.checkpoint_layers))
     for step in plan.ladder:
         print(f"  {step.total / GIB:6.2f} GiB  x{step.slowdown:.2f}  {step.change}")
-    result = {"model": name, "budget_gib": budget, **asdict(settings), **asdict(estimate), "total": estimate.total, "grid": grid}
-    ladder = [{"change": step.change, "total": step.total, "slowdown": step.slowdown} for step in plan.ladder]
-    result |= {"fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers, "ladder": ladder}
-    used = (
-        replace(settings, checkpoint_layers=plan.checkpoint_layers)
-        if settings.checkpoint_layers < 0 <= plan.checkpoint_layers
-        else settings
-    )
-    return {**result, "time": _time(config, shape, used, work)}
+    used = settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=plan.checkpoint_layers)
+    return {
+        "model": name, "budget_gib": budget, **asdict(settings), **asdict(estimate), "total": estimate.total, "grid": grid,
+        "fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers, "time": _time(config, shape, used, work),
+        "ladder": [{"change": step.change, "total": step.total, "slowdown": step.slowdown} for step in plan.ladder],
+    }  # fmt: skip
 
 
 def _time(config: Config, shape: memory.Shape, settings: Settings, work: dict[str, Any]) -> dict[str, Any]:
     """Tokens, steps and hours of the run; of a million tokens, if there is no data. Prints them."""
-    seconds = work.get("row_seconds") or memory.row_seconds(shape, settings) * work.get("fill", 1.0)
-    tokens = work.get("tokens", 10**6) * (config.train.epochs if work else 1)
-    rows = -(-tokens // (settings.row_tokens * work.get("fill", 1.0)))
-    steps = config.train.steps or max(1, round(rows / max(1, config.train.tokens_per_step // config.train.row_tokens)))
-    if config.train.steps and work:
-        rows = steps * max(1, config.train.tokens_per_step // config.train.row_tokens)
-    how = "measured" if "row_seconds" in work else "roofline"
-    result = {"tokens": int(tokens), "exact_tokens": "fill" in work, "steps": steps, "hours": rows * seconds / 3600, "how": how}
-    values = {"tokens": f"{tokens:,.0f}", "steps": steps, "hours": f"{result['hours']:.2f}", "speed": f"{tokens / rows / seconds:,.0f}"}
-    print(say(f"bench.time.{how}", **values))
+    train, fill = config.train, work.get("fill", 1.0)
+    rows_per_step, seconds = max(1, train.tokens_per_step // train.row_tokens), work.get("row_seconds")
+    wanted = work["tokens"] * train.epochs if work else 10**6
+    steps = (train.steps if work else 0) or max(1, round(wanted / (rows_per_step * train.row_tokens * fill)))
+    tokens = steps * rows_per_step * train.row_tokens * fill
+    hours = steps * rows_per_step * (seconds or memory.row_seconds(shape, settings) * fill) / 3600
+    result = {"tokens": round(tokens), "exact_tokens": "fill" in work, "steps": steps, "hours": hours, "measured": seconds is not None}
+    values = {"tokens": f"{tokens:,.0f}", "steps": steps, "hours": f"{hours:.2f}", "speed": f"{tokens / hours / 3600:,.0f}"}
+    print(say("bench.time.measured" if seconds else "bench.time.roofline", **values))
     return result
 
 
@@ -217,6 +213,8 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     train, _ = hold_out(config.data, mix(config.data, groups))
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
         return {"tokens": round(TOKENS_PER_CHARACTER * sum(len(m.content) for c in train for m in c.messages))}
+    import torch
+
     from cllm.data.packing import PackedRows
     from cllm.model.source import resolve
     from cllm.model.tokenizer import load_tokenizer
@@ -228,13 +226,10 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     tokens = sum(len(e.input_ids) for e in rows.examples)
     work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * config.train.row_tokens)}
     settings = _settings(config, config.train.row_tokens, "fp32", "cpu")
-    import torch
-
     if torch.cuda.is_available() or memory.row_seconds(memory.shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
         note("bench.timing", steps=WARM_STEPS)
         subject = Subject(config, config.model.path, None)
-        batches = rows.take(WARM_STEPS + 1)
-        work["row_seconds"] = statistics.median([subject.step(row, 1)[1] for row in batches][1:])
+        work["row_seconds"] = statistics.median([subject.step(row, 1)[1] for row in rows.take(WARM_STEPS + 1)][1:])
     return work
 
 
@@ -301,10 +296,10 @@ def main(argv: list[str]) -> int:
     configs = [_config(name, overrides) for name in names]
     if arguments.plan:
         plans = []
-        for subject_name, config in zip(names, configs, strict=True):
-            name, published = _original(config, arguments.layers)
-            data = subject_name.endswith(".toml") or subject_name.startswith("preset:")
-            plans.append(show_plan(config, name, published, _work(config, published) if data else {}))
+        for given, config in zip(names, configs, strict=True):
+            published = _original(config, arguments.layers)
+            work = _work(config, published[1]) if given.startswith("preset:") or given.endswith(".toml") else {}
+            plans.append(show_plan(config, *published, work))
         print(json.dumps({"plans": plans}))
         return 0
     report: dict[str, Any] = {"device": "", "results": [], "generation": []}
@@ -339,27 +334,28 @@ def _machine(device: Any) -> dict[str, Any]:
 
 
 def _plot(report: dict[str, Any], target: Path) -> None:
-    """Peak memory and speed over the row length, a line per model and settings; the estimate dashed."""
+    """Peak memory (dashed: the estimate) and speed over the row length, a line per model and settings."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for r in (r for r in report["results"] if "peak_bytes" in r):
+        lines.setdefault(f"{r['model']}, {r['quantize']}, {r['stream_layers']} streamed", []).append(r)
     figure, (peaks, speed) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
-    ran = [r for r in report["results"] if "peak_bytes" in r]
-    for number, (name, quantize) in enumerate(dict.fromkeys((r["model"], r["quantize"]) for r in ran)):
-        rows = [r for r in ran if (r["model"], r["quantize"]) == (name, quantize)]
-        tokens, how = [r["row_tokens"] for r in rows], {"color": f"C{number}"}
-        peaks.plot(tokens, [r["peak_bytes"] / GIB for r in rows], "o-", label=f"{name}, {quantize}", **how)
-        peaks.plot(tokens, [r["estimate_bytes"] / GIB for r in rows], "--", **how)
-        speed.plot(tokens, [r["tokens_per_second"] for r in rows], "o-", **how)
-    for axes, label in ((peaks, "peak GiB (dashed: estimate)"), (speed, "tokens per second")):
-        axes.set(xlabel="row, tokens", ylabel=label)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
+    for number, (name, rows) in enumerate(lines.items()):
+        for axes, key, unit, style in (
+            (peaks, "peak_bytes", GIB, "o-"),
+            (peaks, "estimate_bytes", GIB, "--"),
+            (speed, "tokens_per_second", 1, "o-"),
+        ):
+            axes.plot([r["row_tokens"] for r in rows], [r[key] / unit for r in rows], style, color=f"C{number}", label=name)
+    peaks.set(xlabel="row, tokens", ylabel="peak GiB (dashed: estimate)", ylim=(0, None))
+    speed.set(xlabel="row, tokens", ylabel="tokens per second", ylim=(0, None))
+    speed.legend(frameon=False, fontsize=7)
     figure.suptitle(report["device"])
-    figure.legend(frameon=False, loc="lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)
 
