@@ -8,6 +8,7 @@ Thresholds: weights equal, logits within 1e-4 in float32. The greedy continuatio
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import subprocess
@@ -27,11 +28,13 @@ def continue_greedily(model: Any, ids: list[int], count: int) -> list[int]:
     """`count` ids by argmax."""
     import torch
 
+    # Transformers 5.24 renames the argument and what is returned: the older name only warns from then on
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache, last, new = None, torch.tensor([ids]), []
     with torch.no_grad():
         for _ in range(count):
-            out = model(input_ids=last, past_key_values=cache, use_cache=True)
-            cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=last, use_cache=True, **{name: cache})
+            cache, last = out[name], out.logits[:, -1:].argmax(-1)
             new.append(int(last))
     return new
 

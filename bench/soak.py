@@ -1,4 +1,4 @@
-"""Many clients for a while: `python bench/soak.py RUN [--requests 2000] [--clients 32]`; a third leave midway, malformed bodies between.
+"""Many clients for a while; a third leave midway, malformed bodies between: `python bench/soak.py RUN [--requests 2000] [--clients 32]`.
 
 Every client asks for greedy answers to its own questions, so that an answer of another client would be seen. Afterwards nothing may
 run or wait, the server must still answer, and the memory may not have grown by more than 5 % since the third of ten waves (allocators
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import random
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import uvicorn
 
 from cllm.serve.api import Guard, build_app
 from cllm.serve.load import open_model
+from cllm.serve.ui import mount_page
 
 WAVES = 10
 MALFORMED = (
@@ -39,7 +41,7 @@ def resident_bytes() -> int:
 
 
 async def client(number: int, http: httpx.AsyncClient, requests: int, counts: dict[str, int], expected: dict[str, str]) -> None:
-    chance = random.Random(number)
+    chance = random.Random(f"{number} {sum(counts.values())}")
     for _ in range(requests):
         kind = chance.choice(("whole", "stream", "leave", "leave", "stream", "malformed"))
         question = f"第{number}位客人问：{'你好' * (number % 5 + 1)}"
@@ -49,7 +51,7 @@ async def client(number: int, http: httpx.AsyncClient, requests: int, counts: di
             answer = await http.post("/v1/chat/completions", content=chance.choice(MALFORMED), headers={"content-type": "application/json"})
             assert answer.status_code in (400, 413), answer.status_code
             continue
-        text = ""
+        text, done = "", kind != "stream"
         async with http.stream("POST", "/v1/chat/completions", json=body) as response:
             assert response.status_code == 200, await response.aread()
             if kind == "whole":
@@ -59,8 +61,10 @@ async def client(number: int, http: httpx.AsyncClient, requests: int, counts: di
                 if line.startswith("data: {"):
                     text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
                     pieces += 1
+                done = done or line == "data: [DONE]"
                 if kind == "leave" and pieces >= leave_after:
                     break
+        assert done, "a stream did not end"
         known = expected.setdefault(question, text) if kind != "leave" else expected.get(question, text)
         assert known.startswith(text) if kind == "leave" else known == text, (question, known, text)
 
@@ -76,10 +80,11 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     loaded = open_model(arguments.run)
     engine = loaded.engine()
-    server = uvicorn.Server(uvicorn.Config(Guard(build_app(loaded, engine)), port=7898, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(Guard(mount_page(build_app(loaded, engine), loaded, engine)), port=7898, log_level="error"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
         time.sleep(0.01)
@@ -88,7 +93,8 @@ def main() -> None:
 
     async def wave(requests: int) -> None:
         async with httpx.AsyncClient(base_url="http://127.0.0.1:7898", timeout=600, limits=httpx.Limits(max_connections=64)) as http:
-            await asyncio.gather(*(client(n, http, requests // arguments.clients, counts, expected) for n in range(arguments.clients)))
+            shares = [requests // arguments.clients + (n < requests % arguments.clients) for n in range(arguments.clients)]
+            await asyncio.gather(*(client(n, http, share, counts, expected) for n, share in enumerate(shares)))
 
     start = time.perf_counter()
     resident = []
@@ -100,12 +106,18 @@ def main() -> None:
         time.sleep(0.05)
     stats = engine.stats()
     assert not stats["running"] and not stats["waiting"] and not engine.batch.cache.layers, stats
-    assert httpx.get("http://127.0.0.1:7898/health").status_code == 200
+    for path in ("/health", "/v1/models", "/"):
+        assert httpx.get(f"http://127.0.0.1:7898{path}").status_code == 200, path
+    assert sum(counts.values()) == arguments.requests, counts
     assert resident[-1] < 1.05 * resident[2], f"memory grew: {resident}"
     server.should_exit = True
     engine.close()
     result = {"requests": sum(counts.values()), **counts, "clients": arguments.clients, "seconds": round(time.perf_counter() - start, 1)}
-    print(json.dumps({**result, "memory_bytes": resident, "generated_tokens": stats["generated_tokens"]}))
+    result |= {"command": " ".join(["python", "bench/soak.py", *sys.argv[1:]]), "steps": stats["steps"], "memory_bytes": resident}
+    result |= {"generated_tokens": stats["generated_tokens"], "questions_checked": len(expected)}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

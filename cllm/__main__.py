@@ -8,7 +8,7 @@ import traceback
 
 from cllm.messages import UserError, say
 
-PROGRAMS = ("train", "eval", "chat", "check", "bench")
+PROGRAMS = ("train", "eval", "chat", "check", "bench", "export")
 
 
 def run(name: str, argv: list[str] | None = None) -> int:

@@ -207,23 +207,23 @@ def _time(config: Config, shape: memory.Shape, settings: Settings, work: dict[st
 
 def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     """What a config's data amount to: tokens per epoch and how full rows are; with the base at hand, seconds of a row on this device."""
-    from cllm.data.sources import hold_out, mix, read_sources
+    from cllm.data.sources import prepare
 
-    groups, _ = read_sources(config.data)
-    train, _ = hold_out(config.data, mix(config.data, groups))
+    train = prepare(config.data).train
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
         return {"tokens": round(TOKENS_PER_CHARACTER * sum(len(m.content) for c in train for m in c.messages))}
     import torch
 
+    from cllm.data.encode import encode_set
     from cllm.data.packing import PackedRows
     from cllm.model.source import resolve
     from cllm.model.tokenizer import load_tokenizer
-    from cllm.train import encode_set
 
     template = "text" if config.data.kind == "text" else config.model.template
     tokenizer = load_tokenizer(resolve(config.model.path), template=template, thinking=config.model.thinking)
-    rows = PackedRows(encode_set(train, tokenizer, config)[0], config.train.row_tokens, seed=config.train.seed)
-    tokens = sum(len(e.input_ids) for e in rows.examples)
+    how: Any = {"kind": config.data.kind, "max_tokens": config.train.row_tokens, "truncate": config.data.truncate}
+    examples = encode_set(train, tokenizer, **how)[0]
+    rows, tokens = PackedRows(examples, config.train.row_tokens, seed=config.train.seed), sum(examples.sizes)
     work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * config.train.row_tokens)}
     settings = _settings(config, config.train.row_tokens, "fp32", "cpu")
     if torch.cuda.is_available() or memory.row_seconds(memory.shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:

@@ -24,14 +24,14 @@ class Terminal:
 
     def __init__(self, loaded: Loaded, engine: Engine, write: Callable[[str], object] = sys.stdout.write) -> None:
         self.loaded, self.engine, self.write = loaded, engine, write
-        self.adapter = loaded.adapter_name is not None
+        self.name = next(iter(loaded.models))
         self.system = ""
         self.messages: list[Message] = []
         self.turns = self.tokens = 0
 
     def run(self, read: Callable[[str], str] = input) -> None:
         """Until /quit or the end of input. Ctrl-C ends an answer, and at the prompt the program."""
-        self.write(say("chat.hello", model=self.name) + "\n")
+        self.write(say("chat.hello", model=self.shown) + "\n")
         while True:
             try:
                 line = read("\n> ").strip()
@@ -47,8 +47,8 @@ class Terminal:
                 return
 
     @property
-    def name(self) -> str:
-        return self.loaded.adapter_name or "" if self.adapter else self.loaded.base_name
+    def shown(self) -> str:
+        return self.loaded.base_name if self.name == "base" else self.name
 
     def command(self, word: str, rest: str) -> str:
         """Obey `/word rest`; returns what to tell the user."""
@@ -57,10 +57,11 @@ class Terminal:
         elif word == "reset":
             self.messages = []
         elif word in ("base", "adapter"):
-            if word == "adapter" and self.loaded.adapter_name is None:
-                raise UserError("chat.no_adapter", model=self.loaded.base_name)
-            self.adapter = word == "adapter"
-            return say("chat.now", model=self.name)
+            name = "base" if word == "base" else rest.strip() or self.loaded.adapter_name
+            if name not in self.loaded.models:
+                raise UserError("chat.no_adapter", model=self.loaded.base_name, known=", ".join(self.loaded.adapters) or "-")
+            self.name = name
+            return say("chat.now", model=self.shown)
         elif word == "save":
             path = Path(rest.strip() or "conversation.jsonl")
             with path.open("a", encoding="utf-8") as file:
@@ -79,7 +80,7 @@ class Terminal:
         from cllm.serve.answer import Answer, ModelError, chat_sampling
 
         asked = Message("user", words)
-        answer = Answer(self.engine, self.loaded.tokenizer, [*self.context(), asked], chat_sampling(), self.adapter)
+        answer = Answer(self.engine, self.loaded.tokenizer, [*self.context(), asked], chat_sampling(), self.loaded.models[self.name])
         try:
             for piece in answer:
                 self.write(piece)
@@ -113,7 +114,7 @@ def serve(loaded: Loaded, engine: Engine, host: str, port: int) -> None:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cllm.chat", description=say("chat.help"))
-    parser.add_argument("model", nargs="?", metavar="RUN|MODEL", help=say("chat.help.model"))
+    parser.add_argument("models", nargs="*", metavar="RUN|MODEL", help=say("chat.help.model"))
     parser.add_argument("--terminal", action="store_true", help=say("chat.help.terminal"))
     parser.add_argument("--host", default="127.0.0.1", metavar="H", help=say("chat.help.host"))
     parser.add_argument("--port", type=int, default=7860, metavar="P", help=say("chat.help.port"))
@@ -124,11 +125,14 @@ def main(argv: list[str]) -> int:
     """Open the model, then serve it or talk in the terminal; the latter ends with one JSON line."""
     arguments = _arguments(argv)
     from cllm.learn.snapshot import newest_run
-    from cllm.serve import open_model
+    from cllm.serve import open_beside, open_model
 
-    name = arguments.model or newest_run()
+    name, *more = arguments.models or [newest_run()]
     note("chat.loading", model=name)
     loaded = open_model(name)
+    for other in more:
+        note("chat.loading", model=other)
+        loaded = open_beside(loaded, other)
     engine = loaded.engine()
     try:
         if not arguments.terminal:

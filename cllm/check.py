@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cllm.config import PRESETS, Config, load_config
 from cllm.data.reader import sample_rows, write_conversations
 from cllm.data.schema import Conversation, Reject
-from cllm.data.sources import BUILT_IN, hold_out, read_sources
+from cllm.data.sources import BUILT_IN, divide, read_file, read_sources
 from cllm.messages import UserError, note, say
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
             raise UserError("check.exists", path=path)
     config = _config(options.target, options.overrides)
     groups, rejects = read_sources(config.data)
-    conversations = [item for group in groups for item in group]
     tokenizer = _tokenizer(config)
-    account, lengths = _account(config, conversations, rejects, tokenizer)
+    account, lengths = _account(config, groups, rejects, tokenizer)
+    conversations = [item for group in groups for item in group]
     text = "\n".join([*_summary(account, lengths), *(_samples(conversations, tokenizer) if tokenizer else [])])
     green = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if green else text)
@@ -87,15 +87,16 @@ def _tokenizer(config: Config) -> Tokenizer | None:
 
 
 def _account(
-    config: Config, conversations: list[Conversation], rejects: list[Reject], tokenizer: Tokenizer | None
+    config: Config, groups: list[list[Conversation]], rejects: list[Reject], tokenizer: Tokenizer | None
 ) -> tuple[dict[str, Any], list[int]]:
     """(account, lengths in tokens, or in characters without a tokenizer)."""
     from cllm.data.quality import NEAR_LIMIT, leaks, quality
 
+    conversations = [item for group in groups for item in group]
     encoded = tokenizer.encode_batch([tokenizer.segments(item) for item in conversations]) if tokenizer else []
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
-    train, held_out = hold_out(config.data, conversations)
+    train, held_out, _ = divide(config.data, groups, read_file(config.data, config.data.eval, {})[0] if config.data.eval else [])
     account["leaks"] = len(leaks(train[:NEAR_LIMIT], held_out[:NEAR_LIMIT]))
     if tokenizer:
         account["supervised_tokens"] = sum(label != -100 for _, labels in encoded for label in labels)

@@ -101,6 +101,14 @@ class DataConfig:
     """Longer than a row: drop (and count), or cut the prompt from its start; the answer and its end token are never cut."""
     dedup: bool = True
     """Drop exact duplicates."""
+    convert: str = ""
+    """An OpenCC conversion of every text: `t2s` (traditional to simplified), `s2t`, …; takes `pip install opencc`."""
+    fold_width: bool = False
+    """Full-width ASCII and the ideographic space to half width."""
+    unescape_html: bool = False
+    """`&lt;` to `<`, `&#39;` to `'`, …"""
+    mask_personal: bool = False
+    """E-mail addresses, ID card and phone numbers become [EMAIL], [ID], [PHONE]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,11 @@ else:
 _TABLE = Path(__file__).parent / "assets" / "messages.toml"
 
 
+def load_toml(path: Path) -> dict[str, Any]:
+    """A TOML file of the package as a dictionary."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 @functools.cache
 def messages() -> dict[str, tuple[str, str]]:
     """Code -> (English, Chinese), both str.format templates with the same fields; read from assets/messages.toml when first needed."""
@@ -33,7 +38,7 @@ def messages() -> dict[str, tuple[str, str]]:
         if "en" in tree:
             found[prefix] = (tree["en"], tree["zh"])
 
-    collect("", tomllib.loads(_TABLE.read_text(encoding="utf-8")))
+    collect("", load_toml(_TABLE))
     return found
 
 

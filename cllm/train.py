@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -11,43 +12,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cllm.config import Config, load_config, to_toml
-from cllm.data.schema import Conversation, Reject
-from cllm.data.sources import hold_out, mix, read_sources
+from cllm.data.schema import Reject
+from cllm.data.sources import prepare
 from cllm.messages import UserError, note, say
-
-if TYPE_CHECKING:
-    from cllm.data.encode import Example
-    from cllm.model.tokenizer import Tokenizer
 
 MAX_REJECTED = 0.2
 MAX_BAD_STEPS = 20
 STATE_SECTIONS = ("model", "lora", "data", "train")
 """Settings that decide what the next step does: a resumed run must agree on them."""
-
-
-def encode_set(
-    conversations: list[Conversation], tokenizer: Tokenizer, config: Config
-) -> tuple[list[Example], list[Conversation], Counter[str]]:
-    """Examples, the conversations that gave one, and how many were left out for which reason; a text may give several examples."""
-    from cllm.data.encode import encode_all, encode_document
-
-    row_tokens = config.train.row_tokens
-    if config.data.kind == "text":
-        examples = [e for c in conversations for e in encode_document(c, tokenizer, max_tokens=row_tokens)]
-        return examples, conversations, Counter()
-    made = list(encode_all(conversations, tokenizer, max_tokens=row_tokens, truncate=config.data.truncate))
-    refused: Counter[str] = Counter(m for m in made if isinstance(m, str))
-    return (
-        [m for m in made if not isinstance(m, str)],
-        [c for c, m in zip(conversations, made, strict=True) if not isinstance(m, str)],
-        refused,
-    )
 
 
 class Training:
@@ -58,7 +35,7 @@ class Training:
         self._read(accept_rejects)
         self._encode()
         self._load()
-        self._check_end_token()
+        self._fit_rows()
         self._plan_steps()
         self.step, self.best, self.stale, self.interrupted = 0, float("inf"), 0, False
         if resume:
@@ -77,10 +54,9 @@ class Training:
     def _read(self, accept_rejects: bool) -> None:
         """Data and tokenizer, and everything that can be found wrong with them before weights are loaded."""
         config, data = self.config, self.config.data
-        groups, rejects = read_sources(data)
-        conversations = mix(data, groups)
-        rows = sum(map(len, groups)) + len(rejects)
-        if not conversations:
+        found = prepare(data)
+        rejects, rows = found.rejects, found.rows
+        if not found.train:
             raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=_located(rejects))
         if len(rejects) > MAX_REJECTED * rows and not accept_rejects:
             raise UserError("train.rejects", share=f"{len(rejects) / rows:.0%}", count=len(rejects), examples=_located(rejects))
@@ -91,26 +67,30 @@ class Training:
         self.base = resolve(config.model.path)
         template = "text" if data.kind == "text" else config.model.template
         self.tokenizer = load_tokenizer(self.base, template=template, thinking=config.model.thinking)
-        self.conversations = hold_out(data, conversations)
+        self.conversations = found.train, found.held_out
+        if found.duplicates or found.leaked:
+            note("train.repeated", duplicates=found.duplicates, leaked=found.leaked)
 
-    def _encode(self) -> None:
+    def _encode(self, *, single: bool = False) -> None:
         """Conversations -> examples -> rows; stops when nothing, or never an end token, would be trained."""
+        from cllm.data.encode import encode_set
         from cllm.data.packing import PackedRows
 
         config, (train, held_out) = self.config, self.conversations
-        self.examples, self.train_set, refused = encode_set(train, self.tokenizer, config)
-        held_examples, self.held_set, _ = encode_set(held_out, self.tokenizer, config)
+        how: Any = {"kind": config.data.kind, "max_tokens": config.train.row_tokens, "truncate": config.data.truncate}
+        self.examples, self.train_set, refused = encode_set(train, self.tokenizer, **how)
+        held_examples, self.held_set, _ = encode_set(held_out, self.tokenizer, **how)
         if not self.examples:
             code = "train.unsupervised" if refused["no_supervised_token"] else "train.too_long"
             raise UserError(code, count=len(train), row=config.train.row_tokens, template=self.tokenizer.template.name)
         if not any(self.tokenizer.stop_ids.intersection(example.labels) for example in self.examples):
             raise UserError("train.no_end", template=self.tokenizer.template.name)
-        self.data_hash = hashlib.sha256(repr([e.input_ids for e in self.examples]).encode()).hexdigest()
-        self.rows = PackedRows(self.examples, config.train.row_tokens, seed=config.train.seed)
-        held = PackedRows(held_examples, config.train.row_tokens)
+        self.data_hash = self.examples.digest()
+        self.rows = PackedRows(self.examples, config.train.row_tokens, seed=config.train.seed, single=single)
+        held = PackedRows(held_examples, config.train.row_tokens, single=single)
         self.held_rows = held.take(len(held)) if held_examples else []
         left_out = ", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0"
-        tokens = sum(len(e.input_ids) for e in self.examples)
+        tokens = sum(self.examples.sizes)
         note(
             "train.data", train=len(self.examples), held_out=len(self.held_set), tokens=f"{tokens:,}", rows=len(self.rows),
             rejects=self.rejects, left_out=left_out,
@@ -168,26 +148,28 @@ class Training:
             millions=f"{trained / 1e6:.2f}", share=f"{trained / total:.1%}", device=device,
         )  # fmt: skip
 
-    def _check_end_token(self) -> None:
-        """A base model whose end-of-turn token was never trained would not learn to stop: its own end of text serves instead."""
-        import torch
-
-        from cllm.model.tokenizer import end_token_untrained
+    def _fit_rows(self) -> None:
+        """What only the loaded model tells: whether its end token was ever trained, and whether sequences may share a row."""
+        from cllm.learn.loss import check_head
+        from cllm.model.attention import packs
+        from cllm.model.tokenizer import with_trained_end
         from cllm.serve.engine import Engine
 
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        rows = {id(m.weight): m.weight for m in (embedding, head) if isinstance(getattr(m, "weight", None), torch.nn.Parameter)}
-        if end_token_untrained(self.tokenizer, *rows.values()):
-            before = self.tokenizer.template.end.strip()
-            self.tokenizer = self.tokenizer.with_stop()
-            note("train.end_token", before=before, after=self.tokenizer.template.end.strip())
-            self._encode()
+        with self.precision.autocast():
+            check_head(self.model)
+            single = not packs(self.model)
+        if single:
+            note("train.single", architecture=type(self.model).__name__)
+        before, self.tokenizer = self.tokenizer, with_trained_end(self.tokenizer, self.model)
+        if single or before is not self.tokenizer:
+            self._encode(single=single)
         stop_ids, pad_id = self.tokenizer.stop_ids, self.tokenizer.pad_id
         self.engine = Engine(self.model, stop_ids=stop_ids, pad_id=pad_id, autocast=self.precision.autocast)
 
     def _plan_steps(self) -> None:
         train = self.config.train
-        self.rows_per_step = max(1, train.tokens_per_step // train.row_tokens)
+        row_tokens = sum(self.examples.sizes) // len(self.rows) if self.rows.single else train.row_tokens
+        self.rows_per_step = max(1, train.tokens_per_step // row_tokens)
         self.total = train.steps or max(1, round(train.epochs * len(self.rows) / self.rows_per_step))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every
@@ -333,7 +315,7 @@ class Training:
 
     def _evaluate(self) -> None:
         """Held-out loss, the best adapter so far, one answer to look at."""
-        from cllm.eval import answer_of, generate, held_out_loss, question_of
+        from cllm.evaluate.answers import answer_of, generate, held_out_loss, question_of
 
         loss = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
         improved = loss < self.best
@@ -372,8 +354,9 @@ class Training:
         """Put the best adapter back, answer the held-out questions with and without it, write and return the scores."""
         from safetensors.torch import load_file
 
-        from cllm.eval import Progress, compare, held_out_loss, report, write_results
-        from cllm.model.lora import adapter_tensors, disable_lora
+        from cllm.evaluate.answers import answers, evaluate, losses, sequence_nll
+        from cllm.evaluate.report import Progress, report, write_results
+        from cllm.model.lora import adapter_tensors
 
         self.log.close()
         if not (self.run / "adapter").is_dir():
@@ -385,18 +368,16 @@ class Training:
         if not self.held_rows:
             return {}
         settings = self.config.eval
-        results: dict[str, dict[str, Any]] = {"base": {}, "adapter": {}}
-        if settings.samples and self.config.data.kind == "chat":
-            note("train.answering", count=min(settings.samples, len(self.held_set)))
-            results, samples = compare(
-                self.engine, self.tokenizer, self.held_set[: settings.samples], train=self.train_set, shots=settings.shots,
+        answered, systems = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0], {}
+        if answered:
+            note("train.answering", count=len(answered))
+            systems = answers(
+                self.engine, self.tokenizer, answered, train=list(self.train_set), shots=settings.shots,
                 max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
             )  # fmt: skip
-        else:
-            samples = []
-        with disable_lora(self.model):
-            results["base"]["loss"] = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
-        results["adapter"]["loss"] = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
+        model, precision, chunk_bytes = self.model, self.precision, self.chunk_bytes
+        held_out = functools.partial(sequence_nll, model, self.held_rows, precision, chunk_bytes)
+        results, samples = evaluate(answered, systems, losses(model, self.tokenizer, held_out, precision, chunk_bytes))
         write_results(self.run, results, samples)
         print(report(results))
         return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cllm.serve.load import Loaded, open_model
+from cllm.serve.load import Loaded, open_beside, open_model
 
 
 def tiny_base(directory: Path) -> Path:
@@ -34,7 +34,7 @@ def tiny_base(directory: Path) -> Path:
     return directory
 
 
-def tiny_run(root: Path, name: str = "demo") -> Path:
+def tiny_run(root: Path, name: str = "demo", seed: int = 1) -> Path:
     """A finished run over `tiny_base`: config.toml and an adapter that changes every answer."""
     import torch
 
@@ -43,6 +43,7 @@ def tiny_run(root: Path, name: str = "demo") -> Path:
     base = tiny_base(root / "base")
     run = root / "runs" / name
     model = load_model(base)
+    torch.manual_seed(seed)
     for layer in inject_lora(model, rank=4, alpha=8).values():
         torch.nn.init.normal_(layer.lora_B, std=0.5)
     save_adapter(model, run / "adapter", base=str(base))
@@ -53,3 +54,8 @@ def tiny_run(root: Path, name: str = "demo") -> Path:
 
 def open_tiny(root: Path) -> Loaded:
     return open_model(tiny_run(root), device="cpu")
+
+
+def open_two(root: Path) -> Loaded:
+    """Two adapters over one copy of the base."""
+    return open_beside(open_model(tiny_run(root), device="cpu"), tiny_run(root, "other", seed=2))

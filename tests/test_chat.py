@@ -77,7 +77,7 @@ def test_terminal_remembers_switches_and_forgets(loaded: Loaded, engine: Engine,
 
 def test_terminal_shows_mistakes_and_goes_on(loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, out = talk(loaded._replace(home=None), engine, "/adapter", "字" * 2000, "/reset", monkeypatch=monkeypatch)
-    assert "chat.no_adapter" in out and "serve.context" in out and terminal.turns == 0 and not terminal.adapter
+    assert "chat.no_adapter" in out and "serve.context" in out and terminal.turns == 0 and terminal.name == "base"
 
 
 def test_open_model_names_what_is_missing(loaded: Loaded, tmp_path: Path) -> None:
@@ -130,3 +130,33 @@ def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_the_adapters_files_are_what_vllm_documents(tmp_path: Path) -> None:
+    """docs/serving.md: one r and alpha, bias none, no modules_to_save, no DoRA, PEFT's tensor names, and prompts of the training's ids."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    from cllm.model import inject_lora, load_model, load_tokenizer, resolve, save_adapter
+
+    model, tokenizer = load_model(resolve("tiny-zh")), load_tokenizer(resolve("tiny-zh"))
+    inject_lora(model, rank=8, alpha=16)
+    save_adapter(model, tmp_path, base="tiny-zh")
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert {"r", "lora_alpha", "target_modules"} <= set(config) and isinstance(config["target_modules"], list)  # what vLLM requires
+    assert config["bias"] == "none" and config["modules_to_save"] is None and not config["use_dora"]
+    assert not config.get("rank_pattern") and not config.get("alpha_pattern")
+    told = re.search(r"--max-lora-rank (\d+)", (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8"))
+    assert told is not None and config["r"] <= int(told[1])
+    modules = dict(model.named_modules())
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        module, part = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        assert module in modules and module.rpartition(".")[2] in config["target_modules"], name
+        assert tensor.shape[0 if part == "A" else 1] == config["r"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    jinja = (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
+    for turns in ([("user", "你好")], [("system", "短一点"), ("user", "你好"), ("assistant", "您好"), ("user", "再见")]):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ids = theirs.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)["input_ids"]
+        assert ids == tokenizer.encode_chat([Message(*turn) for turn in turns])

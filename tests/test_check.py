@@ -11,7 +11,7 @@ from serving import tiny_base
 
 from cllm.__main__ import run
 from cllm.check import _fitting, _guess_columns, main
-from cllm.config import load_config
+from cllm.config import PRESETS, load_config
 from cllm.data import read_conversations
 
 ROWS = [{"instruction": f"第{n}个问题？", "output": f"第{n}个回答。"} for n in range(12)]
@@ -85,6 +85,18 @@ def test_a_config_is_written_that_trains_on_this_file(tmp_path: Path, capsys: py
     assert "python -m cllm.train" in (tmp_path / "my.toml").read_text(encoding="utf-8")
     _, again = account(capsys, tmp_path / "my.toml")
     assert again["valid"] == 5
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in PRESETS.glob("*.toml")))
+def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "my.csv"
+    path.write_text("question,answer\n" + "".join(f"{n},这是第{n}个回答\n" for n in range(5)), encoding="utf-8")
+    preset = load_config(f"preset:{name}", [f"data.train={path}"])
+    assert preset.data.train[0].path == str(path)
+    _, found = account(capsys, f"preset:{name}", f"data.train={path}", 'data.eval=""', "--init", tmp_path / "my.toml")
+    copied = load_config(tmp_path / "my.toml")
+    assert found["valid"] == 5 and copied.data.train == preset.data.train
+    assert (copied.model.path, copied.model.quantize) == (preset.model.path, preset.model.quantize)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.encode import IGNORE_INDEX, Example, encode, encode_all, encode_document
+from cllm.data.encode import IGNORE_INDEX, Example, encode, encode_all, encode_set
 from cllm.data.schema import Conversation, Message
 from cllm.data.template import TEMPLATES, Segment, render
 
@@ -92,7 +92,7 @@ def test_a_question_is_never_cut_to_nothing() -> None:
 
 def test_a_document_is_split_into_rows_that_hold_all_of_it() -> None:
     document = Conversation(messages=(Message("assistant", "长" * 25),))
-    pieces = encode_document(document, Characters("text"), max_tokens=10)
+    pieces = encode_set([document], Characters("text"), kind="text", max_tokens=10)[0]
     assert [len(piece.input_ids) for piece in pieces] == [10, 10, 6]
     assert [id for piece in pieces for id in piece.labels] == [ord("长")] * 25 + [END]
 

@@ -24,6 +24,7 @@ LAYER_1 = {
     "data.encoding",
     "data.json_rows",
     "data.template",
+    "data.dialects",
     "model",
     "model.families",
     "metrics",
@@ -32,6 +33,7 @@ LAYER_1 = {
     "__main__",
 }
 LAYER_2 = {
+    "data.cache",
     "data.encode",
     "data.packing",
     "model.nf4",
@@ -44,7 +46,7 @@ LAYER_2 = {
 }
 PROGRAMS = {"doctor", "train", "eval", "bench", "chat", "check", "export", "serve.api", "serve.ui"}
 HEAVY = {"torch", "transformers", "gradio", "fastapi", "uvicorn", "matplotlib", "jieba", "numpy", "safetensors", "sentencepiece", "gguf"}
-MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 7000, 400, 60  # docs/architecture.md says why not the planned 6,000
+MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 9000, 400, 60  # docs/architecture.md says why not the planned 6,000
 
 
 def modules() -> dict[str, Path]:
@@ -101,12 +103,18 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
     allowed = (
         {"data.encode", "data.packing"}
         if room == "learn"
-        else {"data.template", "data.schema", "data.encode"}
+        else {"data.template", "data.dialects", "data.schema", "data.encode"}
         if name == "model.tokenizer"
         else set()
     )
     others = {other for other in inner(modules()[name]) if other.split(".")[0] in {"data", "model", "learn"} - {room} and "." in other}
     assert others <= allowed, f"{name} imports {others - allowed}"
+
+
+def test_evaluation_is_assembly_and_knows_no_program() -> None:
+    rooms = [name for name in modules() if name.split(".")[0] == "evaluate"]
+    assert len(rooms) == 5 and {layer(name) for name in rooms} == {3}
+    assert not {other for name in rooms for other in inner(modules()[name])} & PROGRAMS
 
 
 @pytest.mark.parametrize("name", [n for n in modules() if layer(n) in (1, 4)])

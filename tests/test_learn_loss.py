@@ -15,8 +15,9 @@ from torch import nn
 from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import PackedRows, collate
 from cllm.learn import loss
-from cllm.learn.loss import row_nll, sft_loss, token_nll
+from cllm.learn.loss import check_head, row_nll, sft_loss, token_nll
 from cllm.learn.optim import Precision, first_nonfinite, learning_rate, make_optimizer, set_learning_rate, train_step
+from cllm.messages import UserError
 from cllm.model.lora import adapter_tensors, inject_lora
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import checkpoint_layers
@@ -48,6 +49,17 @@ def adapted(architecture: str = "llama", dropout: float = 0.0, seed: int = 0):  
 
 def gradients(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_a_head_that_does_more_than_is_known_is_refused() -> None:
+    model = tiny_model("llama")
+    check_head(model)
+    check_head(tiny_model("gemma2"))  # a soft cap is known
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: output * 1.5)
+    check_head(model)  # part of the head itself
+    model.register_forward_hook(lambda _module, _inputs, output: setattr(output, "logits", output.logits * 1.5))
+    with pytest.raises(UserError, match=r"train\.head.*LlamaForCausalLM"):
+        check_head(model)
 
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen-head", "trained-head"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.metrics import ROUGE, corpus_score, generation_scores, rouge
+from cllm.metrics import ROUGE, corpus_score, generation_scores, rouge, sentence_bleu, sentence_chrf
 from cllm.metrics.rouge import _lcs_positions, lcs_length
 from cllm.metrics.score import VERSION
 
@@ -129,6 +129,20 @@ def test_empty_texts_score_0_and_signatures_name_the_choices() -> None:
         f"rougeL|nrefs:1|tok:char|counts:clipped|{VERSION} = 85.71 (precision = 100, recall = 75)"
     )
     assert f"tok:jieba-{jieba.__version__}|counts:set" in rouge("天", ["天"], counts="set")["rouge1"].signature
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    hypothesis=st.text(max_size=30),
+    reference=st.text(max_size=30),
+    tokenize=st.sampled_from(["zh", "13a", "intl", "none", "char", "jieba"]),
+)
+def test_any_text_has_a_score_and_an_empty_one_scores_0(hypothesis: str, reference: str, tokenize: str) -> None:
+    for pair in ((hypothesis, reference), (reference, "")):
+        found = [*generation_scores(*pair).values(), *(score.value for score in rouge(pair[0], [pair[1]], tokenize=tokenize).values())]
+        found += [sentence_bleu(pair[0], [pair[1]], tokenize=tokenize).value, sentence_chrf(pair[0], [pair[1]], word_order=2).value]
+        assert all(0 <= value <= 100 + 1e-9 for value in found)
+        assert (pair[0].strip() and pair[1].strip()) or not any(found), found
 
 
 def test_mistakes_are_named() -> None:

@@ -47,6 +47,18 @@ def test_padded_batch_and_cached_decoding_equal_eager(architecture: str) -> None
         assert (next_ours - next_theirs).abs().max() < 1e-4
 
 
+def test_what_lets_sequences_see_each_other_is_noticed() -> None:
+    """Attention of its own (Bloom), a recurrent layer (Qwen3.5), attention that forgets the bounds: rows of one sequence."""
+    from cllm.model.attention import packs
+
+    for architecture, expected in (("llama", True), ("gpt2", True), ("gemma3", True), ("bloom", False), ("qwen3.5", False)):
+        assert packs(tiny_model(architecture)) is expected, architecture
+    model = tiny_model("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda _module, _args, given: (_args, given | {"cu_seqlens": None}), with_kwargs=True)
+    assert packs(model) is False and model.training
+
+
 def test_alibi_slopes_add_slope_times_distance() -> None:
     from cllm.model.attention import packed_attention
 

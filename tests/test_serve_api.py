@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import socket
 import threading
 import time
@@ -30,7 +31,8 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        app = Guard(build_app(loaded, engine), key)
+        self.app = build_app(loaded, engine)
+        app = Guard(self.app, key)
         self.uvicorn = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()
@@ -132,6 +134,23 @@ def test_text_never_becomes_special_tokens(server: Server, loaded: Loaded) -> No
     assert usage["prompt_tokens"] == len(loaded.tokenizer.encode_chat([])) + server_overhead(loaded) + len(words.encode())
 
 
+def test_unicode_bombs_are_text_like_any_other(server: Server, loaded: Loaded) -> None:
+    bombs = (
+        "e" + "\u0301" * 150,
+        "\ufdfa" * 100,
+        "\u202e\u2066" * 80,
+        "\u200b" * 100,
+        "\U0001f468\u200d" * 40,
+        "\x00\x1b[2J\r\n",
+        "\ud83d",
+    )
+    for words in bombs:
+        status, answer = server.chat(messages=[{"role": "user", "content": words}], max_tokens=4)
+        size = len(words.encode("utf-8", "replace"))  # a token a byte: nothing grew and nothing was dropped
+        assert status == 200 and answer["usage"]["prompt_tokens"] == server_overhead(loaded) + size + len(loaded.tokenizer.encode_chat([]))
+    assert server.chat(messages=[{"role": "user", "content": "\ufdfa" * 40_000}])[0] == 400  # too long, and soon said so
+
+
 def server_overhead(loaded: Loaded) -> int:
     """Tokens of ChatML's user turn without its words."""
     from cllm.data.schema import Message
@@ -168,6 +187,18 @@ def test_malformed_bodies_are_refused(server: Server) -> None:
     for path in ("/v1/nothing", "/v1/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"):
         status, _, text = server.call("GET", path)
         assert status == 404 and json.loads(text)["error"]["code"] == "not_found"
+
+
+def test_websockets_are_closed_and_key_or_host_cannot_be_smuggled(server: Server) -> None:
+    upgrade = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    assert server.call("GET", "/v1/models", headers=upgrade | {"Host": "evil.example"})[0] == 403
+    for host in ("localhost.evil.example", "127.0.0.1.evil.example", "evil.example:127.0.0.1", "", "[::1].evil.example"):
+        assert server.call("GET", "/v1/models", headers={"Host": host})[0] == 403, host
 
 
 def test_large_bodies_are_cut_off_with_and_without_a_length(server: Server) -> None:
@@ -269,3 +300,45 @@ def test_openais_own_client(server: Server, loaded: Loaded) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="base", messages=[{"role": "user", "content": "长" * 2000}])
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_random_requests_are_answered_or_refused_as_described(server: Server) -> None:
+    """A short version of bench/fuzz.py: bodies after the API's own description, and mutated ones; never a server's error."""
+    schema = server.app.openapi()["components"]["schemas"]["ChatRequest"]
+    assert "default" in server.app.openapi()["paths"]["/v1/chat/completions"]["post"]["responses"] and "422" not in str(
+        server.app.openapi()
+    )
+    scraps: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        1.0,
+        1.5,
+        2**70,
+        1e308,
+        "",
+        "\x00",
+        "nobody",
+        [],
+        {},
+        [None],
+        [{}],
+        [{"role": "user"}],
+        HELLO,
+        "\ud800",
+    ]
+    chance = random.Random(0)
+    seen = set()
+    for _ in range(300):
+        body = {"messages": HELLO, "max_tokens": 2}
+        for field in chance.sample([*schema["properties"], "unknown"], chance.randrange(1, 4)):
+            body[field] = chance.choice(scraps)
+        if body.get("max_tokens") != 2 and "max_completion_tokens" not in body:
+            body["max_completion_tokens"] = 2
+        status, _, text = server.call("POST", "/v1/chat/completions", body)
+        assert status in (200, 400, 404), (status, body, text)
+        if status != 200:
+            assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}, body
+        seen.add(status)
+    assert seen == {200, 400, 404}

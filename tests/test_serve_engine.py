@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cllm.messages import UserError
 from cllm.model.attention import ATTENTION, register
-from cllm.model.lora import inject_lora, lora_layers, set_gate
+from cllm.model.lora import inject_lora, load_adapter, load_beside, lora_layers, save_adapter, set_gate
 from cllm.serve.engine import Engine, Sampling
 
 VOCAB = 211
@@ -121,7 +122,7 @@ def test_generate_keeps_order_and_stop_ids_and_leaves_the_model_as_it_was() -> N
     model.train()
     engine.generate(batch[:1], Sampling(max_new_tokens=2))
     assert all(module.training for module in model.modules())
-    assert {id(layer.gate) for layer in lora_layers(model).values()} == {id(engine.gate)} and engine.gate.rows is None
+    assert {id(layer.gate) for layer in lora_layers(model).values()} == {id(engine.gates[1])} and engine.gates[1].rows is None
     assert Engine(model).generate([], Sampling()) == []
 
 
@@ -321,3 +322,26 @@ def test_two_engines_on_one_model_do_not_disturb_each_others_gate() -> None:
         assert [list(stream) for stream in streams] == expected[True]
     finally:
         serving.close()
+
+
+def test_two_adapters_and_their_base_answer_in_one_batch(tmp_path: Path) -> None:
+    asked = prompts([9, 30, 5, 17, 12, 8])
+    numbers = [1, 2, 0, 2, 1, 0]
+    expected: dict[int, list[list[int]]] = {}
+    for number, options in ((1, {"targets": ["q_proj", "v_proj", "down_proj"]}), (2, {"dora": True})):
+        model = tiny_model(adapter=False)
+        torch.manual_seed(number)
+        for layer in inject_lora(model, rank=2 + number, alpha=8, **options).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.3)
+        save_adapter(model, tmp_path / str(number))
+        expected[number] = [alone(model, prompt, 16) for prompt in asked]
+        expected[0] = [alone(model, prompt, 16, adapter=False) for prompt in asked]
+    for order in ("12", "21"):  # each of them as the first, with fewer and with more layers than the other
+        model = tiny_model(adapter=False)
+        load_adapter(model, tmp_path / order[0])
+        load_beside(model, tmp_path / order[1])
+        assert [alone(model, prompt, 16) for prompt in asked] == expected[int(order[0])]  # switched off until it is asked for
+        chosen = [number and 1 + order.index(str(number)) for number in numbers]
+        answers = Engine(model).generate(asked, Sampling(max_new_tokens=16), chosen)
+        assert answers == [expected[number][i] for i, number in enumerate(numbers)]
+    assert expected[0] != expected[1] != expected[2]

@@ -7,10 +7,18 @@ its answers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+
+from cllm.data import cache
+from cllm.data.cache import Array, Slices
 from cllm.data.schema import Conversation, Message
 from cllm.data.template import Segment
 
@@ -35,6 +43,8 @@ class Encoder(Protocol):
     def segments(self, conversation: Conversation) -> list[Segment]: ...
 
     def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[tuple[list[int], list[int]]]: ...
+
+    def save(self, directory: Path) -> None: ...
 
 
 def encode(
@@ -67,10 +77,43 @@ def encode_all(
                 yield example
 
 
-def encode_document(conversation: Conversation, tokenizer: Encoder, *, max_tokens: int) -> list[Example]:
-    """A pre-training text as consecutive examples of at most `max_tokens`; only the last one has the end token."""
-    ids, labels = tokenizer.encode_batch([tokenizer.segments(conversation)])[0]
-    return [Example(ids[a : a + max_tokens], labels[a : a + max_tokens]) for a in range(0, len(ids), max_tokens)]
+def encode_set(
+    conversations: Sequence[Conversation],
+    tokenizer: Encoder,
+    *,
+    kind: Literal["chat", "text"],
+    max_tokens: int,
+    truncate: Literal["drop", "prompt"] = "drop",
+) -> tuple[Slices[Example], Sequence[Conversation], Counter[str]]:
+    """(examples, the conversations that gave them, how many did not by reason); what comes out of the cache goes there.
+
+    A pre-training text gives consecutive examples of at most `max_tokens`; only its last one has the end token.
+    """
+
+    def make() -> cache.Entry:
+        ids, labels, sizes, kept, refused = array("i"), array("i"), [0], [], Counter[str]()
+        limit = max_tokens if kind == "chat" else sys.maxsize
+        for number, result in enumerate(encode_all(conversations, tokenizer, max_tokens=limit, truncate=truncate)):
+            if isinstance(result, str):
+                refused[result] += 1
+                continue
+            kept.append(number)
+            ids.extend(result.input_ids)
+            labels.extend(result.labels)
+            sizes += [min(max_tokens, len(result.input_ids) - start) for start in range(0, len(result.input_ids), max_tokens)]
+        flat = {"ids": np.frombuffer(ids, np.int32), "labels": np.frombuffer(labels, np.int32)}
+        return {**flat, "bounds": np.cumsum(sizes), "kept": np.array(kept, np.int64)}, refused
+
+    key = conversations.key if isinstance(conversations, Slices) else ""
+    arrays, refused = cache.recall(key and cache.key_of(key, kind, max_tokens, truncate, tokenizer=tokenizer), make)
+    bounds, chosen = arrays["bounds"], arrays["kept"]
+    examples = Slices(_example, bounds[:-1], bounds[1:], arrays["ids"], arrays["labels"])
+    picked = conversations.pick(chosen) if isinstance(conversations, Slices) else [conversations[i] for i in chosen]
+    return examples, picked, Counter(refused)
+
+
+def _example(ids: Array, labels: Array) -> Example:
+    return Example(ids.tolist(), labels.tolist())
 
 
 def _shorten(conversation: Conversation, tokenizer: Encoder, max_tokens: int) -> Example | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cllm.data.cache import Slices
 from cllm.data.encode import IGNORE_INDEX, Example
 
 _WINDOW = 4096  # examples packed together: enough for rows over 98 % full, few enough that epochs differ
@@ -94,6 +95,7 @@ class PackedRows:
 
     def __init__(self, examples: Sequence[Example], row_tokens: int, *, seed: int = 0, single: bool = False) -> None:
         self.examples, self.row_tokens, self.seed, self.single = examples, row_tokens, seed, single
+        self.sizes = examples.sizes if isinstance(examples, Slices) else [len(example.input_ids) for example in examples]
         self.state = (0, 0)
         self._epoch = self._order(0)
         self._loaded = 0
@@ -109,7 +111,7 @@ class PackedRows:
         rows: list[list[int]] = []
         for start in range(0, len(order), _WINDOW):
             window = order[start : start + _WINDOW]
-            lengths = [len(self.examples[i].input_ids) for i in window]
+            lengths = [self.sizes[i] for i in window]
             groups = [[i] for i in range(len(window))] if self.single else best_fit(lengths, self.row_tokens)
             rows += [[window[i] for i in group] for group in groups]
         shuffle.shuffle(rows)
@@ -129,5 +131,5 @@ class PackedRows:
 
     def longest(self) -> PackedBatch:
         """The row with the most tokens of the first epoch: what the memory plan is proven on."""
-        sizes = {i: sum(len(self.examples[j].input_ids) for j in row) for i, row in enumerate(self._order(0))}
-        return collate([self.examples[j] for j in self._order(0)[max(sizes, key=lambda i: sizes[i])]])
+        longest = max(self._order(0), key=lambda row: sum(self.sizes[i] for i in row))
+        return collate([self.examples[i] for i in longest])

@@ -124,6 +124,12 @@ def leaks(train: Sequence[Conversation], test: Sequence[Conversation], threshold
     return [(late - len(train), early) for late, early in near_duplicates(texts, threshold) if early < len(train) <= late]
 
 
+def repeated_questions(train: Iterable[Conversation], test: Iterable[Conversation]) -> list[Conversation]:
+    """The test conversations whose questions, white space and case aside, are asked in the training set too."""
+    asked = {"".join(question(item).lower().split()) for item in train}
+    return [item for item in test if "".join(question(item).lower().split()) in asked]
+
+
 def language(text: str) -> str:
     """simplified, traditional, english or other, by counting characters."""
     han = len(text) - len(_HAN.sub("", text))

@@ -1,46 +1,106 @@
-"""What a run learns from: the files of the mixture read, weighted and deduplicated, and the held-out side."""
+"""What a run learns from: the files of the mixture read, deduplicated, divided and weighted; kept in the cache as they come out."""
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from cllm.config import DataConfig
-from cllm.data.quality import deduplicate, split_held_out
-from cllm.data.reader import read_conversations
-from cllm.data.schema import Conversation, Reject
+from cllm.data.quality import deduplicate, repeated_questions, split_held_out
+from cllm.data.reader import list_files, read_conversations
+from cllm.data.schema import Conversation, Message, Reject
+from cllm.data.text import TextOptions
 from cllm.messages import UserError
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = {"demo": _ASSETS / "demo.jsonl", "demo-test": _ASSETS / "demo-test.jsonl"}
 
 
+class Data(NamedTuple):
+    """Both sides of a run's data, and what became of the other rows."""
+
+    train: Sequence[Conversation]
+    held_out: Sequence[Conversation]
+    rejects: list[Reject]
+    rows: int
+    """Of all files; before duplicates are dropped and weights multiply."""
+    duplicates: int
+    leaked: int
+    """Held-out questions that are asked in training too."""
+
+
+def read_file(data: DataConfig, path: str, columns: dict[str, str]) -> tuple[list[Conversation], list[Reject]]:
+    """One file, folder or built-in set, with the options of [data]. Raises UserError if it is missing or unreadable."""
+    options = TextOptions(
+        convert=data.convert, fold_width=data.fold_width, unescape_html=data.unescape_html, mask_personal=data.mask_personal
+    )
+    return read_conversations(BUILT_IN.get(path, path), columns or data.columns or None, data.kind, options)
+
+
 def read_sources(data: DataConfig) -> tuple[list[list[Conversation]], list[Reject]]:
-    """(conversations of each source as they stand in its files, every reject). Raises UserError for a missing or unreadable file."""
-    groups: list[list[Conversation]] = []
-    rejects: list[Reject] = []
-    for source in data.train:
-        found, bad = read_conversations(BUILT_IN.get(source.path, source.path), source.columns or data.columns or None, data.kind)
-        groups.append(found)
-        rejects += bad
-    return groups, rejects
+    """(conversations of each source as they stand in its files, every reject)."""
+    read = [read_file(data, source.path, source.columns) for source in data.train]
+    return [found for found, _ in read], [reject for _, rejects in read for reject in rejects]
 
 
-def mix(data: DataConfig, groups: list[list[Conversation]]) -> list[Conversation]:
-    """All sources without duplicates, each conversation as often as its source's weight says (the fraction by a seeded draw)."""
-    mixed: list[Conversation] = []
+def divide(
+    data: DataConfig, groups: list[list[Conversation]], given: list[Conversation]
+) -> tuple[list[Conversation], list[Conversation], int]:
+    """(train, held out, duplicates dropped) of the sources' conversations; held out is what is given, else a share by content hash.
+
+    Then each source's training side is weighted: a conversation is in it as often as the weight says, a fraction by a seeded draw.
+    """
+    everything = list(chain(*groups))
+    kept = deduplicate(everything) if data.dedup else everything
+    held_out = given if data.eval else split_held_out(kept, data.held_out)[1]
+    if len(held_out) == len(kept) and not data.eval:  # of a single conversation nothing can be held out
+        held_out = []
+    trained, train = set(map(id, kept)) - set(map(id, held_out)), []
     for source, group in zip(data.train, groups, strict=True):
-        kept = deduplicate(group) if data.dedup else group
+        own = [item for item in group if id(item) in trained]
         whole, part = divmod(source.weight, 1)
-        mixed += kept * int(whole) + random.Random(source.path).sample(kept, round(part * len(kept)))
-    return mixed
+        train += own * int(whole) + random.Random(source.path).sample(own, round(part * len(own)))
+    return train, held_out, len(everything) - len(kept)
 
 
-def hold_out(data: DataConfig, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, held out): the `eval` file, or a fraction of the conversations split off by content hash."""
-    if data.eval:
-        held_out, rejects = read_conversations(BUILT_IN.get(data.eval, data.eval), data.columns or None, data.kind)
-        if not held_out:
-            raise UserError("data.empty", path=data.eval, rejects=len(rejects))
-        return conversations, held_out
-    return split_held_out(conversations, data.held_out) if data.held_out else (conversations, [])
+def prepare(data: DataConfig) -> Data:
+    """The data that [data] names, from the cache if nothing has changed. Raises UserError as `read_file`, and for an empty eval file."""
+    import numpy as np
+
+    from cllm.data import cache
+
+    def make() -> cache.Entry:
+        groups, rejects = read_sources(data)
+        given, refused = read_file(data, data.eval, {}) if data.eval else ([], [])
+        if data.eval and not given:
+            raise UserError("data.empty", path=data.eval, rejects=len(refused))
+        train, held_out, dropped = divide(data, groups, given)
+        rejects += refused
+        rows = sum(map(len, groups)) + len(given) + len(rejects)
+        texts = [_stored(item) for item in (*train, *held_out)]
+        arrays = {"text": np.frombuffer(b"".join(texts), np.uint8), "bounds": np.cumsum([0, *map(len, texts)])}
+        return arrays, [len(train), rejects, rows, dropped, len(repeated_questions(train, held_out))]
+
+    paths = [source.path for source in data.train] + [data.eval] * bool(data.eval)
+    key = cache.key_of(data, files=[file for path in paths for file in list_files(BUILT_IN.get(path, path))])
+    arrays, (size, rejects, *counts) = cache.recall(key, make)
+    text, bounds = arrays["text"], arrays["bounds"]
+    train, held_out = (
+        cache.Slices(_restored, part[:-1], part[1:], text, key=f"{key} {side}")
+        for side, part in (("train", bounds[: size + 1]), ("held out", bounds[size:]))
+    )
+    return Data(train, held_out, [Reject(*reject) for reject in rejects], *counts)
+
+
+def _stored(item: Conversation) -> bytes:
+    fields = (item.messages, item.category, item.tools, item.file, item.line)
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _restored(text: Any) -> Conversation:
+    messages, *rest = json.loads(text.tobytes())
+    return Conversation(tuple(Message(*message) for message in messages), *rest)

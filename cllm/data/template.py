@@ -7,12 +7,15 @@ from the model's own, the model is right.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.schema import Conversation, Message
+from cllm.messages import load_toml
 
 Chat: TypeAlias = "Conversation | Iterable[Message | Mapping[str, str]]"
 
@@ -51,7 +54,7 @@ class Template:
     # A tool's result (None: as a user turn), and what stands round neighbouring results.
     tool: tuple[str, str] | None = None
     tool_group: tuple[str, str] = ("", "")
-    # How tools are announced and called: a key of _ANNOUNCE or internlm2; react where the model has no format of its own.
+    # How tools are announced and called: a key of assets/tools.toml or internlm2; react where the model has no format of its own.
     tools: str = "react"
     # First thing generated in an assistant's turn, before its words.
     lead: str = ""
@@ -248,37 +251,11 @@ def _answer(content: str, template: Template, *, supervised: bool, last: bool, c
 
 
 # --- Tools: announced in the system turn, called by the assistant in JSON ({"name": …, "arguments": {…}}, one or a list).
-# fmt: off
-_QWEN_TOOLS = ("""# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>""", """
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call>""")
-_QWEN35_TOOLS = ("# Tools\n\nYou have access to the following functions:\n\n<tools>", "\n</tools>\n\n"
-    "If you choose to call a function ONLY reply in the following format with NO suffix:\n\n<tool_call>\n<function=example_function_name>\n"
-    "<parameter=example_parameter_1>\nvalue_1\n</parameter>\n<parameter=example_parameter_2>\nThis is the value for the second parameter\n"
-    "that can span\nmultiple lines\n</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n- Function calls MUST follow the "
-    "specified format: an inner <function=...></function> block must be nested within <tool_call></tool_call> XML tags\n- Required "
-    "parameters MUST be specified\n- You may provide optional reasoning for your function call in natural language BEFORE the function "
-    "call, but NOT after\n- If there is no function call available, answer the question like normal with your current knowledge and do "
-    "not tell the user about function calls\n</IMPORTANT>")
-_GLM4_TOOLS = ("你是一个名为 ChatGLM 的人工智能助手。你是基于智谱 AI 公司训练的语言模型 GLM-4 模型开发的，你的任务是针对用户的问题和要求"
-    "提供适当的答复和支持。\n\n# 可用工具", "\n在调用上述函数时，请使用 Json 格式表示调用的参数。")
-_CHATGLM3_TOOLS = "Answer the following questions as best as you can. You have access to the following tools:"
-_LLAMA3_TOOLS = ("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nYou have access to the following functions. To call a "
-    'function, please respond with JSON for a function call. Respond in the format {"name": function name, "parameters": dictionary of '
-    "argument name and its value}. Do not use variables.\n\n")
-_REACT_TOOLS = ("You have access to the following tools:\n", "Use the following format if using a tool:\n```\n"
-    "Action: tool name (one of [%s])\nAction Input: the input to the tool, in a JSON format representing the kwargs "
-    '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n')
-# fmt: on
+@functools.cache
+def _announcement(style: str) -> tuple[str, str]:
+    """The texts before and behind the tools, from assets/tools.toml."""
+    texts = load_toml(Path(__file__).parents[1] / "assets" / "tools.toml")[style.replace(".", "_")]
+    return texts["before"], texts["after"]
 
 
 def _json(value: object, indent: int | None = None) -> str:
@@ -298,19 +275,19 @@ def _tools(text: str) -> list[dict[str, Any]]:
 def _announce(style: str, tools: list[dict[str, Any]], with_text: bool) -> tuple[str, str, str]:
     """What tells the model of its tools: markup, the tools, markup."""
     wrapped = [{"type": "function", "function": tool} for tool in tools]
-    if style in ("qwen", "qwen3.5"):
-        head, tail = _QWEN_TOOLS if style == "qwen" else _QWEN35_TOOLS
-        gap = "\n\n" if with_text else ""
-        body = "".join("\n" + _json(tool) for tool in wrapped)
-        return (gap + head, body, tail) if style == "qwen" else (head, body, tail + gap)
+    head, tail = _announcement(style)
+    gap = "\n\n" if with_text else ""
+    if style == "qwen":
+        return gap + head, "".join("\n" + _json(tool) for tool in wrapped), tail
+    if style == "qwen3.5":
+        return head, "".join("\n" + _json(tool) for tool in wrapped), tail + gap
     if style == "glm4":
-        return _GLM4_TOOLS[0], "".join(f"\n\n## {tool['name']}\n\n{_json(tool, 4)}{_GLM4_TOOLS[1]}" for tool in tools), ""
+        return head, "".join(f"\n\n## {tool['name']}\n\n{_json(tool, 4)}{tail}" for tool in tools), ""
     if style == "chatglm3":
-        return "" if with_text else _CHATGLM3_TOOLS, "\n" + _json(tools, 4), ""
+        return "" if with_text else head, "\n" + _json(tools, 4), ""
     if style == "llama3":
-        return _LLAMA3_TOOLS, "".join(_json(tool, 4) + "\n\n" for tool in wrapped), ""
-    names = ", ".join(tool["name"] for tool in tools)
-    return _REACT_TOOLS[0], "".join(map(_react_tool, tools)) + _REACT_TOOLS[1] % names, ""
+        return head, "".join(_json(tool, 4) + "\n\n" for tool in wrapped), ""
+    return head, "".join(map(_react_tool, tools)) + tail % ", ".join(tool["name"] for tool in tools), ""
 
 
 def _react_tool(tool: dict[str, Any]) -> str:

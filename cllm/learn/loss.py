@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cllm.data.encode import IGNORE_INDEX
 from cllm.data.packing import PackedBatch
+from cllm.messages import UserError
 
 CHUNK_BYTES = 128 * 2**20
 _TILE = 2**25  # weights of a 4-bit head dequantized at a time: 64 MiB in 16 bits, twice
@@ -41,6 +42,16 @@ def output_head(model: Any) -> nn.Module:
     softcap = getattr(config, "final_logit_softcapping", None)
     factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return head if softcap is None and factor == 1.0 else ScaledHead(head, softcap, factor)
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raises UserError if the model's logits are not `output_head` of its last hidden states: its loss would be another one."""
+    ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
+    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    if hidden is None or (output_head(model)(hidden).float() - logits).abs().max() > 0.01 * logits.abs().max():
+        raise UserError("train.head", architecture=type(model).__name__)
 
 
 def token_nll(hidden: Tensor, lm_head: nn.Module, labels: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
@@ -128,9 +139,9 @@ class _FrozenHeadNll(torch.autograd.Function):
 
 def row_nll(model: Any, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
     """token_nll (T,) of one packed row under `model`, a Transformers causal LM with "cllm" attention."""
-    hidden = model.base_model(
-        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], cu_seqlens=batch.cu_seqlens, use_cache=False
-    ).last_hidden_state[0]
+    bounds = {"cu_seqlens": batch.cu_seqlens} if len(batch.cu_seqlens) > 2 else {}  # one sequence needs none, and some refuse them
+    output = model.base_model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, **bounds)
+    hidden = output.last_hidden_state[0]
     return token_nll(hidden, output_head(model), batch.labels, chunk_bytes)
 
 

@@ -63,6 +63,9 @@ class Precision(NamedTuple):
     def prepare(self, model: Any) -> None:
         """fp16: keep the residual stream in float32, where 8-bit exponents of large activations would overflow."""
         if self.name == "fp16":
+            for module in model.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.float()  # the CPU's takes weights of its input's dtype only
             model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
 
 

@@ -64,8 +64,12 @@ class ROUGE:
         """Means over the pairs; `parts`: precision and recall (0-100)."""
         precision, recall, f, pairs = totals
         name = self.kind if self.counts == "clipped" else f"rouge-chinese-{self.kind[5:].lower()}"
-        signature = f"{tokenizer_signature(self.tokenize)}|counts:{self.counts}|{VERSION}"
-        return Score(name, f * 100 / pairs, {"precision": precision * 100 / pairs, "recall": recall * 100 / pairs}, signature)
+        return Score(name, f * 100 / pairs, {"precision": precision * 100 / pairs, "recall": recall * 100 / pairs}, self.signature)
+
+    @property
+    def signature(self) -> str:
+        """Every choice but `nrefs`, which only a corpus knows."""
+        return f"{tokenizer_signature(self.tokenize)}|counts:{self.counts}|{VERSION}"
 
 
 @lru_cache(maxsize=16)  # the three kinds ask for the same pair

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm.messages import UserError
@@ -23,7 +22,7 @@ from cllm.model.attention import ATTENTION, register
 from cllm.model.families import Family, ModelShape
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import decoder_layers, streamed_layers
-from cllm.model.shards import Layout, Stored, stored_tensors, weight_files, write_safetensors
+from cllm.model.shards import Layout, Stored, read_json, stored_tensors, weight_files, write_safetensors
 
 
 class Checkpoint(NamedTuple):
@@ -65,12 +64,7 @@ def original_config(path: Path) -> dict[str, Any]:
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError("model.no_config", path=file.parent)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("model.damaged", path=file, detail=error) from error
-    if not isinstance(config, dict):
-        raise UserError("model.damaged", path=file, detail="no JSON object")
+    config = read_json(file)
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "?")
         raise UserError("model.quantized", path=file.parent, method=method)
@@ -96,13 +90,15 @@ def _native_config(path: Path, family: Family, original: dict[str, Any]) -> Any:
         native = getattr(transformers, family.architecture).config_class
         return native(architectures=[family.architecture], **family.config(original))
     kind = str(original.get("model_type")).removesuffix("-alibi")
+    remote = str((original.get("auto_map") or {}).get("AutoModelForCausalLM", "")).rpartition(".")[2]
     if kind in transformers.CONFIG_MAPPING:
         config = transformers.CONFIG_MAPPING[kind].from_dict({**original, "model_type": kind})
         for candidate in (config.get_text_config(), config):
-            if type(candidate) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            native = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(candidate), None)
+            if native and remote in ("", native.__name__):  # else its own code computes something else under a native name
                 return candidate
-    names = original.get("architectures") or [kind]
-    raise UserError("model.unsupported", path=path, architecture=names[0], supported=families.SUPPORTED)
+    names = dict.fromkeys([*(original.get("architectures") or []), remote or kind])
+    raise UserError("model.unsupported", path=path, architecture=", ".join(names), supported=families.SUPPORTED)
 
 
 def convert(name: str, tensor: Tensor, family: Family, shape: ModelShape) -> list[tuple[str, Tensor]]:
@@ -129,6 +125,12 @@ def _qkv_grouped(tensor: Tensor, shape: ModelShape) -> Sequence[Tensor]:
     return [part.reshape(-1, *tensor.shape[1:]) for part in groups.split([queries, 1, 1], dim=1)]
 
 
+def _unit_rows(tensor: Tensor) -> Tensor:
+    """Each row by its norm, in float32; in place, because a head is as large as a tensor gets."""
+    rows = tensor.to(torch.float32, copy=True)
+    return rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+
+
 def _unpermute(tensor: Tensor, heads: int) -> Sequence[Tensor]:
     """llama.cpp stores rotary pairs side by side, [d/2, 2] within a head; Transformers' halves are [2, d/2]."""
     return [tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)]
@@ -137,8 +139,8 @@ def _unpermute(tensor: Tensor, heads: int) -> Sequence[Tensor]:
 _OPERATIONS: dict[str, Callable[[Tensor, ModelShape], Sequence[Tensor]]] = {
     "qkv": _qkv,
     "qkv_grouped": _qkv_grouped,
-    "unit_rows": lambda tensor, shape: [F.normalize(tensor.float(), dim=1)],
-    "tied_unit_rows": lambda tensor, shape: [tensor, F.normalize(tensor.float(), dim=1)],
+    "unit_rows": lambda tensor, shape: [_unit_rows(tensor)],
+    "tied_unit_rows": lambda tensor, shape: [tensor, _unit_rows(tensor)],
     "unpermute_q": lambda tensor, shape: _unpermute(tensor, shape.heads),
     "unpermute_k": lambda tensor, shape: _unpermute(tensor, shape.kv_heads),
     "minus_one": lambda tensor, shape: [tensor - 1.0],
@@ -151,13 +153,16 @@ def _shape(config: Any) -> ModelShape:
     return ModelShape(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The native model on the meta device: no memory, no initialisation."""
     from transformers import AutoModelForCausalLM
 
     register()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=ATTENTION)
+        try:
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=ATTENTION)
+        except (KeyError, ValueError):  # a class with attention of its own only; `cllm.model.attention.packs` finds that out
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
 
 
 def check(checkpoint: Checkpoint, model: Any) -> Layout:
@@ -191,12 +196,12 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
     return layout
 
 
-def _converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Native (name, tensor) pairs of `layout`, one original tensor in memory at a time."""
     shape = _shape(checkpoint.config)
     for name, _, _, read in checkpoint.stored():
         if any(target in layout for target in families.rename(name, checkpoint.family)[1]):
-            yield from convert(name, read(), checkpoint.family, shape)
+            yield from (pair for pair in convert(name, read(), checkpoint.family, shape) if pair[0] in layout)
 
 
 def load_model(
@@ -218,9 +223,9 @@ def load_model(
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize = {quantize!r}")
     checkpoint = open_checkpoint(Path(path))
-    model = _skeleton(checkpoint, dtype)
+    model = skeleton(checkpoint, dtype)
     layout = check(checkpoint, model)
-    _fill(model, checkpoint, layout, _converted(checkpoint, layout), device, quantize, stream_layers)
+    _fill(model, checkpoint, layout, converted(checkpoint, layout), device, quantize, stream_layers)
     _quantize_head(model, head)
     model.name_or_path = str(path)
     return model  # type: ignore[no-any-return]
@@ -238,7 +243,7 @@ def random_model(
     """As `load_model`, from the sizes in a config.json (original or native) and random weights: what a card does, without a download."""
     family = families.family_of(config) or families.NATIVE
     checkpoint = Checkpoint(Path("config.json"), family, _native_config(Path("config.json"), family, config), [])
-    model = _skeleton(checkpoint, dtype)
+    model = skeleton(checkpoint, dtype)
     layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()}
 
     def random() -> Iterator[tuple[str, Tensor]]:
@@ -348,25 +353,42 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.cat([slopes, between])
 
 
+def split_rows(checkpoint: Checkpoint) -> Callable[[str, Tensor], list[tuple[str, Tensor]]]:
+    """How an adapter trained on the original layout becomes one for the native model (`cllm.model.lora.read_adapter`)."""
+    shape = _shape(checkpoint.config)
+
+    def split(name: str, rows: Tensor) -> list[tuple[str, Tensor]]:
+        pairs = convert(f"{name}.weight", rows, checkpoint.family, shape)
+        return [(native.removesuffix(".weight"), part) for native, part in pairs]
+
+    return split
+
+
+def write_config(checkpoint: Checkpoint, model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The native config.json. ALiBi gets the model_type "llama-alibi", which only cllm loads: a plain Llama computes something else."""
+    config = json.loads(checkpoint.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    if checkpoint.family.alibi:
+        config |= {"model_type": "llama-alibi", "architectures": ["LlamaAlibiForCausalLM"]}
+    if dtype:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     """Write the native checkpoint (config.json, one model.safetensors) into the new directory `out`, tensor by tensor.
 
-    dtype: of floating-point tensors; None keeps what is stored (GGUF and NormHead become float32). A checkpoint with ALiBi
-    gets the model_type "llama-alibi", which only cllm loads: as a plain Llama it would compute something else.
+    dtype: of floating-point tensors; None keeps what is stored (GGUF and NormHead become float32).
     Raises UserError if `out` exists, and as `load_model`.
     """
     if out.exists():
         raise UserError("model.exists", path=out)
     checkpoint = open_checkpoint(path)
-    model = _skeleton(checkpoint, torch.float32)
+    model = skeleton(checkpoint, torch.float32)
     layout = check(checkpoint, model)
     if dtype:
         layout = {name: (dims, dtype if kind.is_floating_point else kind) for name, (dims, kind) in layout.items()}
     out.mkdir(parents=True)
     part = out / "model.safetensors.incomplete"
-    write_safetensors(part, layout, _converted(checkpoint, layout))
-    config = json.loads(checkpoint.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
-    if checkpoint.family.alibi:
-        config |= {"model_type": "llama-alibi", "architectures": ["LlamaAlibiForCausalLM"]}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_safetensors(part, layout, converted(checkpoint, layout))
+    write_config(checkpoint, model, out)
     part.rename(out / "model.safetensors")

@@ -171,13 +171,9 @@ INTERNLM2 = Family("internlm2", "LlamaForCausalLM", "internlm2", _llama("internl
 YI = Family("yi", "LlamaForCausalLM", "yi", _llama("yi", theta=5000000.0), rules=_YI)
 
 # --- Native checkpoints: leftovers to drop, and prefixes under which the same names are found.
-GPT2 = Family(
-    "gpt2",
-    "GPT2LMHeadModel",
-    "plain",
-    prefixes=((r"^(?=(?:wte|wpe|h|ln_f)\.)", "transformer."),),
-    drop=r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)",  # causal-mask buffers; not c_attn.bias
-)
+_NO_BASE = ((r"^(?=(?:wte|wpe|h|ln_f)\.)", "transformer."),)
+_MASKS = r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)"  # causal-mask buffers; not c_attn.bias
+GPT2 = Family("gpt2", "GPT2LMHeadModel", "plain", prefixes=_NO_BASE, drop=_MASKS)
 LLAMA_ALIBI = Family("llama-alibi", "LlamaForCausalLM", "baichuan2", alibi=True)  # what tools/convert.py makes of 13B
 _TEXT_PART = (
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -206,8 +202,16 @@ def _gguf(own: Config) -> dict[str, Any]:
         "head_dim": own.get("attention.key_length", native["hidden_size"] // heads),
         "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0,
         "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
         "rope_parameters": _rope(rope),
     }
+
+
+def _gguf_chatglm(own: Config) -> dict[str, Any]:
+    native = _gguf(own)
+    turned = own.get("rope.dimension_count", native["head_dim"] // 2) / native["head_dim"]
+    pad = native["pad_token_id"] or 0
+    return native | {"rope_parameters": native["rope_parameters"] | {"partial_rotary_factor": turned}, "pad_token_id": pad}
 
 
 def _gguf_gemma3(own: Config) -> dict[str, Any]:
@@ -230,14 +234,16 @@ _NORMS = "output_norm=model.norm *.attn_norm=*.input_layernorm *.ffn_norm=*.post
 _QK_NORMS = "*.attn_q_norm=*.self_attn.q_norm *.attn_k_norm=*.self_attn.k_norm"
 _GEMMA_NORMS = f"""{_QK_NORMS} output_norm=model.norm *.attn_norm=*.input_layernorm *.ffn_norm=*.pre_feedforward_layernorm
     *.post_attention_norm=*.post_attention_layernorm *.post_ffw_norm=*.post_feedforward_layernorm"""
+_GLM_UP = "*.ffn_up=*.mlp.gate_up_proj"
 _ONE_LESS = _GEMMA_NORMS.replace("=", "=minus_one:")  # stored as 1 + w
 GGUF = {
-    architecture: Family(f"gguf-{architecture}", native, template, config, "blk", f"{_LINEARS} {more}")
+    architecture: Family(f"gguf-{architecture}", native, template, config, "blk", f"{more} {_LINEARS}")
     for architecture, native, template, config, more in (
         ("llama", "LlamaForCausalLM", "auto", _gguf, f"{_LLAMA_QK} {_NORMS}"),
         ("qwen2", "Qwen2ForCausalLM", "qwen", _gguf, f"{_QK} {_NORMS}"),
         ("qwen3", "Qwen3ForCausalLM", "qwen3", _gguf, f"{_QK} {_NORMS} {_QK_NORMS}"),
         ("gemma3", "Gemma3ForCausalLM", "gemma", _gguf_gemma3, f"{_QK} {_ONE_LESS}"),
+        ("chatglm", "GlmForCausalLM", "chatglm3", _gguf_chatglm, f"{_QK} {_GLM_UP} {_NORMS} *.attn_qkv=qkv:*.self_attn.?_proj"),
     )
 }
 

@@ -1,16 +1,24 @@
-"""The header of a GGUF file: metadata and where each tensor lies, read in one pass over plain bytes.
+"""GGUF files: the header read in one pass over plain bytes, and a whole file written tensor by tensor.
 
 The `gguf` package's own reader builds numpy views for every vocabulary entry (20 s and 700 MB for 262,000 tokens); here a
-string array is read in one sweep. Dequantization stays the package's. Format: ggml's docs/gguf.md, versions 2 and 3.
+string array is read in one sweep. Writing, tensor names, quantization and dequantization are the package's. Format: ggml's
+docs/gguf.md, versions 2 and 3; conventions as in llama.cpp's converter.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cllm.messages import UserError
+from cllm.model.families import GGUF
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from torch import Tensor
 
 # value type -> struct code; 8 is a string, 9 an array
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -71,3 +79,108 @@ def _value(file: BinaryIO, kind: int) -> Any:
             return list(_unpack(file, f"{count}{_SCALARS[item]}"))
         return [_value(file, item) for _ in range(count)]
     return _unpack(file, _SCALARS[kind])[0]
+
+
+# --- Writing
+TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type of what the package can quantize; k-quants need llama.cpp
+_SLICE = 2**22  # weights converted at a time
+
+
+def architecture(config: Any) -> str:
+    """llama.cpp's name for a native config. Raises UserError for classes and settings that it would compute differently."""
+    kinds = config.architectures or ["?"]
+    name = next((name for name, family in GGUF.items() if family.architecture == kinds[0]), "")
+    rope = config.rope_parameters or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+    wrong = [str(p["rope_type"]) for p in parts if p.get("rope_type", "default") not in ("default", "linear", "dynamic")]
+    pattern = ["sliding_attention" if layer % 6 else "full_attention" for layer in range(1, config.num_hidden_layers + 1)]
+    if name == "gemma3" and config.layer_types != pattern:
+        wrong.append("layer_types")
+    if wrong or not name:
+        raise UserError("export.gguf", architecture=kinds[0], detail=", ".join(wrong) or "-", known=", ".join(GGUF))
+    return name
+
+
+def _shape(config: Any, arch: str) -> dict[str, Any]:
+    """The model's keys. Dynamic rotary scaling is left out: it acts beyond the trained length only."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    keys: dict[str, Any] = {
+        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size, "vocab_size": config.vocab_size,
+        "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size, "attention.head_count": heads,
+        "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": head_dim, "attention.value_length": head_dim, "rope.freq_base": float(rope["rope_theta"]),
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+    }  # fmt: skip
+    if rope.get("rope_type") == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if arch == "gemma3":
+        keys["attention.sliding_window"] = config.sliding_window
+    return {f"{arch}.{key}": value for key, value in keys.items()}
+
+
+def _stored(name: str, tensor: Tensor, config: Any, arch: str) -> Tensor:
+    """What llama.cpp expects: rotary pairs of Llama side by side (the reverse of `unpermute_q`), Gemma's norms as 1 + w."""
+    if arch == "gemma3" and name.endswith("norm.weight"):
+        return tensor.float() + 1.0
+    for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        if arch == "llama" and f".{part}." in name:
+            return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def _encoded(tensor: Tensor, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The bytes of `tensor` as ggml stores `kind`, converted a slice of rows at a time."""
+    import numpy as np
+    from gguf import quantize
+
+    out = np.empty(shape, np.uint8)
+    step = max(1, _SLICE // tensor.shape[-1])
+    rows, filled = tensor.reshape(-1, tensor.shape[-1]), out.reshape(-1, shape[-1])
+    for start in range(0, len(rows), step):
+        block = np.ascontiguousarray(rows[start : start + step].float().numpy())
+        filled[start : start + step] = quantize(block, kind).view(np.uint8)
+    return out
+
+
+def write_gguf(
+    path: Path, config: Any, layout: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], kind: str, tokenizer: Mapping[str, Any]
+) -> None:
+    """Write native (name, tensor) pairs, in `layout`'s order, and the `tokenizer.` keys (`cllm.model.tokenizer.Tokenizer.to_gguf`).
+
+    kind: one of `TYPES`; vectors stay float32, and so do rows that q8_0's blocks of 32 do not divide (as f16).
+    """
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quant_shape_to_byte_shape
+
+    arch = architecture(config)
+    names = get_tensor_name_map(next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers)
+    writer = GGUFWriter(path, arch)
+    tokens = {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+    keys = {**_shape(config, arch), **tokens, "general.file_type": TYPES[kind], "general.quantization_version": 2}
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in keys.items():
+        adders[type(value)](key, value)
+    tied = config.tie_word_embeddings
+    plan: dict[str, tuple[GGMLQuantizationType, tuple[int, ...]]] = {}
+    for name, (dims, _) in layout.items():
+        if tied and name == "lm_head.weight":
+            continue
+        stored = GGMLQuantizationType[kind.upper()] if len(dims) > 1 else GGMLQuantizationType.F32
+        stored = stored if dims[-1] % GGML_QUANT_SIZES[stored][0] == 0 else GGMLQuantizationType.F16
+        plan[name] = (stored, tuple(quant_shape_to_byte_shape(dims, stored)))
+        native = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if native is None:
+            raise UserError("export.gguf", architecture=arch, detail=name, known=", ".join(GGUF))
+        writer.add_tensor_info(native, plan[name][1], np.dtype(np.uint8), int(np.prod(plan[name][1])), stored)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in tensors:
+            if name in plan:
+                writer.write_tensor_data(_encoded(_stored(name, tensor, config, arch), *plan[name]))
+            del tensor  # before the next one is read
+    finally:
+        writer.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
 
 def base_weight(module: Any, dtype: torch.dtype) -> Tensor:
     """The dense weight (out, in) of a linear layer in `dtype`: dequantized, or transposed where it is stored (in, out)."""
+    if isinstance(module, LoraLinear):  # another adapter of the same base
+        return base_weight(module.base, dtype)
     if hasattr(module, "dequantize"):
         dense: Tensor = module.dequantize(dtype)
         return dense
@@ -57,12 +59,16 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 class Gate:
-    """Which rows of the batch go through the adapter; one object shared by all layers of a model. None: all of them."""
+    """Which rows of the batch go through the adapter; one object shared by all layers of an adapter. None: all of them.
 
-    __slots__ = ("rows",)
+    `number` tells the adapters of one base apart: 1 for the first, and for the only one.
+    """
+
+    __slots__ = ("number", "rows")
 
     def __init__(self) -> None:
         self.rows: Tensor | float | None = None
+        self.number = 1
 
 
 class _LoraMatmul(torch.autograd.Function):
@@ -158,6 +164,12 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude = nn.Parameter(base_weight(base, torch.float32).norm(dim=1)) if dora else None
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's, as DoRA needs it."""
+        bias: Tensor | None = getattr(self.base, "bias", None)
+        return bias
+
     def delta(self) -> Tensor:
         """scaling * B A, (out, in) float32."""
         return self.scaling * (self.lora_B @ self.lora_A)
@@ -184,8 +196,7 @@ class LoraLinear(nn.Module):
             with torch.no_grad():
                 norm = (base_weight(self.base, torch.float32) + self.delta()).norm(dim=1)
             ratio = (self.magnitude / norm).to(x.dtype)
-            bias = getattr(self.base, "bias", None)
-            update = (ratio - 1) * (result if bias is None else result - bias) + ratio * update
+            update = (ratio - 1) * (result if self.bias is None else result - self.bias) + ratio * update
         if isinstance(rows, Tensor):
             update = update * rows.to(update.dtype).view(-1, *[1] * (update.dim() - 1))
         return result + update
@@ -258,8 +269,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _gate(model: nn.Module) -> Gate | None:
-    # All layers share one Gate, so the first one found will do.
-    return next((module.gate for module in model.modules() if isinstance(module, LoraLinear)), None)
+    # All layers of an adapter share one Gate, so any will do; further adapters are the engine's business.
+    return next((module.gate for module in model.modules() if isinstance(module, LoraLinear) and module.gate.number == 1), None)
 
 
 def set_gate(model: nn.Module, rows: Tensor | float | None) -> None:
@@ -294,29 +305,46 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base: str = "") -> 
     """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does; `base` names the checkpoint below it."""
     layers = lora_layers(model)
     first = next(iter(layers.values()))
+    parts = {name: {part: getattr(layer, part) for part in _SUFFIXES if getattr(layer, part) is not None} for name, layer in layers.items()}
+    rslora = not math.isclose(first.scaling, first.alpha / first.rank)
+    own = {"base_model_name_or_path": base, "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout}
+    write_adapter(model, directory, parts, {**own, "use_rslora": rslora, "use_dora": first.magnitude is not None})
+
+
+def write_adapter(model: nn.Module, directory: str | Path, layers: dict[str, dict[str, Tensor]], settings: dict[str, Any]) -> None:
+    """PEFT's two files from layer name -> tensors; `settings` are the keys of adapter_config.json that describe the numbers."""
     last_parts = {name.rpartition(".")[2] for name in layers}
     linears = [n.removesuffix(".base") for n, m in model.named_modules() if linear_shape(m) is not None]
     # Short names only if they select exactly what was adapted; PEFT matches a target at the end of any module's name.
     exact = {name for name in linears if name.rpartition(".")[2] in last_parts} == set(layers)
+    first = model.get_submodule(next(iter(layers)))
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": first.rank, "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout, "target_modules": sorted(last_parts if exact else layers), "bias": "none",
-        "modules_to_save": None, "fan_in_fan_out": _is_conv1d(first.base),
-        "use_rslora": not math.isclose(first.scaling, first.alpha / first.rank), "use_dora": first.magnitude is not None,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", **settings, "target_modules": sorted(last_parts if exact else layers),
+        "bias": "none", "modules_to_save": None, "fan_in_fan_out": _is_conv1d(getattr(first, "base", first)),
         "inference_mode": True, "init_lora_weights": True,
     }  # fmt: skip
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().contiguous().cpu() for key, value in adapter_tensors(model).items()}
+    # clone: fused layers share A, and safetensors writes no memory twice
+    tensors = {
+        f"{_PREFIX}{name}{_SUFFIXES[part]}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, parts in layers.items()
+        for part, tensor in parts.items()
+    }
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, directory: str | Path, *, dropout: float | None = None) -> dict[str, LoraLinear]:
-    """Inject and fill the adapter of `directory` (ours or PEFT's); returns name -> LoraLinear.
+Split = Callable[[str, Tensor], list[tuple[str, Tensor]]]
+"""(module name in the original checkpoint, rows (out, …)) -> its native modules with their rows; a native name stays as it is."""
 
-    The tensors decide which layers are adapted. Raises UserError, listing everything at once, for a damaged file, layers that the
-    model lacks, wrong shapes, and PEFT features that would change the result if ignored.
+
+def read_adapter(directory: str | Path, split: Split | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """(adapter_config, layer name -> its "lora_A", "lora_B" and, for DoRA, "magnitude") of a directory, ours or PEFT's.
+
+    `split` renames what was trained on an original checkpoint: the parts of a fused layer (W_pack, query_key_value, c_attn) share A and
+    take their rows of B. Raises UserError, listing everything at once, for a damaged file and PEFT features that would change the
+    result if ignored.
     """
     folder = Path(directory)
     config = _read_config(folder)
@@ -325,39 +353,95 @@ def load_adapter(model: nn.Module, directory: str | Path, *, dropout: float | No
         for key, plain in (("bias", "none"), ("modules_to_save", None), ("rank_pattern", {}), ("alpha_pattern", {}))
         if config.get(key, plain) not in (plain, None, {}, [])
     ]
+    found: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                part = next((part for part, suffix in _SUFFIXES.items() if key.endswith(suffix)), None)
+                if part is None or not key.startswith(_PREFIX):
+                    problems.append(f"unexpected tensor {key}")
+                else:
+                    name = key.removeprefix(_PREFIX).removesuffix(_SUFFIXES[part])
+                    found.setdefault(name, {})[part] = file.get_tensor(key)
     except (OSError, SafetensorError) as error:
         raise UserError("adapter.damaged", path=folder / WEIGHTS_FILE, detail=error) from error
-    names: dict[str, None] = {}
-    for key in tensors:
-        suffix = next((suffix for suffix in _SUFFIXES.values() if key.endswith(suffix)), None)
-        if suffix is None or not key.startswith(_PREFIX):
-            problems.append(f"unexpected tensor {key}")
-        else:
-            names[key.removeprefix(_PREFIX).removesuffix(suffix)] = None
-    modules = dict(model.named_modules())
-    problems += [f"no linear layer {name}" for name in names if name not in modules or linear_shape(modules[name]) is None]
-    if problems or not names:
+    expected = {"lora_A", "lora_B"} | ({"magnitude"} if config.get("use_dora") else set())
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, parts in found.items():
+        try:
+            if parts.keys() != expected:
+                raise ValueError(f"tensors {', '.join(sorted(parts))}, expected {', '.join(sorted(expected))}")
+            for part in sorted(expected - {"lora_A"}):
+                for native, rows in split(name, parts[part]) if split else [(name, parts[part])]:
+                    layers.setdefault(native, {"lora_A": parts["lora_A"]})[part] = rows
+        except (ValueError, RuntimeError) as error:
+            problems.append(f"{name}: {error}")
+    if problems or not layers:
         raise UserError("adapter.mismatch", path=folder, problems="; ".join(problems[:8]) or "no tensors", count=len(problems))
+    return config, layers
+
+
+def check_adapter(model: nn.Module, folder: str | Path, config: dict[str, Any], layers: dict[str, dict[str, Tensor]]) -> None:
+    """Raises one UserError that lists the layers which `model` (on the meta device will do) lacks or has in another shape."""
+    modules, problems = dict(model.named_modules()), []
+    for name, parts in layers.items():
+        shape = linear_shape(modules[name]) if name in modules else None
+        if shape is None:
+            problems.append(f"no linear layer {name}")
+            continue
+        rank = int(config["r"])
+        for part, dims in (("lora_A", (rank, shape[0])), ("lora_B", (shape[1], rank)), ("magnitude", (shape[1],))):
+            if part in parts and tuple(parts[part].shape) != dims:
+                problems.append(f"{part} of {name} has shape {tuple(parts[part].shape)}, the model needs {dims}")
+    if problems:
+        raise UserError("adapter.mismatch", path=folder, problems="; ".join(problems[:8]), count=len(problems))
+
+
+def load_adapter(
+    model: nn.Module, directory: str | Path, *, dropout: float | None = None, split: Split | None = None
+) -> dict[str, LoraLinear]:
+    """Inject and fill the adapter of `directory`; returns name -> LoraLinear. The tensors decide which layers are adapted.
+
+    Raises UserError as `read_adapter` and `check_adapter`.
+    """
+    config, found = read_adapter(directory, split)
+    check_adapter(model, directory, config, found)
     layers = inject_lora(
-        model, rank=int(config["r"]), alpha=float(config["lora_alpha"]), targets=list(names), rslora=bool(config.get("use_rslora")),
+        model, rank=int(config["r"]), alpha=float(config["lora_alpha"]), targets=list(found), rslora=bool(config.get("use_rslora")),
         dropout=float(config.get("lora_dropout", 0.0)) if dropout is None else dropout, dora=bool(config.get("use_dora")),
     )  # fmt: skip
-    own = adapter_tensors(model)
-    wrong = [f"missing tensor {key}" for key in own if key not in tensors] + [
-        f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    if wrong or set(tensors) - set(own):
-        wrong += [f"unexpected tensor {key}" for key in sorted(set(tensors) - set(own))]
-        raise UserError("adapter.mismatch", path=folder, problems="; ".join(wrong[:8]), count=len(wrong))
     with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(tensors[key])
+        for name, parts in found.items():
+            for part, tensor in parts.items():
+                getattr(layers[name], part).copy_(tensor)
     return layers
+
+
+def load_beside(model: nn.Module, directory: str | Path, **options: Any) -> None:
+    """Load one more adapter of the same base, switched off: y = base(x) + gate_1 update_1(x) + gate_2 update_2(x) + …
+
+    Its gate has the next number. `options` and errors are those of `load_adapter`.
+    """
+    before = lora_layers(model)
+    inner = {id(layer.base) for layer in before.values()}
+    outer = {name: layer for name, layer in before.items() if id(layer) not in inner}
+    for name, layer in outer.items():
+        bare: nn.Module = layer
+        while isinstance(bare, LoraLinear):
+            bare = bare.base
+        _replace(model, name, bare)
+    added = load_adapter(model, directory, **options)
+    for name, layer in added.items():
+        layer.base = outer.pop(name, layer.base)
+        layer.gate.number, layer.gate.rows = 1 + max(old.gate.number for old in before.values()), 0.0
+    for name, layer in outer.items():
+        _replace(model, name, layer)
+
+
+def adapter_scaling(config: dict[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA, of an adapter_config."""
+    rank = int(config["r"])
+    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -52,10 +52,18 @@ def weight_files(path: Path) -> list[Path]:
     raise UserError("model.no_weights", path=path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError if it is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError("model.damaged", path=path, detail=error) from error
+
+
 def _indexed(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
         raise UserError("model.damaged", path=index, detail=f"no shard index: {error!r}") from error
     if wrong := [name for name in names if not _is_plain(name)]:
         raise UserError("model.shard_name", path=index, names=", ".join(map(repr, wrong)))
@@ -133,7 +141,7 @@ def _zip_pickle(file: Path) -> Iterator[Stored]:
 def _first_indexed(file: Path) -> str:
     """A zip's directory stands at its end, so a cut one loses every tensor: the first that the index puts into this file."""
     index = file.parent / "pytorch_model.bin.index.json"
-    names: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    names: Mapping[str, str] = read_json(index)["weight_map"] if index.is_file() else {}
     return next((name for name, shard in names.items() if shard == file.name), "(zip directory)")
 
 
@@ -185,6 +193,7 @@ def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, T
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             if tensor.numel():
                 file.write(_bytes(tensor.to(layout[name][1]).contiguous()))
+            del tensor  # before the next one is read
         file.truncate(8 + len(text) + end)
 
 

@@ -164,9 +164,6 @@ def fetch_file(file: RemoteFile, target: Path) -> None:
     detail: object = "cut"
     for _ in range(ATTEMPTS):
         start = part.stat().st_size if part.is_file() else 0
-        if start > file.size_bytes:
-            part.unlink()
-            start = 0
         try:
             if start < file.size_bytes or not start:
                 _transfer(file, part, start)

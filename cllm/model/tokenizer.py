@@ -10,24 +10,26 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cllm.data.dialects import jinja
 from cllm.data.encode import IGNORE_INDEX
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
-from cllm.messages import UserError
+from cllm.messages import UserError, note
 from cllm.model import gguf
 from cllm.model.families import GGUF, family_of
-from cllm.model.vocabulary import Bpe, Vocabulary, from_directory, from_gguf
+from cllm.model.shards import read_json
+from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, from_directory, from_gguf, to_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPLATE_FILE = "template.json"
 FILES = "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt \
-qwen.tiktoken chat_template.jinja"
+qwen.tiktoken"
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 _KINDS = "ChatGLMTokenizer=chatglm3 ChatGLM4Tokenizer=glm4 BaichuanTokenizer=baichuan2 QWenTokenizer=qwen1 \
 InternLMTokenizer=internlm InternLM2Tokenizer=internlm2 glm=glm4 glm4=glm4"  # tokenizer_class or model_type = template
@@ -50,6 +52,8 @@ class Tokenizer:
     pad_id: int
     source: Path
     config: Mapping[str, Any] = field(repr=False)
+    # Of the model: its name in the table of families, or its native model_type.
+    family: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -161,10 +165,42 @@ class Tokenizer:
         new = next((name for name in names if name != old and name in self.vocabulary.control), None)
         if new is None:
             raise UserError("tokenizer.no_end", token=old, template=self.template.name)
-        return replace(self, template=replace(self.template, end=self.template.end.replace(old, new)))
+        stop = (*self.template.stop, old)  # a model that was taught it elsewhere still ends there
+        return replace(self, template=replace(self.template, end=self.template.end.replace(old, new), stop=stop))
+
+    @functools.cached_property
+    def chat_template(self) -> str:
+        """The template in Jinja: the tokenizer's own text if it renders the same (it may know tools), else `cllm.data.dialects.jinja`.
+
+        "" if programs that encode the rendered text as one string would get other ids for a question: ChatGLM3 and Baichuan2 encode
+        markup and words apart, which no chat_template can say.
+        """
+        own = _own_template(self)
+        text = own if own and not self.template.jinja and _renders_like(self, own) else jinja(self.template)
+        if "enable_thinking" in self.template.jinja:
+            text = f"{{% set enable_thinking = {str(self.template.thinking == 'keep').lower()} %}}{text}"
+        question = [Message("user", "你好，今天 how are you?")]
+        whole = "".join(segment.text for segment in self.segments(question, open_turn=True))
+        return text if self.encode(whole, markup=True) == self.encode_chat(question) else ""
+
+    def to_gguf(self, rows: int) -> dict[str, Any]:
+        """The `tokenizer.` keys of a GGUF file for an embedding of `rows`: the end of a turn is its end of text, the template opens
+        with the beginning. Raises UserError for a pre-tokenizer that llama.cpp has no name for."""
+        vocabulary, original = self.vocabulary, self.source / "tokenizer.model"
+        if isinstance(vocabulary, Bpe) and original.is_file() and '"byte_fallback":true' in vocabulary.model.to_str():
+            vocabulary = SentencePiece(original.read_bytes(), vocabulary.control)
+        control = vocabulary.control
+        turns = [control[name] for name in self.template.stop if name in control]
+        ids = {"bos": self.bos_id, "eos": control.get(self.template.end.strip(), self.eos_id), "padding": self.pad_id}
+        named = {f"{name}_token_id": id for name, id in (ids | {"eot": next(iter(turns), None)}).items() if id is not None}
+        keys = {f"ggml.{key}": value for key, value in (to_gguf(vocabulary, rows) | named | {"add_bos_token": False}).items()}
+        return keys | ({"chat_template": self.chat_template} if self.chat_template else {})
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer's files and `template.json` into `directory`: `load_tokenizer` of it gives the same ids."""
+        """Write the tokenizer's files, `template.json` and, as far as Jinja can say it, the same template as chat_template.jinja.
+
+        `load_tokenizer` of the directory gives the same ids. The base's own chat_template stays behind.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         if self.source.is_dir():
             for name in FILES.split():
@@ -172,9 +208,29 @@ class Tokenizer:
                     shutil.copyfile(self.source / name, directory / name)
         else:
             self.vocabulary.save(directory)
-            _write_json(directory / "tokenizer_config.json", dict(self.config))
-        ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
-        _write_json(directory / TEMPLATE_FILE, {**ids, "template": asdict(self.template)})
+        _write_json(directory / "tokenizer_config.json", {key: value for key, value in self.config.items() if key != "chat_template"})
+        if self.chat_template:
+            (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        ids = {"family": self.family, "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        original = {key: value for key, value in self.config.items() if key in ("tokenizer_class", "auto_map", "added_tokens_decoder")}
+        if isinstance(self.vocabulary, SentencePiece):
+            original.setdefault("auto_map", {})  # tokenizer.model goes before a tokenizer.json made from it
+        _write_json(directory / TEMPLATE_FILE, {**ids, "template": asdict(self.template), "tokenizer": original})
+
+
+def portable(tokenizer: Tokenizer, directory: Path) -> None:
+    """Make a saved tokenizer readable without this package: a tokenizer.json, under a class of Transformers' own."""
+    foreign = "auto_map" in tokenizer.config or not (directory / "tokenizer.json").is_file()
+    if isinstance(tokenizer.vocabulary, SentencePiece):
+        tokenizer.vocabulary.save_json(directory)
+        foreign = True
+    elif foreign:
+        tokenizer.vocabulary.save(directory)
+    dropped = ("chat_template", "auto_map", "added_tokens_decoder", "backend") if foreign else ("chat_template",)
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    named = {f"{kind}_token": tokenizer.vocabulary.name(id) for kind, id in ids.items() if id is not None}
+    config = {key: value for key, value in tokenizer.config.items() if key not in dropped} | named
+    _write_json(directory / "tokenizer_config.json", config | ({"tokenizer_class": "PreTrainedTokenizerFast"} if foreign else {}))
 
 
 class Stream:
@@ -223,12 +279,15 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
         if (jinja := path / "chat_template.jinja").is_file():
             config["chat_template"] = jinja.read_text(encoding="utf-8")
         model, saved = _read_json(path / "config.json"), _read_json(path / TEMPLATE_FILE)
+        config |= saved.get("tokenizer", {})  # what an export told Transformers instead
         vocabulary: Vocabulary = from_directory(path, config)
         found = family_of(model)
+        kind = found.template if found else "auto"
     elif path.is_file():
         metadata = gguf.read_header(path).metadata
         vocabulary, config, model = from_gguf(metadata), _gguf_config(metadata), {}
-        found = GGUF.get(metadata.get("general.architecture", "")) if "chat_template" not in config else None
+        found = GGUF.get(metadata.get("general.architecture", ""))
+        kind = found.template if found and "chat_template" not in config else "auto"
     else:
         raise UserError("tokenizer.missing", path=path)
     ids = {kind: saved.get(f"{kind}_id", _special(vocabulary, config, model, kind)) for kind in ("bos", "eos", "pad")}
@@ -236,11 +295,16 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
     if eos_id is None:
         raise UserError("tokenizer.no_end", token="eos_token", template=template)
     pad_id = eos_id if ids["pad"] is None else ids["pad"]
-    plain = TEMPLATES["plain"]
-    unset = Tokenizer(vocabulary=vocabulary, template=plain, bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config)
+    unset = Tokenizer(
+        vocabulary=vocabulary, template=TEMPLATES["plain"], bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config,
+        family=saved.get("family") or (found.name if found else model.get("model_type", "")),
+    )  # fmt: skip
     if template == "auto" and saved:
-        return replace(unset, template=_stored(saved, path / TEMPLATE_FILE))
-    return replace(unset, template=_choose(unset, template, found.template if found else "auto", model, thinking))
+        try:
+            return replace(unset, template=_stored(saved["template"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError("tokenizer.damaged", path=path / TEMPLATE_FILE, detail=error) from error
+    return replace(unset, template=_choose(unset, template, kind, model, thinking))
 
 
 def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,27 +330,19 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError("tokenizer.damaged", path=path, detail=error) from error
-    return value if isinstance(value, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 # --- The template
-def _stored(saved: Mapping[str, Any], path: Path) -> Template:
-    try:
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved["template"].items()}
-        return Template(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError("tokenizer.damaged", path=path, detail=error) from error
+def _stored(values: Mapping[str, Any]) -> Template:
+    """The template whose `asdict` went through JSON."""
+    parts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Template(**parts)
 
 
 def _choose(tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, Any], thinking: str) -> Template:
     """The template of this name, fitted to the vocabulary; "auto": see `load_tokenizer`."""
-    own = tokenizer.config.get("chat_template")
-    if isinstance(own, list):  # several named ones
-        own = next((entry["template"] for entry in own if entry.get("name") == "default"), None)
+    own = _own_template(tokenizer)
     if name == "auto":
         name = _of_kind(tokenizer, family, model) or (own and (_same(tokenizer, own) or "native")) or ""
         name = name or ("chatml" if {"<|im_start|>", "<|im_end|>"} <= tokenizer.vocabulary.control.keys() else "plain")
@@ -295,6 +351,13 @@ def _choose(tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, An
     if name not in TEMPLATES:
         raise UserError("tokenizer.template", name=name, known=", ".join([*TEMPLATES, "native"]))
     return _fitted(tokenizer, TEMPLATES[name], thinking)
+
+
+def _own_template(tokenizer: Tokenizer) -> str:
+    own = tokenizer.config.get("chat_template") or ""
+    if isinstance(own, list):  # several named ones
+        own = next((entry["template"] for entry in own if entry.get("name") == "default"), "")
+    return str(own)
 
 
 def _of_kind(tokenizer: Tokenizer, family: str, model: Mapping[str, Any]) -> str:
@@ -315,25 +378,14 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     if template.thinking:
         template = replace(template, thinking=thinking)
     if (end := template.end.strip()) not in vocabulary.control:
-        template = _replaced(template, end, vocabulary.name(tokenizer.eos_id))
+        text = json.dumps(asdict(template), ensure_ascii=False).replace(end, vocabulary.name(tokenizer.eos_id))
+        template = _stored(json.loads(text))
     if tokenizer.bos_id is not None:
         bos = vocabulary.name(tokenizer.bos_id)
         own = vocabulary.begins_with(tokenizer.bos_id)
         if bos not in template.prefix + template.user[0] and tokenizer.config.get("add_bos_token", own):
             template = replace(template, prefix=bos + template.prefix)
     return template
-
-
-def _replaced(template: Template, old: str, new: str) -> Template:
-    """The template with one token name for another in all of its markup."""
-
-    def swap(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(swap(part) for part in value)
-        return value.replace(old, new) if isinstance(value, str) else value
-
-    kept = ("name", "default_system", "tools", "thinking")
-    return replace(template, **{f.name: swap(getattr(template, f.name)) for f in fields(template) if f.name not in kept})
 
 
 # --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only its own text is markup
@@ -348,21 +400,18 @@ def _filled(text: str, words: Sequence[str]) -> str:
     return _MARK.sub(lambda match: words[int(match.group(1))], text)
 
 
-def _jinja(tokenizer: Tokenizer, source: str, thinking: str, messages: Sequence[Message], opened: bool, tools: str = "") -> str:
-    """The text that Transformers renders. Raises UserError with the chat_template's own complaint."""
+def _jinja(tokenizer: Tokenizer, source: str, thinking: str | None, messages: Sequence[Message], opened: bool, tools: str = "") -> str:
+    """The text that Transformers renders; thinking None: without saying so. Raises UserError with the chat_template's own complaint."""
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     try:
         texts, _ = render_jinja_template(
-            conversations=[[m._asdict() for m in messages]],
-            tools=json.loads(tools) if tools else None,
-            chat_template=source,
-            add_generation_prompt=opened,
-            enable_thinking=thinking == "keep",
+            conversations=[[m._asdict() for m in messages]], tools=json.loads(tools) if tools else None, chat_template=source,
+            add_generation_prompt=opened, **({} if thinking is None else {"enable_thinking": thinking == "keep"}),
             **{key: "" if id is None else tokenizer.vocabulary.name(id) for key, id in ids.items()},
-        )
+        )  # fmt: skip
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError("tokenizer.native", detail=error) from error
     return str(texts[0])
@@ -383,6 +432,15 @@ def _same(tokenizer: Tokenizer, source: str) -> str:
     return ""
 
 
+def _renders_like(tokenizer: Tokenizer, source: str) -> bool:
+    """Whether the chat_template, called as everybody calls it, renders exactly like the tokenizer's template."""
+    ours = ["".join(s.text for s in render(turns, tokenizer.template, open_turn=opened)) for turns, opened in _PROBES]
+    try:
+        return ours == [_jinja(tokenizer, source, None, turns, opened) for turns, opened in _PROBES]
+    except UserError:
+        return False
+
+
 def _native(tokenizer: Tokenizer, source: str, thinking: str) -> Template:
     """The chat_template as a Template; its end token is the first control token behind an answer."""
     tail = _jinja(tokenizer, source, thinking, _marked(_PROBES[2][0]), False).rpartition("\ue001")[2]
@@ -400,8 +458,8 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
     whole, actual = text(marked, open_turn), text(messages, open_turn)
     if _filled(whole, words) != actual:  # most often because the template strips the words
         words = [content.strip() for content in words]
-    if _filled(whole, words) != actual:
-        raise UserError("tokenizer.prefix")
+        if _filled(whole, words) != actual:
+            raise UserError("tokenizer.prefix")
     segments: list[Segment] = []
 
     def put(chunk: str, supervised: bool) -> None:
@@ -429,6 +487,17 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
 
 
 # --- Preflight
+def with_trained_end(tokenizer: Tokenizer, model: Any) -> Tokenizer:
+    """The tokenizer, `with_stop` (and a note) if `model` never trained the end token of its template: it could not learn to stop."""
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = {id(m.weight): m.weight for m in modules if hasattr(m, "weight")}  # a tied head has the same rows, a 4-bit one none to look at
+    if not end_token_untrained(tokenizer, *rows.values()):
+        return tokenizer
+    changed = tokenizer.with_stop()
+    note("tokenizer.end_untrained", before=tokenizer.template.end.strip(), after=changed.template.end.strip())
+    return changed
+
+
 def end_token_untrained(tokenizer: Tokenizer, *rows: Tensor) -> bool:
     """Whether the template's end token was never trained, by its rows in `rows`: the embedding (V, D) and, if untied, the head.
 

@@ -63,36 +63,36 @@ class SentencePiece:
     def __init__(self, model: bytes, added: Mapping[str, int], *, strip: bool = False) -> None:
         import sentencepiece
 
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._proto, self._strip = model, strip
-        pieces: int = self._model.get_piece_size()
-        self._names = [self._model.id_to_piece(i) for i in range(pieces)]
+        pieces: int = self.pieces.get_piece_size()
+        self._names = [self.pieces.id_to_piece(i) for i in range(pieces)]
         # User-defined pieces (score 0) are matched in any text, so those that look like control tokens have to be kept apart.
         self._defined = {
             name
             for i, name in enumerate(self._names)
-            if self._model.get_score(i) == 0
+            if self.pieces.get_score(i) == 0
             and _CONTROL_LIKE.fullmatch(name)
-            and not (_HTML.fullmatch(name) or self._model.is_control(i) or self._model.is_unknown(i) or self._model.is_byte(i))
+            and not (_HTML.fullmatch(name) or self.pieces.is_control(i) or self.pieces.is_unknown(i) or self.pieces.is_byte(i))
         }
-        own = {name: i for i, name in enumerate(self._names) if self._model.is_control(i) or name in self._defined}
+        own = {name: i for i, name in enumerate(self._names) if self.pieces.is_control(i) or name in self._defined}
         self._added = {i: name for name, i in added.items()}
         self.control = {name: i for name, i in own.items() if i not in self._added} | dict(added)
         self.hidden = frozenset(self.control.values()) | frozenset(own.values())
         self.size = max([pieces, *(i + 1 for i in self._added)])
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return _encode_cut(texts, self._defined, self._model.encode)
+        return _encode_cut(texts, self._defined, self.pieces.encode)
 
     def decode(self, ids: list[int]) -> str:
-        text = str(self._model.decode([i for i in ids if i not in self.hidden and i < len(self._names)]))
+        text = str(self.pieces.decode([i for i in ids if i not in self.hidden and i < len(self._names)]))
         return text.removeprefix(" ") if self._strip else text
 
     def id(self, name: str) -> int | None:
         if name in self.control:
             return self.control[name]
-        id = self._model.piece_to_id(name)
-        return None if self._model.is_unknown(id) and name != self._names[id] else int(id)
+        id = self.pieces.piece_to_id(name)
+        return None if self.pieces.is_unknown(id) and name != self._names[id] else int(id)
 
     def name(self, id: int) -> str:
         return self._added.get(id) or (self._names[id] if id < len(self._names) else "")
@@ -102,6 +102,28 @@ class SentencePiece:
 
     def save(self, directory: Path) -> None:
         (directory / "tokenizer.model").write_bytes(self._proto)
+
+    def save_json(self, directory: Path) -> None:
+        """The same as tokenizer.json: a piece is merged from any two pieces, the best score first, as SentencePiece does."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+        every = [self.name(i) for i in range(len(self._names))]
+        ids = {name: i for i, name in enumerate(every)}
+        kinds = (self.pieces.is_control, self.pieces.is_unknown, self.pieces.is_unused, self.pieces.is_byte)
+        plain = [i for i in range(len(every)) if not any(kind(i) for kind in kinds)]
+        names = [every[i] for i in sorted(plain, key=lambda i: -self.pieces.get_score(i))]
+        merges = [(name[:at], name[at:]) for name in names for at in range(1, len(name)) if name[:at] in ids and name[at:] in ids]
+        unknown = self._names[self.pieces.unk_id()]
+        model = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x0A>" in ids))
+        prefix = [normalizers.Prepend("▁")] if self.pieces.id_to_piece(self.pieces.encode("x")[0]).startswith("▁") else []
+        model.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+        text = [i for i in plain if self.pieces.get_score(i) == 0 and every[i] not in self.control and len(every[i]) > 1]
+        model.add_tokens([AddedToken(every[i], normalized=False) for i in text])
+        ordered = sorted(self.control, key=self.control.__getitem__)
+        model.add_tokens([AddedToken(name, normalized=False, special=True) for name in ordered])
+        model.save(str(directory / "tokenizer.json"))
 
 
 class Bpe:
@@ -194,6 +216,46 @@ def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
         scores = [0.0 if kind == 4 else score for score, kind in zip(own["scores"], kinds, strict=True)]  # as SentencePiece writes them
         return SentencePiece(_proto(tokens, scores, kinds, own.get("add_space_prefix", True)), {})
     raise UserError("tokenizer.gguf", model=own.get("model"), pre=own.get("pre"), known=", ".join(["llama", *PATTERNS]))
+
+
+def to_gguf(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
+    """tokenizer.ggml's keys, the reverse of `from_gguf`; cut or filled up to the embedding's `rows`.
+
+    Raises UserError for a byte-level vocabulary whose pre-tokenizer has no name known here.
+    """
+    tokens = [vocabulary.name(i) or f"[PAD{i}]" for i in range(rows)]
+    unused = [i >= vocabulary.size or not vocabulary.name(i) for i in range(rows)]
+    if isinstance(vocabulary, SentencePiece):
+        model, pieces = vocabulary.pieces, vocabulary.pieces.get_piece_size()
+        tests = ((2, model.is_unknown), (5, model.is_unused), (6, model.is_byte))
+        kinds = [
+            5
+            if unused[i]
+            else 3
+            if i in vocabulary.hidden
+            else next((kind for kind, test in tests if test(i)), 4 if not model.get_score(i) else 1)
+            for i in range(rows)
+        ]
+        scores = [model.get_score(i) if i < pieces else -1000.0 for i in range(rows)]
+        tokens = [token.replace("▁", " ") if kind == 4 else token for token, kind in zip(tokens, kinds, strict=True)]
+        prefix = model.id_to_piece(model.encode("x")[0]).startswith("▁")
+        return {"model": "llama", "pre": "default", "tokens": tokens, "token_type": kinds, "scores": scores, "add_space_prefix": prefix}
+    state, added = json.loads(vocabulary.model.to_str()), vocabulary.model.get_added_tokens_decoder()
+    steps = state["pre_tokenizer"] or {}
+    patterns = []
+    for step in steps.get("pretokenizers", [steps]):
+        if step.get("type") == "Split":
+            patterns.append(step["pattern"].get("Regex"))
+        elif step.get("individual_digits"):
+            patterns.append(r"\p{N}")
+        elif step.get("type") == "ByteLevel" and step["use_regex"]:
+            patterns.append(_GPT2)
+    pre = next((name for name, known in PATTERNS.items() if known == tuple(patterns)), None)
+    if pre is None or state["model"].get("byte_fallback"):
+        raise UserError("tokenizer.gguf", model=state["model"]["type"], pre=patterns, known=", ".join(["llama", *PATTERNS]))
+    kinds = [5 if unused[i] else 3 if i in added and added[i].special else 4 if i in added else 1 for i in range(rows)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
+    return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
 
 
 def _proto(tokens: Iterable[str], scores: Iterable[float], kinds: Iterable[int], prefix: bool) -> bytes:

@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cllm.serve.load import Loaded, open_model
+    from cllm.serve.load import Loaded, open_beside, open_model
 
-__all__ = ["Loaded", "open_model"]
+__all__ = ["Loaded", "open_beside", "open_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ class Answer:
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, messages: Sequence[Message], sampling: Sampling,
-        adapter: bool = True, stop: Sequence[str] = (),
+        adapter: int = 1, stop: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._engine, self._sampling, self._adapter, self._stop = engine, sampling, adapter, tuple(stop)
         # Half a surrogate pair, from JSON or a terminal, is no text that a tokenizer could read.
@@ -39,7 +39,8 @@ class Answer:
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
             raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
         self._decoder = tokenizer.stream(reply=True)
-        self._held, self._cancelled = "", False
+        opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")  # Qwen3.5's prompt opens the reasoning
+        self._held, self._cancelled = "<think>\n" if opened else "", False
         self._stream: Stream | None = None
         self.text, self.finish_reason = "", ""
         self.prompt_tokens, self.tokens = len(self.prompt), 0

@@ -106,7 +106,7 @@ class Guard:
             if not self._is_key(sent):
                 return _refuse(401, "serve.key")
         is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/") and not is_json:
+        if scope["method"] == "POST" and not is_json:  # neither a form of another site nor an upload gets further
             return _refuse(415, "serve.json")
         return None
 
@@ -173,6 +173,15 @@ UNSUPPORTED = (
 )
 
 
+# What the OpenAPI description says of answers: JSON or events, and every error in one shape.
+ERROR = {"type": "object", "required": ["message", "type", "param", "code"], "properties": {"message": {"type": "string"}}}
+ERRORS = {"content": {"application/json": {"schema": {"type": "object", "required": ["error"], "properties": {"error": ERROR}}}}}
+RESPONSES: Any = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    "default": {"description": "An error in OpenAI's shape", **ERRORS},
+}
+
+
 def build_app(loaded: Loaded, engine: Any) -> Any:
     """The FastAPI application with /health, /v1/models and /v1/chat/completions; models: `base` and the adapter's name."""
     from fastapi import FastAPI, HTTPException, Request
@@ -180,8 +189,7 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
     from starlette.concurrency import run_in_threadpool
 
     app = FastAPI(title="cllm", docs_url=None, redoc_url=None)  # FastAPI's own documentation pages load from other hosts
-    models = {"base": False} if loaded.adapter_name is None else {loaded.adapter_name: True, "base": False}
-    started = int(time.time())
+    models, started = loaded.models, int(time.time())
     _handle_errors(app)
 
     @app.get("/health")
@@ -189,12 +197,12 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
         healthy = engine.healthy
         return JSONResponse({"status": "ok" if healthy else "failing"}, 200 if healthy else 503)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={"default": RESPONSES["default"]})
     async def list_models() -> dict[str, Any]:
         data = [{"id": name, "object": "model", "created": started, "owned_by": "cllm"} for name in models]
         return {"object": "list", "data": data}
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=RESPONSES)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         name = body.model or next(iter(models))
         if name not in models:

@@ -73,7 +73,7 @@ class Stream:
     `finish_reason` is "stop", "length", "cancelled" or "error" (then `error` says why).
     """
 
-    def __init__(self, prompt: list[int], sampling: Sampling, adapter: bool, listener: Listener | None = None) -> None:
+    def __init__(self, prompt: list[int], sampling: Sampling, adapter: int, listener: Listener | None = None) -> None:
         # `ids` is the prompt and what was generated; while decoding, the last of them is not in the cache yet.
         self.ids, self.prompt_tokens, self.sampling, self.adapter = list(prompt), len(prompt), sampling, adapter
         self.random = random.Random(sampling.seed)
@@ -169,7 +169,8 @@ class _Batch:
 
 
 class Engine:
-    """`model` is a Transformers causal LM, its adapters injected. `kv_tokens` bounds rows times padded length.
+    """`model` is a Transformers causal LM, its adapters injected; a request's `adapter` is the number of one (0 or False: the
+    base, 1 or True: the first). `kv_tokens` bounds rows times padded length.
 
     By default the budget is half of the free GPU memory (on the CPU 2 GiB) over the bytes of one token's keys and
     values. `submit` starts the engine's thread; `generate` works without it, in the calling thread. Both may be used at
@@ -185,7 +186,7 @@ class Engine:
         parameters = list(model.parameters())
         self.model, self.stop_ids, self.pad_id, self.autocast = model, stop_ids, pad_id, autocast
         self.device = next((p.device for p in parameters if p.device.type != "cpu"), torch.device("cpu"))
-        self.gate = next((layer.gate for layer in lora_layers(model).values()), None)
+        self.gates = {layer.gate.number: layer.gate for layer in lora_layers(model).values()}
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         self.positions = getattr(config, "max_position_embeddings", None) or 2**31
         self.stateful = bool(getattr(model, "_is_stateful", False))
@@ -201,7 +202,7 @@ class Engine:
         self.batch = self._new_batch([])
         self._owner, self._work = _owners.setdefault(model, threading.Lock()), threading.Condition()
         # Transformers 5.24 renamed the argument.
-        self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        self.cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         self._thread: threading.Thread | None = None
 
     @property
@@ -209,7 +210,7 @@ class Engine:
         """The longest prompt and answer together: the model's positions or the whole budget."""
         return min(self.positions, self.kv_tokens - self.row_tokens)
 
-    def submit(self, prompt: list[int], sampling: Sampling, adapter: bool = True, listener: Listener | None = None) -> Stream:
+    def submit(self, prompt: list[int], sampling: Sampling, adapter: int = 1, listener: Listener | None = None) -> Stream:
         """Queue one request; returns at once. Raises UserError for an empty prompt or one that is too long."""
         row = self._row(prompt, sampling, adapter, listener)
         with self._work:
@@ -224,7 +225,7 @@ class Engine:
         return row
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, adapter: bool | Sequence[bool] = True,
+        self, prompts: Sequence[list[int]], sampling: Sampling, adapter: int | Sequence[int] = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """Answers to all prompts in their order; longest prompts first, so that rows of like length share a forward.
@@ -232,7 +233,7 @@ class Engine:
         A given seed becomes seed + index. `progress(done, total)` is called whenever an answer is complete. Raises
         UserError for a prompt that does not fit, before anything is computed, and RuntimeError if the model fails.
         """
-        adapters = [adapter] * len(prompts) if isinstance(adapter, bool) else adapter
+        adapters = [adapter] * len(prompts) if isinstance(adapter, int) else adapter
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
         rows = [self._row(p, replace(sampling, seed=s), a) for p, s, a in zip(prompts, seeds, adapters, strict=True)]
         self.waiting.extend(sorted(rows, key=lambda row: -len(row.ids)))
@@ -292,8 +293,8 @@ class Engine:
             finally:
                 if training:
                     self.model.train()
-                if self.gate is not None:
-                    self.gate.rows = None
+                for number, gate in self.gates.items():
+                    gate.rows = None if number == 1 else 0.0
             self.steps += 1
 
     def _loop(self) -> None:
@@ -306,7 +307,7 @@ class Engine:
             self.step()
             time.sleep(0)  # let a waiting `generate` or `submit` have its turn
 
-    def _row(self, prompt: list[int], sampling: Sampling, adapter: bool, listener: Listener | None = None) -> Stream:
+    def _row(self, prompt: list[int], sampling: Sampling, adapter: int, listener: Listener | None = None) -> Stream:
         if not prompt:
             raise UserError("serve.empty")
         if len(prompt) >= self.max_tokens:
@@ -366,14 +367,13 @@ class Engine:
             part = row.ids[max(0, batch.filled - pad) : max(0, stop - pad)]
             ids.append([self.pad_id] * (stop - batch.filled - len(part)) + part)
         pad_columns = torch.tensor(pads, device=self.device)[:, None]
-        if self.gate is not None:
-            gates = {row.adapter for row in batch.rows}
-            mixed = torch.tensor([float(row.adapter) for row in batch.rows], device=self.device) if len(gates) > 1 else None
-            self.gate.rows = mixed if mixed is not None else None if True in gates else 0.0
+        for number, gate in self.gates.items():
+            chosen = [row.adapter == number for row in batch.rows]
+            gate.rows = None if all(chosen) else torch.tensor(chosen, device=self.device) if any(chosen) else 0.0
         output = self.model(
             input_ids=torch.tensor(ids, device=self.device), attention_mask=(columns >= pad_columns).long(),
             position_ids=(columns[batch.filled :] - pad_columns).clamp(min=0), use_cache=True, logits_to_keep=1,
-            **{self._cache_argument: batch.cache},
+            **{self.cache_argument: batch.cache},
         )  # fmt: skip
         batch.filled = stop
         logits: Tensor = output.logits[:, -1].float()
@@ -435,8 +435,8 @@ class Engine:
             row.finish(reason, error)
 
     def _recover(self, error: Exception) -> None:
-        rows, detail, out_of_memory = self._take_all(), f"{type(error).__name__}: {error}", _out_of_memory(error)
-        if out_of_memory:
+        rows, detail, exhausted = self._take_all(), f"{type(error).__name__}: {error}", out_of_memory(error)
+        if exhausted:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.kv_tokens = max(1, self.kv_tokens // 2)
@@ -445,7 +445,7 @@ class Engine:
             self.healthy = False
             note("serve.failed", detail=detail)
         for row in reversed(rows):
-            if not out_of_memory:
+            if not exhausted:
                 row.finish("error", say("serve.failed", detail=detail))
             elif self._cost(1, len(row.ids) + 1) > self.kv_tokens:
                 row.finish("error", say("serve.too_long_for_memory", tokens=len(row.ids)))
@@ -498,6 +498,7 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * 2**30
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that a GPU's or the machine's memory did not suffice."""
     # The CPU allocator has no exception class of its own.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -9,13 +9,16 @@ import hashlib
 import json
 import os
 import random
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from cllm.data.schema import Message
-from cllm.eval import COLUMNS
+from cllm.evaluate.report import COLUMNS
 from cllm.learn.log import peak_memory_bytes, read_metrics
 from cllm.messages import UserError, messages
 from cllm.model.lora import WEIGHTS_FILE
@@ -26,21 +29,44 @@ from cllm.serve.load import Loaded
 REFRESH_SECONDS = 0.06  # of a streamed answer: smooth to the eye, and 16 readers do not slow the engine down
 CSS = """
 .gradio-container { max-width: 64rem !important; width: 100% !important; margin: auto !important; }
+.field { border: 1px solid var(--border-color-primary) !important; border-radius: var(--radius-lg); }
 .cost p { color: var(--body-text-color-subdued); font-size: .8rem; text-align: right; min-height: 1.2rem; }
 """
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+SHOWN = ("reference", "base", "adapter")  # columns of the samples
+SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")  # in the sliders' order
 VOTES = ("a", "b", "tie", "bad")
+_votes = threading.Lock()
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 Turns = list[dict[str, Any]]
 
 
-def mount_page(app: Any, loaded: Loaded, engine: Engine) -> Any:
-    """Put the page at `/` of the FastAPI application."""
+def mount_page(api: Any, loaded: Loaded, engine: Engine) -> Any:
+    """An ASGI application: the API where its paths are, so that what it does not know is refused in its own shape, else the page."""
+    from fastapi import FastAPI
+
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
     texts = {code.removeprefix("ui."): text for code, text in messages().items() if code.startswith("ui.")}
     t = gr.I18n(en={key: text[0] for key, text in texts.items()}, zh={key: text[1] for key, text in texts.items()})
+    theme = gr.themes.Soft(font=list(FONTS), font_mono=["ui-monospace", "Consolas", "monospace"])
+    page = gr.mount_gradio_app(
+        FastAPI(openapi_url=None, docs_url=None, redoc_url=None), build_page(t, loaded, engine), path="/", theme=theme, css=CSS, i18n=t,
+        footer_links=[], run_history=False, ssr_mode=False, enable_monitoring=False, max_file_size="1kb",
+    )  # fmt: skip
+
+    async def either(scope: Any, receive: Any, send: Any) -> None:
+        own = scope.get("path", "").startswith("/v1/") or scope.get("path") in ("/health", "/openapi.json")
+        await (api if own else page)(scope, receive, send)
+
+    return either
+
+
+def build_page(t: Any, loaded: Loaded, engine: Engine) -> Any:
+    """The four tabs; `t` translates a text's key in the browser."""
+    import gradio as gr
+
     with gr.Blocks(title="cllm", fill_height=True, analytics_enabled=False) as page, gr.Tabs():
         with gr.Tab(t("chat")) as chat:
             knobs = _chat_tab(t, loaded, engine)
@@ -52,38 +78,41 @@ def mount_page(app: Any, loaded: Loaded, engine: Engine) -> Any:
         with gr.Tab(t("training")) as training:
             watch_run = _training_tab(t, (loaded.home or Path("runs/-")).parent)
         with gr.Tab(t("monitor")) as monitor:
-            watch_machine = _monitor_tab(t, engine)
+            watch_machine = _monitor_tab(t, engine, _count_sessions(page))
         for tab, (refresh, inputs, outputs) in ((training, watch_run), (monitor, watch_machine)):
             timer = gr.Timer(2, active=False)  # costs nothing until its tab is opened
             timer.tick(refresh, inputs, outputs, **QUIET)
             tab.select(refresh, inputs, outputs, **QUIET).then(lambda: gr.Timer(active=True), None, timer, **QUIET)
             for other in {*tabs, training, monitor} - {tab}:
                 other.select(lambda: gr.Timer(active=False), None, timer, **QUIET)
-    page.queue(default_concurrency_limit=None, max_size=256)
-    theme = gr.themes.Soft(font=list(FONTS), font_mono=["ui-monospace", "Consolas", "monospace"])
-    return gr.mount_gradio_app(
-        app, page, path="/", theme=theme, css=CSS, i18n=t, footer_links=[], run_history=False, ssr_mode=False,
-        enable_monitoring=False, max_file_size="1kb",
-    )  # fmt: skip
+    return page.queue(default_concurrency_limit=None, max_size=256)
 
 
 def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
     """Streaming, stop, regenerate, edit, undo; returns the settings, which Compare shares."""
     import gradio as gr
 
-    chatbot = gr.Chatbot(height="62vh", show_label=False, editable="user", buttons=["copy"], feedback_options=None, placeholder=t("hello"))
+    chatbot = gr.Chatbot(
+        height="62vh", show_label=False, editable="user", buttons=["copy"], feedback_options=None, placeholder=t("hello"),
+        reasoning_tags=[("<think>", "</think>")],
+    )  # fmt: skip
     cost = gr.Markdown(" ", elem_classes="cost")
-    box = gr.Textbox(show_label=False, placeholder=t("ask"), max_lines=8, autofocus=True, submit_btn=True, container=False)
+    box = gr.Textbox(
+        show_label=False, placeholder=t("ask"), max_lines=8, autofocus=True, submit_btn=True, container=False, elem_classes="field"
+    )
     knobs = _knobs(t, loaded)
 
-    async def respond(history: Turns, name: str, system: str | None, *values: Any) -> AsyncIterator[tuple[Turns, str]]:
-        messages = [Message(turn["role"], _text(turn["content"])) for turn in history]
+    async def respond(request: gr.Request, history: Turns, name: str, system: str | None, *values: Any) -> AsyncIterator[tuple[Turns, str]]:
+        language = int(request.headers.get("accept-language", "").lower().startswith("zh"))
+        # Reasoning comes back as a titled turn of its own; no format shows it to the model again.
+        kept = [turn for turn in history if turn["role"] != "assistant" or not (turn.get("metadata") or {}).get("title")]
+        said = [Message(turn["role"], _text(turn["content"])) for turn in kept]
         history.append({"role": "assistant", "content": ""})
         with _shown_errors():
-            answer = Answer(engine, loaded.tokenizer, _with_system(system, messages), _sampling(values), name == loaded.adapter_name)
+            answer = Answer(engine, loaded.tokenizer, _with_system(system, said), _sampling(values), loaded.models[name])
             async for _ in _watched([answer]):
                 history[-1]["content"] = answer.text
-                yield history, _cost(answer)
+                yield history, _cost(answer, messages()["ui.cost"][language])
 
     def ask(words: str, history: Turns) -> tuple[Any, Turns]:
         return gr.Textbox("", submit_btn=False, stop_btn=True), [*history, {"role": "user", "content": words}]
@@ -115,8 +144,7 @@ def _knobs(t: Any, loaded: Loaded) -> list[Any]:
     """Which model, the system prompt and the sampling parameters, in the order that `_sampling` takes them."""
     import gradio as gr
 
-    names = [name for name in (loaded.adapter_name, "base") if name]
-    usual = chat_sampling()
+    names, usual = list(loaded.models), chat_sampling()
     model = gr.Radio(names, value=names[0], show_label=False, container=False, visible=len(names) > 1)
     with gr.Accordion(t("settings"), open=False):
         system = gr.Textbox(label=t("system"), lines=2)
@@ -133,12 +161,16 @@ def _knobs(t: Any, loaded: Loaded) -> list[Any]:
 
 
 def _compare_tab(t: Any, loaded: Loaded, engine: Engine, knobs: list[Any]) -> None:
-    """One question to adapter and base as two rows of one batch; who is who is told after the vote."""
+    """One question to two models as two rows of one batch; who is who is told after the vote."""
     import gradio as gr
 
-    assert loaded.home is not None
-    votes = loaded.home / "votes.jsonl"
-    question = gr.Textbox(show_label=False, placeholder=t("compare_ask"), max_lines=6, submit_btn=True, container=False)
+    pairs = {f"{first} ↔ {second}": [first, second] for first, second in combinations(loaded.models, 2)}
+    pair = gr.Radio(list(pairs), value=next(iter(pairs)), show_label=False, container=False, visible=len(pairs) > 1)
+    with gr.Row():
+        question = gr.Textbox(
+            show_label=False, placeholder=t("compare_ask"), max_lines=6, submit_btn=True, container=False, scale=5, elem_classes="field"
+        )
+        category = gr.Textbox(show_label=False, placeholder=t("category"), container=False, min_width=120, elem_classes="field")
     with gr.Row():
         sides = [gr.Chatbot(height="44vh", label=side, buttons=["copy"], feedback_options=None) for side in "AB"]
     with gr.Row():
@@ -147,44 +179,46 @@ def _compare_tab(t: Any, loaded: Loaded, engine: Engine, knobs: list[Any]) -> No
     gr.Markdown(t("votes_kept"), elem_classes="cost")
     state = gr.State()
 
-    async def duel(words: str, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
-        order = random.sample([True, False], 2)
+    async def duel(words: str, chosen: str, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+        names = random.sample(pairs[chosen], 2)
         sampling = _sampling((*values[:-1], random.getrandbits(31) if values[-1] is None else values[-1]))
         with _shown_errors():
-            answers = [Answer(engine, loaded.tokenizer, [Message("user", words)], sampling, adapter) for adapter in order]
+            answers = [Answer(engine, loaded.tokenizer, [Message("user", words)], sampling, loaded.models[n]) for n in names]
             async for done in _watched(answers):
                 shown = [[{"role": "user", "content": words}, {"role": "assistant", "content": a.text}] for a in answers]
-                kept = {"question": words, "order": order, "texts": [a.text for a in answers], "sampling": sampling}
+                kept = {"question": words, "names": names, "texts": [a.text for a in answers], "sampling": sampling}
                 yield (*shown, kept, " ", *(gr.Button(interactive=done) for _ in VOTES))
 
-    def vote(choice: int) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-        def record(kept: dict[str, Any]) -> tuple[Any, ...]:
-            names = [loaded.adapter_name if adapter else "base" for adapter in kept["order"]]
-            _append_vote(votes, VOTES[choice], names, kept, loaded)
-            return f"**A** {names[0]} · **B** {names[1]}", *(gr.Button(interactive=False) for _ in VOTES)
+    def vote(choice: int) -> Callable[[dict[str, Any], str], tuple[Any, ...]]:
+        def record(kept: dict[str, Any], category: str) -> tuple[Any, ...]:
+            _append_vote(VOTES[choice], category, kept, loaded)
+            return "**A** {} · **B** {}".format(*kept["names"]), *(gr.Button(interactive=False) for _ in VOTES)
 
         return record
 
-    question.submit(duel, [question, *knobs], [*sides, state, verdict, *buttons], **QUIET)
+    question.submit(duel, [question, pair, *knobs], [*sides, state, verdict, *buttons], **QUIET)
     for choice, button in enumerate(buttons):
-        button.click(vote(choice), state, [verdict, *buttons], **QUIET)
+        button.click(vote(choice), [state, category], [verdict, *buttons], **QUIET)
 
 
-def _append_vote(path: Path, vote: str, names: list[Any], kept: dict[str, Any], loaded: Loaded) -> None:
+def _append_vote(vote: str, category: str, kept: dict[str, Any], loaded: Loaded) -> None:
     """One line of preference data, readable by its owner only; chosen and rejected stand in it if there is a winner."""
-    weights = next(p for p in (path.parent / "adapter" / WEIGHTS_FILE, path.parent / WEIGHTS_FILE) if p.exists())
-    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "instruction": kept["question"], "vote": vote, "models": names}
-    row |= {"answers": kept["texts"], "base": loaded.base_name, "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    row["sampling"] = {key: getattr(kept["sampling"], key) for key in ("temperature", "top_p", "top_k", "min_p", "seed")}
+    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "instruction": kept["question"], "vote": vote, "models": kept["names"]}
+    row |= {"answers": kept["texts"], "base": loaded.base_name} | ({"category": category.strip()} if category.strip() else {})
+    row["adapter_sha256"] = {name: _weights_hash(loaded.adapters[name]) for name in kept["names"] if name != "base"}
+    row["sampling"] = {key: getattr(kept["sampling"], key) for key in SETTINGS}
     if vote in ("a", "b"):
         row["chosen"], row["rejected"] = kept["texts"] if vote == "a" else kept["texts"][::-1]
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    # One write in append mode: lines of several voters do not mix.
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(file, line.encode())
-    finally:
-        os.close(file)
+    assert loaded.home is not None
+    with _votes:  # and in append mode, so that lines of several voters do not mix
+        file = os.open(loaded.home / "votes.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(file, "w", encoding="utf-8") as out:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _weights_hash(home: Path) -> str:
+    weights = next(path for path in (home / "adapter" / WEIGHTS_FILE, home / WEIGHTS_FILE) if path.exists())
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def _training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
@@ -194,17 +228,19 @@ def _training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
     chosen = gr.Dropdown(label=t("run"), choices=[])
     with gr.Row():
         charts = [gr.Markdown(label=t(key), show_label=True, container=True, sanitize_html=False) for key in ("loss", "speed")]
-    scores = gr.Dataframe(label=t("scores"), headers=["", *COLUMNS])
-    samples = gr.Dataframe(label=t("samples"), headers=["", "reference", "base", "adapter"], wrap=True)
+    scores = gr.Dataframe(label=t("scores"), headers=["", *COLUMNS, "length"])
+    samples = gr.Dataframe(label=t("samples"), headers=["", *SHOWN], wrap=True)
 
     def follow(name: str | None) -> tuple[Any, ...]:
         runs = sorted(root.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
         names = [path.parent.name for path in runs]
         run = root / (name if name in names else (names or ["-"])[0])  # only names from the list: no path of a reader's making
         rows = read_metrics(run / "metrics.jsonl")
-        results, answers = _read_json(run / "eval.json"), read_metrics(run / "samples.jsonl")[:20]
-        table = [[system, *(_number(values.get(column)) for column in COLUMNS)] for system, values in results.items()]
-        cells = [[row["messages"][-1]["content"], *(row.get(key, "") for key in ("reference", "base", "adapter"))] for row in answers]
+        results, answers = _read_json(run / "eval.json"), read_metrics(run / "samples.jsonl")
+        lengths = {system: _mean_length(answers, system) for system in ("reference", *results)}
+        results = {"reference": {}} | results if answers else results
+        table = [[system, *(_number(its.get(key)) for key in COLUMNS), _number(lengths[system])] for system, its in results.items()]
+        cells = [[row["messages"][-1]["content"], *(row.get(key, "") for key in SHOWN)] for row in answers[:20]]
         menu = gr.Dropdown(choices=names, value=run.name if names else None)
         return menu, _chart(rows, ["loss", "eval_loss"]), _chart(rows, ["tokens_per_second"]), table, cells
 
@@ -231,33 +267,57 @@ def _chart(rows: list[dict[str, Any]], keys: list[str]) -> str:
     return f'<svg viewBox="0 0 400 176" width="100%" fill="currentColor" font-size="10">{axes}{lines}{ticks}</svg>'
 
 
-def _monitor_tab(t: Any, engine: Engine) -> tuple[Any, Any, Any]:
+def _count_sessions(page: Any) -> set[str]:
+    """The open pages: added when one is loaded, taken out when its connection ends."""
+    import gradio as gr
+
+    sessions: set[str] = set()
+
+    def come(request: gr.Request) -> None:
+        sessions.add(request.session_hash or "")
+
+    def leave(request: gr.Request) -> None:
+        sessions.discard(request.session_hash or "")
+
+    page.load(come, None, None, **QUIET)
+    page.unload(leave)
+    return sessions
+
+
+def _monitor_tab(t: Any, engine: Engine, sessions: set[str]) -> tuple[Any, Any, Any]:
     """The engine and the machine, every two seconds while somebody looks."""
     import gradio as gr
     import torch
 
-    keys = ("running", "waiting", "speed_now", "kv_cache", "gpu_memory", "gpu_load", "memory", "cpu_load")
+    gpu = engine.device.type == "cuda"
+    keys = ("sessions", "running", "waiting", "speed_now", "kv_cache", "memory", "cpu_load", "gpu_memory", "gpu_load")
     with gr.Row():
-        boxes = [gr.Textbox(label=t(key), interactive=False, min_width=180) for key in keys]
+        boxes = [gr.Textbox(label=t(key), interactive=False, min_width=180, visible=gpu or "gpu" not in key) for key in keys]
     last = gr.State((0.0, 0))
 
     def measure(before: tuple[float, int]) -> tuple[Any, ...]:
         stats, now = engine.stats(), time.monotonic()
         speed = (stats["generated_tokens"] - before[1]) / (now - before[0]) if before[0] else 0.0
-        gpu = engine.device.type == "cuda"
-        free, total = torch.cuda.mem_get_info(engine.device) if gpu else (0, 0)
-        try:
-            load = f"{torch.cuda.utilization(engine.device)} %" if gpu else "-"
-        except (ModuleNotFoundError, RuntimeError):  # no NVML binding, or a driver that does not tell
-            load = "-"
-        values = (
-            stats["running"], stats["waiting"], f"{speed:.1f} tok/s", f"{stats['kv_tokens_used']:,} / {stats['kv_tokens']:,}",
-            f"{(total - free) / 2**30:.1f} / {total / 2**30:.1f} GiB" if gpu else "-", load,
-            f"{peak_memory_bytes('cpu') / 2**30:.1f} GiB", f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "-",
-        )  # fmt: skip
+        cpu = f"{os.getloadavg()[0]:.1f} / {os.cpu_count()}" if hasattr(os, "getloadavg") else "-"
+        cache = f"{stats['kv_tokens_used']:,} / {stats['kv_tokens']:,}"
+        values = [len(sessions), stats["running"], stats["waiting"], f"{speed:.1f} tok/s", cache]
+        values += [f"{peak_memory_bytes('cpu') / 2**30:.1f} GiB", cpu]
+        if gpu:
+            free, total = torch.cuda.mem_get_info(engine.device)
+            values += [f"{(total - free) / 2**30:.1f} / {total / 2**30:.1f} GiB", _gpu_load(engine.device)]
+        values += [""] * (len(keys) - len(values))
         return (now, stats["generated_tokens"]), *values
 
     return measure, last, [last, *boxes]
+
+
+def _gpu_load(device: Any) -> str:
+    import torch
+
+    try:
+        return f"{torch.cuda.utilization(device)} %"
+    except Exception as error:  # NVML's binding is missing, or its own errors, which share no class: a GPU's part does not tell
+        return f"- ({type(error).__name__})"
 
 
 async def _watched(answers: list[Answer]) -> AsyncIterator[bool]:
@@ -279,17 +339,15 @@ async def _watched(answers: list[Answer]) -> AsyncIterator[bool]:
             answer.cancel()
 
 
-class _shown_errors:  # noqa: N801 - a context manager, named like one
+@contextmanager
+def _shown_errors() -> Iterator[None]:
     """What users can mend, and what the model failed at, as a notice on the page."""
+    import gradio as gr
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        import gradio as gr
-
-        if isinstance(error, UserError | ModelError):
-            raise gr.Error(str(error.args[0]), duration=20, print_exception=False) from error
+    try:
+        yield
+    except (UserError, ModelError) as error:
+        raise gr.Error(str(error.args[0]), duration=20, print_exception=False) from error
 
 
 def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
@@ -297,8 +355,7 @@ def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
 
 
 def _sampling(values: tuple[Any, ...]) -> Any:
-    keys = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-    return chat_sampling(**dict(zip(keys, values, strict=True)))
+    return chat_sampling(**dict(zip(SETTINGS, values, strict=True)))
 
 
 def _text(content: Any) -> str:
@@ -310,9 +367,15 @@ def _index(data: Any) -> int:
     return int(data.index[0] if isinstance(data.index, tuple | list) else data.index)
 
 
-def _cost(answer: Answer) -> str:
+def _cost(answer: Answer, text: str) -> str:
     speed = answer.tokens / max(time.perf_counter() - answer.started, 1e-9)
-    return f"{answer.first_seconds:.2f} s · {speed:.0f} tok/s · {answer.prompt_tokens} + {answer.tokens} tok"
+    return text.format(first=f"{answer.first_seconds:.2f}", speed=f"{speed:.0f}", prompt=answer.prompt_tokens, tokens=answer.tokens)
+
+
+def _mean_length(answers: Turns, system: str) -> float | None:
+    """Characters of an answer, on average; None for systems whose answers are not kept."""
+    lengths = [len(row[system]) for row in answers if system in row]
+    return sum(lengths) / len(lengths) if lengths else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

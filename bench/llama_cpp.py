@@ -1,0 +1,93 @@
+"""llama.cpp itself on our exports: the same greedy tokens as cllm's engine, and Chinese text token for token.
+
+    python bench/llama_cpp.py RUN [RUN …] --json bench/results/llama_cpp.json
+
+Needs llama-cpp-python, built from its source package (`pip install llama-cpp-python`; a compiler is enough). Each run is exported as
+f32, so that what differs is the program and not the rounding. Exit code 1 if a token differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+QUESTIONS = ("你好，请介绍一下你自己。", "姜静琳住在哪里？", "What is the capital of France? Answer in one sentence.")
+TEXTS = (
+    "今天天气很好，我们去公园散步。", "人工智能（AI）正在改变世界！2024 年，GPT-4 有 1.8 万亿参数？", "繁體中文與「引號」、——破折号……",
+    "  两个空格\n\n换行\t制表", "Hello, world! naïve café 🎉👍🏽", "床前明月光，疑是地上霜。", "x = [i**2 for i in range(10)]  # 注释",
+)  # fmt: skip
+NEW = 64
+
+
+def judge(run: str, folder: Path) -> dict[str, Any]:
+    """One run: exported, opened by llama.cpp, compared."""
+    import llama_cpp
+
+    from cllm import export
+    from cllm.data.schema import Message
+    from cllm.serve import open_model
+    from cllm.serve.engine import Sampling
+
+    out = folder / Path(run).name
+    if export.main([run, "--to", "gguf", str(out), "--type", "f32", "--no-check"]):
+        raise SystemExit(1)
+    loaded = open_model(run, precision="fp32", device="cpu")
+    tokenizer, engine = loaded.tokenizer, loaded.engine()
+    prompts = [tokenizer.encode_chat([Message("user", question)]) for question in QUESTIONS]
+    ours = [engine.generate([prompt], Sampling(max_new_tokens=NEW), adapter=True)[0] for prompt in prompts]
+    base = [engine.generate([prompt], Sampling(max_new_tokens=NEW), adapter=False)[0] for prompt in prompts]
+    engine.close()
+    f32 = {"type_k": 0, "type_v": 0, "flash_attn": False}
+    theirs = llama_cpp.Llama(str(out / "model.gguf"), n_ctx=512, n_threads=1, verbose=False, **f32)
+    rows = []
+    for question, prompt, mine, plain in zip(QUESTIONS, prompts, ours, base, strict=True):
+        got: list[int] = []
+        theirs.reset()
+        for token in theirs.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            if token in tokenizer.stop_ids or len(got) == NEW:
+                break
+            got.append(token)
+        mine = [id for id in mine if id not in tokenizer.stop_ids]
+        rows.append({
+            "question": question, "tokens": len(mine), "equal": got == mine, "differs_from_base": mine != plain,
+            "cllm": tokenizer.decode(mine), "llama_cpp": tokenizer.decode(got),
+        })  # fmt: skip
+    texts = [{"text": t, "equal": theirs.tokenize(t.encode(), add_bos=False, special=False) == tokenizer.encode(t)} for t in TEXTS]
+    rendered = ["".join(s.text for s in tokenizer.segments([Message("user", q)], open_turn=True)) for q in QUESTIONS]
+    same = [theirs.tokenize(r.encode(), add_bos=False, special=True) == p for r, p in zip(rendered, prompts, strict=True)]
+    ends = sorted(i for i in tokenizer.stop_ids if llama_cpp.llama_vocab_is_eog(theirs._model.vocab, i))
+    return {
+        "run": Path(run).name, "base": loaded.base_name, "generations": rows, "texts": texts, "prompts_equal": same,
+        "stops": ends == sorted(tokenizer.stop_ids),
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Judge each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="+")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    import llama_cpp
+
+    with tempfile.TemporaryDirectory() as scratch:
+        results = [judge(run, Path(scratch)) for run in options.run]
+    right = all(
+        [row["equal"] for result in results for row in (*result["generations"], *result["texts"])]
+        + [flag for result in results for flag in (*result["prompts_equal"], result["stops"])]
+    )
+    document = {"llama_cpp_python": llama_cpp.__version__, "command": "python bench/llama_cpp.py RUN …", "right": right, "results": results}
+    print(json.dumps(document, ensure_ascii=False))
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

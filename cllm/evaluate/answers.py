@@ -1,0 +1,255 @@
+"""What base and adapter answer and predict on the same conversations: every score as additive statistics, and what to make of them.
+
+Statistics are kept per answer, so that a corpus score, its interval, the difference between systems and the score of a length or of a
+category are sums of the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cllm.data.encode import IGNORE_INDEX, Example
+from cllm.data.packing import PackedBatch, best_fit, collate
+from cllm.data.schema import Conversation, Message
+from cllm.learn.loss import row_nll
+from cllm.learn.optim import Precision
+from cllm.messages import note
+from cllm.metrics import BLEU, ROUGE, Score, corpus_statistics, generation_scores, paired_bootstrap
+from cllm.model.attention import packs
+from cllm.model.lora import lora_layers, set_gate
+from cllm.model.offload import device_of
+from cllm.model.tokenizer import Tokenizer, load_tokenizer
+from cllm.serve.engine import Engine, Sampling, out_of_memory
+
+GENERAL = Path(__file__).parents[1] / "assets" / "general.txt"
+Rows = list[list[float]]
+Statistics = dict[str, Rows]
+"""Metric -> one row of additive statistics per answer, sequence or text."""
+
+
+def _mean(totals: Sequence[float]) -> Score:
+    return Score("mean", totals[0] / max(1.0, totals[1]), {}, "")
+
+
+def _perplexity(totals: Sequence[float]) -> Score:
+    return Score("perplexity", math.exp(_mean(totals).value), {}, "")
+
+
+METRICS: dict[str, BLEU | ROUGE] = {"bleu-zh": BLEU(), "rouge-l-char": ROUGE("rougeL", "char")}  # scored from their own statistics
+_SCORES = {name: metric.score for name, metric in METRICS.items()} | {"general-ppl": _perplexity}  # the others are means
+
+
+def statistics(hypotheses: Sequence[str], references: Sequence[str]) -> Statistics:
+    """The statistics of sacrebleu's corpus BLEU `zh`, ROUGE-L over characters, LLaMA-Factory's four numbers and exact match."""
+    pairs = list(zip(hypotheses, references, strict=True))
+    found = {name: corpus_statistics(metric, list(hypotheses), [list(references)]) for name, metric in METRICS.items()}
+    llama_factory = [generation_scores(hypothesis, reference) for hypothesis, reference in pairs]
+    found |= {name: [[scores[name], 1.0] for scores in llama_factory] for name in llama_factory[0]}
+    found["exact"] = [[100.0 * (hypothesis.strip() == reference.strip()), 1.0] for hypothesis, reference in pairs]
+    return found
+
+
+def value(metric: str, rows: Rows) -> float:
+    """The score of the summed statistics: 0-100, nats per token for `loss`, a perplexity for `general-ppl`."""
+    return _SCORES.get(metric, _mean)([sum(column) for column in zip(*rows, strict=True)]).value
+
+
+def versus(base: Statistics, system: Statistics) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """(metric -> [low, high] of the system, metric -> {difference, low, high, p} to the base) by paired bootstrap at 95 %.
+
+    Only for metrics that both have.
+    """
+    found = {m: paired_bootstrap(_SCORES.get(m, _mean), base[m], rows) for m, rows in system.items() if m in base}
+    gaps = {m: {"difference": its.difference.value, "low": its.difference.low, "high": its.difference.high, "p": its.p_value}
+            for m, its in found.items()}  # fmt: skip
+    return {m: [its.b.low, its.b.high] for m, its in found.items()}, gaps
+
+
+# --- Losses
+def sequence_nll(model: nn.Module, rows: Sequence[PackedBatch], precision: Precision, chunk_bytes: int) -> Rows:
+    """[nats, supervised tokens] of every sequence of the rows, in order; logits only at labels and a chunk at a time.
+
+    Where a row does not fit into memory its sequences go one by one; one that does not fit alone counts as [0, 0], and that is said.
+    """
+    device = device_of(model)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), precision.autocast():
+            return [pair for row in rows for pair in _row_sums(model, row.to(device), chunk_bytes)]
+    finally:
+        model.train(was_training)
+
+
+def _row_sums(model: nn.Module, row: PackedBatch, chunk_bytes: int) -> Rows:
+    lengths = row.cu_seqlens.diff().tolist()
+    labels = row.labels.split(lengths)
+    try:
+        nll = row_nll(model, row, chunk_bytes).double().split(lengths)
+        sums = [torch.stack([part.sum(), (its != IGNORE_INDEX).sum()]) for part, its in zip(nll, labels, strict=True)]
+        return torch.stack(sums).tolist()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    if row.input_ids.is_cuda:  # here, not in the handler: the traceback holds on to the failed tensors
+        torch.cuda.empty_cache()
+    if len(lengths) == 1:
+        note("eval.memory", tokens=lengths[0])
+        return [[0.0, 0.0]]
+    found: Rows = []
+    for ids, its, positions in zip(row.input_ids.split(lengths), labels, row.position_ids.split(lengths), strict=True):
+        alone = PackedBatch(ids, its, positions, torch.tensor([0, len(ids)]), int((its != IGNORE_INDEX).sum()))
+        found += _row_sums(model, alone, chunk_bytes)
+    return found
+
+
+def held_out_loss(model: nn.Module, rows: Sequence[PackedBatch], precision: Precision, chunk_bytes: int) -> float:
+    """Mean nats per supervised token over packed rows."""
+    return value("loss", sequence_nll(model, rows, precision, chunk_bytes))
+
+
+def example_nll(model: nn.Module, examples: Sequence[Example], precision: Precision, chunk_bytes: int, row_tokens: int = 2048) -> Rows:
+    """`sequence_nll` of examples, in their order; packed (where the model can) into rows of `row_tokens`, or as long as the longest one."""
+    lengths = [len(example.input_ids) for example in examples]
+    with precision.autocast():
+        groups = best_fit(lengths, max([row_tokens, *lengths])) if packs(model) else [[i] for i in range(len(examples))]
+    found = sequence_nll(model, [collate([examples[i] for i in group]) for group in groups], precision, chunk_bytes)
+    by_example = dict(zip((i for group in groups for i in group), found, strict=True))
+    return [by_example[i] for i in range(len(examples))]
+
+
+def before_after(model: nn.Module, measure: Callable[[], Rows]) -> dict[str, Rows]:
+    """`measure` of the base, and of the adapter if the model has one: one copy of the weights."""
+    found: dict[str, Rows] = {}
+    try:
+        for system, gate in {"base": 0.0, **({"adapter": None} if lora_layers(model) else {})}.items():
+            set_gate(model, gate)
+            found[system] = measure()
+    finally:
+        set_gate(model, None)
+    return found
+
+
+def losses(
+    model: nn.Module, tokenizer: Tokenizer, held_out: Callable[[], Rows], precision: Precision, chunk_bytes: int
+) -> dict[str, Statistics]:
+    """System -> `loss`, what `held_out` measures, and `general-ppl`, the perplexity of our own general Chinese texts.
+
+    The latter, read without chat markup, rises with what training made the model forget.
+    """
+    plain = load_tokenizer(tokenizer.source, template="text")
+    texts = [plain.encode_chat([Message("user", line)]) for line in GENERAL.read_text(encoding="utf-8").split("\n") if line]
+    general = [Example(ids, ids) for ids in texts]
+    held = before_after(model, held_out)
+    other = before_after(model, lambda: example_nll(model, general, precision, chunk_bytes))
+    return {system: {"loss": held[system], "general-ppl": other[system]} for system in held}
+
+
+# --- Answers
+def question_of(conversation: Conversation) -> list[Message]:
+    """Everything before the last answer."""
+    return list(conversation.messages[:-1])
+
+
+def answer_of(conversation: Conversation) -> str:
+    """The last answer: the reference."""
+    return conversation.messages[-1].content
+
+
+def generate(
+    engine: Engine, tokenizer: Tokenizer, questions: Sequence[list[Message]], *, adapter: bool | Sequence[bool], max_new_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:  # fmt: skip
+    """Greedy answers, in the order of the questions; `adapter` for all of them or for each."""
+    prompts = [tokenizer.encode_chat(question) for question in questions]
+    outputs = engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens), adapter=adapter, progress=progress)
+    return [tokenizer.decode(ids).strip() for ids in outputs]
+
+
+def few_shot(train: Sequence[Conversation], conversation: Conversation, shots: int, seed: int) -> list[Message]:
+    """The question with `shots` training conversations of the same category before it, as earlier turns."""
+    same = [c for c in train if c.category == conversation.category] or list(train)
+    chosen = random.Random(f"{seed}/{conversation.messages[0].content}").sample(same, min(shots, len(same)))
+    return [message for shot in chosen for message in shot.messages] + question_of(conversation)
+
+
+def majority(train: Sequence[Conversation], conversations: Sequence[Conversation]) -> list[str]:
+    """For each conversation the most frequent training answer of its category."""
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for conversation in train:
+        answers[conversation.category][answer_of(conversation)] += 1
+    best = {category: counter.most_common(1)[0][0] for category, counter in answers.items()}
+    return [best.get(conversation.category, "") for conversation in conversations]
+
+
+def answers(
+    engine: Engine, tokenizer: Tokenizer, conversations: Sequence[Conversation], *, train: Sequence[Conversation] = (), shots: int = 0,
+    max_new_tokens: int = 256, seed: int = 0, progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[str]]:  # fmt: skip
+    """What every system answers: `copy` (the question itself), `majority` (with `train`), `base`, `base N-shot` (with `train` and
+    `shots`; fewer where the prompt would not fit), and `adapter` if there is one. All prompts of all systems go through the engine at
+    once: base and adapter are rows of the same batches."""
+    questions = [question_of(c) for c in conversations]
+    asked = {"base": questions}
+    if train and shots:
+        options = [(few_shot(train, c, count, seed) for count in range(shots, -1, -1)) for c in conversations]
+        fitting = [(prompt for prompt in its if len(tokenizer.encode_chat(prompt)) < engine.max_tokens) for its in options]
+        asked[f"base {shots}-shot"] = [next(its, question) for its, question in zip(fitting, questions, strict=True)]
+    if lora_layers(engine.model):
+        asked["adapter"] = questions
+    gates = [system == "adapter" for _ in questions for system in asked]
+    interleaved = [prompt for prompts in zip(*asked.values(), strict=True) for prompt in prompts]
+    found = generate(engine, tokenizer, interleaved, adapter=gates, max_new_tokens=max_new_tokens, progress=progress)
+    systems = {"copy": [question[-1].content for question in questions]}
+    if train:
+        systems["majority"] = majority(train, conversations)
+    return systems | {system: found[i :: len(asked)] for i, system in enumerate(asked)}
+
+
+# --- Together
+def evaluate(
+    conversations: Sequence[Conversation], systems: Mapping[str, list[str]], measured: Mapping[str, Statistics]
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """(system -> scores, one sample per conversation) from what `answers` and `losses` found.
+
+    A system's scores: a number per metric, `interval` and `versus_base` (see `versus`), `by_length` (characters of the reference) and
+    `by_category`: group -> metrics and the number of `answers`. A sample's `scores` are those of its own answers.
+    """
+    references = [answer_of(c) for c in conversations]
+    found = {name: statistics(hypotheses, references) for name, hypotheses in systems.items()}
+    groupings = {"by_length": [_bucket(reference) for reference in references], "by_category": [c.category for c in conversations]}
+    results: dict[str, dict[str, Any]] = {}
+    for name in {**systems, **measured}:
+        base, rows = ({**measured.get(system, {}), **found.get(system, {})} for system in ("base", name))
+        intervals, gaps = versus(base, rows)
+        results[name] = {metric: value(metric, its) for metric, its in rows.items()} | {"interval": intervals}
+        if name != "base":
+            results[name]["versus_base"] = gaps
+        for grouping, keys in groupings.items() if name in found else ():
+            results[name][grouping] = {}
+            for key in sorted(set(keys), key=lambda key: (int((re.match(r"\d+", key) or [0])[0]), key)):
+                members = [i for i, its in enumerate(keys) if its == key]
+                part = {metric: value(metric, [its[i] for i in members]) for metric, its in found[name].items()}
+                results[name][grouping][key] = {"answers": len(members), **part}
+    samples: list[dict[str, Any]] = []
+    for i, c in enumerate(conversations):
+        answered = {name: its[i] for name, its in systems.items() if name not in ("copy", "majority")}
+        own = {name: {m: value(m, its[i : i + 1]) for m, its in found[name].items() if m != "bleu-zh"} for name in answered}
+        question = [m._asdict() for m in question_of(c)]
+        samples.append({"category": c.category, "messages": question, "reference": references[i], **answered, "scores": own})
+    return results, samples
+
+
+def _bucket(reference: str) -> str:
+    """The length bucket of a reference: 1-4, 5-8, 9-16 … 257-512, 513+ characters."""
+    high = 1 << max(2, (len(reference) - 1).bit_length())
+    return "1-4" if high == 4 else f"{high // 2 + 1}-{high}" if high <= 512 else "513+"

@@ -1,0 +1,253 @@
+"""`python -m cllm.export RUN --to merged|peft|gguf|ollama OUT`: a run in the form other programs read, compared with the trained model.
+
+Merging streams tensor by tensor, so that memory stays near the largest tensor; the check afterwards holds one whole model at a time.
+Everything is written beside OUT and renamed last: what bears the name OUT is whole, and passed its check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm.data.schema import Conversation, Message
+from cllm.messages import UserError, note, say, table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from cllm.data.encode import Example
+    from cllm.model.tokenizer import Tokenizer
+    from cllm.serve.load import Located
+
+TARGETS = ("merged", "peft", "gguf", "ollama")
+LIMITS = {"q8_0": (0.97, 1e-2)}  # least top-1 agreement, largest mean KL in nats; anything else:
+LIMIT = (0.99, 1e-3)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank takes
+CONVERSATIONS, POSITIONS, SAMPLES, SAMPLE_TOKENS = 16, 512, 3, 32
+
+
+# --- Writing
+def write(found: Located, base: Path, tokenizer: Tokenizer, folder: Path, to: str, *, nf4: bool, kind: str) -> None:
+    """The export in the new directory `folder`. Raises UserError for what the target cannot hold, before anything is written."""
+    from cllm.data.dialects import go
+    from cllm.model.gguf import architecture, write_gguf
+    from cllm.model.lora import read_adapter, write_adapter
+    from cllm.model.merge import open_merge, write_merged
+    from cllm.model.tokenizer import portable
+
+    assert found.adapter is not None
+    merge = open_merge(base, found.adapter, nf4=nf4)
+    if merge.checkpoint.family.alibi:
+        raise UserError("export.alibi", base=found.base_name)
+    config = merge.checkpoint.config
+    if to in ("gguf", "ollama"):
+        architecture(config)
+        keys, modelfile = tokenizer.to_gguf(config.vocab_size), go(tokenizer.template) if to == "ollama" else ""
+        folder.mkdir(parents=True)
+        write_gguf(folder / "model.gguf", config, merge.layout, merge.tensors(), kind, keys)
+        if modelfile:
+            (folder / "Modelfile").write_text(_modelfile(tokenizer, modelfile), encoding="utf-8")
+        return
+    if to == "peft":
+        settings, _ = read_adapter(found.adapter)
+        if settings.get("use_dora"):
+            raise UserError("export.dora", path=found.adapter)
+        if merge.checkpoint.family.config:
+            note("export.native_names", base=found.base_name)
+        rank = int(settings["r"])  # the factor is baked into alpha: llama.cpp's converter knows alpha / r only
+        note("export.vllm", base=found.base_name, rank=next((r for r in VLLM_RANKS if r >= rank), rank))
+        own = {"base_model_name_or_path": found.base_name, "r": rank, "lora_alpha": merge.scaling * rank, "lora_dropout": 0.0}
+        write_adapter(merge.model, folder, merge.adapter, {**own, "use_rslora": False, "use_dora": False})
+    else:
+        folder.mkdir(parents=True)
+        write_merged(merge, folder)
+        stops = {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id}
+        (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(folder)
+    portable(tokenizer, folder)
+
+
+def _modelfile(tokenizer: Tokenizer, template: str) -> str:
+    names = sorted(tokenizer.vocabulary.name(id) for id in tokenizer.stop_ids)
+    system = tokenizer.template.default_system
+    lines = ["FROM ./model.gguf", f'TEMPLATE """{template}"""', *(f"PARAMETER stop {json.dumps(name)}" for name in names)]
+    return "\n".join([*lines, *([f'SYSTEM """{system}"""'] if system else [])]) + "\n"
+
+
+# --- Checking
+def measure(
+    model: nn.Module, examples: Sequence[Example], prompts: Sequence[list[int]], tokenizer: Tokenizer
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """((N, V) log-probabilities at supervised positions, their (N,) labels, greedy answers)."""
+    import torch
+
+    device = next(model.parameters()).device
+    rows, labels, room = [], [], POSITIONS
+    with torch.no_grad():
+        for example in examples:
+            wanted = torch.tensor([i for i, label in enumerate(example.labels[1:]) if label >= 0][:room])
+            if room and len(wanted):
+                logits = model(input_ids=torch.tensor([example.input_ids], device=device), use_cache=False).logits[0]
+                rows.append(logits[wanted.to(device)].float().log_softmax(-1).cpu())
+                labels.append(torch.tensor(example.labels)[wanted + 1])
+                room -= len(wanted)
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=device)
+            stops = {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+            out = model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=SAMPLE_TOKENS, **stops
+            )
+            answers.append(tokenizer.decode(out[0, len(prompt) :].tolist()))
+    return torch.cat(rows), torch.cat(labels), answers
+
+
+def compare(trained: tuple[Any, Any, list[str]], exported: tuple[Any, Any, list[str]]) -> dict[str, Any]:
+    """KL(trained || exported) in nats and top-1 agreement, means over positions; perplexity of both; the answers side by side."""
+    (p, labels, before), (q, _, after) = trained, exported
+    perplexity = [math.exp(float(-logps.gather(1, labels[:, None]).double().mean())) for logps in (p, q)]
+    return {
+        "positions": len(labels), "mean_kl": float((p.exp() * (p - q)).sum(-1).double().mean()),
+        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+        "perplexity_trained": perplexity[0], "perplexity_exported": perplexity[1],
+        "samples": [{"trained": a, "exported": b} for a, b in zip(before, after, strict=True)],
+    }  # fmt: skip
+
+
+def reopen(folder: Path, base: Path, to: str, device: str, dtype: torch.dtype, questions: Sequence[list[Message]]) -> tuple[Any, list[Any]]:
+    """(the export as its readers see it, the ids that its own tokenizer and template give each question)."""
+    from cllm.model.checkpoint import load_model, open_checkpoint, split_rows
+    from cllm.model.lora import load_adapter
+    from cllm.model.tokenizer import load_tokenizer
+
+    if to == "merged":
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+        reader = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not reader.chat_template:
+            return model, []
+        turns = [[m._asdict() for m in question] for question in questions]
+        return model, [reader.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
+    file = folder if to == "peft" else folder / "model.gguf"
+    model = load_model(base if to == "peft" else file, dtype=dtype, device=device)
+    if to == "peft":
+        load_adapter(model, folder, dropout=0.0, split=split_rows(open_checkpoint(base)))
+    own = load_tokenizer(file)
+    return model, [own.encode_chat(question) for question in questions] if to == "peft" or own.chat_template else []
+
+
+def check(run: str, base: Path, folder: Path, to: str, kind: str, nf4: bool, held_out: list[Conversation]) -> dict[str, Any]:
+    """The fidelity report: the trained model first, then the export, one at a time. Raises UserError beyond the limits."""
+    from cllm.data.encode import encode_all
+    from cllm.serve import open_model
+
+    loaded = open_model(run, quantize="nf4" if nf4 else "none")
+    tokenizer, device = loaded.tokenizer, str(next(loaded.model.parameters()).device)
+    examples = [e for e in encode_all(held_out, tokenizer, max_tokens=2048) if not isinstance(e, str)][:CONVERSATIONS]
+    questions = [list(c.messages[:-1]) for c in held_out[:CONVERSATIONS]]
+    expected = [tokenizer.encode_chat(question) for question in questions]
+    prompts, dtype = expected[:SAMPLES], loaded.precision.weights
+    trained = measure(loaded.model, examples, prompts, tokenizer)
+    del loaded
+    gc.collect()
+    model, ids = reopen(folder, base, to, device, dtype, questions)
+    report = compare(trained, measure(model, examples, prompts, tokenizer))
+    equal = sum(list(a) == b for a, b in zip(ids, expected, strict=False))
+    report |= {"prompts": len(expected), "prompts_equal": equal if ids else None, "trained_on": "nf4" if nf4 else "16bit"}
+    agreement, kl = report["limits"] = LIMITS.get(kind if to in ("gguf", "ollama") else "", LIMIT)
+    report["passed"] = report["top1_agreement"] >= agreement and report["mean_kl"] <= kl and (not ids or equal > 0)
+    (folder / "fidelity.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(summary(report))
+    if not report["passed"]:
+        raise UserError(
+            "export.differs", kl=f"{report['mean_kl']:.2g}", agreement=f"{report['top1_agreement']:.1%}", equal=equal, prompts=len(expected)
+        )
+    return report
+
+
+def summary(report: dict[str, Any]) -> str:
+    """For people: the figures, then each answer before and after."""
+    shown = say("export.no_template") if report["prompts_equal"] is None else f"{report['prompts_equal']}/{report['prompts']}"
+    lines = [
+        [say("export.figures.perplexity"), f"{report['perplexity_trained']:.4f}", f"{report['perplexity_exported']:.4f}"],
+        [say("export.figures.kl"), "", f"{report['mean_kl']:.2e}"],
+        [say("export.figures.top1"), "", f"{report['top1_agreement']:.2%}"],
+        [say("export.figures.prompts"), "", shown],
+    ]
+    header = ["", say("export.figures.trained"), say("export.figures.exported")]
+    samples = [f"< {sample['trained']!r}\n> {sample['exported']!r}" for sample in report["samples"]]
+    return "\n".join([table([header, *lines]), *samples])
+
+
+def held_out_of(run: Path) -> list[Conversation]:
+    """The run's held-out conversations (an adapter without a run: the built-in ones) that end with an answer."""
+    from cllm.config import load_config
+    from cllm.data.reader import read_conversations
+    from cllm.data.sources import BUILT_IN, prepare
+
+    if (run / "config.toml").is_file():
+        data = prepare(load_config(run / "config.toml").data)
+        conversations = list(data.held_out or data.train)
+    else:
+        conversations, _ = read_conversations(BUILT_IN["demo-test"])
+    return [c for c in conversations if len(c.messages) > 1 and c.messages[-1].role == "assistant"][: 4 * CONVERSATIONS]
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="cllm.export", description=say("export.help"))
+    parser.add_argument("run", metavar="RUN", help=say("export.help.run"))
+    parser.add_argument("out", metavar="OUT", type=Path, help=say("export.help.out"))
+    parser.add_argument("--to", choices=TARGETS, required=True, help=say("export.help.to"))
+    parser.add_argument("--into", choices=("16bit", "dequantized-nf4"), help=say("export.help.into"))
+    parser.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help=say("export.help.type"))
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help=say("export.help.check"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Write, check, rename; the last line of stdout is JSON."""
+    arguments = _arguments(argv)
+    from cllm.model.source import resolve
+    from cllm.serve.load import locate, open_tokenizer
+
+    out, run = arguments.out, Path(arguments.run)
+    if out.exists():
+        raise UserError("model.exists", path=out)
+    found = locate(run)
+    if found.adapter is None:
+        raise UserError("run.no_adapter", run=run)
+    nf4 = found.config.quantize == "nf4" if arguments.into is None else arguments.into == "dequantized-nf4"
+    nf4 = nf4 and arguments.to != "peft"
+    held_out = held_out_of(run) if arguments.check else []
+    if arguments.check and not held_out:
+        raise UserError("export.no_data", run=run)
+    base, tokenizer = resolve(found.base_name), open_tokenizer(found)
+    part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+    try:
+        try:
+            write(found, base, tokenizer, part, arguments.to, nf4=nf4, kind=arguments.type)
+        except OSError as error:
+            raise UserError("export.disk", path=out, detail=error) from error
+        report = check(arguments.run, base, part, arguments.to, arguments.type, nf4, held_out) if arguments.check else None
+        size = sum(file.stat().st_size for file in part.iterdir())
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    note("export.written", path=out, gib=f"{size / 2**30:.2f}")
+    print(json.dumps({"run": arguments.run, "to": arguments.to, "out": str(out), "bytes": size, "check": report}, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    from cllm.__main__ import run as run_program
+
+    raise SystemExit(run_program("export"))

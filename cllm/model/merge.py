@@ -1,0 +1,108 @@
+"""Base and adapter -> one native checkpoint, tensor by tensor: no model is instantiated, at most about two tensors are in memory.
+
+W <- W + scaling B A (DoRA: each row scaled to its magnitude), summed in float32 in slices of rows and rounded once to the base's
+16-bit type. Never into 4-bit weights: their grid is too coarse for the update. Numbers as `cllm.model.lora.LoraLinear`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cllm.model.checkpoint import Checkpoint, check, converted, open_checkpoint, skeleton, split_rows, write_config
+from cllm.model.lora import adapter_scaling, check_adapter, read_adapter
+from cllm.model.nf4 import dequantize, quantize_nf4
+from cllm.model.shards import Layout, write_safetensors
+
+SHARD_BYTES = 4 * 2**30
+_SLICE = 2**22  # weights summed at a time: temporaries of about 32 MB
+
+
+class Merge(NamedTuple):
+    """What a merge reads: the base, its model on the meta device, names and shapes to write, and the adapter."""
+
+    checkpoint: Checkpoint
+    model: Any
+    layout: Layout
+    dtype: torch.dtype
+    adapter: dict[str, dict[str, Tensor]]
+    scaling: float
+    nf4: bool
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Native (name, tensor) pairs of `layout`, in its order, merged."""
+        head = self.model.get_output_embeddings()
+        modules = dict(self.model.named_modules())
+        for name, tensor in converted(self.checkpoint, self.layout):
+            owner, _, leaf = name.rpartition(".")
+            module = modules.get(owner)
+            if self.nf4 and leaf == "weight" and type(module) is nn.Linear and module is not head:
+                tensor = dequantize(quantize_nf4(tensor), torch.float32)
+            if leaf == "weight" and owner in self.adapter:
+                stored_as_is = isinstance(module, nn.Linear)
+                merge_into(tensor if stored_as_is else tensor.T, self.scaling, self.adapter[owner])
+            yield name, tensor
+            del tensor  # before the next one is read
+
+
+def merge_into(weight: Tensor, scaling: float, parts: Mapping[str, Tensor]) -> None:
+    """weight (out, in) <- weight + scaling B A in place, and with DoRA's magnitude (out,) each row scaled to it."""
+    magnitude = parts.get("magnitude")
+    step = max(1, _SLICE // weight.shape[1])
+    down, up = parts["lora_A"].float(), parts["lora_B"]
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        summed = weight[rows].float() + scaling * (up[rows].float() @ down)
+        if magnitude is not None:
+            summed *= (magnitude[rows].float() / summed.norm(dim=1))[:, None]
+        weight[rows] = summed.to(weight.dtype)
+
+
+def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
+    """Check base and adapter against each other before any weight is read.
+
+    Floating-point tensors are written in the type that most of the base has (GGUF or nf4: bfloat16). Raises UserError as
+    `open_checkpoint`, `check`, `read_adapter` and `check_adapter`.
+    """
+    checkpoint = open_checkpoint(base)
+    model = skeleton(checkpoint, torch.float32)
+    layout = check(checkpoint, model)
+    config, layers = read_adapter(adapter, split_rows(checkpoint))
+    check_adapter(model, adapter, config, layers)
+    sizes: Counter[torch.dtype] = Counter()
+    for _, dims, dtype, _ in checkpoint.stored():
+        sizes[dtype] += torch.Size(dims).numel()
+    dtype = torch.bfloat16 if nf4 or base.suffix == ".gguf" else sizes.most_common(1)[0][0]
+    layout = {name: (dims, dtype if kind.is_floating_point else kind) for name, (dims, kind) in layout.items()}
+    return Merge(checkpoint, model, layout, dtype, layers, adapter_scaling(config), nf4)
+
+
+def write_merged(merge: Merge, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """config.json and safetensors shards (with an index if there is more than one) into the existing, empty `folder`."""
+    shards: list[Layout] = [Layout()]
+    filled = 0
+    for name, (dims, dtype) in merge.layout.items():
+        size = dtype.itemsize * torch.Size(dims).numel()
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append(Layout())
+            filled = 0
+        shards[-1][name] = (dims, dtype)
+        filled += size
+    tensors = merge.tensors()
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        write_safetensors(folder / file, shard, itertools.islice(tensors, len(shard)))
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(dtype.itemsize * torch.Size(dims).numel() for dims, dtype in merge.layout.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_config(merge.checkpoint, merge.model, folder, merge.dtype)

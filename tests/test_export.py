@@ -1,0 +1,375 @@
+"""Exports read back by others: Transformers, PEFT, the GGUF reader; what is refused; nothing half written, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHARED, byte_checkpoint, tiny_model
+from torch import Tensor, nn
+
+from cllm import export
+from cllm.data.dialects import go, jinja
+from cllm.data.schema import Message
+from cllm.data.template import TEMPLATES, render
+from cllm.messages import UserError
+from cllm.model.checkpoint import load_model, open_checkpoint, split_rows
+from cllm.model.lora import CONFIG_FILE, inject_lora, load_adapter, save_adapter, write_adapter
+from cllm.model.merge import open_merge, write_merged
+from cllm.model.tokenizer import load_tokenizer
+
+LOCAL = Path(__file__).parent / "golden"
+FAMILIES = ("chatglm2", "chatglm3", "chatglm3_32k", "baichuan2_7b", "qwen", "internlm", "internlm2", "yi", "gpt2")
+CASES = [pytest.param(LOCAL / name, id=name) for name in ("chatglm3", "baichuan2_7b", "qwen")]
+for family in FAMILIES:
+    recorded = SHARED / "golden" / family / "dev"
+    CASES.append(pytest.param(recorded, id=f"shared-{family}", marks=pytest.mark.skipif(not recorded.is_dir(), reason="needs ../shared")))
+NATIVE = ("llama", "qwen2", "qwen3", "glm", "gemma2", "gemma3", "gpt2")
+IDS = torch.arange(3, 20)[None]
+VARIANTS: dict[str, dict[str, bool]] = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return out
+
+
+def adapted(model: nn.Module, folder: Path, base: str = "x", **options: bool) -> nn.Module:
+    """`model` with a random adapter on every linear layer, which is saved in `folder`."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in inject_lora(model, rank=4, alpha=6.0, **options).values():
+            layer.lora_B.normal_(std=0.02)
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(1.1)
+    save_adapter(model, folder, base=base)
+    return model
+
+
+def merged(base: Path, adapter: Path, out: Path, **options: Any) -> nn.Module:
+    """Merged into `out` and loaded by Transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    out.mkdir()
+    write_merged(open_merge(base, adapter, nf4=options.pop("nf4", False)), out, **options)
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(out).eval()
+    return loaded
+
+
+# --- Merging
+@pytest.mark.parametrize("path", CASES)
+def test_every_family_merged_equals_the_adapter_in_transformers(path: Path, tmp_path: Path) -> None:
+    expected = logits(adapted(load_model(path), tmp_path / "adapter"))
+    assert (expected - logits(load_model(path))).abs().max() > 1e-3
+    assert (logits(merged(path, tmp_path / "adapter", tmp_path / "out")) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("name", "variant"), [*((name, "lora") for name in NATIVE), *product(("llama", "gpt2"), ("rslora", "dora"))])
+def test_native_models_in_shards_rslora_dora_conv1d_and_tied_heads(name: str, variant: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "base")
+    expected = logits(adapted(load_model(tmp_path / "base"), tmp_path / "adapter", **VARIANTS[variant]))
+    out = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", shard_bytes=40_000)
+    assert (logits(out) - expected).abs().max() < 1e-5
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+def test_merged_into_the_weights_that_qlora_trained_on(tmp_path: Path) -> None:
+    """Dequantized NF4 in bf16 is what an NF4 run computes with, up to one rounding; the 16-bit base is further away."""
+    path = LOCAL / "qwen"
+    trained = adapted(load_model(path, quantize="nf4"), tmp_path / "adapter")
+    plain = merged(path, tmp_path / "adapter", tmp_path / "plain")
+    exact = merged(path, tmp_path / "adapter", tmp_path / "nf4", nf4=True)
+    assert next(exact.parameters()).dtype == torch.bfloat16
+    near, far = ((logits(m.float()) - logits(trained)).abs().mean() for m in (exact, plain))
+    assert near < 0.2 * far
+
+
+def test_norm_head_and_a_half_precision_base_stay_in_their_type(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(LOCAL / "baichuan2_7b", tmp_path / "base")
+    stored = {k: v.to(torch.bfloat16) for k, v in load_file(tmp_path / "base" / "model.safetensors").items()}
+    save_file(stored, tmp_path / "base" / "model.safetensors")
+    expected = logits(adapted(load_model(tmp_path / "base"), tmp_path / "adapter"))
+    out = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert {p.dtype for p in out.parameters()} == {torch.bfloat16}
+    assert (logits(out.float()) - expected).abs().max() < 0.05
+
+
+def test_an_adapter_for_another_model_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    adapted(tiny_model("llama"), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"has shape \(4, 32\), the model needs"):
+        open_merge(LOCAL / "qwen", tmp_path / "adapter")
+
+
+# --- PEFT
+def test_peft_reads_the_export_and_rslora_is_baked_into_alpha(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = byte_checkpoint(tmp_path / "base")
+    expected = logits(adapted(load_model(base), tmp_path / "adapter", base=str(base), rslora=True))
+    assert run(tmp_path / "adapter", "peft", tmp_path / "out") == 0
+    settings = json.loads((tmp_path / "out" / CONFIG_FILE).read_text(encoding="utf-8"))
+    assert settings["use_rslora"] is False and math.isclose(settings["lora_alpha"], 6.0 * 2)
+    theirs = PeftModel.from_pretrained(load_model(base), tmp_path / "out")
+    assert (logits(theirs) - expected).abs().max() < 1e-6
+    adapted(load_model(base), tmp_path / "dora", base=str(base), dora=True)
+    with pytest.raises(UserError, match="DoRA"):
+        run(tmp_path / "dora", "peft", tmp_path / "dora-out")
+    assert not (tmp_path / "dora-out").exists()
+
+
+FUSED: dict[str, tuple[str, Callable[[str], list[str]]]] = {
+    "baichuan2_7b": ("model.layers.{}.self_attn.W_pack", lambda i: [f"model.layers.{i}.self_attn.{p}_proj" for p in "qkv"]),
+    "chatglm3": (
+        "transformer.encoder.layers.{}.self_attention.query_key_value",
+        lambda i: [f"model.layers.{i}.self_attn.{p}_proj" for p in "qkv"],
+    ),
+    "qwen": ("transformer.h.{}.attn.c_attn", lambda i: [f"model.layers.{i}.self_attn.{p}_proj" for p in "qkv"]),
+}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_an_adapter_on_fused_names_loads_split(name: str, dora: bool, tmp_path: Path) -> None:
+    """W' = W + s B A on the fused rows, computed on the original checkpoint's own tensors, against the adapter on the native model."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(LOCAL / name, tmp_path / "changed")
+    stored = load_file(LOCAL / name / "model.safetensors")
+    torch.manual_seed(2)
+    layers: dict[str, dict[str, Tensor]] = {}
+    native = load_model(LOCAL / name)
+    for i in range(len(native.model.layers)):  # type: ignore[union-attr, arg-type]
+        fused = FUSED[name][0].format(i)
+        weight = stored[f"{fused}.weight"].float()
+        parts = {"lora_A": torch.randn(4, weight.shape[1]) * 0.1, "lora_B": torch.randn(weight.shape[0], 4) * 0.1}
+        summed = weight + 1.5 * parts["lora_B"] @ parts["lora_A"]
+        if dora:
+            parts["magnitude"] = weight.norm(dim=1) * 1.2
+            summed *= (parts["magnitude"] / summed.norm(dim=1))[:, None]
+        stored[f"{fused}.weight"] = summed
+        layers[fused] = parts
+    save_file(stored, tmp_path / "changed" / "model.safetensors")
+    settings = {"base_model_name_or_path": str(LOCAL / name), "r": 4, "lora_alpha": 6.0, "use_rslora": False, "use_dora": dora}
+    write_adapter(_named(layers), tmp_path / "adapter", layers, settings)
+    loaded = load_adapter(native, tmp_path / "adapter", split=split_rows(open_checkpoint(LOCAL / name)))
+    assert set(loaded) == {n for i in range(len(layers)) for n in FUSED[name][1](str(i))}
+    assert (logits(native) - logits(load_model(tmp_path / "changed"))).abs().max() < 1e-4
+    out = merged(LOCAL / name, tmp_path / "adapter", tmp_path / "out")
+    assert (logits(out) - logits(native)).abs().max() < 1e-5
+
+
+def _named(layers: dict[str, dict[str, Tensor]]) -> nn.Module:
+    """A module tree with a linear layer under each name, which is all that writing an adapter looks at."""
+    root = nn.Module()
+    for name, parts in layers.items():
+        owner, *rest = root, *name.split(".")
+        for part in rest[:-1]:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.add_module(rest[-1], nn.Linear(parts["lora_A"].shape[1], parts["lora_B"].shape[0], bias=False, device="meta"))
+    return root
+
+
+# --- GGUF
+@pytest.mark.parametrize(("name", "kind"), [("llama", "f32"), ("qwen2", "f32"), ("qwen3", "f16"), ("glm", "f32"), ("llama", "q8_0")])
+def test_gguf_read_back(name: str, kind: str, tmp_path: Path) -> None:
+    from cllm.model.gguf import write_gguf
+
+    tiny_model(name).save_pretrained(tmp_path / "base")
+    expected = logits(adapted(load_model(tmp_path / "base"), tmp_path / "adapter"))
+    merge = open_merge(tmp_path / "base", tmp_path / "adapter")
+    keys = {"ggml.tokens": ["a"], "ggml.eos_token_id": 1, "ggml.bos_token_id": 2, "ggml.padding_token_id": 0}
+    write_gguf(tmp_path / "x.gguf", merge.checkpoint.config, merge.layout, merge.tensors(), kind, keys)
+    error = (logits(load_model(tmp_path / "x.gguf")) - expected).abs().max()
+    assert error < {"f32": 1e-5, "f16": 2e-2, "q8_0": 0.5}[kind]
+
+
+def test_gguf_refuses_what_llama_cpp_would_compute_differently(tmp_path: Path) -> None:
+    from cllm.model.gguf import architecture
+
+    config = tiny_model("gemma3").config
+    config.architectures = ["Gemma3ForCausalLM"]
+    with pytest.raises(UserError, match="layer_types"):
+        architecture(config)
+    config.architectures = ["GPT2LMHeadModel"]
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel.*known: llama, qwen2"):
+        architecture(config)
+
+
+# --- The program
+def run(source: Path, to: str, out: Path, *more: str) -> int:
+    return export.main([str(source), "--to", to, str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-zh with a random adapter, as an adapter directory."""
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    base = Path(export.__file__).parent / "assets" / "tiny-zh"
+    adapted(load_model(base), folder, base="tiny-zh")
+    load_tokenizer(base).save(folder)
+    return folder
+
+
+def test_merged_program_checks_and_the_template_contract_holds(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from cllm.serve import open_model
+
+    out = tmp_path / "out"
+    assert run(trained, "merged", out) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
+    assert report["passed"] and report["top1_agreement"] >= 0.99 and report["mean_kl"] < 1e-3
+    assert report["prompts_equal"] == report["prompts"] == 16
+    assert json.loads((out / "fidelity.json").read_text(encoding="utf-8"))["positions"] == report["positions"] > 100
+    tokenizer, talk = (
+        load_tokenizer(trained),
+        [Message("system", "短"), Message("user", "你好"), Message("assistant", "好"), Message("user", "再见")],
+    )
+    fed, labels = tokenizer.encode_segments(tokenizer.segments([*talk, Message("assistant", "再见")]))
+    served = open_model(out).tokenizer.encode_chat(talk)
+    assert fed[: len(served)] == served and labels[len(served)] >= 0
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert theirs.apply_chat_template([m._asdict() for m in talk], add_generation_prompt=True, return_dict=False) == served
+    assert set(GenerationConfig.from_pretrained(out).eos_token_id) == tokenizer.stop_ids
+    with pytest.raises(UserError, match="not overwritten"):
+        run(trained, "merged", out)
+
+
+@pytest.mark.parametrize("to", ["gguf", "ollama"])
+def test_gguf_program(trained: Path, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(trained, to, tmp_path / "out") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
+    assert report["passed"] and report["prompts_equal"] == 16
+    ours, back = load_tokenizer(trained), load_tokenizer(tmp_path / "out" / "model.gguf")
+    text = "姜静琳住在渔歌市，2024 年 Hello!\n"
+    assert back.encode(text) == ours.encode(text) and back.stop_ids == ours.stop_ids
+    if to == "ollama":
+        modelfile = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
+        assert modelfile.startswith("FROM ./model.gguf\nTEMPLATE") and 'PARAMETER stop "<|im_end|>"' in modelfile
+
+
+def test_an_export_beyond_the_limits_is_not_kept(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cllm.model import merge
+
+    monkeypatch.setattr(merge, "adapter_scaling", lambda config: 0.0)  # a merge that loses the adapter
+    with pytest.raises(UserError, match="differs from the trained model") as caught:
+        run(trained, "merged", tmp_path / "out")
+    assert caught.value.code == "export.differs"
+    assert list(tmp_path.iterdir()) == []
+    assert run(trained, "merged", tmp_path / "out", "--no-check") == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE")
+def test_a_full_disk_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk: the write fails midway, in the real code, in a process of its own."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))\n"
+        "from cllm.__main__ import run; sys.exit(run('export', sys.argv[1:]))"
+    )
+    for to in ("merged", "gguf"):
+        command = [sys.executable, "-c", code, str(trained), "--to", to, str(tmp_path / "out"), "--no-check"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_alibi_and_a_run_without_an_adapter_are_refused(tmp_path: Path) -> None:
+    adapted(load_model(LOCAL / "baichuan2_13b"), tmp_path / "adapter", base=str(LOCAL / "baichuan2_13b"))
+    load_tokenizer(Path(export.__file__).parent / "assets" / "tiny-zh").save(tmp_path / "adapter")
+    with pytest.raises(UserError, match="ALiBi"):
+        run(tmp_path / "adapter", "merged", tmp_path / "out", "--no-check")
+    with pytest.raises(UserError, match="no adapter"):
+        run(LOCAL / "qwen", "merged", tmp_path / "out")
+
+
+# --- Templates in other languages
+TALKS = [
+    [Message("user", "你好")],
+    [Message("system", "短 "), Message("user", " 你好\n"), Message("assistant", "好"), Message("user", "再见")],
+    [Message("system", ""), Message("user", "a")],
+    [
+        Message("user", "a"),
+        Message("assistant", "<think>\n想\n</think>\n\n 答 "),
+        Message("user", "c"),
+        Message("assistant", "<think>\n想\n</think>\n\n答"),
+    ],
+    [Message("system", "s"), Message("user", "a"), Message("system", "t"), Message("user", "b")],
+    [Message("system", "s"), Message("assistant", "hi"), Message("assistant", ""), Message("user", "x")],
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_jinja_renders_what_training_rendered(name: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = TEMPLATES[name]
+    for variant in [replace(template, thinking=mode) for mode in ("off", "keep")] if template.thinking else [template]:
+        for talk, opened in product(TALKS, (True, False)):
+            ours = "".join(segment.text for segment in render(talk, variant, open_turn=opened))
+            given = {"conversations": [[m._asdict() for m in talk]], "chat_template": jinja(variant), "add_generation_prompt": opened}
+            assert render_jinja_template(**given)[0][0] == ours
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+@pytest.mark.parametrize("name", ["baichuan2", "chatglm3", "glm4", "internlm2", "qwen", "qwen25", "yi"])
+def test_published_tokenizers_give_the_same_ids_in_transformers(name: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from cllm.model.tokenizer import portable
+
+    tokenizer = load_tokenizer(SHARED / "golden" / "tokenizer_files" / name)
+    tokenizer.save(tmp_path)
+    portable(tokenizer, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("你好，世界 2024", "Hello  world 123\n\n x", "  a"):
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text) == load_tokenizer(tmp_path).encode(text)
+    assert bool(tokenizer.chat_template) == (name != "chatglm3")  # which encodes words apart from markup
+    for talk in TALKS[:2] if tokenizer.chat_template else []:
+        ids = theirs.apply_chat_template([m._asdict() for m in talk], add_generation_prompt=True, return_dict=False)
+        assert ids == tokenizer.encode_chat(talk)
+
+
+def test_ollama_refuses_numbered_rounds() -> None:
+    assert "<|im_start|>assistant" in go(TEMPLATES["qwen"])
+    with pytest.raises(UserError, match="chatglm2"):
+        go(TEMPLATES["chatglm2"])
+
+
+# --- llama.cpp itself
+def test_llama_cpp_generates_the_same_tokens(trained: Path, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    assert run(trained, "gguf", tmp_path / "out", "--no-check", "--type", "f32") == 0
+    tokenizer, model = load_tokenizer(trained), load_model(Path(export.__file__).parent / "assets" / "tiny-zh")
+    load_adapter(model, trained)
+    prompt = tokenizer.encode_chat([Message("user", "姜静琳住在哪里？")])
+    theirs = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=128, n_threads=1, verbose=False, type_k=0, type_v=0)
+    text = "姜静琳住在渔歌市，2024 年 Hello!\n"
+    assert theirs.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
+    got = []
+    for token in theirs.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        got.append(token)
+        if len(got) == 32:
+            break
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        while ids.shape[1] < len(prompt) + 32:
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert got == ids[0, len(prompt) :].tolist()
