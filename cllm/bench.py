@@ -18,23 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm import memory
 from cllm.config import Config, load_config
-from cllm.memory import (
-    GIB,
-    MIB,
-    Hardware,
-    Settings,
-    Shape,
-    crossing_bytes,
-    estimate_vram,
-    find_config,
-    make_plan,
-    row_flops,
-    row_seconds,
-    savings,
-    settings_of,
-    shape_of,
-)
+from cllm.memory import GIB, MIB, Settings, estimate_vram, make_plan
 from cllm.messages import UserError, note, say, table
 
 if TYPE_CHECKING:
@@ -48,7 +34,7 @@ ROWS_PER_STEP = 2  # so that gradients of earlier rows are alive at the peak, as
 DECODE_TOKENS = 32
 WARM_STEPS = 3
 SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on paper"
-CPU = Hardware(flops=0.4e12, bandwidth=20e9)  # one or two cores: only decides whether to measure
+CPU = memory.Hardware(flops=0.4e12, bandwidth=20e9)  # one or two cores: only decides whether to measure
 TOKENS_PER_CHARACTER = 0.7  # of mixed Chinese text, where no tokenizer is at hand
 
 
@@ -86,7 +72,7 @@ class Subject:
         how["quantize"] = None if config.model.quantize == "none" else config.model.quantize
         torch.manual_seed(config.train.seed)
         model: Any = random_model(original, **how) if original else load_model(resolve(config.model.path), **how)
-        self.shape = shape_of(original or model.config.to_dict(), name)
+        self.shape = memory.shape_of(original or model.config.to_dict(), name)
         lora = config.lora
         inject_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora)
         self.precision.prepare(model)
@@ -128,7 +114,7 @@ class Subject:
         estimate = estimate_vram(self.shape, settings)
         result = {"model": self.name, "layers": self.shape.layers, **asdict(settings), "budget_bytes": self.budget, "reserved_bytes": None}
         result |= {"estimate_bytes": estimate.allocated, "estimate_total_bytes": estimate.total}
-        result["link_bytes"] = ROWS_PER_STEP * crossing_bytes(self.shape, settings)
+        result["link_bytes"] = ROWS_PER_STEP * memory.crossing_bytes(self.shape, settings)
         try:
             result["first_loss"], _ = self.step(row)
             seconds = result["step_seconds"] = statistics.median(self.step(row)[1] for _ in range(steps))
@@ -139,7 +125,7 @@ class Subject:
             result["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
             free, total = torch.cuda.mem_get_info(self.device)
             result["context_bytes"] = total - free - torch.cuda.memory_reserved(self.device)  # and whatever else uses the card
-        useful = ROWS_PER_STEP * row_flops(self.shape, replace(settings, checkpoint_layers=0)) / seconds
+        useful = ROWS_PER_STEP * memory.row_flops(self.shape, Settings(tokens, checkpoint_layers=0)) / seconds
         result |= {"tokens_per_second": ROWS_PER_STEP * tokens / seconds, "mfu": useful / self.matmul_rate()}
         return {**result, "peak_bytes": peak, "estimate_ratio": estimate.allocated / peak}
 
@@ -175,19 +161,19 @@ class Subject:
 
 
 def _settings(config: Config, tokens: int, precision: str, device: str) -> Settings:
-    return settings_of(config.model, config.lora, config.train, config.memory, row_tokens=tokens, precision=precision, device=device)
+    return memory.settings_of(config.model, config.lora, config.train, config.memory, row_tokens=tokens, precision=precision, device=device)
 
 
 def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[str, Any]) -> dict[str, Any]:
     """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it for the JSON."""
-    shape, budget = shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
+    shape, budget = memory.shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
     settings = _settings(config, config.train.row_tokens, precision, "cuda")
     plan, estimate = make_plan(shape, settings, budget), estimate_vram(shape, settings)
     print(say("bench.plan", name=name, row=settings.row_tokens, quantize=settings.quantize, precision=precision, rank=settings.rank))
     print(estimate.table())
     grid, rows = [], [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
-    for step in savings(shape, settings, int(budget * GIB)):
+    for step in memory.savings(shape, settings, int(budget * GIB)):
         totals = {n: estimate_vram(shape, replace(step.settings, row_tokens=n)).total for n in PLAN_ROWS}
         longest = make_plan(shape, step.settings, budget).longest_row
         grid.append({"change": step.change, "slowdown": step.slowdown, "totals": totals, "longest_row": longest})
@@ -197,29 +183,25 @@ def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[st
     print(say(verdict, budget=f"{budget:g}", longest=plan.longest_row, fewest=plan.checkpoint_layers))
     for step in plan.ladder:
         print(f"  {step.total / GIB:6.2f} GiB  x{step.slowdown:.2f}  {step.change}")
-    result = {"model": name, "budget_gib": budget, **asdict(settings), **asdict(estimate), "total": estimate.total, "grid": grid}
-    ladder = [{"change": step.change, "total": step.total, "slowdown": step.slowdown} for step in plan.ladder]
-    result |= {"fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers, "ladder": ladder}
-    used = (
-        replace(settings, checkpoint_layers=plan.checkpoint_layers)
-        if settings.checkpoint_layers < 0 <= plan.checkpoint_layers
-        else settings
-    )
-    return {**result, "time": _time(config, shape, used, work)}
+    used = settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=plan.checkpoint_layers)
+    return {
+        "model": name, "budget_gib": budget, **asdict(settings), **asdict(estimate), "total": estimate.total, "grid": grid,
+        "fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers, "time": _time(config, shape, used, work),
+        "ladder": [{"change": step.change, "total": step.total, "slowdown": step.slowdown} for step in plan.ladder],
+    }  # fmt: skip
 
 
-def _time(config: Config, shape: Shape, settings: Settings, work: dict[str, Any]) -> dict[str, Any]:
+def _time(config: Config, shape: memory.Shape, settings: Settings, work: dict[str, Any]) -> dict[str, Any]:
     """Tokens, steps and hours of the run; of a million tokens, if there is no data. Prints them."""
-    seconds = work.get("row_seconds") or row_seconds(shape, settings) * work.get("fill", 1.0)
-    tokens = work.get("tokens", 10**6) * (config.train.epochs if work else 1)
-    rows = -(-tokens // (settings.row_tokens * work.get("fill", 1.0)))
-    steps = config.train.steps or max(1, round(rows / max(1, config.train.tokens_per_step // config.train.row_tokens)))
-    if config.train.steps and work:
-        rows = steps * max(1, config.train.tokens_per_step // config.train.row_tokens)
-    how = "measured" if "row_seconds" in work else "roofline"
-    result = {"tokens": int(tokens), "exact_tokens": "fill" in work, "steps": steps, "hours": rows * seconds / 3600, "how": how}
-    values = {"tokens": f"{tokens:,.0f}", "steps": steps, "hours": f"{result['hours']:.2f}", "speed": f"{tokens / rows / seconds:,.0f}"}
-    print(say(f"bench.time.{how}", **values))
+    train, fill = config.train, work.get("fill", 1.0)
+    rows_per_step, seconds = max(1, train.tokens_per_step // train.row_tokens), work.get("row_seconds")
+    wanted = work["tokens"] * train.epochs if work else 10**6
+    steps = (train.steps if work else 0) or max(1, round(wanted / (rows_per_step * train.row_tokens * fill)))
+    tokens = steps * rows_per_step * train.row_tokens * fill
+    hours = steps * rows_per_step * (seconds or memory.row_seconds(shape, settings) * fill) / 3600
+    result = {"tokens": round(tokens), "exact_tokens": "fill" in work, "steps": steps, "hours": hours, "measured": seconds is not None}
+    values = {"tokens": f"{tokens:,.0f}", "steps": steps, "hours": f"{hours:.2f}", "speed": f"{tokens / hours / 3600:,.0f}"}
+    print(say("bench.time.measured" if seconds else "bench.time.roofline", **values))
     return result
 
 
@@ -230,6 +212,8 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     train = prepare(config.data).train
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
         return {"tokens": round(TOKENS_PER_CHARACTER * sum(len(m.content) for c in train for m in c.messages))}
+    import torch
+
     from cllm.data.encode import encode_set
     from cllm.data.packing import PackedRows
     from cllm.model.source import resolve
@@ -242,13 +226,10 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     rows, tokens = PackedRows(examples, config.train.row_tokens, seed=config.train.seed), sum(examples.sizes)
     work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * config.train.row_tokens)}
     settings = _settings(config, config.train.row_tokens, "fp32", "cpu")
-    import torch
-
-    if torch.cuda.is_available() or row_seconds(shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
+    if torch.cuda.is_available() or memory.row_seconds(memory.shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
         note("bench.timing", steps=WARM_STEPS)
         subject = Subject(config, config.model.path, None)
-        batches = rows.take(WARM_STEPS + 1)
-        work["row_seconds"] = statistics.median([subject.step(row, 1)[1] for row in batches][1:])
+        work["row_seconds"] = statistics.median([subject.step(row, 1)[1] for row in rows.take(WARM_STEPS + 1)][1:])
     return work
 
 
@@ -269,7 +250,7 @@ def _original(config: Config, layers: int) -> tuple[str, dict[str, Any]]:
 
         name, original = config.model.path, original_config(Path(config.model.path))
     else:
-        name, original = find_config(str(built_in) if built_in.is_file() else config.model.path)
+        name, original = memory.find_config(str(built_in) if built_in.is_file() else config.model.path)
     key = next((key for key in ("num_layers", "n_layer", "num_hidden_layers") if key in original), "num_hidden_layers")
     return (config.model.path if built_in.is_file() else name), {**original, key: layers} if layers else original
 
@@ -315,10 +296,10 @@ def main(argv: list[str]) -> int:
     configs = [_config(name, overrides) for name in names]
     if arguments.plan:
         plans = []
-        for subject_name, config in zip(names, configs, strict=True):
-            name, published = _original(config, arguments.layers)
-            data = subject_name.endswith(".toml") or subject_name.startswith("preset:")
-            plans.append(show_plan(config, name, published, _work(config, published) if data else {}))
+        for given, config in zip(names, configs, strict=True):
+            published = _original(config, arguments.layers)
+            work = _work(config, published[1]) if given.startswith("preset:") or given.endswith(".toml") else {}
+            plans.append(show_plan(config, *published, work))
         print(json.dumps({"plans": plans}))
         return 0
     report: dict[str, Any] = {"device": "", "results": [], "generation": []}
@@ -353,27 +334,28 @@ def _machine(device: Any) -> dict[str, Any]:
 
 
 def _plot(report: dict[str, Any], target: Path) -> None:
-    """Peak memory and speed over the row length, a line per model and settings; the estimate dashed."""
+    """Peak memory (dashed: the estimate) and speed over the row length, a line per model and settings."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (memory, speed) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
-    ran = [r for r in report["results"] if "peak_bytes" in r]
-    for number, (name, quantize) in enumerate(dict.fromkeys((r["model"], r["quantize"]) for r in ran)):
-        rows = [r for r in ran if (r["model"], r["quantize"]) == (name, quantize)]
-        tokens, how = [r["row_tokens"] for r in rows], {"color": f"C{number}"}
-        memory.plot(tokens, [r["peak_bytes"] / GIB for r in rows], "o-", label=f"{name}, {quantize}", **how)
-        memory.plot(tokens, [r["estimate_bytes"] / GIB for r in rows], "--", **how)
-        speed.plot(tokens, [r["tokens_per_second"] for r in rows], "o-", **how)
-    for axes, label in ((memory, "peak GiB (dashed: estimate)"), (speed, "tokens per second")):
-        axes.set(xlabel="row, tokens", ylabel=label)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for r in (r for r in report["results"] if "peak_bytes" in r):
+        lines.setdefault(f"{r['model']}, {r['quantize']}, {r['stream_layers']} streamed", []).append(r)
+    figure, (peaks, speed) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    for number, (name, rows) in enumerate(lines.items()):
+        for axes, key, unit, style in (
+            (peaks, "peak_bytes", GIB, "o-"),
+            (peaks, "estimate_bytes", GIB, "--"),
+            (speed, "tokens_per_second", 1, "o-"),
+        ):
+            axes.plot([r["row_tokens"] for r in rows], [r[key] / unit for r in rows], style, color=f"C{number}", label=name)
+    peaks.set(xlabel="row, tokens", ylabel="peak GiB (dashed: estimate)", ylim=(0, None))
+    speed.set(xlabel="row, tokens", ylabel="tokens per second", ylim=(0, None))
+    speed.legend(frameon=False, fontsize=7)
     figure.suptitle(report["device"])
-    figure.legend(frameon=False, loc="lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)
 

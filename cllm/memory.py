@@ -27,7 +27,8 @@ ROW_STEP = 128  # tokens: granularity of the longest row
 CONTEXT_BYTES = 450 * MIB  # CUDA context and cuBLAS workspaces
 FRAGMENTATION_BYTES = 250 * MIB
 _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
-_HEAD_TILE = 2**25  # and dequantizes so many weights of a 4-bit head at a time
+_PIECE = 2**22  # cllm.model.lora makes so many elements of a gated MLP's product at a time
+_HEAD_TILE = 2**25  # cllm.learn.loss dequantizes so many weights of a 4-bit head at a time
 
 # How native architectures differ from Llama, as far as bytes go; "tied" is what an absent tie_word_embeddings means.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -157,6 +158,8 @@ class Settings:
     stream_layers: int = 0
     mlp_tile_tokens: int = 0
     embedding: str = "auto"
+    fused: bool = True
+    """LoRA linears and gated MLPs run as the autograd functions of cllm.model.lora (not with dropout or DoRA)."""
 
     @property
     def width(self) -> int:
@@ -202,7 +205,7 @@ def settings_of(
     names = ("checkpoint_layers", "offload_inputs", "stream_layers", "mlp_tile_tokens", "embedding")
     return Settings(
         row_tokens, model.quantize, precision, lora.rank, targets, chunk_bytes=memory.chunk_mib * MIB, device=device, head=model.head,
-        optimizer=train.optimizer, **{name: getattr(memory, name) for name in names},
+        optimizer=train.optimizer, fused=not (lora.dropout or lora.dora), **{name: getattr(memory, name) for name in names},
     )  # fmt: skip
 
 
@@ -268,24 +271,25 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
 def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], nf4: bool) -> dict[str, int]:
     """Moment -> bytes alive then beyond parameters, their gradients and the recomputed layers' inputs."""
     hidden, mlp = s.row_tokens * shape.hidden, s.row_tokens * shape.intermediate * s.width
-    before_mlp, in_mlp = _kept(shape, s, adapted)
+    before_mlp, in_mlp, product = _kept(shape, s, adapted)
     tiled = 0 < s.mlp_tile_tokens < s.row_tokens
     if tiled:  # of the MLP one tile lives at a time, beside the gradients of the tiles' inputs
-        mlp, in_mlp = mlp * s.mlp_tile_tokens // s.row_tokens, in_mlp * s.mlp_tile_tokens // s.row_tokens
+        mlp, in_mlp, product = (size * s.mlp_tile_tokens // s.row_tokens for size in (mlp, in_mlp, product))
     own_input = 0 if shape.gated and s.residual < 4 else s.residual * hidden  # the float32 copy stands for it in bf16
-    recomputed, layer = _recomputed(shape, s), before_mlp + (0 if tiled else in_mlp + mlp) + own_input
+    recomputed, layer = _recomputed(shape, s), before_mlp + (0 if tiled else in_mlp + product) + own_input
     kept = (shape.layers - len(recomputed)) * layer
     kept -= 0 if recomputed else 4 * hidden  # the embedding needs no gradient, so the first norm keeps nothing
     moments = {"loss": kept + 4 * hidden + max(_loss(shape, s), 20 * hidden * shape.gated)}
-    # Backward of the MLP's last linear: two gradients of its input, and their sum or the dequantized weight. Of its first: gradients of
-    # gate and up, and the weight. Of a norm behind the MLP: five float32 temporaries while all of the layer is still there.
+    # Backward of the MLP's last linear: gradients of gate and up with pieces of the product (plain autograd: a third of their size), or its
+    # input's with the dequantized weight. Of its first: gradients of gate and up, and the weight. Of a norm behind the MLP: five float32
+    # temporaries while all of the layer is still there.
     dense = shape.hidden * shape.intermediate * s.width if nf4 else 0
-    last = 2 * mlp + max(dense, mlp)
+    last = 2 * mlp + max(dense, mlp) if product else max(mlp + dense, 2 * mlp + 3 * min(mlp, _PIECE * s.width))
     first = 2 * mlp + dense * (1 + shape.fused_mlp) + 2 * s.width * hidden // (1 + tiled) - in_mlp
-    gradient = (s.residual + s.width * tiled) * hidden + max(last, first, mlp + 20 * hidden if shape.norms > 2 else 0)
+    gradient = (s.residual + s.width * tiled) * hidden + max(last, first, product + 20 * hidden if shape.norms > 2 else 0)
     gradient = max(gradient, s.residual * hidden + 20 * hidden * shape.gated - in_mlp)  # the norm before the MLP, when that is done
     if len(recomputed) < shape.layers:
-        moments["kept_layer"] = kept - (0 if tiled else mlp) + tiled * in_mlp + gradient
+        moments["kept_layer"] = kept - (0 if tiled else product) + tiled * in_mlp + gradient
     if recomputed:
         below = max(recomputed) + 1 - len(recomputed)  # kept layers below the uppermost recomputed one
         moments["recomputed_layer"] = below * layer + before_mlp + in_mlp + s.residual * hidden + gradient
@@ -297,24 +301,27 @@ def _loss(shape: Shape, s: Settings) -> int:
     head, two dense tiles of that and a sum of products in float32."""
     rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
     block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
-    pieces = 0 if s.width == 4 else 4 * shape.vocab * (block + min(block, rows - block))  # one is made before the last one goes
+    pieces, following = (0, 0) if s.width == 4 else (4 * shape.vocab * block, 4 * shape.vocab * min(block, rows - block))
     tiles = min(shape.vocab * shape.hidden, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden if s.head == "nf4" else 0
-    logits = rows * s.width * shape.vocab + max(rows * s.width * shape.hidden + pieces, tiles)
+    logits = rows * s.width * (shape.vocab + shape.hidden) + pieces + max(following, tiles)  # a piece is made before the last one goes
     return 3 * s.residual * s.row_tokens * shape.hidden + logits
 
 
-def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int]:
-    """Bytes that autograd keeps of one layer: up to the MLP, and in it (without its last product, freed early in the backward)."""
+def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int, int]:
+    """Bytes that autograd keeps of one layer: up to the MLP, in it, and its last product, freed early in the backward."""
     hidden, q, kv = s.row_tokens * shape.hidden, s.row_tokens * shape.heads * shape.head_dim, s.row_tokens * shape.kv_heads * shape.head_dim
     # An RMS norm keeps a float32 copy of its input, if that is not float32 anyway; LayerNorm keeps the input as it is.
     norms = (4 * hidden if s.residual < 4 else 0) + 4 * (shape.norms - 1) * hidden if shape.gated else s.residual * hidden
     norms += 4 * (q + kv) * shape.qk_norm
-    casts = (5 - shape.fused_mlp) if s.precision == "fp16" else 2  # under autocast each linear casts the norm's output for itself
+    # The norms' outputs, once for q, k, v and once for gate and up; under autocast plain autograd keeps a cast for each linear.
+    casts = 2 * s.residual if s.fused else s.width * ((5 - shape.fused_mlp) if s.precision == "fp16" else 2)
     attention = s.width * (3 * q + 2 * kv) + 4 * s.row_tokens * shape.heads
     masks = shape.heads if shape.alibi else 0 < shape.window < s.row_tokens
-    lora = s.rank * s.width * (s.row_tokens * len(adapted) + sum(i + o for i, o in adapted) * (s.width < 4))
-    gates = (3 if shape.gated else 4) * s.row_tokens * shape.intermediate * s.width  # gate, silu, up; or what GELU's formula keeps
-    return norms + s.width * (casts * hidden + masks * s.row_tokens**2) + attention + lora, gates
+    lora = s.rank * s.width * (s.row_tokens * len(adapted) + sum(i + o for i, o in adapted) * (s.width < 4 and not s.fused))
+    wide = s.row_tokens * shape.intermediate * s.width
+    lean = s.fused and shape.gated and (shape.intermediate, shape.hidden) in adapted
+    gates = 2 * wide if lean else (3 if shape.gated else 4) * wide  # gate, up (and silu); or what GELU's formula keeps
+    return norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora, gates, 0 if lean else wide
 
 
 class Hardware(NamedTuple):
@@ -358,10 +365,8 @@ def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
     weights = sum(i * o for i, o in linears)
     stored = nf4_bytes(weights) + 2 * s.width * weights if s.quantize == "nf4" and shape.gated else s.width * weights
     moved = (2 * shape.layers + len(_recomputed(shape, s))) * (stored + 2 * sum(_kept(shape, s, linears)))
-    return max(
-        row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth,
-        crossing_bytes(shape, s) / hardware.link,
-    )
+    computed = row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth
+    return max(computed, crossing_bytes(shape, s) / hardware.link)
 
 
 class Step(NamedTuple):

@@ -94,3 +94,12 @@ def test_a_gpu_that_is_not_there_is_named_in_one_line() -> None:
     assert "\n" not in str(error.value)
     assert choose_device("auto") == choose_device("cpu") == "cpu"
     assert cap_allocator(2.0, "cpu") == 2 * GIB and cap_allocator(0.0, "cpu") == 0
+
+
+def test_a_card_without_bf16_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match=r"model\.precision=auto"):
+        Precision.choose("bf16", "cuda")
+    assert Precision.choose("auto", "cuda").name == "fp16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert Precision.choose("auto", "cuda").name == Precision.choose("bf16", "cuda").name == "bf16"

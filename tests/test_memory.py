@@ -69,7 +69,8 @@ def build(config: dict[str, object], settings: Settings):  # type: ignore[no-unt
     precision = Precision.choose(settings.precision, "cpu")
     quantize = None if settings.quantize == "none" else "nf4"
     model = random_model(config, dtype=precision.weights, quantize=quantize, head=settings.head).train()
-    inject_lora(model, rank=settings.rank, alpha=16)
+    for layer in inject_lora(model, rank=settings.rank, alpha=16).values():
+        layer.fused = settings.fused
     precision.prepare(model)
     offload.place(model, replace(settings, stream_layers=0), "cpu")
     slots = offload.stream_layers(model, settings.stream_layers, "cpu")
@@ -138,6 +139,8 @@ CASES = [
     ("llama", {"row_tokens": 32}),
     ("llama", {"chunk_bytes": 2**13}),
     ("gpt2", {"checkpoint_layers": 0}),
+    ("llama", {"fused": False}),
+    ("glm", {"fused": False, "checkpoint_layers": 0}),
     ("llama", {"offload_inputs": True}),
     ("llama", {"mlp_tile_tokens": 64}),
     ("llama", {"mlp_tile_tokens": 64, "checkpoint_layers": 0}),

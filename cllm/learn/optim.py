@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cllm.data.packing import PackedBatch
 from cllm.learn.dist import World
+from cllm.messages import UserError
 
 Result = TypeVar("Result")
 Objective = Callable[[nn.Module, PackedBatch], Tensor]
@@ -46,9 +47,13 @@ class Precision(NamedTuple):
 
     @classmethod
     def choose(cls, name: str, device: str) -> Precision:
-        """ "auto": bf16 where the GPU computes in it, else fp16 with a scaler; float32 on the CPU."""
+        """ "auto": bf16 where the GPU computes in it, else fp16 with a scaler; float32 on the CPU.
+
+        Raises UserError for bf16 on a card that only emulates it."""
         if name == "auto":
             name = "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if name == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError("memory.no_bf16")
         return cls(name, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], device)
 
     def autocast(self) -> AbstractContextManager[object]:
