@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -64,17 +64,16 @@ def encode_all(
 ) -> Iterator[Example | Refusal]:
     """`encode` of each conversation in order; a batch is tokenized, on all cores, while the next one is rendered."""
     source = iter(conversations)
-    waiting: deque[tuple[list[Conversation], Future[list[tuple[list[int], list[int]]]]]] = deque()
     with ThreadPoolExecutor(1) as worker:
-        while True:
-            if batch := list(itertools.islice(source, _BATCH)):
-                waiting.append((batch, worker.submit(tokenizer.encode_batch, [tokenizer.segments(item) for item in batch])))
-            elif not waiting:
-                return
-            if batch and len(waiting) < 2:
-                continue
-            done, encoded = waiting.popleft()
-            for conversation, (ids, labels) in zip(done, encoded.result(), strict=True):
+
+        def begun() -> tuple[list[Conversation], Future[list[tuple[list[int], list[int]]]]]:
+            batch = list(itertools.islice(source, _BATCH))
+            return batch, worker.submit(tokenizer.encode_batch, [tokenizer.segments(item) for item in batch])
+
+        batch, encoded = begun()
+        while batch:
+            following = begun()
+            for conversation, (ids, labels) in zip(batch, encoded.result(), strict=True):
                 example: Example | None = Example(ids, labels)
                 if len(ids) > max_tokens:
                     example = _shorten(conversation, tokenizer, max_tokens) if truncate == "prompt" else None
@@ -84,6 +83,7 @@ def encode_all(
                     yield "no_supervised_token"
                 else:
                     yield example
+            batch, encoded = following
 
 
 def encode_set(
