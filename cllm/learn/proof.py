@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -97,7 +98,7 @@ def prove(
     max_norm: float,
     plan: VramEstimate | None,
     budget: int,
-    micro_tokens: int,
+    micro_tokens: int = sys.maxsize,
 ) -> int:
     """Peak bytes of one optimizer step on `rows`, against `plan` and `budget` bytes; everything is then as it was, bit for bit.
 
