@@ -137,7 +137,7 @@ def _compare(
 ) -> dict[str, Any]:  # fmt: skip
     """One file: losses and answers of base and adapter, tables on stdout, the evaluation's folder."""
     from cllm.data.encode import encode_set
-    from cllm.evaluate.answers import answers, evaluate, example_nll, losses
+    from cllm.evaluate.answers import compare, example_nll
     from cllm.evaluate.report import Progress, report, write_results
     from cllm.learn.snapshot import new_run
 
@@ -151,12 +151,11 @@ def _compare(
     note("eval.start", path=data, count=len(kept))
     chunk_bytes = config.memory.chunk_mib * 2**20
     held_out = functools.partial(example_nll, model, examples, loaded.precision, chunk_bytes, config.train.row_tokens)
-    measured = losses(model, tokenizer, held_out, loaded.precision, chunk_bytes)
-    asked, systems = kept if config.data.kind == "chat" else [], {}
-    if asked:
-        shots, length = arguments.shots or 0, arguments.max_new_tokens
-        systems = answers(engine, tokenizer, asked, train=train, shots=shots, max_new_tokens=length, progress=Progress())
-    results, samples = evaluate(asked, systems, measured)
+    asked = kept if config.data.kind == "chat" else []
+    results, samples, measured = compare(
+        engine, tokenizer, asked, held_out, loaded.precision, chunk_bytes, train=train, shots=arguments.shots or 0,
+        max_new_tokens=arguments.max_new_tokens, progress=Progress(),
+    )  # fmt: skip
     for i, sample in enumerate(samples):
         for system, its in sample["scores"].items():
             if system in measured:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -406,7 +405,7 @@ class Training:
         """Put the best adapter back, answer the held-out questions with and without it, write and return the scores."""
         from safetensors.torch import load_file
 
-        from cllm.evaluate.answers import answers, evaluate, losses, sequence_nll, unless_memory_is_short
+        from cllm.evaluate.answers import compare, sequence_nll
         from cllm.evaluate.report import Progress, report, write_results
         from cllm.learn.snapshot import adapter_fingerprint, writing
         from cllm.model.lora import adapter_tensors
@@ -426,18 +425,15 @@ class Training:
         if not self.held_rows:
             return {}
         settings = self.config.eval
-        answered, systems = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0], {}
-        if answered:
-            note("train.answering", count=len(answered))
-            with unless_memory_is_short(self.engine):
-                systems = answers(
-                    self.engine, self.tokenizer, answered, train=list(self.train_set), shots=settings.shots,
-                    max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
-                )  # fmt: skip
-        model, precision, chunk_bytes = self.model, self.precision, self.chunk_bytes
-        held_out = functools.partial(sequence_nll, model, self.held_rows, precision, chunk_bytes)
-        found = losses(model, self.tokenizer, held_out, precision, chunk_bytes)
-        results, samples = evaluate(answered if systems else [], systems, found)
+        asked = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0]
+        if asked:
+            note("train.answering", count=len(asked))
+        how: Any = {"shots": settings.shots, "max_new_tokens": settings.max_new_tokens, "seed": self.config.train.seed}
+        held_out = functools.partial(sequence_nll, self.model, self.held_rows, self.precision, self.chunk_bytes)
+        results, samples, _ = compare(
+            self.engine, self.tokenizer, asked, held_out, self.precision, self.chunk_bytes, train=list(self.train_set),
+            progress=Progress(), **how,
+        )  # fmt: skip
         with writing(self.run / "eval.json"):
             write_results(self.run, results, samples)
         print(report(results))
@@ -454,23 +450,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _last_run(directory: str) -> Path:
-    from cllm.learn.snapshot import find_runs
-
-    wanted = Path(directory)
-    if os.environ.get("RANK", "0") != "0":
-        return wanted  # rank 0 reads and writes it; another machine may not even see it
-    found = find_runs(wanted.parent, name=wanted.name, needs="snapshots/step-*")
-    if not found:
-        raise UserError("snapshot.none", path=wanted)
-    return found[0]
-
-
 def main(argv: list[str]) -> int:
     """Train as the config says; the last line on stdout is {"run", "steps", "loss", "eval"}. Under torchrun rank 0 speaks."""
     arguments = _arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    resume = _last_run(config.run.dir) if arguments.resume else None
+    from cllm.learn.snapshot import last_run
+
+    resume = last_run(config.run.dir) if arguments.resume else None
     training = Training(config, accept_rejects=arguments.accept_rejects, allow_changes=arguments.allow_changes, resume=resume)
     with contextlib.closing(training):
         loss = training.loop()
