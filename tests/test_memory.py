@@ -79,13 +79,15 @@ def build(config: dict[str, object], settings: Settings):  # type: ignore[no-unt
 
 def census(config: dict[str, object], settings: Settings) -> tuple[int, int]:
     """(bytes of parameters, buffers and slots; peak of one accumulated step on top of them, which ends before AdamW makes its moments)."""
-    from cllm.bench import random_row
+    from cllm.data.encode import Example
+    from cllm.data.packing import collate
     from cllm.learn.loss import sft_loss
     from cllm.learn.optim import train_step
     from cllm.learn.proof import peak_storage_bytes, storage_bytes
 
     model, optimizer, precision, slots = build(config, settings)
-    row = random_row(settings.row_tokens, int(config["vocab_size"]))  # type: ignore[call-overload]
+    long, short = [3 + i % 100 for i in range(settings.row_tokens - 8)], list(range(8))  # two: attention's outputs are put together
+    row = collate([Example(long, long), Example(short, short)])
     held = storage_bytes([*model.parameters(), *model.buffers()]) + slots
 
     def step() -> None:
