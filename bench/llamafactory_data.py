@@ -39,7 +39,7 @@ def main() -> int:
         from llamafactory.hparams import DataArguments, ModelArguments
 
         data = DataArguments(
-            template="qwen", dataset="rows", dataset_dir=work, cutoff_len=row_tokens, packing=True, neat_packing=True,
+            template="chatml", dataset="rows", dataset_dir=work, cutoff_len=row_tokens, packing=True, neat_packing=True,
             preprocessing_num_workers=workers if workers > 1 else None, val_size=0.05,
         )  # fmt: skip
         model = ModelArguments(model_name_or_path=tokenizer_path, cache_dir=f"{work}/cache")

@@ -105,6 +105,7 @@ class Subject:
         """Loss of the first step, step time, speed, peak and estimate for rows of `tokens`; out_of_memory if it does not run."""
         import torch
 
+        from cllm.learn.optim import StepOutOfMemoryError
         from cllm.learn.proof import peak_bytes
         from cllm.model.offload import checkpoint_layers
 
@@ -118,8 +119,7 @@ class Subject:
             result["first_loss"], _ = self.step(row)
             seconds = result["step_seconds"] = statistics.median(self.step(row)[1] for _ in range(steps))
             peak = peak_bytes(lambda: self.step(row), self.model, self.optimizer)
-        except torch.cuda.OutOfMemoryError:
-            self.optimizer.zero_grad(set_to_none=True)
+        except StepOutOfMemoryError:
             return {**result, "out_of_memory": True}
         if self.cuda:
             result["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)

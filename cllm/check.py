@@ -8,6 +8,7 @@ import html
 import json
 import os
 import sys
+from collections.abc import Iterator
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from cllm.model.tokenizer import Tokenizer
 
 SAMPLES, SAMPLE_TOKENS = 3, 400
+MAX_CHARACTER_TOKENS = 4  # the bytes of one character in UTF-8
+UNITS = ("characters", "tokens")
 MIN_ROW, MAX_ROW = 512, 4096  # tokens, of the rows that --init proposes
 ASKING = "question query prompt ask instruction input content source src title 问 题 输入".split()
 REPLYING = "answer response reply output completion summary target tgt 答 复 输出".split()
@@ -117,19 +120,17 @@ def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
             lines.append("  " + say("check.more", count=left, reason=reason))
     if not account["valid"]:
         return lines
-    unit = "tokens" if "tokens" in account else "characters"
-    numbers = {key: value for key, value in account[unit].items() if key not in ("limit", "over_limit", "total")}
     lines += [
         say("check.duplicates", **account["duplicates"]),
         say("check.languages", counts=_counts(account["languages"])),
         say("check.boilerplate", count=account["boilerplate"]["count"]),
         say("check.personal", counts=_counts({kind: found["count"] for kind, found in account["personal"].items()})),
         say("check.leaks", count=account["leaks"]),
-        say("check.lengths", unit=say(f"check.unit.{unit}"), numbers=_counts(numbers)),
+        *(say("check.lengths", unit=say(f"check.unit.{unit}"), numbers=_counts(account[unit])) for unit in UNITS if unit in account),
         *("  " + line for line in histogram(lengths)),
     ]
-    if account.get("tokens", {}).get("over_limit"):
-        lines.append(say("check.over", count=account["tokens"]["over_limit"], limit=account["tokens"]["limit"]))
+    if over := account.get("over_limit"):
+        lines.append(say("check.over", count=over, share=f"{over / account['valid']:.1%}", limit=account["limit"]))
     if account.get("end_token_trained") is False:
         lines.append(say("check.no_end"))
     return lines
@@ -146,10 +147,25 @@ def _samples(conversations: list[Conversation], tokenizer: Tokenizer) -> list[st
         ids, labels = tokenizer.encode_segments(tokenizer.segments(item))
         trained = [label != -100 for label in labels]
         lines.append(say("check.sample", file=item.file, line=item.line, supervised=sum(trained), tokens=len(ids)))
-        pieces = [(on, tokenizer.piece(id).replace("\n", "↵")) for id, on in zip(ids[:SAMPLE_TOKENS], trained, strict=False)]
-        runs = [(on, "·".join(piece for _, piece in run)) for on, run in groupby(pieces, key=lambda pair: pair[0])]
+        runs = [
+            (on, "·".join(_pieces([id for id, _ in run], tokenizer)))
+            for on, run in groupby(zip(ids[:SAMPLE_TOKENS], trained, strict=False), key=lambda pair: pair[1])
+        ]
         lines.append("  " + "·".join(f"⟦{run}⟧" if on else run for on, run in runs) + (" …" if len(ids) > SAMPLE_TOKENS else ""))
     return lines
+
+
+def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """One text a token; tokens that are only parts of a character are shown together, as that character."""
+    held: list[int] = []
+    for id in ids:
+        held.append(id)
+        text = tokenizer.piece(id) if len(held) == 1 else tokenizer.decode(held)
+        if not text.endswith("\ufffd") or len(held) == MAX_CHARACTER_TOKENS:
+            yield text.replace("\n", "↵")
+            held = []
+    if held:
+        yield tokenizer.decode(held)
 
 
 def _guess_columns(path: str) -> dict[str, str]:

@@ -184,6 +184,8 @@ class RunConfig:
     """If it exists, -2, -3, … is appended; nothing is overwritten."""
     snapshot_every: int = _at_least(0, 0)
     """Steps between snapshots for --resume; 0: at every evaluation."""
+    snapshot_minutes: float = _at_least(0, 10.0)
+    """Minutes after which a snapshot is due in any case; 0: never."""
     keep: int = _at_least(1, 2)
     """Snapshots kept."""
 
@@ -320,6 +322,12 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def differences(before: Config, after: Config) -> dict[str, str]:
+    """`section.key` -> "old -> new" for every setting that differs."""
+    old, new = dataclasses.asdict(before), dataclasses.asdict(after)
+    return {f"{s}.{k}": f"{old[s][k]!r} -> {value!r}" for s in new for k, value in new[s].items() if old[s][k] != value}
 
 
 def to_toml(config: Config) -> str:

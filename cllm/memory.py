@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +34,7 @@ _HEAD_TILE = 2**25  # cllm.learn.loss dequantizes so many weights of a 4-bit hea
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {}, "qwen2": {"biased": "qkv"}, "qwen3": {"qk_norm": True}, "gemma": {"tied": True},
     "gemma3_text": {"norms": 4, "qk_norm": True, "tied": True}, "glm": {"fused_mlp": True}, "glm4": {"norms": 4, "fused_mlp": True},
-    "gpt2": {"gated": False, "tied": True},
+    "gpt2": {"gated": False, "tied": True}, "qwen3_5_text": {"qk_norm": True, "gated_query": True, "tied": False},
 }  # fmt: skip
 _GPT2_KEYS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_inner": "intermediate_size"}
 
@@ -65,6 +65,12 @@ class Shape:
     positions: int = 0
     window: int = 0
     alibi: bool = False
+    gated_query: bool = False
+    """Queries come with a gate for the attention's output (Qwen3.5)."""
+    recurrent: int = 0
+    """Layers with a gated delta rule in place of attention."""
+    mixer: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Of these: key heads, value heads, sizes of a key and a value head."""
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Name -> (in, out) of the linears of one decoder layer."""
@@ -72,7 +78,15 @@ class Shape:
         if not self.gated:
             return {"c_attn": (d, 3 * d), "attn.c_proj": (d, d), "c_fc": (d, f), "mlp.c_proj": (f, d)}
         mlp = {"gate_up_proj": (d, 2 * f)} if self.fused_mlp else {"gate_proj": (d, f), "up_proj": (d, f)}
-        return {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d), **mlp, "down_proj": (f, d)}
+        queries = q * (1 + self.gated_query)
+        return {"q_proj": (d, queries), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d), **mlp, "down_proj": (f, d)}
+
+    def mixer_linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> (in, out) of what a recurrent layer has in place of q, k, v and o."""
+        (keys, values, key_dim, value_dim), d = self.mixer, self.hidden
+        wide = values * value_dim
+        names = {"in_proj_qkv": 2 * keys * key_dim + wide, "in_proj_z": wide, "in_proj_b": values, "in_proj_a": values}
+        return {**{name: (d, out) for name, out in names.items()}, "out_proj": (wide, d)}
 
     def unquantized(self) -> int:
         """Parameters of all norms and biases."""
@@ -106,6 +120,8 @@ def shape_of(config: Mapping[str, Any], name: str = "") -> Shape:
         "window": get("sliding_window") or 0 if get("use_sliding_window", True) else 0,
         "positions": get("n_positions") or 0,
         "alibi": family is not None and family.alibi,
+        "recurrent": list(get("layer_types") or ()).count("linear_attention"),
+        "mixer": tuple(get(f"linear_{key}") or 0 for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")),
     }
     return Shape(
         name=name or kind, layers=layers, hidden=hidden, vocab=vocab, heads=heads, intermediate=get("intermediate_size") or 4 * hidden,
@@ -265,7 +281,25 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
         "context": CONTEXT_BYTES if cuda else 0,
         "fragmentation": FRAGMENTATION_BYTES if cuda else 0,
     }
+    for item, change in _recurrent(shape, s, nf4, shape.layers - streamed).items():
+        items[item] += change
     return VramEstimate(items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input)
+
+
+def _recurrent(shape: Shape, s: Settings, nf4: bool, resident: int) -> dict[str, int]:
+    """What recurrent layers have more (or less) than the attention in their place, item by item."""
+    (keys, values, key_dim, value_dim), count = shape.mixer, shape.recurrent
+    own, usual = shape.mixer_linears(), {name: shape.linears()[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj") if count}
+
+    def difference(cost: Callable[[str, int, int], int]) -> int:
+        return count * (sum(cost(n, *size) for n, size in own.items()) - sum(cost(n, *size) for n, size in usual.items()))
+
+    chosen = s.targets if isinstance(s.targets, tuple) else ("",)
+    lora = difference(lambda name, i, o: 4 * s.rank * (i + o) * name.endswith(chosen))
+    moments = difference(lambda name, i, o: sum(_moment_bytes(s, n * s.rank) for n in (i, o)) * name.endswith(chosen))
+    small = 4 * (2 * keys * key_dim + values * value_dim) + 2 * values + value_dim - 2 * shape.head_dim * shape.qk_norm  # convolution first
+    weights = difference(lambda _, i, o: nf4_bytes(i * o) if nf4 else i * o * s.width) * resident // shape.layers
+    return {"linears": weights, "norms": count * small * s.width, "lora": lora, "gradients": lora, "optimizer": moments}
 
 
 def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], nf4: bool) -> dict[str, int]:
@@ -321,6 +355,11 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
     wide = s.row_tokens * shape.intermediate * s.width
     lean = s.fused and shape.gated and (shape.intermediate, shape.hidden) in adapted
     gates = 2 * wide if lean else (3 if shape.gated else 4) * wide  # gate, up (and silu); or what GELU's formula keeps
+    if shape.recurrent:  # the delta rule in float32 and plain PyTorch, in chunks of 64 with a state each: fitted to storage censuses
+        _, heads, key_dim, value_dim = shape.mixer
+        chunked = 7.3 * key_dim + 9.1 * value_dim + 5.1 * 64 + 2.7 * key_dim * value_dim / 64
+        peak = int(4 * s.row_tokens * heads * chunked)
+        attention = max(attention, peak * 92 // 100, peak - gates)  # beside the MLP's backward, or in its own when the MLP is done
     return norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora, gates, 0 if lean else wide
 
 

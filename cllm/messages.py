@@ -56,8 +56,9 @@ def say(code: str, /, **values: object) -> str:
 
 
 def note(code: str, /, **values: object) -> None:
-    """Print the message `code` to stderr, where progress and status go."""
-    print(say(code, **values), file=sys.stderr, flush=True)
+    """Print the message `code` to stderr, where progress and status go; of several ranks under torchrun only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(say(code, **values), file=sys.stderr, flush=True)
 
 
 def table(rows: list[list[str]]) -> str:

@@ -5,92 +5,88 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import json
-import platform
-import signal
-import subprocess
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cllm.config import Config, load_config, to_toml
-from cllm.data.schema import Reject
-from cllm.data.sources import prepare
+from cllm.config import Config, differences, load_config, to_toml
+from cllm.data.sources import read_data
 from cllm.messages import UserError, note, say
 
-MAX_REJECTED = 0.2
+if TYPE_CHECKING:
+    from cllm.data.packing import PackedBatch
+    from cllm.learn.ladder import Ladder
+    from cllm.learn.optim import StepStats
+
 MAX_BAD_STEPS = 20
 STATE_SECTIONS = ("model", "lora", "data", "train")
 """Settings that decide what the next step does: a resumed run must agree on them."""
+
+PROGRESS = ("step", "evaluated", "best", "stale", "bad")
+"""Of a Training: steps done, the last one evaluated, the best held-out loss, evaluations since, steps skipped in a row."""
 
 
 class Training:
     """One run: what was read and loaded, and the loop over it."""
 
     def __init__(self, config: Config, *, accept_rejects: bool = False, allow_changes: bool = False, resume: Path | None = None) -> None:
-        self.config, self.resume, self.allow_changes = config, resume, allow_changes
+        self.config, self.allow_changes, self.single = config, allow_changes, False
         self._read(accept_rejects)
+        from cllm.learn.ladder import Ladder
+
+        self.ladder = Ladder(config.train.row_tokens, config.train.row_tokens, offload_inputs=config.memory.offload_inputs)
         self._encode()
         self._load()
         self._fit_rows()
         self._plan_steps()
-        self.step, self.best, self.stale, self.interrupted = 0, float("inf"), 0, False
-        if resume:
-            self._continue(resume)
-            self.run = resume
-        else:
-            from cllm.learn.snapshot import new_run
-
-            self.run = new_run(config.run.dir)
-            (self.run / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            manifest = json.dumps(self._manifest(), ensure_ascii=False, indent=1)
-            (self.run / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
+        self.step, self.evaluated, self.best, self.stale, self.bad = 0, -1, float("inf"), 0, 0
+        self.interrupted, self.saved_at = False, time.monotonic()
+        with contextlib.ExitStack() as resources:
+            self._open_run(resume, resources)
+            self.close = resources.pop_all().close  # gives the run directory back
 
     # ------------------------------------------------------------------ before the first step
 
     def _read(self, accept_rejects: bool) -> None:
         """Data and tokenizer, and everything that can be found wrong with them before weights are loaded."""
-        config, data = self.config, self.config.data
-        found = prepare(data)
-        rejects, rows = found.rejects, found.rows
-        if not found.train:
-            raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=_located(rejects))
-        if len(rejects) > MAX_REJECTED * rows and not accept_rejects:
-            raise UserError("train.rejects", share=f"{len(rejects) / rows:.0%}", count=len(rejects), examples=_located(rejects))
+        config = self.config
+        found = read_data(config.data, accept_rejects=accept_rejects)
+        self.conversations, self.rejects = (found.train, found.held_out), len(found.rejects)
+        if found.duplicates or found.leaked:
+            note("train.repeated", duplicates=found.duplicates, leaked=found.leaked)
         from cllm.model.source import resolve
         from cllm.model.tokenizer import load_tokenizer
 
-        self.rejects = len(rejects)
         self.base = resolve(config.model.path)
-        template = "text" if data.kind == "text" else config.model.template
+        template = "text" if config.data.kind == "text" else config.model.template
         self.tokenizer = load_tokenizer(self.base, template=template, thinking=config.model.thinking)
-        self.conversations = found.train, found.held_out
-        if found.duplicates or found.leaked:
-            note("train.repeated", duplicates=found.duplicates, leaked=found.leaked)
 
-    def _encode(self, *, single: bool = False) -> None:
+    def _encode(self) -> None:
         """Conversations -> examples -> rows; stops when nothing, or never an end token, would be trained."""
         from cllm.data.encode import encode_set
         from cllm.data.packing import PackedRows
 
-        config, (train, held_out) = self.config, self.conversations
-        how: Any = {"kind": config.data.kind, "max_tokens": config.train.row_tokens, "truncate": config.data.truncate}
+        config, (train, held_out), row_tokens = self.config, self.conversations, self.ladder.row_tokens
+        how: Any = {"kind": config.data.kind, "max_tokens": row_tokens, "truncate": config.data.truncate}
         self.examples, self.train_set, refused = encode_set(train, self.tokenizer, **how)
         held_examples, self.held_set, _ = encode_set(held_out, self.tokenizer, **how)
         if not self.examples:
             code = "train.unsupervised" if refused["no_supervised_token"] else "train.too_long"
-            raise UserError(code, count=len(train), row=config.train.row_tokens, template=self.tokenizer.template.name)
+            raise UserError(code, count=len(train), row=row_tokens, template=self.tokenizer.template.name)
         if not any(self.tokenizer.stop_ids.intersection(example.labels) for example in self.examples):
             raise UserError("train.no_end", template=self.tokenizer.template.name)
         self.data_hash = self.examples.digest()
-        self.rows = PackedRows(self.examples, config.train.row_tokens, seed=config.train.seed, single=single)
-        held = PackedRows(held_examples, config.train.row_tokens, single=single)
+        self.rows = PackedRows(self.examples, row_tokens, seed=config.train.seed, single=self.single)
+        held = PackedRows(held_examples, row_tokens, single=self.single)
         self.held_rows = held.take(len(held)) if held_examples else []
         left_out = ", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0"
         tokens = sum(self.examples.sizes)
+        self.rows_per_step = max(1, config.train.tokens_per_step // (tokens // len(self.rows) if self.single else row_tokens))
         note(
             "train.data", train=len(self.examples), held_out=len(self.held_set), tokens=f"{tokens:,}", rows=len(self.rows),
             rejects=self.rejects, left_out=left_out,
@@ -100,6 +96,7 @@ class Training:
         """Base, adapter, optimizer: read -> convert -> quantize -> inject."""
         import torch
 
+        from cllm.learn.dist import World
         from cllm.learn.loss import sft_loss
         from cllm.learn.optim import Precision, make_optimizer
         from cllm.learn.proof import cap_allocator, choose_device
@@ -109,7 +106,8 @@ class Training:
         from cllm.model.offload import place
 
         config = self.config
-        device = self.device = choose_device(config.model.device)
+        self.world = World.join(choose_device(config.model.device))
+        device = self.device = self.world.device
         torch.manual_seed(config.train.seed)
         self.precision = Precision.choose(config.model.precision, torch.device(device).type)
         longest = len(self.rows.longest().input_ids)
@@ -157,125 +155,194 @@ class Training:
 
         with self.precision.autocast():
             check_head(self.model)
-            single = not packs(self.model)
-        if single:
+            self.single = not packs(self.model)
+        if self.single:
             note("train.single", architecture=type(self.model).__name__)
         before, self.tokenizer = self.tokenizer, with_trained_end(self.tokenizer, self.model)
-        if single or before is not self.tokenizer:
-            self._encode(single=single)
+        if self.single or before is not self.tokenizer:
+            self._encode()
         stop_ids, pad_id = self.tokenizer.stop_ids, self.tokenizer.pad_id
         self.engine = Engine(self.model, stop_ids=stop_ids, pad_id=pad_id, autocast=self.precision.autocast)
 
     def _plan_steps(self) -> None:
         train = self.config.train
-        row_tokens = sum(self.examples.sizes) // len(self.rows) if self.rows.single else train.row_tokens
-        self.rows_per_step = max(1, train.tokens_per_step // row_tokens)
         self.total = train.steps or max(1, round(train.epochs * len(self.rows) / self.rows_per_step))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every
+        if len(self.rows) < self.rows_per_step:
+            note("train.small", rows=len(self.rows), step=self.rows_per_step, steps=self.total)
 
-    def _manifest(self) -> dict[str, Any]:
-        import torch
-        import transformers
+    def _open_run(self, resume: Path | None, resources: contextlib.ExitStack) -> None:
+        """A new run with its config and manifest, or the newest whole snapshot of an old one; rank 0 writes, all agree."""
+        from cllm.learn.snapshot import adapter_fingerprint, base_fingerprint, changes_since, locked, manifest_of, new_run, replace_file
 
-        from cllm import __version__
+        hashes = {"data_sha256": self.data_hash, "base_sha256": base_fingerprint(self.base)}
+        self.untrained = adapter_fingerprint(self.model)
+        own = json.dumps([hashes, self.untrained]).encode()
+        if self.world.share(own) != own:
+            raise UserError("dist.differs", rank=self.world.rank)
+        self.run = resume or Path(self.config.run.dir)
+        if self.world.rank == 0:
+            self.run = resume or new_run(self.config.run.dir)
+            resources.enter_context(locked(self.run))
+            changes: list[str] = []
+            if resume:
+                found = differences(load_config(self.run / "config.toml"), self.config)
+                changes = changes_since(self.run, found, hashes, vital=STATE_SECTIONS, allow=self.allow_changes)
+            if changes or not resume:
+                manifest = manifest_of(
+                    self.device, ranks=self.world.size, seed=self.config.train.seed, steps=self.total, precision=self.precision.name,
+                    template=self.tokenizer.template.name, changes=changes, **hashes,
+                )  # fmt: skip
+                replace_file(self.run / "config.toml", to_toml(self.config).encode())
+                replace_file(self.run / "manifest.json", manifest)
+        if resume:
+            self._restore()
+            note("train.resumed", run=self.run, step=self.step, total=self.total)
+        else:
+            self._snapshot()
 
-        commit = ""
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            root = Path(__file__).parent
-            command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-            commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
-        gpu = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else ""
-        return {
-            "cllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "platform": platform.platform(), "gpu": gpu, "git_commit": commit,
-            "seed": self.config.train.seed, "steps": self.total, "precision": self.precision.name, "data_sha256": self.data_hash,
-            "base_sha256": self._base_hash(), "template": self.tokenizer.template.name,
-        }  # fmt: skip
+    def _restore(self) -> None:
+        """Back to the newest whole snapshot, on every rank rank 0's."""
+        from safetensors.torch import load
 
-    def _base_hash(self) -> str:
-        """Of the base's file names and sizes and its config: cheap for any size, and enough to notice another checkpoint."""
-        files = sorted(self.base.iterdir()) if self.base.is_dir() else [self.base]
-        digest = hashlib.sha256(repr([(f.name, f.stat().st_size) for f in files if f.is_file()]).encode())
-        if (self.base / "config.json").is_file():
-            digest.update((self.base / "config.json").read_bytes())
-        return digest.hexdigest()
+        from cllm.learn.ladder import Ladder
+        from cllm.learn.snapshot import load_snapshot, replace_file, restore
 
-    def _continue(self, run: Path) -> None:
-        """Take up the newest whole snapshot; refuse other settings, data or base than it was made with."""
-        from cllm.learn.snapshot import load_snapshot, restore
-
-        before = load_config(run / "config.toml")
-        changes = [
-            f"{section}.{name}: {getattr(getattr(before, section), name)!r} -> {getattr(getattr(self.config, section), name)!r}"
-            for section in STATE_SECTIONS
-            for name in getattr(before, section).__dataclass_fields__
-            if getattr(getattr(before, section), name) != getattr(getattr(self.config, section), name)
-        ]
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        changes += [f"{key} differs" for key in ("data_sha256", "base_sha256") if manifest[key] != self._manifest()[key]]
-        if changes and not self.allow_changes:
-            raise UserError("train.changed", run=run, changes="; ".join(changes))
-        state, tensors = load_snapshot(run)
-        restore(self.model, self.optimizer, tensors)
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
-        self.rows.state = tuple(state["rows"])
-        note("train.resumed", run=run, step=self.step, total=self.total)
+        state_json, tensors, metrics = map(self.world.share, load_snapshot(self.run) if self.world.rank == 0 else [b"", b"", b""])
+        state = json.loads(state_json)
+        try:
+            ladder = Ladder(**{name: type(value)(state["ladder"][name]) for name, value in asdict(self.ladder).items()})
+            for name in PROGRESS:
+                setattr(self, name, type(getattr(self, name))(state[name]))
+            epoch, row = map(int, state["rows"])
+            self.scaler = self.precision.scaler()
+            self.scaler.load_state_dict(state["scaler"])
+            self._apply(ladder)
+            self.rows.seek(epoch, row)
+        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+            raise UserError("snapshot.foreign", count=1, problems=f"{type(error).__name__}: {error}") from error
+        restore(self.model, self.optimizer, load(tensors))
+        if self.world.rank == 0:
+            replace_file(self.run / "metrics.jsonl", metrics)
 
     # ------------------------------------------------------------------ the loop
 
     def loop(self) -> float:
         """Train to the last step, an early stop or an interruption; returns the last training loss."""
+        from cllm.learn.dist import stop_on_signal
         from cllm.learn.log import RunLog, open_tracker, peak_memory_bytes
-        from cllm.learn.optim import learning_rate, set_learning_rate, train_step
+        from cllm.learn.snapshot import writing
+
+        if self.world.rank == 0:
+            self.log = RunLog(self.run, self.total, open_tracker(self.config.log.tracker, self.run))
+        self.model.train()
+        if self.budget:
+            self._prove()
+        loss, start = float("nan"), time.perf_counter()
+        with stop_on_signal() as signals:
+            while not self.interrupted:
+                if self._evaluation_due() and self.held_rows and self.evaluated != self.step:
+                    self._evaluate()
+                if self.step >= self.total or self._stopped_early():
+                    break
+                began = time.perf_counter()
+                stats = self._step()  # None: memory ran out, once more with less
+                if stats is not None:
+                    loss = loss if stats.skipped else stats.loss
+                    row = {
+                        "step": self.step, "lr": self.rate, **stats._asdict(),
+                        "tokens_per_second": stats.tokens / (time.perf_counter() - began),
+                        "peak_memory_bytes": peak_memory_bytes(self.device), "seconds": time.perf_counter() - start,
+                    }  # fmt: skip
+                    if self.world.rank == 0:
+                        with writing(self.log.path):
+                            self.log.step(row)
+                self.interrupted = self.world.any(bool(signals))
+                if self.interrupted or self._snapshot_due():
+                    self._snapshot()
+        return loss
+
+    def _prove(self) -> None:
+        """The plan on the longest row, before anything is learned; what does not fit steps down as any step does."""
+        from cllm.learn.optim import StepOutOfMemoryError
         from cllm.learn.proof import prove
 
-        train = self.config.train
-        self.log = RunLog(self.run, self.total, open_tracker(self.config.log.tracker, self.run), done=self.step)
-        self.model.train()
-        loss, bad = float("nan"), 0
-        if self.budget:
-            rows = [self.rows.longest()] * min(2, self.rows_per_step)
-            how: dict[str, Any] = {"precision": self.precision, "scaler": self.scaler, "max_norm": train.max_norm}
-            prove(self.model, rows, self.objective, self.optimizer, plan=self.planned, budget=self.budget, **how)
-        start = time.perf_counter()
-        with self._until_signal():
-            if self.held_rows and self._evaluation_due():
-                self._evaluate()
-            while self.step < self.total and not self.interrupted and not self._stopped_early():
-                rate = learning_rate(
-                    self.step + 1, self.total, train.learning_rate, schedule=train.schedule, warmup=round(train.warmup * self.total)
-                )
-                set_learning_rate(self.optimizer, rate)
-                batches = self.rows.take(self.rows_per_step)
-                began = time.perf_counter()
-                stats = train_step(
-                    self.model, batches, self.objective, self.optimizer, precision=self.precision, scaler=self.scaler,
-                    max_norm=train.max_norm,
-                )  # fmt: skip
-                self.step += 1
-                bad = bad + 1 if stats.skipped else 0
-                if stats.skipped and (bad >= MAX_BAD_STEPS or not self.scaler.is_enabled()):
-                    self._refuse_nonfinite(batches, bad)
-                if stats.loss == 0.0:
-                    raise UserError("train.zero_loss", step=self.step)
-                loss = loss if stats.skipped else stats.loss
-                row = {
-                    "step": self.step, "loss": stats.loss, "lr": rate, "grad_norm": stats.grad_norm, "tokens": stats.tokens,
-                    "supervised_tokens": stats.supervised_tokens, "skipped": stats.skipped,
-                    "tokens_per_second": stats.tokens / (time.perf_counter() - began),
-                    "peak_memory_bytes": peak_memory_bytes(self.device), "seconds": time.perf_counter() - start,
-                }  # fmt: skip
-                self.log.step(row)
-                if self.interrupted or self.step % self.snapshot_every == 0 or self._evaluation_due():
-                    self._snapshot()
-                if self.held_rows and self._evaluation_due() and not self.interrupted:
-                    self._evaluate()
-        return loss
+        how: dict[str, Any] = {"precision": self.precision, "max_norm": self.config.train.max_norm, "plan": self.planned}
+        while True:
+            rows, scaler = [self.rows.longest()] * min(2, self.rows_per_step), self.precision.scaler()  # of its own: a failure spoils it
+            scaler.load_state_dict(self.scaler.state_dict())
+            how |= {"scaler": scaler, "budget": self.budget, "micro_tokens": self.ladder.micro_tokens}
+            try:
+                prove(self.model, rows, self.objective, self.optimizer, **how)
+                return
+            except StepOutOfMemoryError as error:
+                detail = str(error)
+            self._step_down(rows, detail)
+
+    def _step(self) -> StepStats | None:
+        """One optimizer step. None if memory ran out: the state is as before (or at the last snapshot), and less will be used."""
+        from cllm.learn.optim import StepOutOfMemoryError, learning_rate, set_learning_rate, train_step
+
+        train, position = self.config.train, self.rows.state
+        warmup = round(train.warmup * self.total)
+        self.rate = learning_rate(self.step + 1, self.total, train.learning_rate, schedule=train.schedule, warmup=warmup)
+        set_learning_rate(self.optimizer, self.rate)
+        batches = self.rows.take(self.rows_per_step)
+        try:
+            stats = train_step(
+                self.model, batches, self.objective, self.optimizer, precision=self.precision, scaler=self.scaler,
+                max_norm=train.max_norm, world=self.world, seed=f"{train.seed}/{self.step}", micro_tokens=self.ladder.micro_tokens,
+            )  # fmt: skip
+        except StepOutOfMemoryError as error:
+            detail, altered = str(error), error.altered
+        else:
+            self.step += 1
+            self.bad = self.bad + 1 if stats.skipped else 0
+            if stats.skipped and (self.bad >= MAX_BAD_STEPS or not self.scaler.is_enabled()):
+                self._refuse_nonfinite(batches)
+            if stats.loss == 0.0:
+                raise UserError("train.zero_loss", step=self.step)
+            return stats
+        self.rows.state = position
+        if altered:
+            self._restore()
+        self._step_down(batches, detail)
+        return None
+
+    def _step_down(self, rows: Sequence[PackedBatch], detail: str) -> None:
+        """Use less memory from now on; said, and saved for the next start."""
+        ladder = self.ladder.down(rows, shorten=self.allow_changes)
+        if ladder is None:
+            raise UserError("train.memory", detail=detail)
+        note("train.step_down", step=self.step + 1, detail=detail, ladder=", ".join(f"{k} {v}" for k, v in asdict(ladder).items()))
+        self._apply(ladder)
+        self._snapshot()
+
+    def _apply(self, ladder: Ladder) -> None:
+        import torch
+
+        from cllm.model.offload import checkpoint_layers, embedding_on_cpu
+
+        before, self.ladder = self.ladder, ladder
+        if ladder.offload_inputs:
+            checkpoint_layers(self.model, -1, offload=True)
+        if ladder.embedding_on_cpu:
+            embedding_on_cpu(self.model, self.device)
+        if ladder.row_tokens != before.row_tokens:
+            (epoch, row), count = self.rows.state, len(self.rows)
+            self._encode()
+            self.rows.seek(epoch, row * len(self.rows) // count)
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
     def _evaluation_due(self) -> bool:
         return self.step % self.eval_every == 0 or self.step == self.total
+
+    def _snapshot_due(self) -> bool:
+        minutes = self.config.run.snapshot_minutes
+        late = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+        return late or self.step % self.snapshot_every == 0 or self._evaluation_due()
 
     def _stopped_early(self) -> bool:
         if self.config.eval.patience and self.stale >= self.config.eval.patience:
@@ -283,70 +350,55 @@ class Training:
             return True
         return False
 
-    @contextlib.contextmanager
-    def _until_signal(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM let the step end and save; a second Ctrl-C stops at once."""
-
-        def stop(number: int, _frame: object) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            note("train.stopping")
-
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _refuse_nonfinite(self, batches: list[Any], bad: int) -> None:
+    def _refuse_nonfinite(self, batches: Sequence[PackedBatch]) -> None:
         from cllm.learn.optim import first_nonfinite
 
         names = (first_nonfinite(self.model, batch, self.objective, self.precision) for batch in batches)
         module = next((name for name in names if name), "?")
-        raise UserError("train.nonfinite", step=self.step, bad=bad, module=module, precision=self.precision.name)
+        raise UserError("train.nonfinite", step=self.step, bad=self.bad, module=module, precision=self.precision.name)
 
     def _snapshot(self) -> None:
         from cllm.learn.snapshot import capture, save_snapshot
 
-        state = {"rows": self.rows.state, "scaler": self.scaler.state_dict(), "best": self.best, "stale": self.stale}
-        save_snapshot(self.run, self.step, capture(self.model, self.optimizer), state, keep=self.config.run.keep)
+        self.saved_at = time.monotonic()
+        state = {"rows": self.rows.state, "scaler": self.scaler.state_dict(), "ladder": asdict(self.ladder)}
+        state |= {name: getattr(self, name) for name in PROGRESS}
+        if self.world.rank == 0:
+            save_snapshot(self.run, self.step, capture(self.model, self.optimizer), state, keep=self.config.run.keep)
 
     def _evaluate(self) -> None:
-        """Held-out loss, the best adapter so far, one answer to look at."""
-        from cllm.evaluate.answers import answer_of, generate, held_out_loss, question_of
+        """Held-out loss (on rank 0, for all), the best adapter so far, one answer to look at."""
+        from cllm.evaluate.answers import answer_of, generate, held_out_loss, question_of, unless_memory_is_short
+        from cllm.learn.snapshot import writing
 
-        loss = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
+        own = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes) if self.world.rank == 0 else 0.0
+        loss = float(self.world.share(repr(own).encode()))
         improved = loss < self.best
-        self.best, self.stale = (loss, 0) if improved else (self.best, self.stale + 1)
+        self.best, self.stale, self.evaluated = (loss, 0, self.step) if improved else (self.best, self.stale + 1, self.step)
+        if self.world.rank:
+            return
         if improved and self.step:
             self.save_adapter()
         self.log.break_line()
-        self.log.write({"step": self.step, "eval_loss": loss, "best": improved})
-        shown = self.held_set[(self.step // self.eval_every) % len(self.held_set)]
+        with writing(self.log.path):
+            self.log.write({"step": self.step, "eval_loss": loss, "best": improved})
+        note("train.eval_loss", step=self.step, loss=f"{loss:.3f}{' *' * improved}")
         if self.config.data.kind == "chat":
-            self.model.eval()
-            answer = generate(self.engine, self.tokenizer, [question_of(shown)], adapter=True, max_new_tokens=48)[0]
-            self.model.train()
-            texts = [text.replace("\n", " ")[:60] for text in (question_of(shown)[-1].content, answer, answer_of(shown))]
-            mark = " *" if improved else ""
-            note("train.eval", step=self.step, loss=f"{loss:.3f}{mark}", question=texts[0], answer=texts[1], reference=texts[2])
-        else:
-            note("train.eval_loss", step=self.step, loss=f"{loss:.3f}")
+            shown = self.held_set[(self.step // self.eval_every) % len(self.held_set)]
+            with unless_memory_is_short(self.engine):
+                answer = generate(self.engine, self.tokenizer, [question_of(shown)], adapter=True, max_new_tokens=48)[0]
+                texts = [text.replace("\n", " ")[:60] for text in (question_of(shown)[-1].content, answer, answer_of(shown))]
+                note("train.eval", question=texts[0], answer=texts[1], reference=texts[2])
 
     def save_adapter(self) -> None:
         """adapter/: PEFT's two files, the tokenizer and the template; complete before it replaces the one before."""
+        from cllm.learn.snapshot import replace_files, writing
         from cllm.model.lora import save_adapter
 
-        fresh = self.run / "adapter.new"
-        save_adapter(self.model, fresh, base=self.config.model.path)
-        self.tokenizer.save(fresh)
-        target = self.run / "adapter"
-        target.mkdir(exist_ok=True)
-        for file in fresh.iterdir():
-            file.replace(target / file.name)
-        fresh.rmdir()
+        with writing(self.run / "adapter"):
+            save_adapter(self.model, self.run / "adapter.new", base=self.config.model.path)
+            self.tokenizer.save(self.run / "adapter.new")
+            replace_files(self.run / "adapter.new", self.run / "adapter")
 
     # ------------------------------------------------------------------ after the last step
 
@@ -354,12 +406,18 @@ class Training:
         """Put the best adapter back, answer the held-out questions with and without it, write and return the scores."""
         from safetensors.torch import load_file
 
-        from cllm.evaluate.answers import answers, evaluate, losses, sequence_nll
+        from cllm.evaluate.answers import answers, evaluate, losses, sequence_nll, unless_memory_is_short
         from cllm.evaluate.report import Progress, report, write_results
+        from cllm.learn.snapshot import adapter_fingerprint, writing
         from cllm.model.lora import adapter_tensors
 
-        self.log.close()
+        with writing(self.run / "loss.png"):
+            self.log.close()
+        if adapter_fingerprint(self.model) == self.untrained:
+            raise UserError("train.unchanged", steps=self.step)
         if not (self.run / "adapter").is_dir():
+            if self.held_rows:
+                note("train.no_better", loss=f"{self.best:.3f}")
             self.save_adapter()
         best = load_file(self.run / "adapter" / "adapter_model.safetensors", device=self.device)
         for name, tensor in adapter_tensors(self.model).items():
@@ -371,21 +429,19 @@ class Training:
         answered, systems = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0], {}
         if answered:
             note("train.answering", count=len(answered))
-            systems = answers(
-                self.engine, self.tokenizer, answered, train=list(self.train_set), shots=settings.shots,
-                max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
-            )  # fmt: skip
+            with unless_memory_is_short(self.engine):
+                systems = answers(
+                    self.engine, self.tokenizer, answered, train=list(self.train_set), shots=settings.shots,
+                    max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
+                )  # fmt: skip
         model, precision, chunk_bytes = self.model, self.precision, self.chunk_bytes
         held_out = functools.partial(sequence_nll, model, self.held_rows, precision, chunk_bytes)
-        results, samples = evaluate(answered, systems, losses(model, self.tokenizer, held_out, precision, chunk_bytes))
-        write_results(self.run, results, samples)
+        found = losses(model, self.tokenizer, held_out, precision, chunk_bytes)
+        results, samples = evaluate(answered if systems else [], systems, found)
+        with writing(self.run / "eval.json"):
+            write_results(self.run, results, samples)
         print(report(results))
         return results
-
-
-def _located(rejects: list[Reject]) -> str:
-    shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejects[:3]]
-    return "\n  ".join([str(len(rejects)), *shown])
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -398,28 +454,37 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def _last_run(directory: str) -> Path:
+    from cllm.learn.snapshot import find_runs
+
+    wanted = Path(directory)
+    if os.environ.get("RANK", "0") != "0":
+        return wanted  # rank 0 reads and writes it; another machine may not even see it
+    found = find_runs(wanted.parent, name=wanted.name, needs="snapshots/step-*")
+    if not found:
+        raise UserError("snapshot.none", path=wanted)
+    return found[0]
+
+
 def main(argv: list[str]) -> int:
-    """Train as the config says; the last line on stdout is {"run", "steps", "loss", "eval"}."""
+    """Train as the config says; the last line on stdout is {"run", "steps", "loss", "eval"}. Under torchrun rank 0 speaks."""
     arguments = _arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    resume = None
-    if arguments.resume:
-        from cllm.learn.snapshot import find_runs
-
-        wanted = Path(config.run.dir)
-        resume = next(iter(find_runs(wanted.parent, name=wanted.name, needs="snapshots/step-*")), None)
-        if resume is None:
-            raise UserError("snapshot.none", path=wanted)
+    resume = _last_run(config.run.dir) if arguments.resume else None
     training = Training(config, accept_rejects=arguments.accept_rejects, allow_changes=arguments.allow_changes, resume=resume)
-    loss = training.loop()
-    if training.interrupted:
-        training.log.close()
-        note("train.interrupted", step=training.step, total=training.total, command=f"python -m cllm.train {arguments.config} --resume")
-        return 130
-    results = training.finish()
-    note("train.done", run=training.run)
-    print(json.dumps({"run": str(training.run), "steps": training.step, "loss": loss, "eval": results}, ensure_ascii=False))
-    return 0
+    with contextlib.closing(training):
+        loss = training.loop()
+        training.world.leave()
+        if training.world.rank:
+            return 130 if training.interrupted else 0
+        if training.interrupted:
+            training.log.close()
+            note("train.interrupted", step=training.step, total=training.total, command=f"python -m cllm.train {arguments.config} --resume")
+            return 130
+        results = training.finish()
+        note("train.done", run=training.run)
+        print(json.dumps({"run": str(training.run), "steps": training.step, "loss": loss, "eval": results}, ensure_ascii=False))
+        return 0
 
 
 if __name__ == "__main__":

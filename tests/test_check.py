@@ -57,9 +57,27 @@ def test_the_samples_show_what_is_trained(base: Path, data: Path, capsys: pytest
     trained = "".join(part.split("⟧")[0] for part in sample.split("⟦")[1:])
     assert "<|im_end|>" in trained and "<|im_start|>" not in trained
     assert found["end_token_trained"] is True and found["template"] == "chatml"
-    ids = found["tokens"]
-    assert ids["limit"] == 40 and ids["over_limit"] == 13 and "longer than train.row_tokens = 40" in text
-    assert 0 < found["supervised_tokens"] < ids["total"]
+    assert found["limit"] == 40 and found["over_limit"] == 13 and "13 (100.0%) are longer than train.row_tokens = 40" in text
+    assert "characters per conversation: min" in text and "tokens per conversation: min" in text
+    assert 0 < found["supervised_tokens"] < found["total_tokens"]
+
+
+def test_bytes_of_one_character_are_shown_as_the_character(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, _ = account(capsys, data, f"model.path={base}", "model.template=chatml")
+    assert "第·0·个·回·答·。" in text and "\ufffd" not in text
+
+
+def test_long_names_of_a_file_without_header_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.tsv").write_text("".join(f"{'原文' * 200}{n}\t译文{n}\n" for n in range(3)), encoding="utf-8")
+    text, found = account(capsys, tmp_path / "own.tsv", "model.path=/nowhere")
+    assert found["rejected"] == 2 and max(map(len, text.split("\n"))) < 300
+
+
+def test_questions_of_the_eval_file_in_the_training_set_are_counted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({**row, "output": "别的"}, ensure_ascii=False) + "\n" for row in ROWS[:3]), encoding="utf-8")
+    text, found = account(capsys, data, "model.path=/nowhere", f"data.eval={test}")
+    assert found["leaks"] == 3 and "3 held-out questions are in the training set too" in text
 
 
 def test_nothing_is_downloaded_to_look_at_data(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

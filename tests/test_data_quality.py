@@ -127,7 +127,7 @@ def test_the_account() -> None:
     assert account["personal"]["EMAIL"]["count"] == 1 and account["personal"]["PHONE"]["count"] == 0
     assert account["replacement_characters"] == 1
     assert account["categories"] == {"写作": 1}
-    assert account["tokens"]["limit"] == 16 and account["tokens"]["over_limit"] == 4
+    assert account["limit"] == 16 and account["over_limit"] == 4
     json.dumps(account)
 
 

@@ -43,10 +43,12 @@ LAYER_2 = {
     "learn",
     "learn.loss",
     "learn.optim",
+    "learn.dist",
+    "learn.ladder",
 }
 PROGRAMS = {"doctor", "train", "eval", "bench", "chat", "check", "export", "serve.api", "serve.ui"}
 HEAVY = {"torch", "transformers", "gradio", "fastapi", "uvicorn", "matplotlib", "jieba", "numpy", "safetensors", "sentencepiece", "gguf"}
-MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 9000, 400, 60  # docs/architecture.md says why not the planned 6,000
+MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 9500, 400, 60  # docs/architecture.md says why not the planned 6,000
 
 
 def modules() -> dict[str, Path]:

@@ -43,6 +43,14 @@ TINY = {  # 2 layers of every architecture in memory.ARCHITECTURES, wide enough 
     "glm4": {"head_dim": 16, "attention_bias": True},
     "gemma": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_5_text": {
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 8, "n_positions": 256, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
 }
 COMMON = {

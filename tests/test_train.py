@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import demo_rows as rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cllm.__main__ import run
 from cllm.config import load_config
+from cllm.data.encode import Example
 from cllm.learn.log import CLOCK_FIELDS, RunLog, read_metrics
 from cllm.messages import UserError
 from cllm.train import Training
@@ -87,12 +89,12 @@ def test_resume_is_bit_exact(config: Path, tmp_path: Path, monkeypatch: pytest.M
     assert run("train", [str(config), "eval.samples=0"]) == 0
     interrupted = f"run.dir={tmp_path / 'runs' / 'b'}"
     log_step = RunLog.step
-    for stop_at in (2, 3, 5):
+    for stop_at, name in ((2, "SIGINT"), (3, "SIGTERM"), (5, "SIGHUP")):
 
-        def step(self: RunLog, values: dict, at: int = stop_at) -> None:
+        def step(self: RunLog, values: dict, at: int = stop_at, number: int = getattr(signal, name, signal.SIGINT)) -> None:
             log_step(self, values)
             if values["step"] == at:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(number)
 
         monkeypatch.setattr(RunLog, "step", step)
         arguments = [str(config), "eval.samples=0", interrupted] + ([] if stop_at == 2 else ["--resume"])
@@ -139,6 +141,43 @@ def test_resume_refuses_other_settings_and_other_data(config: Path, capsys: pyte
     assert "lora.rank: 4 -> 8" in error and "data_sha256 differs" in error
 
 
+def test_harmless_changes_are_listed_and_others_need_leave(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", [str(config), "eval.samples=0"]) == 0
+    assert run("train", [str(config), "eval.samples=1", "run.keep=3", "--resume"]) == 0
+    assert "changed since the run was started: eval.samples: 0 -> 1; run.keep: 2 -> 3" in capsys.readouterr().err
+    assert run("train", [str(config), "train.steps=8", "run.keep=3", "--resume"]) == 2
+    assert "train.steps: 6 -> 8" in capsys.readouterr().err
+    assert run("train", [str(config), "train.steps=8", "run.keep=3", "--resume", "--allow-changes"]) == 0
+    directory = tmp_path / "runs" / "a"
+    changes = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["changes"]
+    assert changes == ["eval.samples: 0 -> 1", "run.keep: 2 -> 3", "train.steps: 6 -> 8", "eval.samples: 1 -> 4"]
+    assert load_config(directory / "config.toml").train.steps == 8 and metrics(directory)[-1]["step"] == 8
+    assert run("train", [str(config), "train.steps=8", "run.keep=3", "lora.rank=8", "--resume", "--allow-changes"]) == 2
+    assert "snapshot does not belong to this model" in capsys.readouterr().err
+
+
+def test_a_snapshot_is_due_by_time_and_one_writer_holds_the_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training = Training(load_config(config, ["run.snapshot_minutes=1e-9", "run.keep=9", "eval.samples=0", "train.steps=4"]))
+    assert [path.name for path in (training.run / "snapshots").iterdir()] == ["step-000000"]
+    training.loop()
+    assert len(list((training.run / "snapshots").iterdir())) == 5
+    assert run("train", [str(config), "--resume"]) == 2
+    assert "is being written by another process (pid" in capsys.readouterr().err
+    training.close()
+
+
+def test_a_full_disk_ends_in_one_line_and_the_snapshots_stay(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    training = Training(load_config(config, ["eval.samples=0"]))
+    (training.run / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(.*No space left.*--resume"):
+        training.loop()
+    training.close()
+    (training.run / "metrics.jsonl").unlink()
+    assert run("train", [str(config), "eval.samples=0", "--resume"]) == 0
+
+
 def test_early_stop_keeps_the_best_adapter(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["train.steps=60", "train.learning_rate=0.3", "train.schedule=constant", "eval.every=2", "eval.patience=2", "eval.samples=0"]
     assert run("train", [str(config), *options]) == 0
@@ -151,8 +190,8 @@ def test_early_stop_keeps_the_best_adapter(config: Path, tmp_path: Path, capsys:
 
 def test_init_from_continues_an_adapter(config: Path, tmp_path: Path) -> None:
     assert run("train", [str(config), "eval.samples=0"]) == 0
-    options = [f"lora.init_from={tmp_path / 'runs' / 'a'}", "train.learning_rate=0", "train.steps=1", "lora.dropout=0", "eval.samples=0"]
-    assert run("train", [str(config), *options]) == 0
+    training = Training(load_config(config, [f"lora.init_from={tmp_path / 'runs' / 'a'}"]))
+    training.save_adapter()
     first, second = (load_file(tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("a", "a-2"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -217,6 +256,72 @@ def test_a_diverging_run_names_the_first_module(config: Path, tmp_path: Path, ca
     assert run("train", [str(config), "train.learning_rate=1e30", "train.max_norm=0", "train.steps=50", "eval.every=100"]) == 2
     error = capsys.readouterr().err
     assert "is not finite" in error and "first at: model.layers" in error
+
+
+def test_a_rate_of_a_thousand_is_not_called_a_success(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", [str(config), "train.learning_rate=1e3", "eval.samples=0"]) == 0
+    assert "no evaluation was better than the base's own (5." in capsys.readouterr().err
+
+
+def test_a_base_with_nan_is_named_and_nothing_is_overwritten(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", [str(config), "eval.samples=0"]) == 0
+    before = adapter_bytes(tmp_path / "runs" / "a")
+    base, broken = Path(load_config(config).model.path), tmp_path / "broken"
+    shutil.copytree(base, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert run("train", [str(config), f"model.path={broken}"]) == 2
+    assert "is not finite" in (error := capsys.readouterr().err) and "first at: model.layers.1.mlp.down_proj.base" in error
+    assert run("train", [str(config), f"model.path={broken}", "--resume"]) == 2  # the newest run of this config, of the broken base
+    assert run("train", [str(config), f"model.path={broken}", "model.quantize=nf4"]) == 2
+    assert "cannot be quantized (the weight holds inf or NaN)" in capsys.readouterr().err
+    assert adapter_bytes(tmp_path / "runs" / "a") == before and not (tmp_path / "runs" / "a-2" / "adapter").exists()
+
+
+def test_nothing_to_learn_and_nothing_learned_both_fail(config: Path) -> None:
+    training = Training(load_config(config, ["data.held_out=0"]))
+    masked = [Example(e.input_ids, [-100] * len(e.labels)) for e in training.examples]
+    training.rows.examples = masked
+    with pytest.raises(UserError, match="step 1: the loss is exactly 0"):
+        training.loop()
+    still = Training(load_config(config, ["data.held_out=0", "train.learning_rate=0", "train.steps=1"]))
+    still.loop()
+    with pytest.raises(UserError, match="the adapter is the same after 1 steps"):
+        still.finish()
+    assert not (still.run / "adapter").exists()
+
+
+def test_less_data_than_a_step_and_a_sequence_longer_than_a_row(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = tmp_path / "few.jsonl"
+    made = [*rows(4), {"instruction": "很长的问题" * 60, "output": "答"}]
+    few.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+    assert run("train", [str(config), f"data.train={few}", "data.held_out=0", "train.tokens_per_step=1024", "train.steps=2"]) == 0
+    said = capsys.readouterr().err
+    assert "left out too_long 1" in said and "the data fill only 2 packed rows, a step takes 8" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_as_data_cannot_hang_the_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "pipe.jsonl" in refused([str(config), f"data.train={tmp_path / 'pipe.jsonl'}"], capsys)
+
+
+def test_a_jump_of_the_loss_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, 30)
+    for step in range(1, 31):
+        loss = 7.5 if step == 20 else 2.0 + 0.3 * (step % 3)
+        log.step({"step": step, "loss": loss, "lr": 1e-4, "grad_norm": 1.0, "tokens_per_second": 1.0, "peak_memory_bytes": 0})
+    spikes = [line for line in capsys.readouterr().err.splitlines() if "jumped" in line]
+    assert len(spikes) == 1 and spikes[0].startswith("step 20: the loss jumped to 7.500; of the last 19 steps none was above 2.600")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the proof forks")
+def test_killed_runs_end_as_if_nothing_had_happened() -> None:
+    command = [sys.executable, "bench/crash.py", "--kills", "2", "--flips", "1", "--disk", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0 and report["kill"]["identical"] == 2 and report["flip"]["named"] == report["flip"]["identical"] == 1, report
 
 
 def test_mixture_weights_and_continued_pretraining(config: Path, tmp_path: Path) -> None:

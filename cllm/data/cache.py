@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -29,13 +29,7 @@ Entry: TypeAlias = tuple[Arrays, Any]
 """Arrays, and facts that JSON can hold."""
 
 
-class Savable(Protocol):
-    """A tokenizer, as far as the cache looks at it."""
-
-    def save(self, directory: Path) -> None: ...
-
-
-class Slices(Sequence[T], Generic[T]):
+class Slices(Sequence[T]):
     """Items that lie one after another in flat arrays, each made when it is asked for: item i is `make` of every array's part i.
 
     starts, ends: (N,) where the parts begin and end. It takes a tenth of the memory of Python objects, and is stored as it is.
@@ -47,11 +41,7 @@ class Slices(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, end = self.starts[index], self.ends[index]
@@ -85,7 +75,7 @@ def _hashed(*parts: bytes | Array | Path) -> str:
     return digest.hexdigest()
 
 
-def key_of(*facts: object, files: Sequence[Path] = (), tokenizer: Savable | None = None) -> str:
+def key_of(*facts: object, files: Sequence[Path] = (), tokenizer: Any = None) -> str:
     """The name of an entry: the hash of `facts` by their repr, of files by name and content, of a tokenizer, and of this package's code."""
     code = [file for pattern in _CODE for file in sorted(_PACKAGE.glob(pattern))]
     with tempfile.TemporaryDirectory() as saved:

@@ -11,6 +11,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -61,20 +62,28 @@ def encode(
 def encode_all(
     conversations: Iterable[Conversation], tokenizer: Encoder, *, max_tokens: int, truncate: Literal["drop", "prompt"] = "drop"
 ) -> Iterator[Example | Refusal]:
-    """`encode` of each conversation in order, in batches that keep all cores busy."""
+    """`encode` of each conversation in order; a batch is tokenized, on all cores, while the next one is rendered."""
     source = iter(conversations)
-    while batch := list(itertools.islice(source, _BATCH)):
-        encoded = tokenizer.encode_batch([tokenizer.segments(conversation) for conversation in batch])
-        for conversation, (ids, labels) in zip(batch, encoded, strict=True):
-            example: Example | None = Example(ids, labels)
-            if len(ids) > max_tokens:
-                example = _shorten(conversation, tokenizer, max_tokens) if truncate == "prompt" else None
-            if example is None:
-                yield "too_long"
-            elif all(label == IGNORE_INDEX for label in example.labels):
-                yield "no_supervised_token"
-            else:
-                yield example
+    with ThreadPoolExecutor(1) as worker:
+
+        def begun() -> tuple[list[Conversation], Future[list[tuple[list[int], list[int]]]]]:
+            batch = list(itertools.islice(source, _BATCH))
+            return batch, worker.submit(tokenizer.encode_batch, [tokenizer.segments(item) for item in batch])
+
+        batch, encoded = begun()
+        while batch:
+            following = begun()
+            for conversation, (ids, labels) in zip(batch, encoded.result(), strict=True):
+                example: Example | None = Example(ids, labels)
+                if len(ids) > max_tokens:
+                    example = _shorten(conversation, tokenizer, max_tokens) if truncate == "prompt" else None
+                if example is None:
+                    yield "too_long"
+                elif example.labels.count(IGNORE_INDEX) == len(example.labels):
+                    yield "no_supervised_token"
+                else:
+                    yield example
+            batch, encoded = following
 
 
 def encode_set(

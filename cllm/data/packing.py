@@ -11,6 +11,7 @@ A packed row holds whole sequences back to back, no padding:
 from __future__ import annotations
 
 import bisect
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,20 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same row with its token tensors on `device`."""
         return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), position_ids=self.position_ids.to(device))
+
+    def split(self, tokens: int) -> list[PackedBatch]:
+        """The same sequences in order as rows of at most `tokens` (a longer sequence stands alone); the losses' sum stays the same."""
+        bounds = self.cu_seqlens.tolist()
+        cuts = [0]
+        for start, end in itertools.pairwise(bounds):
+            if start > cuts[-1] and end - cuts[-1] > tokens:
+                cuts.append(start)
+        parts = []
+        for low, high in zip(cuts, [*cuts[1:], bounds[-1]], strict=True):
+            inside = torch.tensor([bound - low for bound in bounds if low <= bound <= high], dtype=torch.int32)
+            ids, labels, positions = (t[low:high] for t in (self.input_ids, self.labels, self.position_ids))
+            parts.append(PackedBatch(ids, labels, positions, inside, int((labels != IGNORE_INDEX).sum())))
+        return parts
 
 
 def collate(examples: Sequence[Example]) -> PackedBatch:
@@ -89,7 +104,7 @@ def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 class PackedRows:
     """An endless, seeded stream of packed rows over `examples`; epoch e's order depends only on (seed, e).
 
-    `state` is (epoch, row) of the next row: set it to continue exactly there. `single` puts each sequence in a row of its own
+    `state` is (epoch, row) of the next row: set it, or `seek`, to continue exactly there. `single` puts each sequence in a row of its own
     (architectures whose recurrent state would leak across a packed row).
     """
 
@@ -128,6 +143,12 @@ class PackedRows:
             epoch, row = (epoch, row + 1) if row + 1 < len(self._epoch) else (epoch + 1, 0)
         self.state = (epoch, row)
         return batches
+
+    def seek(self, epoch: int, row: int) -> None:
+        """Go on at that row of that epoch. Raises IndexError if the epoch has no such row."""
+        if not 0 <= row < len(self._order(epoch)):
+            raise IndexError(f"epoch {epoch} has no row {row}")
+        self.state = (epoch, row)
 
     def longest(self) -> PackedBatch:
         """The row with the most tokens of the first epoch: what the memory plan is proven on."""

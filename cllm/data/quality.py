@@ -217,5 +217,5 @@ def quality(
     }
     if token_lengths:
         over = sum(length > max_tokens for length in token_lengths)
-        result["tokens"] = {**percentiles(token_lengths), "total": sum(token_lengths), "limit": max_tokens, "over_limit": over}
+        result |= {"tokens": percentiles(token_lengths), "total_tokens": sum(token_lengths), "limit": max_tokens, "over_limit": over}
     return result

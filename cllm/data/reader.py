@@ -99,7 +99,7 @@ def list_files(path: str | Path) -> list[Path]:
         if not files:
             raise UserError("data.empty_directory", path=path)
         return files
-    if not path.exists():
+    if not path.is_file():  # nor a pipe, which could be waited for without end
         raise UserError("data.missing_file", path=path, directory=path.absolute().parent)
     return [path]
 

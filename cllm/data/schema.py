@@ -308,13 +308,17 @@ def _recognized(row: Row) -> Turns | None:
     return next((turns for value in row.values() if (turns := _dialogue(value))), None)
 
 
+def _names(row: Mapping[str, Any]) -> str:
+    """A row's keys, for people; those of a file without header are whole texts."""
+    return ", ".join(f"{name!r:.24}" for name in list(row)[:12]) or "no keys"
+
+
 def _row_turns(row: Row) -> Turns:
     if not CHINESE.keys().isdisjoint(row):
         row = {CHINESE.get(name, name): value for name, value in row.items()}
     if (turns := _recognized(row)) is None:
-        keys = ", ".join(map(str, list(row)[:8])) or "no keys"
-        mend = 'set [data] kind = "text" for pre-training' if "text" in row else "or their names in [data.columns]"
-        raise RowError("unknown_schema", f"the row has {keys}, expected known names such as instruction and output; {mend}")
+        text = '; for pre-training set [data] kind = "text"' if "text" in row else ""
+        raise RowError("unknown_schema", f"the row has {_names(row)}, expected known names such as instruction and output{text}")
     return _with_system(row.get("system"), turns)
 
 
@@ -324,8 +328,7 @@ def _mapped(row: Row, source: str) -> object:
         return row[source]
     names = _PLACEHOLDER.findall(source)
     if absent := [name for name in names or [source] if name not in row]:
-        keys = ", ".join(map(str, list(row)[:12])) or "no columns"
-        raise RowError("unknown_schema", f"[data.columns] asks for {', '.join(absent)}; the row has {keys}")
+        raise RowError("unknown_schema", f"[data.columns] asks for {', '.join(absent)}; the row has {_names(row)}")
     filled = {name: clean(text_of(row[name], name)) for name in names}
     return _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source) if any(filled.values()) else ""
 

@@ -10,7 +10,8 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import PackedBatch, best_fit, collate
 from cllm.data.schema import Conversation, Message
 from cllm.learn.loss import row_nll
-from cllm.learn.optim import Precision
-from cllm.messages import note
+from cllm.learn.optim import Precision, out_of_memory
+from cllm.messages import UserError, note
 from cllm.metrics import BLEU, ROUGE, Score, corpus_statistics, generation_scores, paired_bootstrap
 from cllm.model.attention import packs
 from cllm.model.lora import lora_layers, set_gate
 from cllm.model.offload import device_of
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
-from cllm.serve.engine import Engine, Sampling, out_of_memory
+from cllm.serve.engine import Engine, Sampling
 
 GENERAL = Path(__file__).parents[1] / "assets" / "general.txt"
 Rows = list[list[float]]
@@ -163,6 +164,17 @@ def question_of(conversation: Conversation) -> list[Message]:
 def answer_of(conversation: Conversation) -> str:
     """The last answer: the reference."""
     return conversation.messages[-1].content
+
+
+@contextmanager
+def unless_memory_is_short(engine: Engine) -> Iterator[None]:
+    """Answers that do not fit into memory are left out, and it is said: nothing that was learned depends on them."""
+    try:
+        yield
+    except (RuntimeError, UserError) as error:
+        if not engine.healthy:  # another failure than a lack of memory
+            raise
+        note("train.unanswered", detail=error.args[0])
 
 
 def generate(

@@ -22,10 +22,11 @@ from transformers import DynamicCache
 from cllm.data.schema import Message
 from cllm.evaluate.answers import Rows, before_after, versus
 from cllm.learn.loss import output_head
+from cllm.learn.optim import out_of_memory
 from cllm.messages import UserError, say
 from cllm.metrics import wilson_interval
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
-from cllm.serve.engine import Engine, out_of_memory
+from cllm.serve.engine import Engine
 
 LETTERS = "ABCD"
 MAX_BATCH = 16  # questions computed together; also bounded by the engine's budget

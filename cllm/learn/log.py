@@ -5,92 +5,82 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-from cllm.messages import UserError
+from cllm.messages import UserError, note
 
+LOGGED_SECONDS = 30
+"""A log file that is no terminal gets a line at least this often."""
 CLOCK_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
 """Fields of metrics.jsonl that may differ between a run and its resumed twin."""
 
 
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """Where numbers go besides metrics.jsonl."""
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Record the values of one step."""
-
-    def close(self) -> None:
-        """Flush."""
-
-
-class _TensorBoard:
-    def __init__(self, directory: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(directory / "tensorboard"))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _SwanLab:
-    def __init__(self, directory: Path) -> None:
-        import swanlab
-
-        self._swanlab = swanlab  # offline: nothing leaves this machine and no login is asked for
-        swanlab.init(project="cllm", experiment_name=directory.name, logdir=str(directory / "swanlab"), mode="offline")
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._swanlab.log(values, step=step)
-
-    def close(self) -> None:
-        self._swanlab.finish()
+    log: Callable[[dict[str, float], int], object]
+    """Record the values of one step."""
+    close: Callable[[], object]
 
 
 def open_tracker(name: str, directory: Path) -> Tracker | None:
     """The tracker called `name` ("tensorboard", "swanlab"; "none": None). Raises UserError if its package is absent."""
-    kinds: dict[str, type[_TensorBoard] | type[_SwanLab]] = {"tensorboard": _TensorBoard, "swanlab": _SwanLab}
     try:
-        return kinds[name](directory) if name != "none" else None
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer: Any = SummaryWriter(str(directory / "tensorboard"))
+            return Tracker(lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()], writer.close)
+        if name == "swanlab":
+            import swanlab
+
+            # offline: nothing leaves this machine and no login is asked for
+            swanlab.init(project="cllm", experiment_name=directory.name, logdir=str(directory / "swanlab"), mode="offline")
+            return Tracker(lambda values, step: swanlab.log(values, step=step), swanlab.finish)
     except ImportError as error:
         raise UserError("log.tracker", name=name) from error
+    return None
 
 
 class RunLog:
     """Appends one object per step to metrics.jsonl, keeps a line on the terminal, draws loss.png."""
 
-    def __init__(self, directory: Path, total_steps: int, tracker: Tracker | None = None, *, done: int = 0) -> None:
+    def __init__(self, directory: Path, total_steps: int, tracker: Tracker | None = None) -> None:
         self.path = directory / "metrics.jsonl"
-        self.total, self.tracker, self.done = total_steps, tracker, done
-        truncate_metrics(self.path, done)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._start = time.perf_counter()
+        self.total, self.tracker = total_steps, tracker
+        self._recent = deque((row["loss"] for row in read_metrics(self.path) if "loss" in row), maxlen=50)
+        self._paces: deque[float] = deque(maxlen=50)  # seconds of the last steps; evaluations do not count
+        self._printed = time.perf_counter()
         self._live = sys.stderr.isatty()
 
     def step(self, values: dict[str, Any]) -> None:
         """Record a training step; `values` has step, loss, lr, grad_norm, tokens_per_second, peak_memory_bytes …"""
         self.write(values)
         step = values["step"]
-        remaining = (time.perf_counter() - self._start) / max(1, step - self.done) * (self.total - step)
+        self._paces.append(values["tokens"] / values["tokens_per_second"])
+        remaining = sum(self._paces) / len(self._paces) * (self.total - step)
         line = (
             f"step {step:>5}/{self.total}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
             f"{values['tokens_per_second']:,.0f} tok/s  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB  eta {duration(remaining)}"
         )
-        every = max(1, self.total // 20)
+        due = time.perf_counter() - self._printed > LOGGED_SECONDS or step % max(1, self.total // 20) == 0 or step in (1, self.total)
         if self._live:
             print(f"\r\033[K{line}", end="\n" if step == self.total else "", file=sys.stderr, flush=True)
-        elif step % every == 0 or step in (1, self.total):
+        elif due:
             print(line, file=sys.stderr, flush=True)
+            self._printed = time.perf_counter()
+        if len(self._recent) >= 10 and values["loss"] > 1.5 * max(self._recent) + 0.1:
+            self.break_line()
+            note("log.spike", step=step, loss=f"{values['loss']:.3f}", count=len(self._recent), most=f"{max(self._recent):.3f}")
+        self._recent.append(values["loss"])
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one object and flush, so that a crash loses nothing and the page can follow."""
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Append one object at once, so that a crash loses nothing and the page can follow."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
         if self.tracker:
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.tracker.log(numbers, int(values["step"]))
@@ -101,8 +91,7 @@ class RunLog:
             print(file=sys.stderr)
 
     def close(self) -> None:
-        """Flush everything and draw loss.png beside metrics.jsonl."""
-        self._file.close()
+        """Close the tracker and draw loss.png beside metrics.jsonl."""
         if self.tracker:
             self.tracker.close()
         draw_loss(self.path, self.path.with_name("loss.png"))
@@ -133,20 +122,12 @@ def duration(seconds: float) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl; a torn last line (a crash while writing) is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
     return rows
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Forget what was written after `step`: a resumed run writes it again."""
-    # The evaluation of that very step is done again: snapshots are taken before it.
-    kept = [row for row in read_metrics(path) if row["step"] < step or (row["step"] == step and "eval_loss" not in row)]
-    if path.exists():
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
 
 
 def draw_loss(metrics: Path, target: Path) -> None:

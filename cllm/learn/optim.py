@@ -6,17 +6,21 @@ Everything here is told what to do by plain values; the loop that calls it stand
 from __future__ import annotations
 
 import math
+import random
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cllm.data.packing import PackedBatch
+from cllm.learn.dist import World
 from cllm.messages import UserError
 
+Result = TypeVar("Result")
 Objective = Callable[[nn.Module, PackedBatch], Tensor]
 """(model, row) -> summed loss, scalar float32."""
 
@@ -176,6 +180,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["ratio"]
 
 
+class StepOutOfMemoryError(Exception):
+    """A step did not fit, on this rank or another; no gradient is left. `altered`: parameters and moments may be half updated."""
+
+    def __init__(self, detail: str, *, altered: bool) -> None:
+        super().__init__(detail)
+        self.altered = altered
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device, or the host, has no memory left."""
+    # The CPU's allocator and cuBLAS have no exception class of their own.
+    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
 def train_step(
     model: nn.Module,
     batches: Sequence[PackedBatch],
@@ -185,29 +204,65 @@ def train_step(
     precision: Precision,
     scaler: torch.amp.GradScaler,
     max_norm: float,
+    world: World | None = None,
+    seed: str = "",
+    micro_tokens: int = sys.maxsize,
 ) -> StepStats:
-    """One update from several micro-batches: the summed loss over all of them divided by their supervised tokens.
+    """One update from the rows of a step: the summed loss over all of them divided by their supervised tokens.
 
-    So 1 x 8 rows equal 8 x 1. A step whose loss or gradient is not finite changes no parameter and is reported as skipped.
+    So 1 x 8 rows equal 8 x 1, and row i, computed on rank i mod world, equals one rank. A row longer than `micro_tokens` is computed in
+    parts. Dropout depends on (`seed`, i) only; without a seed it goes on from the generator's state. A step whose loss or gradient is
+    not finite changes no parameter and is reported as skipped. Raises StepOutOfMemoryError, on every rank, if memory ran out on one.
     """
-    device = next(p.device for p in model.parameters() if p.requires_grad)
-    weight = sum(batch.weight for batch in batches)
-    total = torch.zeros((), device=device)
-    for batch in batches:
-        with precision.autocast():
-            loss = objective(model, batch.to(device)) / max(1, weight)
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    scaler.unscale_(optimizer)
+    world = world or World()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
-    mean, grad_norm = total.item(), norm.item()
-    skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
-    if scaler.is_enabled() or not skipped:
-        scaler.step(optimizer)  # an enabled scaler skips by itself when it saw an inf or nan
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    weight = sum(batch.weight for batch in batches)
+    total = torch.zeros((), device=trained[0].device)
+
+    def gradients() -> None:
+        for index in range(world.rank, len(batches), world.size):
+            if seed:
+                torch.manual_seed(random.Random(f"{seed}/{index}").getrandbits(63))
+            for part in batches[index].split(micro_tokens):
+                with precision.autocast():
+                    loss = objective(model, part.to(total.device)) / max(1, weight)
+                scaler.scale(loss).backward()
+                total.add_(loss.detach())
+
+    def update() -> tuple[float, float, bool]:
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
+        mean, grad_norm = total.item(), norm.item()
+        skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
+        if scaler.is_enabled() or not skipped:
+            scaler.step(optimizer)  # an enabled scaler skips by itself when it saw an inf or nan
+            scaler.update()
+        return mean, grad_norm, skipped
+
+    try:
+        _in_memory(gradients, world, altered=False)
+        if world.size > 1:
+            for p in trained:  # a rank without a row in this step
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            world.sum_([total, *(p.grad for p in trained)])
+        mean, grad_norm, skipped = _in_memory(update, world, altered=True)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
     return StepStats(mean, grad_norm, sum(len(b.input_ids) for b in batches), weight, skipped)
+
+
+def _in_memory(work: Callable[[], Result], world: World, *, altered: bool) -> Result:
+    """`work()`; out of memory on any rank becomes StepOutOfMemoryError on all of them, so that none waits for the others' gradients."""
+    detail = ""
+    try:
+        result = work()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        detail = str(error).split("\n")[0] or type(error).__name__
+    if world.any(bool(detail)):
+        raise StepOutOfMemoryError(detail or "another rank", altered=altered)
+    return result
 
 
 def first_nonfinite(model: nn.Module, batch: PackedBatch, objective: Objective, precision: Precision) -> str:

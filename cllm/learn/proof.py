@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cllm.data.encode import IGNORE_INDEX
 from cllm.data.packing import PackedBatch
 from cllm.learn.optim import Objective, Precision, train_step
 from cllm.learn.snapshot import capture, restore
@@ -98,33 +98,25 @@ def prove(
     max_norm: float,
     plan: VramEstimate | None,
     budget: int,
+    micro_tokens: int = sys.maxsize,
 ) -> int:
     """Peak bytes of one optimizer step on `rows`, against `plan` and `budget` bytes; everything is then as it was, bit for bit.
 
     A small step comes first, so that AdamW's moments exist at the peak. Parameters, moments, loss scale and generators are put back.
-    Raises UserError if it does not fit.
+    Raises UserError if it takes more than the budget, StepOutOfMemoryError if memory ran out.
     """
     before = {name: tensor.clone() for name, tensor in capture(model, optimizer).items()}
-    scale, failed, peak = scaler.state_dict(), False, 0
-    how: dict[str, Any] = {"precision": precision, "scaler": scaler, "max_norm": max_norm}
+    scale = scaler.state_dict()
+    how: dict[str, Any] = {"precision": precision, "scaler": scaler, "max_norm": max_norm, "micro_tokens": micro_tokens}
     try:
-        train_step(model, [_last_sequence(rows[0])], objective, optimizer, **how)
+        train_step(model, rows[0].split(1)[-1:], objective, optimizer, **how)
         peak = peak_bytes(lambda: train_step(model, rows, objective, optimizer, **how), model, optimizer)
-    except torch.cuda.OutOfMemoryError:
-        failed = True
-    optimizer.zero_grad(set_to_none=True)
-    restore(model, optimizer, before)
-    scaler.load_state_dict(scale)
+    finally:
+        restore(model, optimizer, before)
+        scaler.load_state_dict(scale)
     values = {"row": len(rows[0].input_ids), "peak": f"{peak / GIB:.3f}"}
-    if failed or peak + (plan.items["context"] if plan else 0) > budget:
+    if peak + (plan.items["context"] if plan else 0) > budget:
         raise UserError("memory.over", **values, budget=f"{budget / GIB:.3f}")
     planned, ratio = (f"{plan.allocated / GIB:.3f}", f"{peak / plan.allocated:.0%}") if plan else ("?", "?")
     note("memory.proven", **values, plan=planned, ratio=ratio)
     return peak
-
-
-def _last_sequence(row: PackedBatch) -> PackedBatch:
-    start, end = row.cu_seqlens[-2:].tolist()
-    ids, labels, positions = (t[start:] for t in (row.input_ids, row.labels, row.position_ids))
-    bounds = torch.tensor([0, end - start], dtype=torch.int32)
-    return PackedBatch(ids, labels, positions, bounds, int((labels != IGNORE_INDEX).sum()))

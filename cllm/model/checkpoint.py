@@ -298,7 +298,10 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 def _quantized(linear: nn.Linear, weight: Tensor, home: str | torch.device) -> NF4Linear:
     """NF4 in place of `linear`, quantized where `weight` lies, kept at `home`; its bias, in place already or still to come, goes along."""
     module = NF4Linear(linear.in_features, linear.out_features, device="meta")
-    module.load_weight(weight)
+    try:
+        module.load_weight(weight)
+    except ValueError as error:
+        raise UserError("checkpoint.unquantizable", detail=error) from error
     module.to(home)
     module.bias = None if linear.bias is None else linear.bias.detach()
     return module

@@ -449,7 +449,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if config["peft_type"] != "LORA" or int(config["r"]) < 1 or float(config["lora_alpha"]) <= 0:
             raise ValueError(f"peft_type {config['peft_type']}, r {config['r']}, lora_alpha {config['lora_alpha']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError("adapter.damaged", path=folder / CONFIG_FILE, detail=f"{type(error).__name__}: {error}") from error
     return dict(config)
 

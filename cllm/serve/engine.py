@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from cllm.learn.optim import out_of_memory
 from cllm.messages import UserError, note, say
 from cllm.model.lora import lora_layers
 
@@ -496,9 +497,3 @@ def _cache_bytes(config: Any, dtype: torch.dtype) -> tuple[int, int]:
 
 def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * 2**30
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether `error` says that a GPU's or the machine's memory did not suffice."""
-    # The CPU allocator has no exception class of its own.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
