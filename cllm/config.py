@@ -156,7 +156,7 @@ class MemoryConfig:
     budget_gib: float = _at_least(0, 0.0)
     """GPU memory that the run may take; 0: what the card has free."""
     checkpoint_layers: int = _at_least(-1, -1)
-    """Decoder layers recomputed in the backward: -1 all (least memory), 0 none (fastest)."""
+    """Decoder layers recomputed in the backward: -1 as few as the budget allows (all without one), 0 none (fastest)."""
     chunk_mib: int = _at_least(1, 128)
     """Logits alive at once in the loss."""
     offload_inputs: bool = False

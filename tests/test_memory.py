@@ -87,13 +87,15 @@ def build(config: dict[str, object], settings: Settings):  # type: ignore[no-unt
 
 def census(config: dict[str, object], settings: Settings) -> tuple[int, int]:
     """(bytes of parameters, buffers and slots; peak of one accumulated step on top of them, which ends before AdamW makes its moments)."""
-    from cllm.bench import random_row
+    from cllm.data.encode import Example
+    from cllm.data.packing import collate
     from cllm.learn.loss import sft_loss
     from cllm.learn.optim import train_step
     from cllm.learn.proof import peak_storage_bytes, storage_bytes
 
     model, optimizer, precision, slots = build(config, settings)
-    row = random_row(settings.row_tokens, int(config["vocab_size"]))  # type: ignore[call-overload]
+    long, short = [3 + i % 100 for i in range(settings.row_tokens - 8)], list(range(8))  # two: attention's outputs are put together
+    row = collate([Example(long, long), Example(short, short)])
     held = storage_bytes([*model.parameters(), *model.buffers()]) + slots
 
     def step() -> None:
@@ -185,7 +187,7 @@ def test_published_shapes_have_the_published_number_of_parameters(name: str) -> 
 def test_table_of_the_design_document() -> None:
     """../shared/design/MEMORY.md: MiB of NF4 linears and of one 16-bit embedding."""
     for name, linears, embedding in (("chatglm3-6b", 2809, 508), ("Yi-6B", 2724, 500), ("Qwen-7B", 3186, 1187), ("Qwen3-8B", 3417, 1187)):
-        items = estimate_vram(find_shape(name), Settings(quantize="nf4")).items
+        items = estimate_vram(find_shape(name), Settings(quantize="nf4", embedding="device")).items
         assert round(items["linears"] / MIB) == linears and round(items["embedding"] / MIB) == embedding
     assert nf4_bytes(4096 * 4096) == 4096 * 4096 // 2 + 4096 * 64 + 4 * 1024 + 4
 
@@ -254,17 +256,24 @@ def test_ladder_ends_where_it_fits_and_never_goes_up() -> None:
     plan = make_plan(shape, Settings(8192, "none", rank=64, checkpoint_layers=0), 6.0)
     totals = [plan.estimate.total, *(step.total for step in plan.ladder)]
     assert not plan.fits and totals == sorted(totals, reverse=True) and totals[-1] <= 6 * GIB < totals[-2]
-    assert [step.change for step in plan.ladder[:2]] == ["memory.checkpoint_layers=-1", "model.quantize=nf4"]
+    order = [
+        "memory.embedding=cpu",
+        "train.optimizer=adamw8bit",
+        "memory.checkpoint_layers=-1",
+        "memory.offload_inputs=true",
+        "model.quantize=nf4",
+    ]
+    assert [step.change for step in plan.ladder[:5]] == order and all(step.slowdown >= 1 for step in plan.ladder)
     assert estimate_vram(shape, plan.ladder[-1].settings).total == totals[-1]
-    hopeless = make_plan(find_shape("Qwen3-32B"), Settings(2048), 4.0)
-    assert hopeless.longest_row == 0 and hopeless.checkpoint_layers == -1 and hopeless.ladder[-1].total > 4 * GIB
+    hopeless = make_plan(find_shape("Qwen3-32B"), Settings(2048), 2.0)
+    assert hopeless.longest_row == 0 and hopeless.checkpoint_layers == -1 and hopeless.ladder[-1].total > 2 * GIB
 
 
 def test_recomputing_costs_a_forward_and_nf4_costs_traffic() -> None:
     shape, settings = find_shape("Qwen3-4B"), Settings(2048, "none", checkpoint_layers=0)
     plain, recomputed = row_flops(shape, settings), row_flops(shape, replace(settings, checkpoint_layers=-1))
     layers = sum(i * o for i, o in shape.linears().values()) * shape.layers
-    assert plain == pytest.approx(4 * 2048 * (layers + shape.vocab * shape.hidden), rel=0.1)
+    assert plain == pytest.approx(4 * 2048 * (layers + shape.vocab * shape.hidden), rel=0.15)
     assert recomputed - plain == pytest.approx(2 * 2048 * layers, rel=0.1)
     assert row_seconds(shape, replace(settings, quantize="nf4")) > row_seconds(shape, settings) > plain / 30e12
 
@@ -283,8 +292,9 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     text = str(error.value)
     assert error.value.code == "memory.too_big" and "\n" not in text and "5.00" in text
     advice = re.search(r"add (.*?) \(then", text)[1].split()  # type: ignore[index]
-    assert advice == ["memory.checkpoint_layers=-1", "model.quantize=nf4"]
-    assert estimate_vram(shape, Settings(2048, "nf4")).total <= 5 * GIB
+    assert {"memory.checkpoint_layers=-1", "model.quantize=nf4"} < set(advice)
+    how = {"checkpoint_layers": -1, "optimizer": "adamw8bit", "offload_inputs": True}
+    assert len(advice) == 4 and estimate_vram(shape, Settings(2048, "nf4", embedding="device", **how)).total <= 5 * GIB  # type: ignore[arg-type]
     with pytest.raises(UserError, match="smaller model") as error:
         fit(shape, Settings(2048), GIB)
     assert error.value.code == "memory.hopeless"
@@ -305,7 +315,8 @@ def test_table_names_every_item(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(estimate.table().splitlines()) == len(estimate.items) + 1
     monkeypatch.setenv("CLLM_LANG", "zh")
     assert "合计" in estimate.table()
-    assert estimate_vram(find_shape("Yi-6B"), Settings(2048, "nf4", device="cpu")).total == estimate.allocated
+    on_cpu = estimate_vram(find_shape("Yi-6B"), Settings(2048, "nf4", device="cpu", embedding="cpu")).total
+    assert on_cpu == estimate.allocated and estimate.host == 64000 * 4096 * 2
 
 
 def test_import_is_light() -> None:
