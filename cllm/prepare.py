@@ -51,7 +51,8 @@ class Prepared:
         held_examples, self.held_set, _ = encode_set(held_out, self.tokenizer, **how)
         if not self.examples:
             code = "train.unsupervised" if refused["no_supervised_token"] else "train.too_long"
-            raise UserError(code, count=len(train), row=row_tokens, template=self.tokenizer.template.name)
+            rows = ", ".join(f"{c.file}:{c.line}" for c in train[:3])
+            raise UserError(code, count=len(train), row=row_tokens, template=self.tokenizer.template.name, rows=rows)
         if not any(self.tokenizer.stop_ids.intersection(example.labels) for example in self.examples):
             raise UserError("train.no_end", template=self.tokenizer.template.name)
         self.data_hash = self.examples.digest()
