@@ -3,8 +3,9 @@
     apt-get install chromium fonts-noto-cjk; pip install playwright
     python bench/browser.py runs/demo --question "青石镇在哪里？" [--images docs/images]
 
-Starts `python -m cllm.chat RUN`, drives Chromium through it, keeps a screenshot of each tab. Fails on any console error, any request to
-another host, and any step that does not do what it should. The last line of stdout is JSON.
+Starts `python -m cllm.chat RUN` (or, given an address for RUN, uses the page that is served there), drives Chromium through it, keeps a
+screenshot of each tab. Fails on any console error, any request to another host, and any step that does not do what it should. The last
+line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -159,11 +160,13 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     arguments.images.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url, problems = f"http://127.0.0.1:{port}/", list[str]()
-    server = subprocess.Popen([sys.executable, "-m", "cllm.chat", arguments.run, "--port", str(port)])
+    problems, server = list[str](), None
+    url = arguments.run
+    if not url.startswith("http://"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{probe.getsockname()[1]}/"
+        server = subprocess.Popen([sys.executable, "-m", "cllm.chat", arguments.run, "--port", url.strip("/").rpartition(":")[2]])
     try:
         for _ in range(2 * SECONDS):
             try:
@@ -182,8 +185,9 @@ def main() -> None:
             on_a_phone(phone, arguments.images, arguments.question)
             browser.close()
     finally:
-        server.terminate()
-        server.wait(20)
+        if server is not None:
+            server.terminate()
+            server.wait(20)
     assert not problems, "\n".join(problems)
     for image in arguments.images.glob("*.png"):
         Image.open(image).quantize(64).save(image, optimize=True)  # a third of the size, the same to the eye
