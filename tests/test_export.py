@@ -177,12 +177,12 @@ def _named(layers: dict[str, dict[str, Tensor]]) -> nn.Module:
     """A module tree with a linear layer under each name, which is all that writing an adapter looks at."""
     root = nn.Module()
     for name, parts in layers.items():
-        owner, *rest = root, *name.split(".")
-        for part in rest[:-1]:
+        owner, (*path, leaf) = root, name.split(".")
+        for part in path:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        owner.add_module(rest[-1], nn.Linear(parts["lora_A"].shape[1], parts["lora_B"].shape[0], bias=False, device="meta"))
+        owner.add_module(leaf, nn.Linear(parts["lora_A"].shape[1], parts["lora_B"].shape[0], bias=False, device="meta"))
     return root
 
 
