@@ -192,12 +192,11 @@ def held_out_of(run: Path) -> list[Conversation]:
     """The run's held-out conversations (an adapter without a run: the built-in ones) that end with an answer."""
     from cllm.config import load_config
     from cllm.data.reader import read_conversations
-    from cllm.data.sources import BUILT_IN, hold_out, mix, read_sources
+    from cllm.data.sources import BUILT_IN, prepare
 
     if (run / "config.toml").is_file():
-        data = load_config(run / "config.toml").data
-        train, held_out = hold_out(data, [] if data.eval else mix(data, read_sources(data)[0]))
-        conversations = held_out or train
+        data = prepare(load_config(run / "config.toml").data)
+        conversations = list((data.held_out or data.train)[: 4 * CONVERSATIONS])
     else:
         conversations, _ = read_conversations(BUILT_IN["demo-test"])
     return [c for c in conversations if len(c.messages) > 1 and c.messages[-1].role == "assistant"][: 4 * CONVERSATIONS]
