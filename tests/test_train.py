@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -258,9 +259,15 @@ def test_a_diverging_run_names_the_first_module(config: Path, tmp_path: Path, ca
     assert "is not finite" in error and "first at: model.layers" in error
 
 
-def test_a_rate_of_a_thousand_is_not_called_a_success(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", [str(config), "train.learning_rate=1e3", "eval.samples=0"]) == 0
-    assert "no evaluation was better than the base's own (5." in capsys.readouterr().err
+def test_a_rate_of_a_thousand_ends_and_never_beating_the_base_is_said(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("train", [str(config), "train.learning_rate=1e3", "eval.samples=0"]) == 2
+    assert "loss or gradient is not finite" in capsys.readouterr().err and not (tmp_path / "runs" / "a" / "adapter").exists()
+    worse = itertools.count(5)
+    monkeypatch.setattr("cllm.evaluate.answers.held_out_loss", lambda *_: float(next(worse)))
+    assert run("train", [str(config), "eval.samples=0", "train.steps=1"]) == 0
+    assert "no evaluation was better than the base's own (5.000)" in capsys.readouterr().err
 
 
 def test_a_base_with_nan_is_named_and_nothing_is_overwritten(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

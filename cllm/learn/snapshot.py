@@ -243,7 +243,7 @@ def save_snapshot(run: Path, step: int, tensors: dict[str, Tensor], state: dict[
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / _TENSORS)
         (temporary / _STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        (temporary / _METRICS).write_bytes((run / _METRICS).read_bytes() if (run / _METRICS).exists() else b"")
+        (temporary / _METRICS).write_bytes((run / _METRICS).read_bytes() if (run / _METRICS).is_file() else b"")
         files = {name: _fingerprint((temporary / name).read_bytes()) for name in _FILES}
         (temporary / _MANIFEST).write_text(json.dumps(files), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
