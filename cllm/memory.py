@@ -350,7 +350,8 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
     # The norms' outputs, once for q, k, v and once for gate and up; under autocast plain autograd keeps a cast for each linear.
     casts = 2 * s.residual if s.fused else s.width * ((5 - shape.fused_mlp) if s.precision == "fp16" else 2)
     attention = s.width * (3 * q + 2 * kv) + 4 * s.row_tokens * shape.heads
-    masks = shape.heads if shape.alibi else 0 < shape.window < s.row_tokens
+    attention += s.width * 4 * 8 * s.row_tokens * shape.heads * shape.alibi  # ALiBi rides in eight more channels of each head
+    masks = 0 < shape.window < s.row_tokens
     lora = s.rank * s.width * (s.row_tokens * len(adapted) + sum(i + o for i, o in adapted) * (s.width < 4 and not s.fused))
     wide = s.row_tokens * shape.intermediate * s.width
     lean = s.fused and shape.gated and (shape.intermediate, shape.hidden) in adapted

@@ -129,3 +129,48 @@ def test_what_a_capped_card_cannot_take_whole_it_takes_in_parts() -> None:
         assert run(512)[0] == pytest.approx(whole, abs=1e-5)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_streamed_offloaded_and_on_the_cpu_equal_resident_bit_for_bit() -> None:
+    from cllm.bench import random_row
+    from cllm.learn.loss import sft_loss
+    from cllm.model.checkpoint import random_model
+    from cllm.model.lora import adapter_tensors, inject_lora
+    from cllm.model.offload import checkpoint_layers, embedding_on_cpu, stream_layers
+
+    row, results = random_row(512, 4096).to("cuda"), []
+    for hosted in (False, True):
+        torch.manual_seed(0)
+        model: Any = random_model(CONFIG, dtype=torch.float16, device="cuda", quantize="nf4", stream_layers=4 if hosted else 0).train()
+        inject_lora(model, rank=8, alpha=16)
+        checkpoint_layers(model, offload=hosted)
+        if hosted:
+            stream_layers(model, 4, "cuda")
+            embedding_on_cpu(model, "cuda")
+            weights = model.model.layers[0].forward.weights[0]
+            assert all(host.is_pinned() for host in weights.hosts) and {slot.device.type for slot in weights.slots} == {"cuda"}
+        generator = torch.Generator().manual_seed(1)
+        for value in adapter_tensors(model).values():
+            value.data.copy_(0.05 * torch.randn(value.shape, generator=generator))
+        for _ in range(2):
+            model.zero_grad()
+            loss = sft_loss(model, row)
+            (loss / 512).backward()
+        results.append([loss.detach(), *(value.grad for value in adapter_tensors(model).values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_eight_bit_adamw_equals_the_cpu() -> None:
+    from cllm.learn.optim import AdamW8bit
+
+    torch.manual_seed(0)
+    start, grads = torch.randn(64, 130), [torch.randn(64, 130) for _ in range(5)]
+    results = []
+    for device in ("cpu", "cuda"):
+        parameter = torch.nn.Parameter(start.to(device))
+        optimizer = AdamW8bit([parameter], 1e-2, weight_decay=0.1)
+        for grad in grads:
+            parameter.grad = grad.to(device)
+            optimizer.step()
+        results.append(parameter.detach().cpu())
+    assert ((results[1] - results[0]).norm() / (results[0] - start).norm()).item() < 1e-2
