@@ -95,7 +95,8 @@ def census(config: dict[str, object], settings: Settings) -> tuple[int, int]:
 
     model, optimizer, precision, slots = build(config, settings)
     long, short = [3 + i % 100 for i in range(settings.row_tokens - 8)], list(range(8))  # two: attention's outputs are put together
-    row = collate([Example(long, long), Example(short, short)])
+    single = config["model_type"] == "qwen3_5_text"  # recurrent layers take one
+    row = collate([Example(long + short, long + short)] if single else [Example(long, long), Example(short, short)])
     held = storage_bytes([*model.parameters(), *model.buffers()]) + slots
 
     def step() -> None:
