@@ -3,8 +3,9 @@
     apt-get install chromium fonts-noto-cjk; pip install playwright
     python bench/browser.py runs/demo --question "青石镇在哪里？" [--images docs/images]
 
-Starts `python -m cllm.chat RUN`, drives Chromium through it, keeps a screenshot of each tab. Fails on any console error, any request to
-another host, and any step that does not do what it should. The last line of stdout is JSON.
+Starts `python -m cllm.chat RUN` (or, given an address for RUN, uses the page that is served there), drives Chromium through it, keeps a
+screenshot of each tab. Fails on any console error, any request to another host, and any step that does not do what it should. The last
+line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+SECONDS = 300  # for anything to appear: a busy machine with one slow core
 SCRIPT = (
     "<img src=data:image/png;base64,AAAA onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     "[x](javascript:document.title='owned')"
@@ -36,6 +38,7 @@ def open_page(browser: Browser, url: str, problems: list[str], *, locale: str, w
     page.on("pageerror", lambda error: problems.append(f"page: {error}"))
     page.on("response", lambda response: problems.append(f"{response.status}: {response.url}") if response.status >= 400 else None)
     page.on("request", lambda request: problems.append(f"foreign: {request.url}") if is_foreign(request.url, url) else None)
+    page.set_default_timeout(1000 * SECONDS)
     page.goto(url)
     page.wait_for_selector("textarea")
     return page
@@ -50,7 +53,7 @@ def ask(page: Page, words: str) -> None:
     page.keyboard.press("Enter")
 
 
-def answer(page: Page, *, seconds: float = 120) -> str:
+def answer(page: Page, *, seconds: float = SECONDS) -> str:
     """The last answer, once its cost line has stopped changing."""
     deadline, before = time.monotonic() + seconds, ""
     while time.monotonic() < deadline:
@@ -82,7 +85,7 @@ def desktop(page: Page, images: Path, question: str) -> dict[str, Any]:
     page.get_by_role("tab", name="对比").click()
     ask(page, question)
     buttons = page.get_by_role("button", name=re.compile("更好|一样好|都不好"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS
     while not buttons.first.is_enabled() and time.monotonic() < deadline:
         time.sleep(0.2)
     buttons.first.click()
@@ -94,13 +97,44 @@ def desktop(page: Page, images: Path, question: str) -> dict[str, Any]:
     page.screenshot(path=images / "training.png")
     page.get_by_role("tab", name="监控").click()
     page.wait_for_timeout(5000)
+    sessions = page.get_by_label("打开的页面").input_value()
+    assert sessions == "1", sessions
     page.screenshot(path=images / "monitor.png")
     return {"first_text_seconds": round(first, 2), "adapter": adapter, "base": base}
 
 
+def changing(page: Page, question: str) -> dict[str, str]:
+    """A system prompt, regenerate, edit: one question and one answer stay, and the edited question is the one that was answered."""
+    page.get_by_text("Settings").click()
+    page.get_by_label("system prompt").fill("Answer in one word.")
+    ask(page, question)
+    answer(page)
+    page.get_by_role("button", name="Retry").last.click()
+    again = answer(page)
+    page.get_by_role("button", name="Edit").first.click()
+    page.locator("textarea.edit-textarea").fill(question + "！")
+    page.get_by_role("button", name="Submit").first.click()
+    edited = answer(page)
+    users = page.locator(".user.message:visible, .message.user:visible").all_inner_texts()
+    assert [text.strip() for text in users] == [question + "！"], users
+    cost = page.locator(".cost:visible").first.inner_text()
+    assert re.fullmatch(r"first token [\d.]+ s · \d+ tok/s · \d+ \+ \d+ tokens", cost.strip()), cost
+    return {"again": again, "edited": edited, "cost": cost.strip()}
+
+
+def on_a_phone(page: Page, images: Path, question: str) -> None:
+    """No tab scrolls sideways at 390 pixels."""
+    ask(page, question)
+    answer(page)
+    page.screenshot(path=images / "phone.png")
+    for name in ("对话", "对比", "训练", "监控"):
+        page.get_by_role("tab", name=name).click()
+        page.wait_for_timeout(3000)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{name} scrolls sideways on a phone"
+
+
 def stopping(page: Page, question: str) -> bool:
     """Stop an answer while it comes; afterwards it does not grow and the page is ready. False: the model was done too soon."""
-    page.get_by_text("Settings").click()
     page.get_by_label("temperature").first.fill("2")
     for _ in range(5):
         ask(page, question)
@@ -122,16 +156,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
     parser.add_argument("--question", default="你好，你是谁？")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     arguments.images.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url, problems = f"http://127.0.0.1:{port}/", list[str]()
-    server = subprocess.Popen([sys.executable, "-m", "cllm.chat", arguments.run, "--port", str(port)])
+    problems, server = list[str](), None
+    url = arguments.run
+    if not url.startswith("http://"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{probe.getsockname()[1]}/"
+        server = subprocess.Popen([sys.executable, "-m", "cllm.chat", arguments.run, "--port", url.strip("/").rpartition(":")[2]])
     try:
-        for _ in range(240):
+        for _ in range(2 * SECONDS):
             try:
                 urllib.request.urlopen(url + "health")
                 break
@@ -142,20 +179,22 @@ def main() -> None:
             page = open_page(browser, url, problems, locale="zh-CN", width=1100, height=800)
             result = desktop(page, arguments.images, arguments.question)
             english = open_page(browser, url, problems, locale="en-US", width=1100, height=800)
+            result |= changing(english, arguments.question)
             result["stopped"] = stopping(english, arguments.question)
             phone = open_page(browser, url, problems, locale="zh-CN", width=390, height=844)
-            ask(phone, arguments.question)
-            answer(phone)
-            phone.screenshot(path=arguments.images / "phone.png")
-            assert phone.evaluate("document.documentElement.scrollWidth") <= 390, "the page scrolls sideways on a phone"
+            on_a_phone(phone, arguments.images, arguments.question)
             browser.close()
     finally:
-        server.terminate()
-        server.wait(20)
+        if server is not None:
+            server.terminate()
+            server.wait(20)
     assert not problems, "\n".join(problems)
     for image in arguments.images.glob("*.png"):
         Image.open(image).quantize(64).save(image, optimize=True)  # a third of the size, the same to the eye
-    print(json.dumps({**result, "problems": problems}, ensure_ascii=False))
+    result |= {"problems": problems, "command": " ".join(["python", "bench/browser.py", *sys.argv[1:]])}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(result, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from cllm.data.schema import Conversation
 from cllm.messages import UserError, note, say, table
 
 if TYPE_CHECKING:
+    from cllm.evaluate.report import Results, Samples
     from cllm.serve import Loaded
 
 EXAM_SHOTS = 5
@@ -47,25 +48,24 @@ def main(argv: list[str]) -> int:
     run = Path(arguments.model)
     is_run = (run / "config.toml").is_file()
     config = load_config(run / "config.toml") if is_run else Config()
-    home = run if is_run else Path("runs")
     if arguments.votes:
-        summary: dict[str, Any] = _votes(run)
-    elif arguments.task:
-        from cllm.evaluate.choice import read_subjects
+        print(json.dumps({"model": arguments.model, "votes": _votes(run)}, ensure_ascii=False))
+        return 0
+    shots = EXAM_SHOTS if arguments.shots is None else arguments.shots
+    sets = {data: _exam(data, shots, arguments.limit) if arguments.task else _read(data, config, arguments) for data in arguments.data}
+    train = _training_set(config) if is_run and config.data.kind == "chat" and not arguments.task else []
+    loaded = _open(arguments)
+    from cllm.evaluate.report import report, write_results
+    from cllm.learn.snapshot import new_run
 
-        shots = EXAM_SHOTS if arguments.shots is None else arguments.shots
-        exams = {data: read_subjects(data, shots, arguments.limit) for data in arguments.data}
-        loaded = _open(arguments)
-        summary = {data: _exam(loaded, subjects, home / f"eval-{Path(data).name}") for data, subjects in exams.items()}
-    else:
-        files = {data: _read(data, config, arguments) for data in arguments.data}
-        train = _training_set(config) if is_run and config.data.kind == "chat" else []
-        loaded = _open(arguments)
-        summary = {}
-        for data, conversations in files.items():
-            folder = home / f"eval-{Path(data).stem}"
-            summary[data] = _compare(loaded, data, conversations, train, config, arguments, folder)
-    print(json.dumps({"model": arguments.model, "votes" if arguments.votes else "eval": summary}, ensure_ascii=False))
+    summary: dict[str, Any] = {}
+    for data, rows in sets.items():
+        results, samples = _sit(loaded, rows) if arguments.task else _compare(loaded, data, rows, train, config, arguments)
+        folder = new_run(run / f"eval-{Path(data).stem}" if is_run else Path("runs") / f"eval-{run.stem}-{Path(data).stem}")
+        write_results(folder, results, samples)
+        print(f"\n{data}\n{report(results)}\n\n{say('eval.written', path=folder / 'report.html')}")
+        summary[data] = {"results": results, "rows": len(samples) or len(rows), "folder": str(folder)}
+    print(json.dumps({"model": arguments.model, "eval": summary}, ensure_ascii=False))
     return 0
 
 
@@ -93,17 +93,19 @@ def _open(arguments: argparse.Namespace) -> Loaded:
     return loaded
 
 
-def _exam(loaded: Loaded, subjects: list[Any], folder: Path) -> dict[str, Any]:
-    from cllm.evaluate.choice import accuracy_table, examine
-    from cllm.evaluate.report import Progress, write_json
-    from cllm.learn.snapshot import new_run
+def _exam(data: str, shots: int, limit: int) -> list[Any]:
+    from cllm.evaluate.choice import read_subjects
 
+    subjects = read_subjects(data, shots, limit)
     note("eval.exam", count=sum(len(subject.questions) for subject in subjects), subjects=len(subjects))
-    results, samples = examine(loaded.engine(), loaded.tokenizer, subjects, Progress())
-    folder = new_run(folder)
-    write_json(folder, results, samples)
-    print(f"\n{table(accuracy_table(results))}\n\n{say('eval.written', path=folder)}")
-    return {"results": results, "folder": str(folder)}
+    return subjects
+
+
+def _sit(loaded: Loaded, subjects: list[Any]) -> tuple[Results, Samples]:
+    from cllm.evaluate.choice import examine
+    from cllm.evaluate.report import Progress
+
+    return examine(loaded.engine(), loaded.tokenizer, subjects, Progress())
 
 
 def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conversation]:
@@ -132,17 +134,15 @@ def _training_set(config: Config) -> list[Conversation]:
 
 
 def _compare(
-    loaded: Loaded, data: str, conversations: list[Conversation], train: list[Conversation], config: Config,
-    arguments: argparse.Namespace, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """One file: losses and answers of base and adapter, tables on stdout, the evaluation's folder."""
+    loaded: Loaded, data: str, conversations: list[Conversation], train: list[Conversation], config: Config, arguments: argparse.Namespace
+) -> tuple[Results, Samples]:
+    """Losses and answers of base and adapter on one file."""
     from cllm.data.encode import encode_set
-    from cllm.evaluate.answers import answers, evaluate, example_nll, losses
-    from cllm.evaluate.report import Progress, report, write_results
-    from cllm.learn.snapshot import new_run
+    from cllm.evaluate.answers import compare, example_nll
+    from cllm.evaluate.report import Progress
 
     engine, tokenizer, model = loaded.engine(), loaded.tokenizer, loaded.model
-    how: Any = {"kind": config.data.kind, "max_tokens": engine.max_tokens, "truncate": config.data.truncate}
+    how: Any = {"kind": config.data.kind, "max_tokens": engine.max_tokens, "truncate": "drop"}
     examples, kept, refused = encode_set(conversations, tokenizer, **how)
     if left_out := sum(refused.values()):
         note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=engine.max_tokens)
@@ -151,21 +151,16 @@ def _compare(
     note("eval.start", path=data, count=len(kept))
     chunk_bytes = config.memory.chunk_mib * 2**20
     held_out = functools.partial(example_nll, model, examples, loaded.precision, chunk_bytes, config.train.row_tokens)
-    measured = losses(model, tokenizer, held_out, loaded.precision, chunk_bytes)
-    asked, systems = kept if config.data.kind == "chat" else [], {}
-    if asked:
-        shots, length = arguments.shots or 0, arguments.max_new_tokens
-        systems = answers(engine, tokenizer, asked, train=train, shots=shots, max_new_tokens=length, progress=Progress())
-    results, samples = evaluate(asked, systems, measured)
+    asked = kept if config.data.kind == "chat" else []
+    results, samples, measured = compare(
+        engine, tokenizer, asked, held_out, loaded.precision, chunk_bytes, train=train, shots=arguments.shots or 0,
+        max_new_tokens=arguments.max_new_tokens, progress=Progress(),
+    )  # fmt: skip
     for i, sample in enumerate(samples):
-        for system, its in sample["scores"].items():
-            if system in measured:
-                nats, tokens = measured[system]["loss"][i]
-                its["loss"] = nats / max(1.0, tokens)
-    folder = new_run(folder)
-    write_results(folder, results, samples)
-    print(f"\n{data}\n{report(results)}\n\n{say('eval.report_written', path=folder / 'report.html')}")
-    return {"results": results, "rows": len(kept), "folder": str(folder)}
+        for system, its in measured.items():
+            nats, tokens = its["loss"][i]
+            sample["scores"][system]["loss"] = nats / max(1.0, tokens)
+    return results, samples
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def held_out_of(run: Path) -> list[Conversation]:
 
     if (run / "config.toml").is_file():
         data = prepare(load_config(run / "config.toml").data)
-        conversations = list(data.held_out or data.train)
+        conversations = list((data.held_out or data.train)[: 4 * CONVERSATIONS])
     else:
         conversations, _ = read_conversations(BUILT_IN["demo-test"])
     return [c for c in conversations if len(c.messages) > 1 and c.messages[-1].role == "assistant"][: 4 * CONVERSATIONS]

@@ -357,7 +357,7 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
     gates = 2 * wide if lean else (3 if shape.gated else 4) * wide  # gate, up (and silu); or what GELU's formula keeps
     if shape.recurrent:  # the delta rule in float32 and plain PyTorch, in chunks of 64 with a state each: fitted to storage censuses
         _, heads, key_dim, value_dim = shape.mixer
-        chunked = 7.3 * key_dim + 9.1 * value_dim + 5.1 * 64 + 2.7 * key_dim * value_dim / 64
+        chunked = 7.6 * key_dim + 9.5 * value_dim + 5.8 * 64 + 2.1 * key_dim * value_dim / 64
         peak = int(4 * s.row_tokens * heads * chunked)
         attention = max(attention, peak * 92 // 100, peak - gates)  # beside the MLP's backward, or in its own when the MLP is done
     return norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora, gates, 0 if lean else wide

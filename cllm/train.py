@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, differences, load_config, to_toml
-from cllm.data.sources import read_data
 from cllm.messages import UserError, note, say
+from cllm.prepare import Prepared
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
-    from cllm.learn.ladder import Ladder
     from cllm.learn.optim import StepStats
 
 MAX_BAD_STEPS = 20
@@ -31,18 +29,12 @@ PROGRESS = ("step", "evaluated", "best", "stale", "bad")
 """Of a Training: steps done, the last one evaluated, the best held-out loss, evaluations since, steps skipped in a row."""
 
 
-class Training:
+class Training(Prepared):
     """One run: what was read and loaded, and the loop over it."""
 
     def __init__(self, config: Config, *, accept_rejects: bool = False, allow_changes: bool = False, resume: Path | None = None) -> None:
-        self.config, self.allow_changes, self.single = config, allow_changes, False
-        self._read(accept_rejects)
-        from cllm.learn.ladder import Ladder
-
-        self.ladder = Ladder(config.train.row_tokens, config.train.row_tokens, offload_inputs=config.memory.offload_inputs)
-        self._encode()
-        self._load()
-        self._fit_rows()
+        super().__init__(config, accept_rejects=accept_rejects)
+        self.allow_changes = allow_changes
         self._plan_steps()
         self.step, self.evaluated, self.best, self.stale, self.bad = 0, -1, float("inf"), 0, 0
         self.interrupted, self.saved_at = False, time.monotonic()
@@ -51,118 +43,6 @@ class Training:
             self.close = resources.pop_all().close  # gives the run directory back
 
     # ------------------------------------------------------------------ before the first step
-
-    def _read(self, accept_rejects: bool) -> None:
-        """Data and tokenizer, and everything that can be found wrong with them before weights are loaded."""
-        config = self.config
-        found = read_data(config.data, accept_rejects=accept_rejects)
-        self.conversations, self.rejects = (found.train, found.held_out), len(found.rejects)
-        if found.duplicates or found.leaked:
-            note("train.repeated", duplicates=found.duplicates, leaked=found.leaked)
-        from cllm.model.source import resolve
-        from cllm.model.tokenizer import load_tokenizer
-
-        self.base = resolve(config.model.path)
-        template = "text" if config.data.kind == "text" else config.model.template
-        self.tokenizer = load_tokenizer(self.base, template=template, thinking=config.model.thinking)
-
-    def _encode(self) -> None:
-        """Conversations -> examples -> rows; stops when nothing, or never an end token, would be trained."""
-        from cllm.data.encode import encode_set
-        from cllm.data.packing import PackedRows
-
-        config, (train, held_out), row_tokens = self.config, self.conversations, self.ladder.row_tokens
-        how: Any = {"kind": config.data.kind, "max_tokens": row_tokens, "truncate": config.data.truncate}
-        self.examples, self.train_set, refused = encode_set(train, self.tokenizer, **how)
-        held_examples, self.held_set, _ = encode_set(held_out, self.tokenizer, **how)
-        if not self.examples:
-            code = "train.unsupervised" if refused["no_supervised_token"] else "train.too_long"
-            raise UserError(code, count=len(train), row=row_tokens, template=self.tokenizer.template.name)
-        if not any(self.tokenizer.stop_ids.intersection(example.labels) for example in self.examples):
-            raise UserError("train.no_end", template=self.tokenizer.template.name)
-        self.data_hash = self.examples.digest()
-        self.rows = PackedRows(self.examples, row_tokens, seed=config.train.seed, single=self.single)
-        held = PackedRows(held_examples, row_tokens, single=self.single)
-        self.held_rows = held.take(len(held)) if held_examples else []
-        left_out = ", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0"
-        tokens = sum(self.examples.sizes)
-        self.rows_per_step = max(1, config.train.tokens_per_step // (tokens // len(self.rows) if self.single else row_tokens))
-        note(
-            "train.data", train=len(self.examples), held_out=len(self.held_set), tokens=f"{tokens:,}", rows=len(self.rows),
-            rejects=self.rejects, left_out=left_out,
-        )  # fmt: skip
-
-    def _load(self) -> None:
-        """Base, adapter, optimizer: read -> convert -> quantize -> inject."""
-        import torch
-
-        from cllm.learn.dist import World
-        from cllm.learn.loss import sft_loss
-        from cllm.learn.optim import Precision, make_optimizer
-        from cllm.learn.proof import cap_allocator, choose_device
-        from cllm.memory import plan_run, settings_of
-        from cllm.model.checkpoint import load_model, original_config
-        from cllm.model.lora import inject_lora, load_adapter
-        from cllm.model.offload import place
-
-        config = self.config
-        self.world = World.join(choose_device(config.model.device))
-        device = self.device = self.world.device
-        torch.manual_seed(config.train.seed)
-        self.precision = Precision.choose(config.model.precision, torch.device(device).type)
-        longest = len(self.rows.longest().input_ids)
-        settings = settings_of(
-            config.model, config.lora, config.train, config.memory, row_tokens=longest, precision=self.precision.name, device=device
-        )
-        self.budget = cap_allocator(config.memory.budget_gib, device)
-        settings, self.planned = plan_run(original_config(self.base), config.model.path, settings, self.budget)
-        quantize = None if config.model.quantize == "none" else config.model.quantize
-        self.model: Any = load_model(
-            self.base, dtype=self.precision.weights, device=device, quantize=quantize, head=config.model.head,
-            stream_layers=config.memory.stream_layers,
-        )  # fmt: skip
-        lora = config.lora
-        if lora.init_from:
-            source = Path(lora.init_from)
-            layers = load_adapter(self.model, source / "adapter" if (source / "adapter").is_dir() else source, dropout=lora.dropout)
-        else:
-            layers = inject_lora(
-                self.model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora, dora=lora.dora
-            )
-        self.precision.prepare(self.model)
-        place(self.model, settings, device)
-        self.chunk_bytes = config.memory.chunk_mib * 2**20
-        self.objective = lambda model, batch: sft_loss(model, batch, self.chunk_bytes)
-        self.optimizer = make_optimizer(
-            self.model, config.train.learning_rate, weight_decay=config.train.weight_decay, plus_ratio=lora.plus_ratio,
-            name=config.train.optimizer,
-        )  # fmt: skip
-        self.scaler = self.precision.scaler()
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
-        first = next(iter(layers.values()))
-        note(
-            "train.model", name=config.model.path, precision=quantize or self.precision.name, rank=first.rank, linears=len(layers),
-            millions=f"{trained / 1e6:.2f}", share=f"{trained / total:.1%}", device=device,
-        )  # fmt: skip
-
-    def _fit_rows(self) -> None:
-        """What only the loaded model tells: whether its end token was ever trained, and whether sequences may share a row."""
-        from cllm.learn.loss import check_head
-        from cllm.model.attention import packs
-        from cllm.model.tokenizer import with_trained_end
-        from cllm.serve.engine import Engine
-
-        with self.precision.autocast():
-            check_head(self.model)
-            self.single = not packs(self.model)
-        if self.single:
-            note("train.single", architecture=type(self.model).__name__)
-        before, self.tokenizer = self.tokenizer, with_trained_end(self.tokenizer, self.model)
-        if self.single or before is not self.tokenizer:
-            self._encode()
-        stop_ids, pad_id = self.tokenizer.stop_ids, self.tokenizer.pad_id
-        self.engine = Engine(self.model, stop_ids=stop_ids, pad_id=pad_id, autocast=self.precision.autocast)
 
     def _plan_steps(self) -> None:
         train = self.config.train
@@ -218,7 +98,7 @@ class Training:
             epoch, row = map(int, state["rows"])
             self.scaler = self.precision.scaler()
             self.scaler.load_state_dict(state["scaler"])
-            self._apply(ladder)
+            self.apply(ladder)
             self.rows.seek(epoch, row)
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
             raise UserError("snapshot.foreign", count=1, problems=f"{type(error).__name__}: {error}") from error
@@ -316,25 +196,8 @@ class Training:
         if ladder is None:
             raise UserError("train.memory", detail=detail)
         note("train.step_down", step=self.step + 1, detail=detail, ladder=", ".join(f"{k} {v}" for k, v in asdict(ladder).items()))
-        self._apply(ladder)
+        self.apply(ladder)
         self._snapshot()
-
-    def _apply(self, ladder: Ladder) -> None:
-        import torch
-
-        from cllm.model.offload import checkpoint_layers, embedding_on_cpu
-
-        before, self.ladder = self.ladder, ladder
-        if ladder.offload_inputs:
-            checkpoint_layers(self.model, -1, offload=True)
-        if ladder.embedding_on_cpu:
-            embedding_on_cpu(self.model, self.device)
-        if ladder.row_tokens != before.row_tokens:
-            (epoch, row), count = self.rows.state, len(self.rows)
-            self._encode()
-            self.rows.seek(epoch, row * len(self.rows) // count)
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
 
     def _evaluation_due(self) -> bool:
         return self.step % self.eval_every == 0 or self.step == self.total
@@ -406,7 +269,7 @@ class Training:
         """Put the best adapter back, answer the held-out questions with and without it, write and return the scores."""
         from safetensors.torch import load_file
 
-        from cllm.evaluate.answers import answers, evaluate, losses, sequence_nll, unless_memory_is_short
+        from cllm.evaluate.answers import compare, sequence_nll
         from cllm.evaluate.report import Progress, report, write_results
         from cllm.learn.snapshot import adapter_fingerprint, writing
         from cllm.model.lora import adapter_tensors
@@ -426,18 +289,15 @@ class Training:
         if not self.held_rows:
             return {}
         settings = self.config.eval
-        answered, systems = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0], {}
-        if answered:
-            note("train.answering", count=len(answered))
-            with unless_memory_is_short(self.engine):
-                systems = answers(
-                    self.engine, self.tokenizer, answered, train=list(self.train_set), shots=settings.shots,
-                    max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
-                )  # fmt: skip
-        model, precision, chunk_bytes = self.model, self.precision, self.chunk_bytes
-        held_out = functools.partial(sequence_nll, model, self.held_rows, precision, chunk_bytes)
-        found = losses(model, self.tokenizer, held_out, precision, chunk_bytes)
-        results, samples = evaluate(answered if systems else [], systems, found)
+        asked = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0]
+        if asked:
+            note("train.answering", count=len(asked))
+        how: Any = {"shots": settings.shots, "max_new_tokens": settings.max_new_tokens, "seed": self.config.train.seed}
+        held_out = functools.partial(sequence_nll, self.model, self.held_rows, self.precision, self.chunk_bytes)
+        results, samples, _ = compare(
+            self.engine, self.tokenizer, asked, held_out, self.precision, self.chunk_bytes, train=list(self.train_set),
+            progress=Progress(), **how,
+        )  # fmt: skip
         with writing(self.run / "eval.json"):
             write_results(self.run, results, samples)
         print(report(results))
@@ -454,23 +314,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _last_run(directory: str) -> Path:
-    from cllm.learn.snapshot import find_runs
-
-    wanted = Path(directory)
-    if os.environ.get("RANK", "0") != "0":
-        return wanted  # rank 0 reads and writes it; another machine may not even see it
-    found = find_runs(wanted.parent, name=wanted.name, needs="snapshots/step-*")
-    if not found:
-        raise UserError("snapshot.none", path=wanted)
-    return found[0]
-
-
 def main(argv: list[str]) -> int:
     """Train as the config says; the last line on stdout is {"run", "steps", "loss", "eval"}. Under torchrun rank 0 speaks."""
     arguments = _arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    resume = _last_run(config.run.dir) if arguments.resume else None
+    from cllm.learn.snapshot import last_run
+
+    resume = last_run(config.run.dir) if arguments.resume else None
     training = Training(config, accept_rejects=arguments.accept_rejects, allow_changes=arguments.allow_changes, resume=resume)
     with contextlib.closing(training):
         loss = training.loop()

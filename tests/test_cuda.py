@@ -99,3 +99,33 @@ def test_packed_attention_equals_the_cpu() -> None:
     expected, _ = packed_attention(module, query, key, value, cu_seqlens=bounds)
     found, _ = packed_attention(module, query.cuda(), key.cuda(), value.cuda(), cu_seqlens=bounds)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_capped_card_cannot_take_whole_it_takes_in_parts() -> None:
+    from cllm.data.encode import Example
+    from cllm.data.packing import collate
+    from cllm.learn.loss import sft_loss
+    from cllm.learn.optim import Precision, StepOutOfMemoryError, make_optimizer, train_step
+
+    model, _, _ = step_of("none", "fp32", rows=1, tokens=64)
+    texts = torch.randint(0, 4096, (8, 512), generator=torch.Generator().manual_seed(0)).tolist()
+    row = collate([Example(ids, ids) for ids in texts])
+    optimizer, precision = make_optimizer(model, 0.0), Precision.choose("fp32", "cuda")
+
+    def run(micro_tokens: int) -> tuple[float, int]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        how: dict[str, Any] = {"precision": precision, "scaler": precision.scaler(), "max_norm": 0.0, "micro_tokens": micro_tokens}
+        return train_step(model, [row], sft_loss, optimizer, **how).loss, torch.cuda.max_memory_reserved()
+
+    run(512)  # makes the moments
+    (whole, needed), (parts, less) = run(4096), run(512)
+    assert parts == pytest.approx(whole, abs=1e-5) and less < needed
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((less + needed) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(StepOutOfMemoryError):
+            run(4096)
+        assert run(512)[0] == pytest.approx(whole, abs=1e-5)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

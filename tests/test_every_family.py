@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NATIVE, SHARED, tiny_config
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from cllm.data.encode import Example
 from cllm.data.packing import PackedRows
+from cllm.learn.log import read_metrics
 from cllm.learn.loss import row_nll, sft_loss
 from cllm.learn.optim import Precision, make_optimizer, train_step
 from cllm.learn.snapshot import capture, load_snapshot, restore, save_snapshot
@@ -102,6 +105,31 @@ def test_fp16_with_a_float32_residual_stream_follows_float32(name: str, home: Pa
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
+def test_a_recurrent_model_trains_on_rows_of_one_sequence(config: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """cllm.train end to end on a tiny Qwen3.5: every row holds one sequence, a step as many as its tokens ask for, and it learns."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from cllm.config import load_config
+    from cllm.train import Training
+
+    hybrid = tiny_config("qwen3.5")
+    hybrid.vocab_size, hybrid.eos_token_id = 512, 0
+    AutoModelForCausalLM.from_config(hybrid).save_pretrained(tmp_path / "hybrid")
+    for file in checkpoint.glob("tokenizer*"):
+        shutil.copyfile(file, tmp_path / "hybrid" / file.name)
+    training = Training(load_config(config, [f"model.path={tmp_path / 'hybrid'}", "train.steps=3", "eval.samples=0"]))
+    with contextlib.closing(training):
+        assert all(len(row.cu_seqlens) == 2 for row in [*training.rows.take(8), *training.held_rows])
+        mean = sum(len(example.input_ids) for example in training.examples) / len(training.examples)
+        assert training.rows_per_step == max(1, int(256 // mean)) > 2
+        training.rows.state = (0, 0)
+        loss = training.loop()
+    losses = [row["loss"] for row in read_metrics(training.run / "metrics.jsonl") if "loss" in row]
+    assert len(losses) == 3 and loss == losses[-1] < losses[0]
+
+
 def logits(model: nn.Module, ids: Tensor, **more: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(input_ids=ids, use_cache=False, **more).logits[0]
@@ -159,9 +187,9 @@ def test_a_step_learns_and_a_resumed_one_is_the_same(name: str, quantize: str | 
     losses.append(step(model, optimizer, rows))
 
     again, its_optimizer, its_rows = start()
-    state, tensors = load_snapshot(tmp_path)
-    restore(again, its_optimizer, tensors)
-    its_rows.state = tuple(state["rows"])
+    state, tensors, _ = load_snapshot(tmp_path)
+    restore(again, its_optimizer, load(tensors))
+    its_rows.state = tuple(json.loads(state)["rows"])
     assert step(again, its_optimizer, its_rows) == losses[2]
     resumed = dict(again.named_parameters())
     assert all(torch.equal(value, resumed[key]) for key, value in trained.items())

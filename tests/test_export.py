@@ -177,12 +177,12 @@ def _named(layers: dict[str, dict[str, Tensor]]) -> nn.Module:
     """A module tree with a linear layer under each name, which is all that writing an adapter looks at."""
     root = nn.Module()
     for name, parts in layers.items():
-        owner, *rest = root, *name.split(".")
-        for part in rest[:-1]:
+        owner, (*path, leaf) = root, name.split(".")
+        for part in path:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        owner.add_module(rest[-1], nn.Linear(parts["lora_A"].shape[1], parts["lora_B"].shape[0], bias=False, device="meta"))
+        owner.add_module(leaf, nn.Linear(parts["lora_A"].shape[1], parts["lora_B"].shape[0], bias=False, device="meta"))
     return root
 
 
@@ -373,3 +373,15 @@ def test_llama_cpp_generates_the_same_tokens(trained: Path, tmp_path: Path) -> N
         while ids.shape[1] < len(prompt) + 32:
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert got == ids[0, len(prompt) :].tolist()
+
+
+# --- Memory: the short version of bench/export_memory.py
+@pytest.mark.skipif(os.name == "nt", reason="reads the peak from the kernel by resource")
+def test_merging_stays_near_the_largest_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import export_memory  # type: ignore[import-not-found]
+
+    size, largest = export_memory.build(tmp_path, hidden=512, layers=12, vocabulary=16000)
+    found = export_memory.measure(tmp_path, "16bit")
+    assert size > 5 * largest
+    assert found["peak_bytes"] < found["imports_bytes"] + 3 * largest + 100 * 10**6

@@ -74,3 +74,33 @@ def test_alibi_slopes_add_slope_times_distance() -> None:
     bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
     row = packed_attention(module, query, key, value, scaling=0.5, cu_seqlens=bounds)[0].transpose(1, 2)
     torch.testing.assert_close(row[:, :, :2], expected[:, :, :2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_alibi_is_exact_over_a_long_row_and_keeps_nothing_of_its_square(dtype: torch.dtype) -> None:
+    """600 positions, slopes of 5 heads (no powers of two among them): output and gradients against float64 with the bias written out."""
+    from cllm.model.attention import packed_attention
+    from cllm.model.checkpoint import alibi_slopes
+
+    torch.manual_seed(6)
+    module = torch.nn.Module()
+    module.alibi_slopes = alibi_slopes(5)
+    inputs = [torch.randn(1, 5, 600, 16).to(dtype) for _ in range(3)]
+    grad = torch.randn(1, 5, 600, 16).to(dtype)
+    distance = torch.arange(600) - torch.arange(600)[:, None]
+    bias = module.alibi_slopes.double()[:, None, None] * distance
+    results = []
+    for exact in (True, False):
+        q, k, v = (x.clone().to(torch.float64 if exact else dtype).requires_grad_() for x in inputs)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+            if exact:
+                scores = (q @ k.transpose(-1, -2) * 0.25 + bias).masked_fill(distance > 0, float("-inf"))
+                out = torch.softmax(scores, -1) @ v
+            else:
+                out = packed_attention(module, q, k, v, scaling=0.25)[0].transpose(1, 2)
+        results.append([out.detach(), *torch.autograd.grad(out, [q, k, v], grad.to(out.dtype))])
+    assert max(kept) < 600 * 600 * 2
+    for found, wanted in zip(results[1], results[0], strict=True):
+        error = (found.double() - wanted).norm() / wanted.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2), error

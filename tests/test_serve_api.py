@@ -182,7 +182,9 @@ def test_malformed_bodies_are_refused(server: Server) -> None:
     for body in (b"", b"{", b"[]", b"null", b'{"messages": NaN}', b"\xff\xfe", b"[" * 100_000):
         status, _, text = server.call("POST", "/v1/chat/completions", body)
         assert status == 400 and json.loads(text)["error"]["type"] == "invalid_request_error", body[:40]
-    assert server.call("POST", "/v1/chat/completions", b"{}", {"Content-Type": "text/plain"})[0] == 415
+    for kind in ("text/plain", "", "application/x-www-form-urlencoded"):
+        assert server.call("POST", "/v1/chat/completions", b"{}", {"Content-Type": kind})[0] == 415
+    assert server.call("POST", "/v1/models")[0] == 405 and server.call("POST", "/v1/chat/completions")[0] == 400
     assert server.chat(messages=[{"role": "user", "content": "\ud800"}])[0] == 200  # half a character is replaced
     for path in ("/v1/nothing", "/v1/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"):
         status, _, text = server.call("GET", path)

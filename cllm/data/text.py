@@ -74,7 +74,7 @@ def rewriter(options: TextOptions) -> Callable[[str], str]:
             from opencc import OpenCC
 
             steps.append(OpenCC(options.convert).convert)
-        except (ImportError, OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
             raise UserError("data.opencc", convert=options.convert, cause=error) from None
 
     def rewrite(text: str) -> str:

@@ -265,3 +265,19 @@ def _bucket(reference: str) -> str:
     """The length bucket of a reference: 1-4, 5-8, 9-16 … 257-512, 513+ characters."""
     high = 1 << max(2, (len(reference) - 1).bit_length())
     return "1-4" if high == 4 else f"{high // 2 + 1}-{high}" if high <= 512 else "513+"
+
+
+def compare(
+    engine: Engine, tokenizer: Tokenizer, asked: Sequence[Conversation], held_out: Callable[[], Rows], precision: Precision,
+    chunk_bytes: int, **how: Any,
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], dict[str, Statistics]]:  # fmt: skip
+    """(`evaluate`'s results and samples, `losses`): base and adapter on the same rows and questions, `how` as in `answers`.
+
+    Answers for which memory is short are left out.
+    """
+    measured = losses(engine.model, tokenizer, held_out, precision, chunk_bytes)
+    systems: dict[str, list[str]] = {}
+    if asked:
+        with unless_memory_is_short(engine):
+            systems = answers(engine, tokenizer, asked, **how)
+    return (*evaluate(asked if systems else [], systems, measured), measured)

@@ -23,7 +23,7 @@ from cllm.data.schema import Message
 from cllm.evaluate.answers import Rows, before_after, versus
 from cllm.learn.loss import output_head
 from cllm.learn.optim import out_of_memory
-from cllm.messages import UserError, say
+from cllm.messages import UserError
 from cllm.metrics import wilson_interval
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.serve.engine import Engine
@@ -199,17 +199,3 @@ def _macro_interval(parts: Sequence[Rows], resamples: int = 1000, seed: int = 12
     drawn = [rng.binomial(len(part), _accuracy(part)["accuracy"] / 100, resamples) / len(part) for part in parts]
     low, high = np.quantile(100 * np.mean(drawn, axis=0), [0.025, 0.975])
     return [float(low), float(high)]
-
-
-def accuracy_table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """One line per subject, then both averages with their intervals, one column per system."""
-
-    def cells(parts: Sequence[dict[str, Any]], key: str = "accuracy", interval: str = "interval") -> list[str]:
-        return [f"{its[key]:.1f} [{its[interval][0]:.1f}, {its[interval][1]:.1f}]" for its in parts]
-
-    systems = list(results.values())
-    lines = [["", say("eval.questions"), say("eval.shots"), *results]]
-    for name, its in systems[0]["subjects"].items():
-        lines.append([name, str(its["questions"]), str(its["shots"]), *cells([system["subjects"][name] for system in systems])])
-    lines.append([say("eval.micro"), str(systems[0]["questions"]), "", *cells(systems)])
-    return [*lines, [say("eval.macro"), "", "", *cells(systems, "macro", "macro_interval")]]

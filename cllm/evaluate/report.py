@@ -23,7 +23,7 @@ SHOWN = 20  # samples at either end
 COLOURS = ("#9bbcd8", "#d1a96b", "#1f5f99")
 _PAGE = Path(__file__).parents[1] / "assets" / "report.html"
 Results = dict[str, dict[str, Any]]
-Samples = Sequence[dict[str, Any]]
+Samples = list[dict[str, Any]]
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -51,8 +51,24 @@ def group_table(results: Results, key: str, metric: str) -> list[list[str]]:
     return lines if len(groups) > 1 else []
 
 
+def accuracy_table(results: Results) -> list[list[str]]:
+    """One line per subject, then both averages with their intervals, one column per system."""
+
+    def cells(parts: Sequence[dict[str, Any]], key: str = "accuracy", interval: str = "interval") -> list[str]:
+        return [f"{its[key]:.1f} [{its[interval][0]:.1f}, {its[interval][1]:.1f}]" for its in parts]
+
+    systems = list(results.values())
+    lines = [["", say("eval.questions"), say("eval.shots"), *results]]
+    for name, its in systems[0]["subjects"].items():
+        lines.append([name, str(its["questions"]), str(its["shots"]), *cells([system["subjects"][name] for system in systems])])
+    lines.append([say("eval.micro"), str(systems[0]["questions"]), "", *cells(systems)])
+    return [*lines, [say("eval.macro"), "", "", *cells(systems, "macro", "macro_interval")]]
+
+
 def tables(results: Results) -> list[list[list[str]]]:
     """Everything that is shown as a table."""
+    if "accuracy" in next(iter(results.values())):
+        return [accuracy_table(results)]
     shown = (score_table(results), group_table(results, "by_category", "exact"), group_table(results, "by_length", "rouge-l-char"))
     return [rows for rows in shown if rows]
 
@@ -62,24 +78,20 @@ def report(results: Results) -> str:
     return "\n\n".join(table(rows) for rows in tables(results))
 
 
-def write_json(folder: Path, results: Results, samples: Samples) -> None:
-    """eval.json and samples.jsonl."""
+def write_results(folder: Path, results: Results, samples: Samples) -> None:
+    """eval.json, samples.jsonl, scores.png and report.html, with the loss curve if `folder` or the one above it holds a run."""
     (folder / "eval.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
-
-
-def write_results(folder: Path, results: Results, samples: Samples) -> None:
-    """eval.json, samples.jsonl, scores.png and report.html, with the loss curve if `folder` or the one above it holds a run."""
-    write_json(folder, results, samples)
+    answered = [sample for sample in samples if "scores" in sample]
     plots = []
     if run := next((path for path in (folder, folder.parent) if (path / "metrics.jsonl").is_file()), None):
         draw_loss(run / "metrics.jsonl", folder / "loss.png")
         plots.append(folder / "loss.png")
-    if samples:
+    if answered:
         draw_scores(results, folder / "scores.png")
         plots.append(folder / "scores.png")
-    (folder / "report.html").write_text(_page(folder.name, results, samples, plots), encoding="utf-8")
+    (folder / "report.html").write_text(_page("/".join(folder.parts[-2:]), results, answered, plots), encoding="utf-8")
 
 
 def draw_scores(results: Results, target: Path) -> None:

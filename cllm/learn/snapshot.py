@@ -56,6 +56,17 @@ def find_runs(root: str | Path = "runs", *, name: str = "", needs: str = "adapte
     return sorted(runs, key=lambda run: ((run / "config.toml").stat().st_mtime_ns, run.name), reverse=True)
 
 
+def last_run(directory: str) -> Path:
+    """The run to resume: of `directory` and its -2, -3, …, the one started last that has a snapshot. Raises UserError if none has."""
+    wanted = Path(directory)
+    if os.environ.get("RANK", "0") != "0":
+        return wanted  # rank 0 reads and writes it; another machine may not even see it
+    found = find_runs(wanted.parent, name=wanted.name, needs="snapshots/step-*")
+    if not found:
+        raise UserError("snapshot.none", path=wanted)
+    return found[0]
+
+
 def newest_run(root: str | Path = "runs") -> Path:
     """The finished run under `root` that was started last. Raises UserError if there is none."""
     runs = find_runs(root)

@@ -33,10 +33,6 @@ def _split(text: str, pieces: re.Pattern[str]) -> list[str]:
     return list(pieces.findall(text))
 
 
-def _zh(text: str) -> list[str]:
-    return _split(text.strip(), _PIECES_ZH)
-
-
 def _13a(text: str) -> list[str]:
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     text = text.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
@@ -61,14 +57,12 @@ def _jieba_words(text: str) -> tuple[str, ...]:
     return tuple(jieba.cut(text))
 
 
-def _jieba(text: str) -> list[str]:
-    return list(_jieba_words(text))
-
-
 # name -> text to tokens. `char` and `jieba` keep white space as tokens; `tokens` drops those.
 Tokens = tuple[str, ...] | str  # a string is the sequence of its characters
-Tokenizer = Callable[[str], list[str]]
-TOKENIZERS: dict[str, Tokenizer] = {"zh": _zh, "13a": _13a, "intl": _intl, "none": str.split, "char": list, "jieba": _jieba}
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
+    "zh": lambda text: _split(text.strip(), _PIECES_ZH), "13a": _13a, "intl": _intl, "none": str.split, "char": list,
+    "jieba": lambda text: list(_jieba_words(text)),
+}  # fmt: skip
 
 
 @lru_cache(maxsize=16)  # small: several kinds of ROUGE ask for the same pair, but a hoard of tokens is slower than new ones

@@ -62,6 +62,22 @@ def _causal_mask(queries: int, keys: int, window: int | None, device: torch.devi
     return visible & (distance < window) if window is not None else visible
 
 
+def _with_alibi(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ALiBi adds slope * (k - q) to a score; softmax ignores what is constant in k, and slope * k is an inner product of its own.
+
+    It takes four more channels (eight for the kernels' alignment) instead of an (H, Q, K) bias: slope and position are each cut in two
+    parts that 8 bits of mantissa hold, so that bf16 is as exact as float32, where a bf16 bias would merge neighbouring positions.
+    """
+    high = slopes.to(query.dtype)
+    low = (slopes - high.to(slopes.dtype)).to(query.dtype)
+    position = torch.arange(key.shape[2], device=key.device)
+    parts = [position // 256 * 256, position % 256]
+    factors = F.pad(torch.stack([high, high, low, low], 1), (0, 4))[:, None]
+    positions = F.pad(torch.stack(parts * 2, 1).to(key.dtype), (0, 4))
+    query, key = (torch.cat([x, more.expand(*x.shape[:-1], 8)], -1) for x, more in ((query, factors), (key, positions)))
+    return query, key, F.pad(value, (0, 8))
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -74,16 +90,17 @@ def _attend(
     slopes: Tensor | None,
 ) -> Tensor:
     queries, keys = query.shape[2], key.shape[2]
-    if mask is None and slopes is None and softcap is None and queries in (1, keys):
+    if slopes is not None:
+        scaling = scaling or query.shape[-1] ** -0.5
+        wide = _with_alibi(query, key, value, slopes.to(query.device) / scaling)
+        how: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "slopes": None}
+        return _attend(*wide, mask, **how)[..., : value.shape[-1]]
+    if mask is None and softcap is None and queries in (1, keys):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scaling, is_causal=queries > 1, enable_gqa=key.shape[1] != query.shape[1]
         )
     if mask is None:
         mask = _causal_mask(queries, keys, None, query.device)
-    if slopes is not None:
-        # ALiBi adds slope * (k - q); softmax ignores what is constant in k, so slope * k relative to the last key serves.
-        bias = slopes.to(query.device)[:, None, None] * torch.arange(1 - keys, 1, device=query.device)
-        mask = torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
     if mask.dtype != torch.bool:
         # A row without any visible key (left padding) stays finite with the dtype's minimum, not with -inf.
         mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)

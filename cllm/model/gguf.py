@@ -90,7 +90,7 @@ def architecture(config: Any) -> str:
     """llama.cpp's name for a native config. Raises UserError for classes and settings that it would compute differently."""
     kinds = config.architectures or ["?"]
     name = next((name for name, family in GGUF.items() if family.architecture == kinds[0]), "")
-    rope = config.rope_parameters or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
     wrong = [str(p["rope_type"]) for p in parts if p.get("rope_type", "default") not in ("default", "linear", "dynamic")]
     pattern = ["sliding_attention" if layer % 6 else "full_attention" for layer in range(1, config.num_hidden_layers + 1)]

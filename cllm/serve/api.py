@@ -106,7 +106,8 @@ class Guard:
             if not self._is_key(sent):
                 return _refuse(401, "serve.key")
         is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
-        if scope["method"] == "POST" and not is_json:  # neither a form of another site nor an upload gets further
+        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        if scope["method"] == "POST" and has_body and not is_json:  # neither a form of another site nor an upload gets further
             return _refuse(415, "serve.json")
         return None
 
@@ -157,7 +158,7 @@ class ChatRequest(Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None

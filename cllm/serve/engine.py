@@ -60,9 +60,9 @@ class Sampling:
     stop_ids: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        values = {key: getattr(self, key) for key in LIMITS}
-        wrong = [f"{key} = {value} ({LIMITS[key][0]} … {LIMITS[key][1]})" for key, value in values.items()
-                 if not LIMITS[key][0] <= value <= LIMITS[key][1]]  # fmt: skip
+        wrong = [
+            f"{key} = {value} ({low} … {high})" for key, (low, high) in LIMITS.items() if not low <= (value := getattr(self, key)) <= high
+        ]
         if wrong:
             raise UserError("serve.sampling", problems="; ".join(wrong))
 

@@ -89,7 +89,7 @@ def build_page(t: Any, loaded: Loaded, engine: Engine) -> Any:
 
 
 def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
-    """Streaming, stop, regenerate, edit, undo; returns the settings, which Compare shares."""
+    """Streaming, stop, regenerate, edit; returns the settings, which Compare shares."""
     import gradio as gr
 
     chatbot = gr.Chatbot(
@@ -124,9 +124,6 @@ def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
         turns = [*history[: _index(data)], {"role": "user", "content": data.value}]
         return gr.Textbox(submit_btn=False, stop_btn=True), turns
 
-    def undo(history: Turns, data: gr.UndoData) -> tuple[str, Turns]:
-        return _text(history[_index(data)]["content"]), history[: _index(data)]
-
     starts = [
         box.submit(ask, [box, chatbot], [box, chatbot], **QUIET),
         chatbot.retry(again, chatbot, [box, chatbot], **QUIET),
@@ -136,7 +133,6 @@ def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
     for event in answers:
         event.then(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, **QUIET)
     box.stop(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, cancels=answers, **QUIET)
-    chatbot.undo(undo, chatbot, [box, chatbot], **QUIET)
     return knobs
 
 
