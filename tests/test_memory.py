@@ -73,7 +73,9 @@ def build(config: dict[str, object], settings: Settings):  # type: ignore[no-unt
     from cllm.model import offload
     from cllm.model.checkpoint import random_model
     from cllm.model.lora import inject_lora
+    from cllm.model.nf4 import dequantize, quantize_nf4
 
+    dequantize(quantize_nf4(torch.ones(64)))  # the kernel is chosen and its tables are made before anything is counted
     torch.manual_seed(0)
     precision = Precision.choose(settings.precision, "cpu")
     quantize = None if settings.quantize == "none" else "nf4"
