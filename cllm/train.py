@@ -318,9 +318,11 @@ def main(argv: list[str]) -> int:
     """Train as the config says; the last line on stdout is {"run", "steps", "loss", "eval"}. Under torchrun rank 0 speaks."""
     arguments = _arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    from cllm.learn.snapshot import last_run
+    resume = None
+    if arguments.resume:
+        from cllm.learn.snapshot import last_run
 
-    resume = last_run(config.run.dir) if arguments.resume else None
+        resume = last_run(config.run.dir)
     training = Training(config, accept_rejects=arguments.accept_rejects, allow_changes=arguments.allow_changes, resume=resume)
     with contextlib.closing(training):
         loss = training.loop()

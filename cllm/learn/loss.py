@@ -47,9 +47,11 @@ def output_head(model: Any) -> nn.Module:
 @torch.no_grad()
 def check_head(model: Any) -> None:
     """Raises UserError if the model's logits are not `output_head` of its last hidden states: its loss would be another one."""
-    ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
+    ids, was_training = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None], model.training
+    model.eval()  # dropout would make two passes differ
     hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     logits = model(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
     if hidden is None or (output_head(model)(hidden).float() - logits).abs().max() > 0.01 * logits.abs().max():
         raise UserError("train.head", architecture=type(model).__name__)
 
