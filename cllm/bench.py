@@ -186,6 +186,7 @@ def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[st
     used = settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=plan.checkpoint_layers)
     return {
         "model": name, "budget_gib": budget, **asdict(settings), **asdict(estimate), "total": estimate.total, "grid": grid,
+        "conversion": memory.conversion_bytes(shape),
         "fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers, "time": _time(config, shape, used, work),
         "ladder": [{"change": step.change, "total": step.total, "slowdown": step.slowdown} for step in plan.ladder],
     }  # fmt: skip

@@ -26,6 +26,7 @@ SHAPES = Path(__file__).parent / "assets" / "shapes.json"
 ROW_STEP = 128  # tokens: granularity of the longest row
 CONTEXT_BYTES = 450 * MIB  # CUDA context and cuBLAS workspaces
 FRAGMENTATION_BYTES = 250 * MIB
+CONVERSION_BYTES = 75_000_000
 _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
 _PIECE = 2**22  # cllm.model.lora makes so many elements of a gated MLP's product at a time
 _HEAD_TILE = 2**25  # cllm.learn.loss dequantizes so many weights of a 4-bit head at a time
@@ -236,6 +237,13 @@ def _recomputed(shape: Shape, s: Settings) -> set[int]:
     return {*range(shape.layers)[: shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers], *_streamed(shape, s)}
 
 
+def conversion_bytes(shape: Shape) -> int:
+    """Anonymous host memory that `tools/convert.py` (or loading) needs of a 16-bit original beyond its imports: the largest tensor as it is
+    stored, where q, k and v or gate and up may be one, and what a streamed write takes (bench/results/convert_memory.json)."""
+    heads, fused = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, 2 * shape.intermediate if shape.fused_mlp else shape.intermediate
+    return 2 * shape.hidden * max(shape.vocab, heads, fused) + CONVERSION_BYTES
+
+
 def nf4_bytes(weights: int) -> int:
     """4 bits a weight, an 8-bit scale per 64 weights, a float per 256 of those, and their mean."""
     return sum(_nf4_parts(weights))
@@ -360,7 +368,7 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
         _, heads, key_dim, value_dim = shape.mixer
         chunked = 7.6 * key_dim + 9.5 * value_dim + 5.8 * 64 + 2.1 * key_dim * value_dim / 64
         peak = int(4 * s.row_tokens * heads * chunked)
-        attention = max(attention, peak * 92 // 100, peak - gates)  # beside the MLP's backward, or in its own when the MLP is done
+        attention = max(attention, peak * 80 // 100, peak - 2 * gates)  # beside the MLP's backward, or in its own when the MLP is done
     return norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora, gates, 0 if lean else wide
 
 

@@ -16,6 +16,7 @@ from cllm.memory import (
     MIB,
     SHAPES,
     Settings,
+    conversion_bytes,
     estimate_vram,
     find_shape,
     fit,
@@ -214,6 +215,15 @@ def test_total_grows_with_everything_that_costs(name: str) -> None:
     for change in ({"row_tokens": 1024}, {"rank": 64}, {"precision": "fp32"}, {"quantize": "none"}):
         if name != "openai-community/gpt2" or "quantize" not in change:  # GPT-2's Conv1D stays dense
             assert estimate_vram(shape, replace(small, **change)).total > total, change
+
+
+@pytest.mark.parametrize("results", ["convert_memory.json", "convert_memory_bin.json"])
+def test_conversion_takes_about_its_largest_tensor(results: str) -> None:
+    measured = json.loads((Path(__file__).parents[1] / "bench" / "results" / results).read_text(encoding="utf-8"))
+    sizes = {"padded_vocab_size": 24576, "hidden_size": 2048, "ffn_hidden_size": 6848, "num_layers": 4, "num_attention_heads": 16}
+    estimate = conversion_bytes(shape_of(PUBLISHED["THUDM/chatglm3-6b"] | sizes))
+    assert 0.7 * estimate < measured["above_bytes"] <= 1.01 * estimate < measured["threshold_bytes"]
+    assert conversion_bytes(find_shape("chatglm3-6b")) == 2 * 65024 * 4096 + 75_000_000  # 608 MB of the real 12.5 GB
 
 
 def test_names_match_whoever_the_owner_and_chat_models_have_the_shape_of_their_base() -> None:

@@ -85,7 +85,10 @@ def test_reasoning_is_folded_and_not_said_again(page: Page) -> None:
     ]
     again = [*turns, {"role": "user", "content": "再来"}]
     plain = [{"role": role, "content": words} for role, words in (("user", "你好"), ("assistant", "二"), ("user", "再来"))]
-    assert page.call("respond", again, "demo", "", *GREEDY)[0][-1] == page.call("respond", plain, "demo", "", *GREEDY)[0][-1]
+    assert (
+        page.call("respond", browser(), again, "demo", "", *GREEDY)[0][-1]
+        == page.call("respond", browser(), plain, "demo", "", *GREEDY)[0][-1]
+    )
 
 
 def test_reasoning_that_the_prompt_opens_is_part_of_the_answer(page: Page) -> None:
