@@ -209,32 +209,14 @@ def _new_config(config: Config, account: dict[str, Any], path: Path) -> str:
     fitting = _fitting(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
     preset, row = fitting or (config, config.train.row_tokens)
     unit = "tokens" if "tokens" in account else "characters"
-    why = (
-        "the largest preset that fits the free GPU memory" if fitting else "no GPU, or none with room for a preset: the model of the check"
-    )
-    table = "{ " + ", ".join(f"{role} = {_quoted(name)}" for role, name in columns.items()) + " }"
-    return f"""# Made by python -m cllm.check for {source.path}: {account["rows"]} rows, {account["valid"]} valid.
-#     python -m cllm.train {path}
-
-[model]
-path = {_quoted(preset.model.path)}  # {why}
-quantize = {_quoted(preset.model.quantize)}
-template = "auto"  # by model family
-
-[data]
-train = {_quoted(source.path)}
-{"columns = " + table if columns else "# columns = { user = … , assistant = … }  # not needed: the rows are understood as they are"}
-kind = {_quoted(config.data.kind)}
-held_out = 0.05  # split off by content for evaluation
-
-[train]
-row_tokens = {row}  # the longest conversation; 99 % have at most {account[unit].get("p99", 0)} {unit}
-tokens_per_step = {max(8192, row)}
-epochs = 3.0
-
-[run]
-dir = {_quoted(f"runs/{path.stem}")}
-"""
+    return say(
+        "check.new_config",
+        source=source.path, rows=account["rows"], valid=account["valid"], file=path, model=_quoted(preset.model.path),
+        why=say("check.fits" if fitting else "check.no_gpu"), quantize=_quoted(preset.model.quantize), train=_quoted(source.path),
+        columns="{ " + ", ".join(f"{role} = {_quoted(name)}" for role, name in columns.items()) + " }" if columns else "{}",
+        kind=_quoted(config.data.kind), row=row, longest=account[unit].get("p99", 0), unit=say(f"check.unit.{unit}"),
+        step=max(8192, row), run=_quoted(f"runs/{path.stem}"),
+    )  # fmt: skip
 
 
 def _quoted(text: str) -> str:
@@ -247,11 +229,5 @@ def _report(path: Path, title: str, text: str, lengths: list[int], limit: int) -
 
     picture = path.with_name("lengths.png")
     plot_lengths(lengths, picture, "tokens" if limit else "characters", limit)
-    image = base64.b64encode(picture.read_bytes()).decode()
-    body = html.escape(text).replace("⟦", "<b>").replace("⟧", "</b>")
-    path.write_text(
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;margin:2em}}"
-        f"pre{{white-space:pre-wrap;overflow-wrap:anywhere}}b{{color:#080;background:#e8f8e8;font-weight:normal}}img{{max-width:100%}}</style>"
-        f'<h1>{html.escape(title)}</h1><img alt="lengths" src="data:image/png;base64,{image}"><pre>{body}</pre>\n',
-        encoding="utf-8",
-    )
+    page = say("check.page", title=html.escape(title), image=base64.b64encode(picture.read_bytes()).decode(), body=html.escape(text))
+    path.write_text(page.replace("⟦", "<b>").replace("⟧", "</b>"), encoding="utf-8")
