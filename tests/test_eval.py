@@ -238,6 +238,7 @@ def test_a_run_sits_an_exam(trained: Path, tmp_path: Path, checkpoint: Path, cap
     shots = base["subjects"]["anatomy"]["shots"]
     assert 0 < shots < 5, "512 positions do not hold five shots of three bytes a character"
     samples = [json.loads(line) for line in (Path(summary["folder"]) / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "mean of subjects (macro)" in (Path(summary["folder"]) / "report.html").read_text(encoding="utf-8")
     right = sum(max(row["log_likelihoods"]["base"], key=row["log_likelihoods"]["base"].get) == row["answer"] for row in samples)
     assert 100 * right / 6 == pytest.approx(base["accuracy"])
     subject = read_subjects(data, shots)[0]
