@@ -268,7 +268,7 @@ def test_gguf_program(trained: Path, to: str, tmp_path: Path, capsys: pytest.Cap
 def test_an_export_beyond_the_limits_is_not_kept(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cllm.model import merge
 
-    monkeypatch.setattr(merge, "adapter_scaling", lambda config: 0.0)  # a merge that loses the adapter
+    monkeypatch.setattr(merge, "adapter_scaling", lambda config: 40.0)  # a merge that scales the adapter wrongly
     with pytest.raises(UserError, match="differs from the trained model") as caught:
         run(trained, "merged", tmp_path / "out")
     assert caught.value.code == "export.differs"
