@@ -128,6 +128,7 @@ class Prepared:
         from cllm.model.tokenizer import with_trained_end
         from cllm.serve.engine import Engine
 
+        self.model.eval()  # adapters are made in training mode, and dropout would look like a head that is not known
         with self.precision.autocast():
             check_head(self.model)
             self.single = not packs(self.model)
