@@ -167,7 +167,7 @@ def test_eight_bit_adamw_equals_the_cpu() -> None:
     start, grads = torch.randn(64, 130), [torch.randn(64, 130) for _ in range(5)]
     results = []
     for device in ("cpu", "cuda"):
-        parameter = torch.nn.Parameter(start.to(device))
+        parameter = torch.nn.Parameter(start.clone().to(device))
         optimizer = AdamW8bit([parameter], 1e-2, weight_decay=0.1)
         for grad in grads:
             parameter.grad = grad.to(device)

@@ -163,7 +163,7 @@ def test_tiled_mlp_equals_whole(architecture: str, tokens: int) -> None:
 
 
 def test_tiles_take_less_memory() -> None:
-    from cllm.bench import peak_storage_bytes
+    from cllm.learn.proof import peak_storage_bytes
 
     model = model_of(layers=2)
     checkpoint_layers(model)
