@@ -231,3 +231,9 @@ def _report(path: Path, title: str, text: str, lengths: list[int], limit: int) -
     plot_lengths(lengths, picture, "tokens" if limit else "characters", limit)
     page = say("check.page", title=html.escape(title), image=base64.b64encode(picture.read_bytes()).decode(), body=html.escape(text))
     path.write_text(page.replace("⟦", "<b>").replace("⟧", "</b>"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from cllm.__main__ import run
+
+    sys.exit(run("check"))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cllm.__main__ import PROGRAMS as PROGRAM_NAMES
+
 PACKAGE = Path(__file__).parents[1] / "cllm"
 LAYER_1 = {
     "config",
@@ -130,6 +132,12 @@ def test_help_answers_quickly_and_without_torch() -> None:
         "import sys, cllm.train, cllm.config, cllm.data.schema, cllm.metrics; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", PROGRAM_NAMES)
+def test_every_program_runs_as_a_module(name: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"cllm.{name}", "--help"], capture_output=True, text=True, check=True)
+    assert f"usage: cllm.{name}" in done.stdout
 
 
 def test_no_remote_code_no_pickle_no_trainer() -> None:
