@@ -162,7 +162,7 @@ def _compare_tab(t: Any, loaded: Loaded, engine: Engine, knobs: list[Any]) -> No
 
     pairs = {f"{first} ↔ {second}": [first, second] for first, second in combinations(loaded.models, 2)}
     pair = gr.Radio(list(pairs), value=next(iter(pairs)), show_label=False, container=False, visible=len(pairs) > 1)
-    with gr.Row():
+    with gr.Row(equal_height=True):
         question = gr.Textbox(
             show_label=False, placeholder=t("compare_ask"), max_lines=6, submit_btn=True, container=False, scale=5, elem_classes="field"
         )
