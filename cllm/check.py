@@ -33,7 +33,7 @@ REPLYING = "answer response reply output completion summary target tgt 答 复 �
 
 def main(argv: list[str]) -> int:
     """Print the account; the last line of stdout is it as JSON. Bad rows are no error: they are what this program is for."""
-    parser = argparse.ArgumentParser(prog="python -m cllm.check", description=say("check.help"))
+    parser = argparse.ArgumentParser(prog="cllm.check", description=say("check.help"))
     parser.add_argument("target", help=say("check.help.target"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=say("check.help.overrides"))
     for option in ("init", "write", "report"):
