@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _votes(run: Path) -> dict[str, Any]:
+def _votes(run: Path) -> list[dict[str, Any]]:
     from cllm.evaluate.votes import summarise, vote_table
     from cllm.learn.log import read_metrics
 

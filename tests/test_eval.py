@@ -250,14 +250,21 @@ def test_a_run_sits_an_exam(trained: Path, tmp_path: Path, checkpoint: Path, cap
 
 
 # --- Votes
-def test_votes_are_counted_for_the_adapter(tmp_path: Path, capsys: Capture) -> None:
+def test_votes_are_counted_per_pair_of_models(tmp_path: Path, capsys: Capture) -> None:
     votes = [("a", "r", "base", "x"), ("b", "base", "r", "x"), ("b", "r", "base", "y"), ("tie", "r", "base", ""), ("bad", "base", "r", "y")]
+    votes += [("a", "s", "r", "x"), ("b", "r", "s", "x"), ("a", "r", "s", "z"), ("tie", "s", "r", "z")]
     rows = [{"vote": vote, "models": [a, b], "category": category} for vote, a, b, category in votes]
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn', encoding="utf-8")
     assert run("eval", [str(tmp_path), "--votes"]) == 0
-    summary = last_line(capsys)["votes"]
-    assert [summary[key] for key in ("wins", "losses", "ties", "both_bad")] == [2, 1, 1, 1]
-    assert summary["win_rate"] == pytest.approx(2 / 3) and 0.2 < summary["low"] < 0.3 and 0.9 < summary["high"] < 1
-    assert [summary["by_category"][key]["wins"] for key in "xy"] == [2, 0]
-    undecided = summarise([{"vote": "tie", "models": ["base", "r"]}])
+    against_base, adapters = last_line(capsys)["votes"]
+    assert against_base["models"] == ["r", "base"] and adapters["models"] == ["r", "s"]
+    assert [against_base[key] for key in ("wins", "losses", "ties", "both_bad")] == [2, 1, 1, 1]
+    assert against_base["win_rate"] == pytest.approx(2 / 3) and 0.2 < against_base["low"] < 0.3 and 0.9 < against_base["high"] < 1
+    assert [against_base["by_category"][key]["wins"] for key in "xy"] == [2, 0]
+    # An adapter can lose against another one; the base takes no part in that.
+    assert [adapters[key] for key in ("wins", "losses", "ties", "both_bad")] == [1, 2, 1, 0]
+    assert [(adapters["by_category"][key]["wins"], adapters["by_category"][key]["losses"]) for key in "xz"] == [(0, 2), (1, 0)]
+    first, then = summarise(list(reversed(rows)))
+    assert (first, then) == (against_base, adapters), "the order of the votes and of A and B does not matter"
+    (undecided,) = summarise([{"vote": "tie", "models": ["base", "r"]}])
     assert undecided["ties"] == 1 and (undecided["low"], undecided["high"]) == (0, 1) and not math.isnan(undecided["win_rate"])
