@@ -37,6 +37,8 @@ CONVERSATIONS, POSITIONS, SAMPLES, SAMPLE_TOKENS = 16, 512, 3, 32
 # --- Writing
 def write(found: Located, base: Path, tokenizer: Tokenizer, folder: Path, to: str, *, nf4: bool, kind: str) -> None:
     """The export in the new directory `folder`. Raises UserError for what the target cannot hold, before anything is written."""
+    import torch
+
     from cllm.data.dialects import go
     from cllm.model.gguf import architecture, write_gguf
     from cllm.model.lora import read_adapter, write_adapter
@@ -52,7 +54,8 @@ def write(found: Located, base: Path, tokenizer: Tokenizer, folder: Path, to: st
         architecture(config)
         keys, modelfile = tokenizer.to_gguf(config.vocab_size), go(tokenizer.template) if to == "ollama" else ""
         folder.mkdir(parents=True)
-        write_gguf(folder / "model.gguf", config, merge.layout, merge.tensors(), kind, keys)
+        # float32, so that the writer alone rounds: a 16-bit base would round the sums before
+        write_gguf(folder / "model.gguf", config, merge.layout, merge.tensors(torch.float32), kind, keys)
         if modelfile:
             (folder / "Modelfile").write_text(_modelfile(tokenizer, modelfile), encoding="utf-8")
         return

@@ -76,7 +76,7 @@ class Prepared:
         from cllm.learn.optim import Precision, make_optimizer
         from cllm.learn.proof import cap_allocator, choose_device
         from cllm.memory import plan_run, settings_of
-        from cllm.model.checkpoint import load_model, original_config
+        from cllm.model.checkpoint import load_model, open_checkpoint, original_config, split_rows
         from cllm.model.lora import inject_lora, load_adapter
         from cllm.model.offload import place
 
@@ -98,8 +98,9 @@ class Prepared:
         )  # fmt: skip
         lora = config.lora
         if lora.init_from:
-            source = Path(lora.init_from)
-            layers = load_adapter(self.model, source / "adapter" if (source / "adapter").is_dir() else source, dropout=lora.dropout)
+            source, split = Path(lora.init_from), split_rows(open_checkpoint(self.base))
+            folder = source / "adapter" if (source / "adapter").is_dir() else source
+            layers = load_adapter(self.model, folder, dropout=lora.dropout, split=split)
         else:
             layers = inject_lora(
                 self.model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora, dora=lora.dora

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from serving import open_tiny
 
 from cllm.chat import Terminal
@@ -94,6 +96,17 @@ def test_open_model_names_what_is_missing(loaded: Loaded, tmp_path: Path) -> Non
     assert bare.adapter_name is None and bare.home is None
     alone = open_model(loaded.home / "adapter", device="cpu")
     assert alone.adapter_name == loaded.adapter_name == "demo" and alone.tokenizer.template == loaded.tokenizer.template
+
+
+def test_a_run_is_opened_with_the_head_that_it_was_trained_with(loaded: Loaded, tmp_path: Path) -> None:
+    from cllm.model.nf4 import NF4Linear
+
+    run = tmp_path / "run"
+    assert loaded.home is not None
+    shutil.copytree(loaded.home, run)
+    (run / "config.toml").write_text(f"[model]\npath = {json.dumps(loaded.base_name)}\nhead = 'nf4'\n", encoding="utf-8")
+    heads = [open_model(run, device="cpu", quantize=quantize).model.get_output_embeddings() for quantize in ("", "none")]  # type: ignore[operator]
+    assert [type(head) for head in heads] == [NF4Linear, torch.nn.Linear]
 
 
 def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded) -> None:

@@ -142,19 +142,15 @@ FUSED: dict[str, tuple[str, Callable[[str], list[str]]]] = {
 }
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", FUSED)
-def test_an_adapter_on_fused_names_loads_split(name: str, dora: bool, tmp_path: Path) -> None:
-    """W' = W + s B A on the fused rows, computed on the original checkpoint's own tensors, against the adapter on the native model."""
+def fused_adapter(name: str, tmp_path: Path, dora: bool = False) -> int:
+    """A random adapter on the fused names, in `tmp_path`/adapter, and the checkpoint that it makes, in changed; returns the layers."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(LOCAL / name, tmp_path / "changed")
     stored = load_file(LOCAL / name / "model.safetensors")
     torch.manual_seed(2)
     layers: dict[str, dict[str, Tensor]] = {}
-    native = load_model(LOCAL / name)
-    for i in range(len(native.model.layers)):  # type: ignore[union-attr, arg-type]
-        fused = FUSED[name][0].format(i)
+    for fused in (fused for i in range(9) if f"{(fused := FUSED[name][0].format(i))}.weight" in stored):
         weight = stored[f"{fused}.weight"].float()
         parts = {"lora_A": torch.randn(4, weight.shape[1]) * 0.1, "lora_B": torch.randn(weight.shape[0], 4) * 0.1}
         summed = weight + 1.5 * parts["lora_B"] @ parts["lora_A"]
@@ -166,11 +162,34 @@ def test_an_adapter_on_fused_names_loads_split(name: str, dora: bool, tmp_path: 
     save_file(stored, tmp_path / "changed" / "model.safetensors")
     settings = {"base_model_name_or_path": str(LOCAL / name), "r": 4, "lora_alpha": 6.0, "use_rslora": False, "use_dora": dora}
     write_adapter(_named(layers), tmp_path / "adapter", layers, settings)
+    return len(layers)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_an_adapter_on_fused_names_loads_split(name: str, dora: bool, tmp_path: Path) -> None:
+    """W' = W + s B A on the fused rows, computed on the original checkpoint's own tensors, against the adapter on the native model."""
+    count, native = fused_adapter(name, tmp_path, dora), load_model(LOCAL / name)
     loaded = load_adapter(native, tmp_path / "adapter", split=split_rows(open_checkpoint(LOCAL / name)))
-    assert set(loaded) == {n for i in range(len(layers)) for n in FUSED[name][1](str(i))}
+    assert count == len(native.model.layers)  # type: ignore[union-attr, arg-type]
+    assert set(loaded) == {n for i in range(count) for n in FUSED[name][1](str(i))}
     assert (logits(native) - logits(load_model(tmp_path / "changed"))).abs().max() < 1e-4
     out = merged(LOCAL / name, tmp_path / "adapter", tmp_path / "out")
     assert (logits(out) - logits(native)).abs().max() < 1e-5
+
+
+def test_training_goes_on_from_an_adapter_on_fused_names(config: Path, checkpoint: Path, tmp_path: Path) -> None:
+    from cllm.config import load_config
+    from cllm.train import Training
+
+    fused_adapter("qwen", tmp_path)
+    base = Path(shutil.copytree(LOCAL / "qwen", tmp_path / "base"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / file, base)
+    training = Training(load_config(config, [f"model.path={base}", f"lora.init_from={tmp_path / 'adapter'}"]))
+    assert (logits(training.model.eval()) - logits(load_model(tmp_path / "changed"))).abs().max() < 1e-4
+    first = training.model.model.layers[0].self_attn
+    assert torch.equal(first.q_proj.lora_A, first.v_proj.lora_A) and first.q_proj.lora_A.requires_grad
 
 
 def _named(layers: dict[str, dict[str, Tensor]]) -> nn.Module:
@@ -189,13 +208,14 @@ def _named(layers: dict[str, dict[str, Tensor]]) -> nn.Module:
 # --- GGUF
 @pytest.mark.parametrize(("name", "kind"), [("llama", "f32"), ("qwen2", "f32"), ("qwen3", "f16"), ("glm", "f32"), ("llama", "q8_0")])
 def test_gguf_read_back(name: str, kind: str, tmp_path: Path) -> None:
+    """From a base in bf16: what is summed must not be rounded to its type on the way to a finer one."""
     from cllm.model.gguf import write_gguf
 
-    tiny_model(name).save_pretrained(tmp_path / "base")
+    tiny_model(name).bfloat16().save_pretrained(tmp_path / "base")
     expected = logits(adapted(load_model(tmp_path / "base"), tmp_path / "adapter"))
     merge = open_merge(tmp_path / "base", tmp_path / "adapter")
     keys = {"ggml.tokens": ["a"], "ggml.eos_token_id": 1, "ggml.bos_token_id": 2, "ggml.padding_token_id": 0}
-    write_gguf(tmp_path / "x.gguf", merge.checkpoint.config, merge.layout, merge.tensors(), kind, keys)
+    write_gguf(tmp_path / "x.gguf", merge.checkpoint.config, merge.layout, merge.tensors(torch.float32), kind, keys)
     error = (logits(load_model(tmp_path / "x.gguf")) - expected).abs().max()
     assert error < {"f32": 1e-5, "f16": 2e-2, "q8_0": 0.5}[kind]
 

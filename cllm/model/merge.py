@@ -36,8 +36,8 @@ class Merge(NamedTuple):
     scaling: float
     nf4: bool
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Native (name, tensor) pairs of `layout`, in its order, merged."""
+    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Native (name, tensor) pairs of `layout`, in its order, merged; the sums in `dtype`, by default rounded to what the base has."""
         head = self.model.get_output_embeddings()
         modules = dict(self.model.named_modules())
         for name, tensor in converted(self.checkpoint, self.layout):
@@ -46,6 +46,7 @@ class Merge(NamedTuple):
             if self.nf4 and leaf == "weight" and type(module) is nn.Linear and module is not head:
                 tensor = dequantize(quantize_nf4(tensor), torch.float32)
             if leaf == "weight" and owner in self.adapter:
+                tensor = tensor.to(dtype or tensor.dtype)
                 stored_as_is = isinstance(module, nn.Linear)
                 merge_into(tensor if stored_as_is else tensor.T, self.scaling, self.adapter[owner])
             yield name, tensor

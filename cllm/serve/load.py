@@ -90,8 +90,8 @@ def open_tokenizer(found: Located) -> Tokenizer:
 
 
 def open_model(name: str | Path, *, precision: str = "", device: str = "auto", quantize: str = "") -> Loaded:
-    """Open what `locate` finds. A run is opened as it was trained unless `precision` or `quantize` say otherwise; anything else in
-    "auto" precision, not quantized. Raises UserError as `locate`, and what loading raises.
+    """Open what `locate` finds. A run is opened as it was trained unless `precision` or `quantize` (of the base; its head is then 16-bit)
+    say otherwise; anything else in "auto" precision, not quantized. Raises UserError as `locate`, and what loading raises.
     """
     found = locate(name)
     config, folder = found.config, found.adapter
@@ -101,7 +101,7 @@ def open_model(name: str | Path, *, precision: str = "", device: str = "auto", q
     tokenizer = open_tokenizer(found)
     base = resolve(found.base_name)
     quantized = "nf4" if (quantize or config.quantize) == "nf4" else None
-    model = load_model(base, dtype=chosen.weights, device=device, quantize=quantized)
+    model = load_model(base, dtype=chosen.weights, device=device, quantize=quantized, head="16bit" if quantize else config.head)
     tokenizer = tokenizer if folder else with_trained_end(tokenizer, model)
     chosen.prepare(model)
     if folder is not None:
