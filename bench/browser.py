@@ -133,9 +133,11 @@ def on_a_phone(page: Page, images: Path, question: str) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{name} scrolls sideways on a phone"
 
 
-def stopping(page: Page, question: str) -> bool:
-    """Stop an answer while it comes; afterwards it does not grow and the page is ready. False: the model was done too soon."""
-    page.get_by_label("temperature").first.fill("2")
+def stopping(page: Page, question: str) -> str:
+    """Stop an answer while it comes: what came stays, it does not grow, and the page is ready for the next question."""
+    page.get_by_label("base").first.check()
+    for label, value in {"temperature": "2", "top-p": "1", "top-k": "200"}.items():  # the base rambles at random, up to the length limit
+        page.get_by_label(label).first.fill(value)
     for _ in range(5):
         ask(page, question)
         try:
@@ -144,12 +146,12 @@ def stopping(page: Page, question: str) -> bool:
         except TimeoutError:
             answer(page)
     else:
-        return False
+        raise AssertionError("five answers were done before the stop button could be pressed")
     text = answer(page)
     page.wait_for_timeout(1500)
     assert answer(page) == text
     page.locator("button.submit-button:visible").wait_for()
-    return True
+    return text
 
 
 def main() -> None:

@@ -16,11 +16,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import httpx
 import uvicorn
+from pydantic import Field
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -28,10 +29,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from serving import open_tiny  # noqa: E402 - after the path
 
 from cllm.serve.answer import chat_sampling  # noqa: E402
-from cllm.serve.api import Guard, build_app  # noqa: E402
+from cllm.serve.api import ChatMessage, ChatRequest, Guard, build_app  # noqa: E402
 from cllm.serve.ui import mount_page  # noqa: E402
 
 URL = "http://127.0.0.1:7897"
+
+
+class Few(ChatRequest):
+    """No schema can say that 1,024 messages are too long for this model of 1,024 positions (400): here all that are allowed fit."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=16)]
 
 
 def short(**values: Any) -> Any:
@@ -44,7 +51,8 @@ def main() -> int:
     parser.add_argument("--phases", default="examples,coverage,fuzzing,stateful")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, patch("cllm.serve.api.chat_sampling", short):
+    patches = patch.multiple("cllm.serve.api", chat_sampling=short, ChatRequest=Few)
+    with tempfile.TemporaryDirectory() as folder, patches:
         loaded = open_tiny(Path(folder))
         engine = loaded.engine()
         app = Guard(mount_page(build_app(loaded, engine), loaded, engine))

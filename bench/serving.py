@@ -1,11 +1,13 @@
 """How fast the engine serves: 16 chats at once against one `generate` after the other and Transformers' own continuous batching.
 
-    python bench/serving.py models/SmolLM2-135M-Instruct.Q4_1.gguf [--tokens 128] [--rounds 3] [--out bench/results/serving-smollm2.json]
+    python bench/serving.py models/SmolLM2-135M-Instruct.Q4_1.gguf [--tokens 128] [--rounds 3] [--precision bf16] [--out FILE]
 
-One process, the variants alternate; medians over the rounds. Greedy, bf16, no stop ids, so that every variant makes the same number of
-tokens. Rates are per second of CPU time (set OMP_NUM_THREADS=1; on a GPU per second of wall time), so that a busy machine does not
-decide the ratios. `overhead_ms` is the engine's time outside the model's forward, per generated token. The API part asks 16 streaming
-clients at once over real sockets and subtracts the engine's own time to first token, measured with the same prompts.
+One process, the variants alternate; medians over the rounds. Greedy, no stop ids, so that every variant makes the same number of
+tokens. With one thread (OMP_NUM_THREADS=1) rates are per second of CPU time, so that a busy machine does not decide the ratios; with
+more, and on a GPU, per second of wall time. FILE keeps the results of other models and precisions. A CPU without bf16 units
+(`bf16_units` in the result) computes bf16 several times slower than fp32. `overhead_ms` is the engine's time outside the model's forward,
+per generated token. The API part asks 16 streaming clients at once over real sockets and subtracts the engine's own time to first
+token, measured with the same prompts.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from cllm.serve.engine import Engine, Sampling
 from cllm.serve.load import Loaded, open_model
 
 CHATS = 16
-clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
 TOPICS = "天气 历史 数学 厨艺 旅行 音乐 编程 物理 诗歌 健康 电影 体育 花草 汽车 法律 童年".split()
 
 
@@ -130,6 +132,12 @@ def first_tokens_of_api(loaded: Loaded, engine: Engine, tokens: int) -> list[flo
     return firsts
 
 
+def bf16_units() -> bool:
+    """Whether the CPU multiplies bf16 matrices itself."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bool({"amx_bf16", "avx512_bf16"} & set(info.read_text(encoding="utf-8").split()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -162,7 +170,8 @@ def main() -> None:
     medians = {key: statistics.median(values) for key, values in rates.items()}
     result = {
         "command": " ".join(["python", "bench/serving.py", *sys.argv[1:]]),
-        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(engine.device), "torch": torch.__version__},
+        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(engine.device), "torch": torch.__version__,
+                    "bf16_units": bf16_units(), "load": os.getloadavg()},
         "chats": CHATS, "new_tokens": arguments.tokens, "prompt_tokens": [len(prompt) for prompt in prompts],
         "tokens_per_second": {key: values for key, values in rates.items() if key != "overhead_ms"},
         "engine_over_sequential": medians["engine"] / medians["sequential"],
@@ -172,7 +181,9 @@ def main() -> None:
     }  # fmt: skip
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        results = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
+        results[f"{Path(arguments.model).stem} {arguments.precision}"] = result
+        arguments.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(result, ensure_ascii=False))
 
 

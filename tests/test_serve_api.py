@@ -304,6 +304,15 @@ def test_openais_own_client(server: Server, loaded: Loaded) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
+def test_whole_floats_are_integers_as_in_json_schema(server: Server) -> None:
+    """Found by schemathesis: 57.0 is an integer to JSON Schema; 57.5, "57" and true are none."""
+    counts = {"max_tokens": 2.0, "top_k": 57.0, "seed": 1.0, "n": 1.0}
+    assert server.call("POST", "/v1/chat/completions", {"messages": HELLO, **counts})[0] == 200
+    for wrong in (57.5, "57", True, 2.0**40):
+        status, _, text = server.call("POST", "/v1/chat/completions", {"messages": HELLO, "max_tokens": wrong})
+        assert status == 400 and json.loads(text)["error"]["param"] == "max_tokens", (wrong, text)
+
+
 def test_random_requests_are_answered_or_refused_as_described(server: Server) -> None:
     """A short version of bench/fuzz.py: bodies after the API's own description, and mutated ones; never a server's error."""
     schema = server.app.openapi()["components"]["schemas"]["ChatRequest"]

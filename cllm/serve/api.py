@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cllm.data.schema import Message
 from cllm.messages import UserError, say
 from cllm.serve.answer import Answer, ModelError, chat_sampling
-from cllm.serve.engine import MAX_TOP_K
+from cllm.serve.engine import LIMITS, MAX_TOP_K
 from cllm.serve.load import Loaded
 
 Event = MutableMapping[str, Any]
@@ -143,6 +143,12 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)  # strict, but JSON Schema's integers include 57.0, which some languages write for 57
+TokenCount = Annotated[int, Field(ge=1, le=LIMITS["max_new_tokens"][1]), Whole]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -155,16 +161,16 @@ class ChatRequest(Strict):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K), Whole] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Whole] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    n: Literal[1] | None = None
+    n: Annotated[Literal[1], Whole] | None = None
 
 
 # Fields of OpenAI's that would change the answer are refused; others that are not understood are ignored.
@@ -177,8 +183,9 @@ UNSUPPORTED = (
 # What the OpenAPI description says of answers: JSON or events, and every error in one shape.
 ERROR = {"type": "object", "required": ["message", "type", "param", "code"], "properties": {"message": {"type": "string"}}}
 ERRORS = {"content": {"application/json": {"schema": {"type": "object", "required": ["error"], "properties": {"error": ERROR}}}}}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 RESPONSES: Any = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"content": {"text/event-stream": {"schema": EVENT}}},  # up to OpenAPI 3.1 this describes one event
     "default": {"description": "An error in OpenAI's shape", **ERRORS},
 }
 

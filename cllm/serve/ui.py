@@ -36,6 +36,7 @@ FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "san
 SHOWN = ("reference", "base", "adapter")  # columns of the samples
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")  # in the sliders' order
 VOTES = ("a", "b", "tie", "bad")
+COLOURS = ("#6366f1", "#d97706")  # of the curves
 _votes = threading.Lock()
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 Turns = list[dict[str, Any]]
@@ -253,12 +254,13 @@ def _chart(rows: list[dict[str, Any]], keys: list[str]) -> str:
         return ""
     last, top = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
     lines = ""
-    for (key, curve), colour in zip(curves.items(), ("#6366f1", "#f59e0b"), strict=False):
+    for (key, curve), colour in zip(curves.items(), COLOURS, strict=False):
         thin = curve[:: 1 + len(curve) // 400]
         path = " ".join(f"{40 + 350 * x / last:.1f},{150 - 135 * y / top:.1f}" for x, y in thin)
         lines += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"><title>{key}</title></polyline>'
     ticks = f'<text x="2" y="20">{top:.4g}</text><text x="2" y="152">0</text><text x="350" y="170">{last}</text>'
-    ticks += "".join(f'<text x="{60 + 90 * i}" y="170">{key} {c[-1][1]:.4g}</text>' for i, (key, c) in enumerate(curves.items()) if c)
+    for i, ((key, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
+        ticks += f'<text x="{60 + 100 * i}" y="170" fill="{colour}">{key} {curve[-1][1]:.4g}</text>' if curve else ""
     axes = '<path d="M40 10V150H390" fill="none" stroke="currentColor" opacity=".4"/>'
     return f'<svg viewBox="0 0 400 176" width="100%" fill="currentColor" font-size="10">{axes}{lines}{ticks}</svg>'
 
