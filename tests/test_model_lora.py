@@ -171,8 +171,11 @@ def test_hostile_adapter_files_are_refused_with_the_reason(tmp_path: Path) -> No
     for tensors, reason in (
         ({**good, first: good[first].T.contiguous()}, "has shape"),
         ({**good, "base_model.model.lm_head.weight": torch.zeros(2)}, "unexpected tensor base_model.model.lm_head.weight"),
-        ({**good, "base_model.model.../../etc/passwd.lora_A.weight": torch.zeros(2, 2)}, r"no linear layer \.\./\.\./etc/passwd"),
-        ({key: value for key, value in good.items() if key != first}, "missing tensor"),
+        (
+            {**good, **{f"base_model.model.../../etc/passwd.{n}.weight": torch.zeros(2, 2) for n in ("lora_A", "lora_B")}},
+            r"no linear layer \.\./\.\./etc/passwd",
+        ),
+        ({key: value for key, value in good.items() if key != first}, "tensors lora_B, expected lora_A, lora_B"),
         ({}, "no tensors"),
     ):
         save_file(tensors, weights)

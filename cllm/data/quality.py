@@ -88,8 +88,8 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[
     """(index, earlier index) of every text whose trigrams' Jaccard similarity with an earlier text is at least `threshold`."""
     import numpy as np
 
-    random = np.random.default_rng(1)
-    factors, offsets = random.integers(1, 2**63, (2, BANDS * BAND_ROWS, 1), dtype=np.uint64)
+    draws = np.random.default_rng(1)
+    factors, offsets = draws.integers(1, 2**63, (2, BANDS * BAND_ROWS, 1), dtype=np.uint64)
     factors |= np.uint64(1)
     buckets: dict[bytes, int] = {}
     sets: dict[int, np.ndarray] = {}

@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from cllm.evaluate.answers import METRICS
-from cllm.learn.log import draw_loss, duration
+from cllm.learn.log import LOGGED_SECONDS, draw_loss, duration
 from cllm.messages import language, say, table
 from cllm.metrics import BLEU, ROUGE
 
@@ -153,16 +153,17 @@ def _card(sample: dict[str, Any]) -> str:
 
 
 class Progress:
-    """`3/40 answers … eta 12s` on stderr, at most every two seconds."""
+    """`3/40 answers … eta 12s` on stderr: a live line on a terminal, else one every half minute."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
+        self._live = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.perf_counter()
-        if sys.stderr.isatty() and (now - self._last > 2 or done == total):
+        if now - self._last > (2 if self._live else LOGGED_SECONDS) or (self._live and done == total):
             eta = duration((now - self._start) / max(1, done) * (total - done))
-            print(f"\r\033[K{say('eval.progress', done=done, total=total, eta=eta)}", end="", file=sys.stderr, flush=True)
+            line = say("eval.progress", done=done, total=total, eta=eta)
+            before, end = ("\r\033[K", "" if done < total else "\n") if self._live else ("", "\n")
+            print(f"{before}{line}", end=end, file=sys.stderr, flush=True)
             self._last = now
-            if done == total:
-                print(file=sys.stderr)

@@ -178,7 +178,7 @@ def _compare_tab(t: Any, loaded: Loaded, engine: Engine, knobs: list[Any]) -> No
 
     async def duel(words: str, chosen: str, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
         names = random.SystemRandom().sample(pairs[chosen], 2)
-        sampling = _sampling((*values[:-1], random.getrandbits(31) if values[-1] is None else values[-1]))
+        sampling = _sampling((*values[:-1], random.SystemRandom().getrandbits(31) if values[-1] is None else values[-1]))
         with _shown_errors():
             answers = [Answer(engine, loaded.tokenizer, [Message("user", words)], sampling, loaded.models[n]) for n in names]
             async for done in _watched(answers):
