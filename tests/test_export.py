@@ -247,6 +247,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def prompt_behind_api(loaded: Any, talk: list[Message]) -> list[int]:
+    """The token ids that a request for `talk` to /v1 hands to the engine."""
+    from fastapi.testclient import TestClient
+
+    from cllm.serve.api import build_app
+
+    engine, seen = loaded.engine(), []
+    submit = engine.submit
+    engine.submit = lambda prompt, *rest, **named: [seen.append(prompt), submit(prompt, *rest, **named)][1]
+    try:
+        body = {"messages": [message._asdict() for message in talk], "max_tokens": 2}
+        answer = TestClient(build_app(loaded, engine), base_url="http://127.0.0.1").post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == len(seen[0])
+    finally:
+        engine.close()
+    return list(seen[0])
+
+
 def test_merged_program_checks_and_the_template_contract_holds(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -263,7 +281,9 @@ def test_merged_program_checks_and_the_template_contract_holds(trained: Path, tm
         [Message("system", "短"), Message("user", "你好"), Message("assistant", "好"), Message("user", "再见")],
     )
     fed, labels = tokenizer.encode_segments(tokenizer.segments([*talk, Message("assistant", "再见")]))
-    served = open_model(out).tokenizer.encode_chat(talk)
+    loaded = open_model(out)
+    served = loaded.tokenizer.encode_chat(talk)
+    assert prompt_behind_api(loaded, talk) == served
     assert fed[: len(served)] == served and labels[len(served)] >= 0
     theirs = AutoTokenizer.from_pretrained(out)
     assert theirs.apply_chat_template([m._asdict() for m in talk], add_generation_prompt=True, return_dict=False) == served

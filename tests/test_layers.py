@@ -147,6 +147,14 @@ def test_no_remote_code_no_pickle_no_trainer() -> None:
         assert not {n.split(".")[0] for n in imports(path, top_level=False)} & {"peft", "accelerate", "datasets", "trl"}, path.name
 
 
+@pytest.mark.parametrize("name", modules())
+def test_what_is_public_is_documented(name: str) -> None:
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    undocumented = [node.name for node in public if not ast.get_docstring(node)]
+    assert ast.get_docstring(tree) and not undocumented, undocumented
+
+
 def code_lines(text: str) -> int:
     tree = ast.parse(text)
     skipped: set[int] = set()

@@ -122,15 +122,21 @@ def _refuse(status: int, message_code: str, **values: object) -> App:
 
 
 class Strict(BaseModel):
+    """A part of a request: no value is converted from another type."""
+
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class TextPart(Strict):
+    """One piece of a message's content."""
+
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(Strict):
+    """One message of a conversation; `developer` counts as system."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
 
@@ -140,6 +146,8 @@ class ChatMessage(Strict):
 
 
 class StreamOptions(Strict):
+    """Whether the last event of a stream tells the usage."""
+
     include_usage: bool = False
 
 
