@@ -6,8 +6,8 @@ One process, the variants alternate; medians over the rounds. Greedy, no stop id
 tokens. With one thread (OMP_NUM_THREADS=1) rates are per second of CPU time, so that a busy machine does not decide the ratios; with
 more, and on a GPU, per second of wall time. FILE keeps the results of other models and precisions. A CPU without bf16 units
 (`bf16_units` in the result) computes bf16 several times slower than fp32. `overhead_ms` is the engine's time outside the model's forward,
-per generated token. The API part asks 16 streaming clients at once over real sockets and subtracts the engine's own time to first
-token, measured with the same prompts.
+per generated token. The API part asks 16 streaming clients at once over real sockets and subtracts the engine's own time to the first
+text of the same request; `--rounds 0` does only this part.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from cllm.data.schema import Message
 from cllm.serve.engine import Engine, Sampling
 from cllm.serve.load import Loaded, open_model
 
@@ -75,46 +77,39 @@ def engine_rate(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[
         inside += clock() - begin
         return output
 
-    engine.model.forward = timed  # type: ignore[method-assign]
+    engine.model.forward = timed
     start = clock()
     engine.generate(prompts, Sampling(max_new_tokens=tokens, stop_ids=frozenset()), adapter=False)
     seconds = clock() - start
-    engine.model.forward = forward  # type: ignore[method-assign]
+    engine.model.forward = forward
     return len(prompts) * tokens / seconds, 1000 * (seconds - inside) / (len(prompts) * tokens)
 
 
-def first_tokens_of_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> list[float]:
-    """Seconds from submission to the first token, all at once."""
-    start, firsts = time.perf_counter(), [0.0] * len(prompts)
-
-    def listener(i: int) -> Any:
-        def heard(token: int | None) -> None:
-            firsts[i] = firsts[i] or time.perf_counter() - start
-
-        return heard
-
-    sampling = Sampling(max_new_tokens=tokens, stop_ids=frozenset())
-    streams = [engine.submit(prompt, sampling, False, listener(i)) for i, prompt in enumerate(prompts)]
-    while not all(stream.finish_reason for stream in streams):
-        time.sleep(0.01)
-    return firsts
-
-
-def first_tokens_of_api(loaded: Loaded, engine: Engine, tokens: int) -> list[float]:
-    """The same through HTTP: until the first piece of content of each of 16 streaming clients."""
+def first_texts(loaded: Loaded, engine: Engine, tokens: int) -> dict[str, float]:
+    """Seconds until the first text of an answer, of 16 streaming clients at once: the engine's, from `submit` to the token that completes
+    the text (a Chinese character may take three), and the same request's through HTTP, from sending to receiving. Medians.
+    """
     import httpx
     import uvicorn
 
     from cllm.serve.api import Guard, build_app
 
-    server = uvicorn.Server(uvicorn.Config(Guard(build_app(loaded, engine)), port=7899, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    started, times, ids = dict[tuple[int, ...], float](), defaultdict[tuple[int, ...], list[float]](list), {}
+    submit = engine.submit
 
-    async def ask(client: httpx.AsyncClient, question: str) -> float:
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": tokens, "stream": True}
+    def timed(prompt: list[int], sampling: Sampling, adapter: int, listener: Any) -> Any:
+        key = tuple(prompt)
+
+        def heard(token: int | None) -> None:
+            times[key].append(time.perf_counter())
+            listener(token)
+
+        started[key] = time.perf_counter()
+        ids[key] = submit(prompt, sampling, adapter, heard)
+        return ids[key]
+
+    async def ask(client: httpx.AsyncClient, question: str, length: int) -> float:
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": length, "stream": True}
         start, first = time.perf_counter(), 0.0
         async with client.stream("POST", "http://127.0.0.1:7899/v1/chat/completions", json=body | {"model": "base"}) as response:
             async for line in response.aiter_lines():
@@ -124,12 +119,28 @@ def first_tokens_of_api(loaded: Loaded, engine: Engine, tokens: int) -> list[flo
 
     async def all_at_once() -> list[float]:
         async with httpx.AsyncClient(timeout=600) as client:
-            return list(await asyncio.gather(*(ask(client, question) for question in questions())))
+            await asyncio.gather(*(ask(client, "你好", 1) for _ in range(CHATS)))  # connections are kept, as clients do between turns
+            return list(await asyncio.gather(*(ask(client, question, tokens) for question in questions())))
 
-    firsts = asyncio.run(all_at_once())
+    def until_text(key: tuple[int, ...]) -> float:
+        decoder = loaded.tokenizer.stream(reply=True)
+        index = next(i for i, token in enumerate(ids[key].ids[len(key) :]) if decoder.push(token))
+        return times[key][index] - started[key]
+
+    server = uvicorn.Server(uvicorn.Config(Guard(build_app(loaded, engine)), port=7899, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    engine.submit = timed  # type: ignore[method-assign, assignment]
+    api = asyncio.run(all_at_once())
+    engine.submit = submit  # type: ignore[method-assign]
     server.should_exit = True
     thread.join()
-    return firsts
+    own = [until_text(tuple(loaded.tokenizer.encode_chat([Message("user", question)]))) for question in questions()]
+    between = [through - inside for through, inside in zip(api, own, strict=True)]
+    named = {"engine": own, "api": api, "api_minus_engine": between}
+    return {name: statistics.median(values) for name, values in named.items()} | {"api_minus_engine_max": max(between)}
 
 
 def bf16_units() -> bool:
@@ -146,8 +157,6 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    from cllm.data.schema import Message
-
     loaded = open_model(arguments.model, precision=arguments.precision)
     engine = loaded.engine()
     prompts = [loaded.tokenizer.encode_chat([Message("user", question)]) for question in questions()]
@@ -164,21 +173,22 @@ def main() -> None:
         rates["continuous_batching"].append(continuous(model, prompts, arguments.tokens))
         print(f"round {round_}: " + "  ".join(f"{k} {v[-1]:.2f}" for k, v in rates.items()), file=sys.stderr)
     model.set_attn_implementation("cllm")
-    own = statistics.median(first_tokens_of_engine(engine, prompts, arguments.tokens))
-    api = statistics.median(first_tokens_of_api(loaded, engine, arguments.tokens))
+    firsts = first_texts(loaded, engine, arguments.tokens)
     engine.close()
-    medians = {key: statistics.median(values) for key, values in rates.items()}
-    result = {
+    result: dict[str, Any] = {
         "command": " ".join(["python", "bench/serving.py", *sys.argv[1:]]),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(engine.device), "torch": torch.__version__,
                     "bf16_units": bf16_units(), "load": os.getloadavg()},
-        "chats": CHATS, "new_tokens": arguments.tokens, "prompt_tokens": [len(prompt) for prompt in prompts],
-        "tokens_per_second": {key: values for key, values in rates.items() if key != "overhead_ms"},
-        "engine_over_sequential": medians["engine"] / medians["sequential"],
-        "engine_over_continuous_batching": medians["engine"] / medians["continuous_batching"],
-        "overhead_ms_per_token": medians["overhead_ms"],
-        "first_token_seconds": {"engine": own, "api": api, "api_minus_engine": api - own},
+        "chats": CHATS, "new_tokens": arguments.tokens, "prompt_tokens": [len(prompt) for prompt in prompts], "first_text_seconds": firsts,
     }  # fmt: skip
+    if arguments.rounds:
+        medians = {key: statistics.median(values) for key, values in rates.items()}
+        result |= {
+            "tokens_per_second": {key: values for key, values in rates.items() if key != "overhead_ms"},
+            "engine_over_sequential": medians["engine"] / medians["sequential"],
+            "engine_over_continuous_batching": medians["engine"] / medians["continuous_batching"],
+            "overhead_ms_per_token": medians["overhead_ms"],
+        }
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         results = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
