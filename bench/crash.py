@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["CLLM_LANG"] = "en"
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # a forked child would wait for OpenMP threads that it has not got
 
 import torch  # noqa: E402
 from conftest import byte_checkpoint, demo_rows  # noqa: E402

@@ -326,7 +326,7 @@ def test_a_jump_of_the_loss_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the proof forks")
 def test_killed_runs_end_as_if_nothing_had_happened() -> None:
     command = [sys.executable, "bench/crash.py", "--kills", "2", "--flips", "1", "--disk", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300)
     report = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0 and report["kill"]["identical"] == 2 and report["flip"]["named"] == report["flip"]["identical"] == 1, report
 
