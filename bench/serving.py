@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from cllm.serve.engine import Engine, Sampling
 from cllm.serve.load import Loaded, open_model
 
 CHATS = 16
+PORT = 7899
 clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
 TOPICS = "天气 历史 数学 厨艺 旅行 音乐 编程 物理 诗歌 健康 电影 体育 花草 汽车 法律 童年".split()
 
@@ -85,11 +88,31 @@ def engine_rate(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[
     return len(prompts) * tokens / seconds, 1000 * (seconds - inside) / (len(prompts) * tokens)
 
 
+def ask_all(tokens: int) -> list[float]:
+    """Seconds until the first text of each question, sixteen streaming clients at once."""
+    import httpx
+
+    async def ask(client: httpx.AsyncClient, question: str, length: int) -> float:
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": length, "stream": True}
+        start, first = time.perf_counter(), 0.0
+        async with client.stream("POST", f"http://127.0.0.1:{PORT}/v1/chat/completions", json=body | {"model": "base"}) as response:
+            async for line in response.aiter_lines():
+                if not first and line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                    first = time.perf_counter() - start
+        return first
+
+    async def all_at_once() -> list[float]:
+        async with httpx.AsyncClient(timeout=600) as client:
+            await asyncio.gather(*(ask(client, "你好", 1) for _ in range(CHATS)))  # connections are kept, as clients do between turns
+            return list(await asyncio.gather(*(ask(client, question, tokens) for question in questions())))
+
+    return asyncio.run(all_at_once())
+
+
 def first_texts(loaded: Loaded, engine: Engine, tokens: int) -> dict[str, float]:
     """Seconds until the first text of an answer, of 16 streaming clients at once: the engine's, from `submit` to the token that completes
     the text (a Chinese character may take three), and the same request's through HTTP, from sending to receiving. Medians.
     """
-    import httpx
     import uvicorn
 
     from cllm.serve.api import Guard, build_app
@@ -108,32 +131,19 @@ def first_texts(loaded: Loaded, engine: Engine, tokens: int) -> dict[str, float]
         ids[key] = submit(prompt, sampling, adapter, heard)
         return ids[key]
 
-    async def ask(client: httpx.AsyncClient, question: str, length: int) -> float:
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": length, "stream": True}
-        start, first = time.perf_counter(), 0.0
-        async with client.stream("POST", "http://127.0.0.1:7899/v1/chat/completions", json=body | {"model": "base"}) as response:
-            async for line in response.aiter_lines():
-                if not first and line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-                    first = time.perf_counter() - start
-        return first
-
-    async def all_at_once() -> list[float]:
-        async with httpx.AsyncClient(timeout=600) as client:
-            await asyncio.gather(*(ask(client, "你好", 1) for _ in range(CHATS)))  # connections are kept, as clients do between turns
-            return list(await asyncio.gather(*(ask(client, question, tokens) for question in questions())))
-
     def until_text(key: tuple[int, ...]) -> float:
         decoder = loaded.tokenizer.stream(reply=True)
         index = next(i for i, token in enumerate(ids[key].ids[len(key) :]) if decoder.push(token))
         return times[key][index] - started[key]
 
-    server = uvicorn.Server(uvicorn.Config(Guard(build_app(loaded, engine)), port=7899, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(Guard(build_app(loaded, engine)), port=PORT, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     engine.submit = timed  # type: ignore[method-assign, assignment]
-    api = asyncio.run(all_at_once())
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:  # as elsewhere, so not under this interpreter's lock
+        api = clients.submit(ask_all, tokens).result()
     engine.submit = submit  # type: ignore[method-assign]
     server.should_exit = True
     thread.join()

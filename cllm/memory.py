@@ -29,7 +29,8 @@ FRAGMENTATION_BYTES = 250 * MIB
 CONVERSION_BYTES = 75_000_000
 _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
 _PIECE = 2**22  # cllm.model.lora makes so many elements of a gated MLP's product at a time
-_HEAD_TILE = 2**25  # cllm.learn.loss dequantizes so many weights of a 4-bit head at a time
+_HEAD_TILE = 2**25  # cllm.learn.loss dequantizes so many weights of a quantized head at a time
+_INT8_PIECE = 2**21  # cllm.model.int8 makes so many of them in float32 first
 
 # How native architectures differ from Llama, as far as bytes go; "tied" is what an absent tie_word_embeddings means.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -271,7 +272,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     lora = 4 * shape.layers * s.rank * sum(i + o for i, o in adapted)
     recomputed = len(_recomputed(shape, s))
     offloaded = len(_recomputed(shape, replace(s, stream_layers=0))) if s.offload_inputs else 0
-    shared = shape.tied and s.head != "nf4"
+    shared = shape.tied and s.head == "16bit"
     away = s.embedding == "cpu" or (s.embedding == "auto" and cuda and nf4 and not shared)
     layer_input = s.row_tokens * shape.hidden * s.residual
     moments = _moments(shape, s, adapted, nf4)
@@ -279,7 +280,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     items = {
         "linears": (shape.layers - streamed) * weights + min(2, streamed) * packed,
         "embedding": ((0 if away else matrix) + shape.positions * shape.hidden) * s.width,
-        "head": nf4_bytes(matrix) if s.head == "nf4" else (away if shape.tied else 1) * matrix * s.width,
+        "head": _head_bytes(shape, s, away),
         "norms": shape.unquantized() * s.width,
         "lora": lora,
         "gradients": lora,
@@ -292,6 +293,13 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     for item, change in _recurrent(shape, s, nf4, shape.layers - streamed).items():
         items[item] += change
     return VramEstimate(items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input)
+
+
+def _head_bytes(shape: Shape, s: Settings, away: bool) -> int:
+    """The output head's own: of a tied one none, unless the embedding waits in host memory."""
+    matrix = shape.vocab * shape.hidden
+    dense = (away if shape.tied else 1) * matrix * s.width
+    return {"16bit": dense, "int8": matrix + 4 * shape.vocab, "nf4": nf4_bytes(matrix)}[s.head]
 
 
 def _recurrent(shape: Shape, s: Settings, nf4: bool, resident: int) -> dict[str, int]:
@@ -339,12 +347,14 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], nf4: boo
 
 
 def _loss(shape: Shape, s: Settings) -> int:
-    """The last norm's output, the supervised part of that and its gradient, the chunk of logits and float32 pieces of it; or, with a 4-bit
-    head, two dense tiles of that and a sum of products in float32."""
+    """The last norm's output, the supervised part of that and its gradient, the chunk of logits and float32 pieces of it; or, with a
+    quantized head, two dense tiles of that and a sum of products in float32."""
     rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
     block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
     pieces, following = (0, 0) if s.width == 4 else (4 * shape.vocab * block, 4 * shape.vocab * min(block, rows - block))
-    tiles = min(shape.vocab * shape.hidden, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden if s.head == "nf4" else 0
+    matrix = shape.vocab * shape.hidden
+    tiles = min(matrix, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden if s.head != "16bit" else 0
+    tiles += 4 * min(matrix, _INT8_PIECE) if s.head == "int8" else 0
     logits = rows * s.width * (shape.vocab + shape.hidden) + pieces + max(following, tiles)  # a piece is made before the last one goes
     return 3 * s.residual * s.row_tokens * shape.hidden + logits
 
@@ -393,7 +403,7 @@ def row_flops(shape: Shape, s: Settings) -> float:
     weights = sum(i * o for i, o in shape.linears().values())
     attention = 2 * s.row_tokens * min(shape.window or s.row_tokens, s.row_tokens) * shape.heads * shape.head_dim * (passes + 1.5)
     tiled = shape.layers * 3 * shape.hidden * shape.intermediate * (0 < s.mlp_tile_tokens < s.row_tokens)  # one more forward
-    head = (6 if s.head == "nf4" else 4) * shape.vocab * shape.hidden
+    head = (4 if s.head == "16bit" else 6) * shape.vocab * shape.hidden
     return shape.layers * attention + s.row_tokens * (2 * passes * shape.layers * weights + 2 * tiled + head)
 
 
@@ -470,7 +480,7 @@ def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
         ("memory.checkpoint_layers=-1", {"checkpoint_layers": -1}), ("memory.offload_inputs=true", {"offload_inputs": True}),
         ("model.quantize=nf4", {"quantize": "nf4"}), ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}),
         ("memory.mlp_tile_tokens=1024", {"mlp_tile_tokens": 1024}), ("memory.stream_layers={}", stream), ("lora.rank=8", {"rank": 8}),
-        ("model.head=nf4", {"head": "nf4"}),
+        ("model.head=int8", {"head": "int8"}), ("model.head=nf4", {"head": "nf4"}),
     ]  # fmt: skip
     total, pace = estimate_vram(shape, settings).total, row_seconds(shape, settings)
     yield Step("", settings, total, 1.0)

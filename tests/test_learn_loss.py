@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -18,11 +19,13 @@ from cllm.learn import loss
 from cllm.learn.loss import check_head, row_nll, sft_loss, token_nll
 from cllm.learn.optim import Precision, first_nonfinite, learning_rate, make_optimizer, set_learning_rate, train_step
 from cllm.messages import UserError
+from cllm.model.int8 import Int8Linear
 from cllm.model.lora import adapter_tensors, inject_lora
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import checkpoint_layers
 
 FP32 = Precision.choose("fp32", "cpu")
+QUANTIZED: dict[str, Callable[[nn.Linear], NF4Linear | Int8Linear]] = {"nf4": NF4Linear.from_linear, "int8": Int8Linear}
 
 
 def examples(count: int, seed: int = 0, vocabulary: int = 96) -> list[Example]:
@@ -82,18 +85,21 @@ def test_chunked_equals_full_in_value_and_gradient(trainable: bool, chunk_bytes:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tile", [1, 2**25], ids=["tiles", "whole"])
+@pytest.mark.parametrize("tile", [512 * 96, 2**25], ids=["tiles", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_four_bit_head_equals_its_dense_twin(dtype: torch.dtype, tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 x 96: tiles of 512 rows (where a group of 16,384 weights ends) and a rest; 30 rows of logits at a time."""
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_head_equals_its_dense_twin(
+    kind: str, dtype: torch.dtype, tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,000 x 96: NF4's tiles end where a group of 16,384 weights does; 30 rows of logits at a time."""
     torch.manual_seed(0)
-    head = NF4Linear.from_linear(nn.Linear(96, 1000, bias=bias, dtype=dtype))
+    head = QUANTIZED[kind](nn.Linear(96, 1000, bias=bias, dtype=dtype))
     dense = nn.Linear(96, 1000, bias=bias, dtype=dtype).requires_grad_(False)
     dense.weight.copy_(head.dequantize(dtype))
     if bias:
         dense.bias.copy_(head.bias)
     monkeypatch.setattr(loss, "_TILE", tile)
-    assert [len(weight) for _, weight, _ in head.tiles(dtype, tile)] == ([512, 488] if tile == 1 else [1000])
+    assert [len(weight) for _, weight, _ in head.tiles(dtype, tile)] == ([512, 488] if tile < 2**25 else [1000])
     hidden, labels, found = torch.randn(70, 96, dtype=dtype), torch.randint(0, 1000, (70,)), []
     for module in (dense, head):
         inputs = hidden.clone().requires_grad_()
@@ -105,7 +111,7 @@ def test_a_four_bit_head_equals_its_dense_twin(dtype: torch.dtype, tile: int, bi
     torch.testing.assert_close(found[1][1], found[0][1], **tolerance)
     one_call = head(hidden)
     assert torch.equal(one_call, dense(hidden))
-    monkeypatch.setattr(head, "tiles", lambda dtype: NF4Linear.tiles(head, dtype, tile))
+    monkeypatch.setattr(head, "tiles", lambda dtype: type(head).tiles(head, dtype, tile))
     torch.testing.assert_close(head(hidden), one_call)
     inputs = hidden.clone().requires_grad_()
     head(inputs).sum().backward()
@@ -114,15 +120,16 @@ def test_a_four_bit_head_equals_its_dense_twin(dtype: torch.dtype, tile: int, bi
     )
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gemma2"])
-def test_a_model_with_a_four_bit_head_trains_to_the_dense_twins_gradients(architecture: str) -> None:
+def test_a_model_with_a_quantized_head_trains_to_the_dense_twins_gradients(architecture: str, kind: str) -> None:
     results = []
-    for four_bit in (True, False):
+    for quantized in (True, False):
         model = adapted(architecture)
-        head = NF4Linear.from_linear(model.get_output_embeddings())
+        head = QUANTIZED[kind](model.get_output_embeddings())
         dense = nn.Linear(32, 96, bias=False).requires_grad_(False)
         dense.weight.copy_(head.dequantize())
-        model.set_output_embeddings(head if four_bit else dense)
+        model.set_output_embeddings(head if quantized else dense)
         value = sft_loss(model, collate(examples(4)))
         value.backward()
         results.append((value.item(), gradients(model)))

@@ -118,7 +118,9 @@ def test_parameters_and_optimizer_are_counted_byte_for_byte(kind: str, quantize:
 
 
 @pytest.mark.parametrize(
-    "change", [{"head": "nf4"}, {"optimizer": "adamw8bit", "rank": 16}, {"stream_layers": 4}, {"embedding": "cpu"}], ids=str
+    "change",
+    [{"head": "nf4"}, {"head": "int8"}, {"optimizer": "adamw8bit", "rank": 16}, {"stream_layers": 4}, {"embedding": "cpu"}],
+    ids=str,
 )
 def test_new_settings_are_counted_byte_for_byte(change: dict[str, object]) -> None:
     check_fixed("llama", replace(Settings(64, "nf4", "bf16", rank=4, device="cpu"), **change), num_hidden_layers=5)  # type: ignore[arg-type]
@@ -163,6 +165,7 @@ CASES = [
     ("llama", {"stream_layers": 4, "checkpoint_layers": 0}),
     ("qwen3", {"stream_layers": 5, "offload_inputs": True, "mlp_tile_tokens": 48}),
     ("llama", {"head": "nf4", "vocab": 4000}),
+    ("llama", {"head": "int8", "vocab": 4000}),
     ("llama", {"embedding": "cpu", "precision": "fp32"}),
 ]
 

@@ -20,6 +20,7 @@ from cllm.messages import UserError
 from cllm.model import families, gguf
 from cllm.model.attention import ATTENTION, register
 from cllm.model.families import Family, ModelShape
+from cllm.model.int8 import Int8Linear
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import decoder_layers, streamed_layers
 from cllm.model.shards import Layout, Stored, read_json, stored_tensors, weight_files, write_safetensors
@@ -216,9 +217,10 @@ def load_model(
     """The native Transformers causal LM of a checkpoint directory or `.gguf` file, in evaluation mode, attention "cllm".
 
     dtype: of the floating-point weights (rotary frequencies stay float32). quantize="nf4": every Linear but the head becomes
-    `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the whole model never exists; head="nf4": the head too, after
-    a tied embedding has been kept. stream_layers: so many layers stay in host memory, for `cllm.model.offload.stream_layers`. Call it
-    like the native class: `model(input_ids=...).logits`. Raises UserError as `open_checkpoint`, `check` and `cllm.model.shards` say.
+    `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the whole model never exists; head="nf4" or "int8": the head too,
+    after a tied embedding has been kept. stream_layers: so many layers stay in host memory, for `cllm.model.offload.stream_layers`.
+    Call it like the native class: `model(input_ids=...).logits`. Raises UserError as `open_checkpoint`, `check` and `cllm.model.shards`
+    say.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize = {quantize!r}")
@@ -308,11 +310,9 @@ def _quantized(linear: nn.Linear, weight: Tensor, home: str | torch.device) -> N
 
 
 def _quantize_head(model: Any, head: str) -> None:
-    """With head = "nf4" the model computes its logits with an `NF4Linear`; a tied embedding stays as it is."""
-    if head == "nf4":
-        model.set_output_embeddings(NF4Linear.from_linear(model.get_output_embeddings()))
-    elif head != "16bit":
-        raise ValueError(f"head = {head!r}")
+    """With head = "nf4" or "int8" the model computes its logits with a quantized layer; a tied embedding stays as it is."""
+    if head != "16bit":
+        model.set_output_embeddings({"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](model.get_output_embeddings()))
 
 
 def _tie(model: Any, layout: Layout) -> None:

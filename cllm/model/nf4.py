@@ -31,8 +31,8 @@ CODE = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_TILE = 2**27  # weights dequantized at a time: any layer whole, a large vocabulary's head in parts
-_CHUNK = 2**21  # weights converted at a time: temporaries of about 40 MB, and close to the CPU's cache
+TILE = 2**27  # weights dequantized at a time: any layer whole, a large vocabulary's head in parts
+CHUNK = 2**21  # weights converted at a time: temporaries of about 40 MB, and close to the CPU's cache
 
 
 class NF4Tensor(NamedTuple):
@@ -63,8 +63,8 @@ def quantize_nf4(weight: Tensor) -> NF4Tensor:
     result = empty_nf4(tuple(weight.shape), weight.device)
     absmax = torch.empty(result.absmax.shape, device=weight.device)
     whole = flat.numel() // BLOCK * BLOCK
-    for start in range(0, whole, _CHUNK):
-        blocks = flat[start : min(start + _CHUNK, whole)].float().view(-1, BLOCK)
+    for start in range(0, whole, CHUNK):
+        blocks = flat[start : min(start + CHUNK, whole)].float().view(-1, BLOCK)
         low, high = torch.aminmax(blocks, dim=1)
         largest = torch.maximum(high, -low)
         absmax[start // BLOCK :][: largest.numel()] = largest
@@ -134,8 +134,8 @@ def dequantize_plain(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> T
     absmax = absmax * scales[:-1].repeat_interleave(GROUP)[: codes.numel()] + scales[-1]
     n, pairs = torch.Size(shape).numel(), _pairs(packed.device)
     out = torch.empty(2 * packed.numel(), dtype=dtype, device=packed.device)
-    for start in range(0, n, _CHUNK):
-        values = pairs.index_select(0, packed[start // 2 : (start + _CHUNK) // 2].int()).view(torch.float32)
+    for start in range(0, n, CHUNK):
+        values = pairs.index_select(0, packed[start // 2 : (start + CHUNK) // 2].int()).view(torch.float32)
         whole = values.numel() // BLOCK
         values[: whole * BLOCK].view(whole, BLOCK).mul_(absmax[start // BLOCK :][:whole, None])
         values[whole * BLOCK :].mul_(absmax[-1])
@@ -178,7 +178,7 @@ def _bitsandbytes(device: str) -> bool:
     return not reason
 
 
-class _NF4Matmul(torch.autograd.Function):
+class FrozenMatmul(torch.autograd.Function):
     """x W^T + b with a frozen W: keeps a reference to the module only, and dequantizes W again in the backward."""
 
     @staticmethod
@@ -238,7 +238,7 @@ class NF4Linear(nn.Module):
         shape = (self.out_features, self.in_features)
         return dequantize(NF4Tensor(self.packed, self.absmax, self.scales, shape), dtype)
 
-    def tiles(self, dtype: torch.dtype, weights: int = _TILE) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    def tiles(self, dtype: torch.dtype, weights: int = TILE) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(rows, their dense weight, their bias), about so many weights at a time; cut where a group of scales starts."""
         columns, step = self.in_features, BLOCK * GROUP // math.gcd(self.in_features, BLOCK * GROUP)
         step *= max(1, weights // (columns * step))
@@ -253,7 +253,7 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return cast(Tensor, _NF4Matmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
+        return cast(Tensor, FrozenMatmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -1,0 +1,65 @@
+"""Int8 with one scale a row: the output head in half of its 16-bit bytes, where four bits would change its logits too much.
+
+W[i, j] is codes[i, j] * scale[i] with scale[i] = max_j |W[i, j]| / 127, codes rounded to nearest: the row-wise absmax quantization of
+LLM.int8() (arXiv 2208.07339, section 2.1), for the weight alone; the product with x is computed in x's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cllm.model.nf4 import CHUNK, TILE, FrozenMatmul
+
+
+def _spans(low: int, high: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(at, min(at + step, high)) for at in range(low, high, step))
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b with W (out, in) frozen in int8 and b (out,) frozen; computed and returned in the dtype of x."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Quantize a dense linear layer where it lies. Raises ValueError if a weight is inf or NaN."""
+        super().__init__()
+        weight, bias = linear.weight.detach(), linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        low, high = torch.aminmax(weight, dim=1)
+        largest = torch.maximum(high, -low).float()
+        if not largest.isfinite().all():
+            raise ValueError("the weight holds inf or NaN")
+        self.register_buffer("codes", torch.empty(weight.shape, dtype=torch.int8, device=weight.device))
+        for part in _spans(0, self.out_features, CHUNK // self.in_features):
+            self.codes[part] = (weight[part].float() * (127 / largest[part, None].clamp(min=1e-36))).round_()
+        # The float's bits as integers, because module.to(bfloat16) would round a floating-point buffer.
+        self.register_buffer("scales", (largest / 127).view(torch.int32))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def tiles(self, dtype: torch.dtype, weights: int = TILE) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(rows, their dense weight, their bias), about so many weights at a time; multiplied in float32 and rounded once to `dtype`."""
+        scale = self.scales.view(torch.float32)[:, None]
+        for rows in _spans(0, self.out_features, weights // self.in_features):
+            dense = torch.empty(rows.stop - rows.start, self.in_features, dtype=dtype, device=scale.device)
+            for part in _spans(rows.start, rows.stop, CHUNK // self.in_features):
+                dense[part.start - rows.start : part.stop - rows.start] = self.codes[part] * scale[part]
+            yield rows, dense, None if self.bias is None else self.bias[rows].to(dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight (out, in)."""
+        return next(self.tiles(dtype, self.codes.numel()))[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return cast(Tensor, FrozenMatmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
