@@ -1,8 +1,8 @@
 """What the fused LoRA linears and gated MLP pay: one training step with and without them, alternated in one process.
 
-    python bench/fused.py [--rounds 5] [--out bench/results/fused.json]
+    python bench/fused.py [--rounds 3] [--out bench/results/fused.json]
 
-A Qwen2-shaped model of four layers (hidden 1024, MLP 2816), rank 16 on all linears, one row of 1,024 tokens, loss and backward; the base
+A Qwen2-shaped model of two layers (hidden 1024, MLP 2816), rank 16 on all linears, one row of 4,096 tokens, loss and backward; the base
 in 16 or 32 bits as the device computes, and in NF4; layers kept and recomputed. Seconds are medians of the rounds, "bytes" the most storage
 alive at once. Both variants' losses are compared; tests/test_model_lora.py holds their gradients together.
 """
@@ -30,10 +30,10 @@ from cllm.model.lora import LoraLinear, inject_lora
 from cllm.model.offload import checkpoint_layers
 
 CONFIG = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4,
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2,
     "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
-TOKENS, RANK = 1024, 16
+TOKENS, RANK = 4096, 16
 
 
 def measure(quantize: str | None, recomputed: int, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def measure(quantize: str | None, recomputed: int, rounds: int, device: torch.de
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
