@@ -156,6 +156,7 @@ CASES = [
     ("qwen3", {"precision": "fp32", "quantize": "none", "checkpoint_layers": 0}),
     ("llama", {"row_tokens": 32}),
     ("llama", {"chunk_bytes": 2**13}),
+    *(("llama", {"chunk_bytes": 2**21, "vocab": 8000, "precision": precision}) for precision in ("fp32", "bf16")),
     ("gpt2", {"checkpoint_layers": 0}),
     ("llama", {"fused": False}),
     ("glm", {"fused": False, "checkpoint_layers": 0}),

@@ -130,6 +130,7 @@ class _FrozenHeadNll(torch.autograd.Function):
                         block.copy_(exact.mul_(scale))
                 if unit is not None:
                     unit[span] = reduce(Tensor.add_, ((logits[:, part] @ weight).float() for part, weight, _ in tiles())).div_(scale)
+            del logits, block, exact  # or they would live until the next chunk's logits are made
         ctx.save_for_backward(*([unit] if unit is not None else []))
         return nll
 
