@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jieba
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cllm.metrics import ROUGE, corpus_score, generation_scores, rouge, sentence_bleu, sentence_chrf
@@ -132,6 +132,7 @@ def test_empty_texts_score_0_and_signatures_name_the_choices() -> None:
 
 
 @settings(deadline=None, max_examples=60)
+@example(hypothesis=" ", reference=" ", tokenize="zh")
 @given(
     hypothesis=st.text(max_size=30),
     reference=st.text(max_size=30),
@@ -139,9 +140,11 @@ def test_empty_texts_score_0_and_signatures_name_the_choices() -> None:
 )
 def test_any_text_has_a_score_and_an_empty_one_scores_0(hypothesis: str, reference: str, tokenize: str) -> None:
     for pair in ((hypothesis, reference), (reference, "")):
-        found = [*generation_scores(*pair).values(), *(score.value for score in rouge(pair[0], [pair[1]], tokenize=tokenize).values())]
+        *rouges, bleu4 = generation_scores(*pair).values()
+        found = [*rouges, *(score.value for score in rouge(pair[0], [pair[1]], tokenize=tokenize).values())]
         found += [sentence_bleu(pair[0], [pair[1]], tokenize=tokenize).value, sentence_chrf(pair[0], [pair[1]], word_order=2).value]
-        assert all(0 <= value <= 100 + 1e-9 for value in found)
+        assert all(0 <= value <= 100 + 1e-9 for value in [*found, bleu4])
+        assert (pair[0] and pair[1]) or bleu4 == 0
         assert (pair[0].strip() and pair[1].strip()) or not any(found), found
 
 

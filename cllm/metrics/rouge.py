@@ -148,7 +148,8 @@ def rouge(hypothesis: str, references: Sequence[str | None], *, tokenize: str = 
 def generation_scores(hypothesis: str, reference: str) -> dict[str, float]:
     """{"rouge-1", "rouge-2", "rouge-l", "bleu-4"}, 0-100, rounded to 4 decimals: LLaMA-Factory's predict metrics.
 
-    rouge-chinese's F over jieba's words and nltk's BLEU-4 over characters with method3; a side without text scores 0.
+    rouge-chinese's F over jieba's words and nltk's BLEU-4 over characters with method3; an empty side scores 0, and so does white space
+    in rouge, whereas to BLEU-4 it is characters.
     Over a data set LLaMA-Factory reports the means of these numbers. (ChatGLM3's bleu-4 is `sentence_bleu` / 100 of the
     stripped texts with tokenize="jieba", smooth="method3".)
     """
