@@ -7,6 +7,8 @@ import os
 
 os.environ.setdefault("CLLM_LANG", "en")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CLLM_DATA_CACHE"] = ""  # tests that are about the cache set their own
 
 from collections.abc import Callable
