@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from cllm.learn.optim import out_of_memory
 from cllm.messages import UserError, note, say
 from cllm.model.lora import lora_layers
+from cllm.model.offload import device_of
 
 HEADROOM_TOKENS = 128  # what an admitted row is expected to grow by; a wrong guess costs one preemption
 MAX_TOP_K = 1024
@@ -110,11 +111,6 @@ class _RowLayer(DynamicLayer):  # type: ignore[misc]
 
     rows = start = end = 0
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
-        self.rows = key_states.shape[0]
-
     def _resize(self, rows: int, window: int, spare: int) -> None:
         """New buffers whose live slots end at `window`, with `spare` slots behind; zeros, as garbage could be NaN."""
         live, kept = self.end - self.start, min(self.rows, rows)
@@ -127,6 +123,7 @@ class _RowLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self.buffers, self.rows = [key_states[:, :, :0], value_states[:, :, :0]], key_states.shape[0]
         new = key_states.shape[2]
         if self.end + new > self.buffers[0].shape[2]:
             window = self.end - self.start
@@ -184,16 +181,15 @@ class Engine:
         kv_tokens: int | None = None, prefill_tokens: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:  # fmt: skip
-        parameters = list(model.parameters())
         self.model, self.stop_ids, self.pad_id, self.autocast = model, stop_ids, pad_id, autocast
-        self.device = next((p.device for p in parameters if p.device.type != "cpu"), torch.device("cpu"))
+        self.device = device_of(model)
         self.gates = {layer.gate.number: layer.gate for layer in lora_layers(model).values()}
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         self.positions = getattr(config, "max_position_embeddings", None) or 2**31
         self.stateful = bool(getattr(model, "_is_stateful", False))
         if self.stateful:
             note("serve.stateful", architecture=type(model).__name__)
-        token_bytes, row_bytes = _cache_bytes(config, next(p.dtype for p in parameters if p.is_floating_point()))
+        token_bytes, row_bytes = _cache_bytes(config, next(p.dtype for p in model.parameters() if p.is_floating_point()))
         self.row_tokens = -(-row_bytes // token_bytes)
         self.kv_tokens = kv_tokens or _free_bytes(self.device) // token_bytes
         self.prefill_tokens = prefill_tokens or (256 if self.device.type == "cpu" else 2048)
@@ -345,15 +341,16 @@ class Engine:
         return rows * (window + self.row_tokens)
 
     def _admit(self) -> None:
-        """Form the next group to prefill: within the budget, and small enough for one slice unless it is one row."""
-        if self.prefill or not self.waiting or (self.stateful and self.batch.rows):
+        """Form the next group to prefill: within the budget, and small enough for one slice unless it is one row; a stateful model
+        has one row at a time."""
+        if self.prefill:
             return
         rows, group = self.batch.rows[:], list[Stream]()
-        while self.waiting and not (self.stateful and group):
+        while self.waiting:
             rows.append(self.waiting[0])
             window = max(len(row.ids) + min(row.remaining, HEADROOM_TOKENS) for row in rows)
             longest = max(len(row.ids) for row in [*group, rows[-1]])
-            over_budget = len(rows) > 1 and self._cost(len(rows), window) > self.kv_tokens
+            over_budget = len(rows) > 1 and (self.stateful or self._cost(len(rows), window) > self.kv_tokens)
             if over_budget or (group and (len(group) + 1) * longest > self.prefill_tokens):
                 break
             group.append(self.waiting.popleft())
@@ -385,16 +382,16 @@ class Engine:
         logits = self._forward(batch, min(batch.window, batch.filled + max(1, self.prefill_tokens // len(batch.rows))))
         if batch.filled < batch.window:
             return
-        self.prefill, rows = None, batch.rows[:]
+        self.prefill = None
         if self.batch.rows:
             for layer, theirs in zip(self.batch.cache.layers, batch.cache.layers, strict=True):
-                for i, row in enumerate(rows):
+                for i, row in enumerate(batch.rows):
                     if layer.is_initialized:
                         layer.join(theirs, i, len(row.ids))
-            self.batch.rows += rows
+            self.batch.rows += batch.rows
         else:
             self.batch = batch
-        self._emit(rows, _sample(logits, rows))
+        self._emit(batch.rows, logits)
 
     def _decode(self, batch: _Batch) -> None:
         while len(batch.rows) > 1 and self._cost(len(batch.rows), batch.window) > self.kv_tokens:
@@ -405,11 +402,10 @@ class Engine:
         for layer in batch.cache.layers:
             if isinstance(layer, _RowLayer):
                 layer.start = max(layer.start, layer.end - batch.filled)  # the longest row may have left
-        logits = self._forward(batch, batch.window)
-        self._emit(batch.rows[:], _sample(logits, batch.rows))
+        self._emit(batch.rows, self._forward(batch, batch.window))
 
-    def _emit(self, rows: list[Stream], tokens: list[int]) -> None:
-        for row, token in zip(rows, tokens, strict=True):
+    def _emit(self, rows: list[Stream], logits: Tensor) -> None:
+        for row, token in zip(rows[:], _sample(logits, rows), strict=True):  # a copy: rows that end leave the batch's own list
             if token < 0:
                 self._drop(row, "error", say("serve.not_finite"))
             elif token in (self.stop_ids if row.sampling.stop_ids is None else row.sampling.stop_ids):
@@ -427,28 +423,28 @@ class Engine:
         index = rows.index(row)
         rows[index] = rows[-1]
         rows.pop()
-        for layer in self.batch.cache.layers:
-            if isinstance(layer, _RowLayer) and layer.is_initialized:
-                layer.drop(index)
         if not rows:
             self.batch = self._new_batch([])
+        else:  # not a stateful model, then
+            for layer in self.batch.cache.layers:
+                if layer.is_initialized:
+                    layer.drop(index)
         if reason:
             row.finish(reason, error)
 
     def _recover(self, error: Exception) -> None:
-        rows, detail, exhausted = self._take_all(), f"{type(error).__name__}: {error}", out_of_memory(error)
-        if exhausted:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.kv_tokens = max(1, self.kv_tokens // 2)
-            note("serve.memory", tokens=self.kv_tokens)
-        else:
-            self.healthy = False
+        rows = self._take_all()
+        if not out_of_memory(error):
+            detail, self.healthy = f"{type(error).__name__}: {error}", False
             note("serve.failed", detail=detail)
-        for row in reversed(rows):
-            if not exhausted:
+            for row in rows:
                 row.finish("error", say("serve.failed", detail=detail))
-            elif self._cost(1, len(row.ids) + 1) > self.kv_tokens:
+            return
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        self.kv_tokens = max(1, self.kv_tokens // 2)
+        note("serve.memory", tokens=self.kv_tokens)
+        for row in reversed(rows):
+            if self._cost(1, len(row.ids) + 1) > self.kv_tokens:
                 row.finish("error", say("serve.too_long_for_memory", tokens=len(row.ids)))
             else:
                 self.waiting.appendleft(row)
