@@ -92,9 +92,7 @@ class Terminal:
             return
         self.messages += [asked, Message("assistant", answer.text)]
         self.turns, self.tokens = self.turns + 1, self.tokens + answer.tokens
-        speed = answer.tokens / max(answer.seconds, 1e-9)
-        cost = say("chat.cost", tokens=answer.tokens, first=f"{answer.first_seconds:.2f}", speed=f"{speed:.0f}")
-        self.write(f"\n{cost}\n")
+        self.write(f"\n{say('chat.cost', **answer.cost())}\n")
 
 
 def serve(loaded: Loaded, engine: Engine, host: str, port: int) -> None:

@@ -6,6 +6,7 @@ Incomplete UTF-8 and what may become a stop string are held back; user text neve
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
@@ -24,8 +25,8 @@ class ModelError(Exception):
 class Answer:
     """One request, submitted when iterated: `for piece in answer` in a thread, `async for piece in answer` in an event loop.
 
-    Afterwards `finish_reason` is "stop", "length" or "cancelled"; raises ModelError if the engine failed. `prompt_tokens`,
-    `tokens`, `first_seconds` (until the first token) and `seconds` tell its cost. Closing the iterator early frees the row.
+    Afterwards `finish_reason` is "stop", "length" or "cancelled"; raises ModelError if the engine failed. Closing the iterator early
+    frees the row.
     """
 
     def __init__(
@@ -44,14 +45,18 @@ class Answer:
         self._stream: Stream | None = None
         self.text, self.finish_reason = "", ""
         self.prompt_tokens, self.tokens = len(self.prompt), 0
-        self.first_seconds = self.seconds = 0.0
-        self.started = time.perf_counter()
+        self.first_seconds, self.started = 0.0, time.perf_counter()
 
     def cancel(self) -> None:
         """Stop decoding and free the row, from any thread; what was decoded so far stays in `text`."""
         self._cancelled = True
         if self._stream is not None:
             self._stream.cancel()
+
+    def cost(self) -> dict[str, Any]:
+        """The fields of chat.cost and ui.cost: tokens of prompt and answer, seconds until the first one, tokens per second so far."""
+        speed = self.tokens / max(time.perf_counter() - self.started, 1e-9)
+        return {"prompt": self.prompt_tokens, "tokens": self.tokens, "first": f"{self.first_seconds:.2f}", "speed": f"{speed:.0f}"}
 
     def _submit(self, listener: Listener | None = None) -> Stream:
         self._stream = stream = self._engine.submit(self.prompt, self._sampling, self._adapter, listener)
@@ -61,11 +66,9 @@ class Answer:
     def __iter__(self) -> Iterator[str]:
         stream = self._submit()
         try:
-            for token in stream:
-                if piece := self._push(token):
+            for token in itertools.chain(stream, [None]):
+                if piece := self._take(stream, token):
                     yield piece
-            if piece := self._end(stream.finish_reason, stream.error):
-                yield piece
         finally:
             stream.cancel()
 
@@ -78,29 +81,27 @@ class Answer:
 
         stream = self._submit(listener)
         try:
-            while (token := await tokens.get()) is not None:
-                if piece := self._push(token):
+            token: int | None = 0
+            while token is not None:
+                token = await tokens.get()
+                if piece := self._take(stream, token):
                     yield piece
-            if piece := self._end(stream.finish_reason, stream.error):
-                yield piece
         finally:
             stream.cancel()
 
-    def _push(self, token: int) -> str:
-        """Text that is certain to belong to the answer now."""
-        if self.finish_reason:
+    def _take(self, stream: Stream, token: int | None) -> str:
+        """Text that is certain to belong to the answer now that `token` came, or None, the end."""
+        if token is None and stream.finish_reason == "error":
+            raise ModelError(stream.error)
+        if self.finish_reason:  # a stop string came before
             return ""
+        if token is None:
+            piece = self._release(self._decoder.end(), last=True)
+            self.finish_reason = self.finish_reason or stream.finish_reason
+            return piece
         self.tokens += 1
         self.first_seconds = self.first_seconds or time.perf_counter() - self.started
         return self._release(self._decoder.push(token))
-
-    def _end(self, reason: str, error: str) -> str:
-        self.seconds = time.perf_counter() - self.started
-        if reason == "error":
-            raise ModelError(error)
-        piece = "" if self.finish_reason else self._release(self._decoder.end(), last=True)
-        self.finish_reason = self.finish_reason or reason
-        return piece
 
     def _release(self, text: str, last: bool = False) -> str:
         """What of held and new text cannot be part of a stop string; a whole one ends the answer before it."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.data.schema import Message
-from cllm.evaluate.report import COLUMNS
+from cllm.evaluate.report import COLUMNS, number
 from cllm.learn.log import peak_memory_bytes, read_metrics
 from cllm.messages import UserError, messages
 from cllm.model.lora import WEIGHTS_FILE
@@ -107,13 +107,14 @@ def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
         language = int(request.headers.get("accept-language", "").lower().startswith("zh"))
         # Reasoning comes back as a titled turn of its own; no format shows it to the model again.
         kept = [turn for turn in history if turn["role"] != "assistant" or not (turn.get("metadata") or {}).get("title")]
-        said = [Message(turn["role"], _text(turn["content"])) for turn in kept]
+        said = [Message("system", system.strip())] if system and system.strip() else []
+        said += [Message(turn["role"], _text(turn["content"])) for turn in kept]
         history.append({"role": "assistant", "content": ""})
         with _shown_errors():
-            answer = Answer(engine, loaded.tokenizer, _with_system(system, said), _sampling(values), loaded.models[name])
+            answer = Answer(engine, loaded.tokenizer, said, _sampling(values), loaded.models[name])
             async for _ in _watched([answer]):
                 history[-1]["content"] = answer.text
-                yield history, _cost(answer, messages()["ui.cost"][language])
+                yield history, messages()["ui.cost"][language].format(**answer.cost())
 
     def ask(words: str, history: Turns) -> tuple[Any, Turns]:
         return gr.Textbox("", submit_btn=False, stop_btn=True), [*history, {"role": "user", "content": words}]
@@ -186,15 +187,15 @@ def _compare_tab(t: Any, loaded: Loaded, engine: Engine, knobs: list[Any]) -> No
                 kept = {"question": words, "names": names, "texts": [a.text for a in answers], "sampling": sampling}
                 yield (*shown, kept, " ", *(gr.Button(interactive=done) for _ in VOTES))
 
-    def vote(choice: int) -> Callable[[dict[str, Any], str], tuple[Any, ...]]:
+    def vote(choice: str) -> Callable[[dict[str, Any], str], tuple[Any, ...]]:
         def record(kept: dict[str, Any], category: str) -> tuple[Any, ...]:
-            _append_vote(VOTES[choice], category, kept, loaded)
+            _append_vote(choice, category, kept, loaded)
             return "**A** {} · **B** {}".format(*kept["names"]), *(gr.Button(interactive=False) for _ in VOTES)
 
         return record
 
     question.submit(duel, [question, pair, *knobs], [*sides, state, verdict, *buttons], **QUIET)
-    for choice, button in enumerate(buttons):
+    for choice, button in zip(VOTES, buttons, strict=True):
         button.click(vote(choice), [state, category], [verdict, *buttons], **QUIET)
 
 
@@ -233,10 +234,10 @@ def _training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
         names = [path.parent.name for path in runs]
         run = root / (name if name in names else (names or ["-"])[0])  # only names from the list: no path of a reader's making
         rows = read_metrics(run / "metrics.jsonl")
-        results, answers = _read_json(run / "eval.json"), read_metrics(run / "samples.jsonl")
-        lengths = {system: _mean_length(answers, system) for system in ("reference", *results)}
-        results = {"reference": {}} | results if answers else results
-        table = [[system, *(_number(its.get(key)) for key in COLUMNS), _number(lengths[system])] for system, its in results.items()]
+        scored, answers = run / "eval.json", read_metrics(run / "samples.jsonl")
+        results = json.loads(scored.read_text(encoding="utf-8")) if scored.exists() else {}
+        shown = ({"reference": {}} if answers else {}) | results
+        table = [[system, *(number(its.get(key)) for key in COLUMNS), _mean_length(answers, system)] for system, its in shown.items()]
         cells = [[row["messages"][-1]["content"], *(row.get(key, "") for key in SHOWN)] for row in answers[:20]]
         menu = gr.Dropdown(choices=names, value=run.name if names else None)
         return menu, _chart(rows, ["loss", "eval_loss"]), _chart(rows, ["tokens_per_second"]), table, cells
@@ -253,16 +254,15 @@ def _chart(rows: list[dict[str, Any]], keys: list[str]) -> str:
     if not points:
         return ""
     last, top = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
-    lines = ""
-    for (key, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        thin = curve[:: 1 + len(curve) // 400]
-        path = " ".join(f"{40 + 350 * x / last:.1f},{150 - 135 * y / top:.1f}" for x, y in thin)
-        lines += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"><title>{key}</title></polyline>'
-    ticks = f'<text x="2" y="20">{top:.4g}</text><text x="2" y="152">0</text><text x="350" y="170">{last}</text>'
-    for i, ((key, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
-        ticks += f'<text x="{60 + 100 * i}" y="170" fill="{colour}">{key} {curve[-1][1]:.4g}</text>' if curve else ""
-    axes = '<path d="M40 10V150H390" fill="none" stroke="currentColor" opacity=".4"/>'
-    return f'<svg viewBox="0 0 400 176" width="100%" fill="currentColor" font-size="10">{axes}{lines}{ticks}</svg>'
+    shapes = '<path d="M40 10V150H390" fill="none" stroke="currentColor" opacity=".4"/>'
+    shapes += f'<text x="2" y="20">{top:.4g}</text><text x="2" y="152">0</text><text x="350" y="170">{last}</text>'
+    for i, (key, colour) in enumerate(zip(keys, COLOURS, strict=False)):
+        if curve := curves[key]:
+            thin = curve[:: 1 + len(curve) // 400]
+            path = " ".join(f"{40 + 350 * x / last:.1f},{150 - 135 * y / top:.1f}" for x, y in thin)
+            shapes += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"><title>{key}</title></polyline>'
+            shapes += f'<text x="{60 + 100 * i}" y="170" fill="{colour}">{key} {curve[-1][1]:.4g}</text>'
+    return f'<svg viewBox="0 0 400 176" width="100%" fill="currentColor" font-size="10">{shapes}</svg>'
 
 
 def _count_sessions(page: Any) -> set[str]:
@@ -288,9 +288,9 @@ def _monitor_tab(t: Any, engine: Engine, sessions: set[str]) -> tuple[Any, Any, 
     import torch
 
     gpu = engine.device.type == "cuda"
-    keys = ("sessions", "running", "waiting", "speed_now", "kv_cache", "memory", "cpu_load", "gpu_memory", "gpu_load")
+    keys = ["sessions", "running", "waiting", "speed_now", "kv_cache", "memory", "cpu_load", *(["gpu_memory", "gpu_load"] if gpu else [])]
     with gr.Row():
-        boxes = [gr.Textbox(label=t(key), interactive=False, min_width=180, visible=gpu or "gpu" not in key) for key in keys]
+        boxes = [gr.Textbox(label=t(key), interactive=False, min_width=180) for key in keys]
     last = gr.State((0.0, 0))
 
     def measure(before: tuple[float, int]) -> tuple[Any, ...]:
@@ -303,7 +303,6 @@ def _monitor_tab(t: Any, engine: Engine, sessions: set[str]) -> tuple[Any, Any, 
         if gpu:
             free, total = torch.cuda.mem_get_info(engine.device)
             values += [f"{(total - free) / 2**30:.1f} / {total / 2**30:.1f} GiB", _gpu_load(engine.device)]
-        values += [""] * (len(keys) - len(values))
         return (now, stats["generated_tokens"]), *values
 
     return measure, last, [last, *boxes]
@@ -348,10 +347,6 @@ def _shown_errors() -> Iterator[None]:
         raise gr.Error(str(error.args[0]), duration=20, print_exception=False) from error
 
 
-def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
-    return [Message("system", system.strip()), *messages] if system and system.strip() else messages
-
-
 def _sampling(values: tuple[Any, ...]) -> Any:
     return chat_sampling(**dict(zip(SETTINGS, values, strict=True)))
 
@@ -365,20 +360,7 @@ def _index(data: Any) -> int:
     return int(data.index[0] if isinstance(data.index, tuple | list) else data.index)
 
 
-def _cost(answer: Answer, text: str) -> str:
-    speed = answer.tokens / max(time.perf_counter() - answer.started, 1e-9)
-    return text.format(first=f"{answer.first_seconds:.2f}", speed=f"{speed:.0f}", prompt=answer.prompt_tokens, tokens=answer.tokens)
-
-
-def _mean_length(answers: Turns, system: str) -> float | None:
-    """Characters of an answer, on average; None for systems whose answers are not kept."""
+def _mean_length(answers: Turns, system: str) -> str:
+    """Characters of an answer, on average; nothing for systems whose answers are not kept."""
     lengths = [len(row[system]) for row in answers if system in row]
-    return sum(lengths) / len(lengths) if lengths else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    return number(sum(lengths) / len(lengths) if lengths else None)
