@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,12 +26,13 @@ from cllm.learn.optim import Precision, out_of_memory
 from cllm.messages import UserError, note
 from cllm.metrics import BLEU, ROUGE, Score, corpus_statistics, generation_scores, paired_bootstrap
 from cllm.model.attention import packs
-from cllm.model.lora import lora_layers, set_gate
+from cllm.model.lora import disable_lora, lora_layers
 from cllm.model.offload import device_of
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.serve.engine import Engine, Sampling
 
 GENERAL = Path(__file__).parents[1] / "assets" / "general.txt"
+Measured = TypeVar("Measured")
 Rows = list[list[float]]
 Statistics = dict[str, Rows]
 """Metric -> one row of additive statistics per answer, sequence or text."""
@@ -93,24 +94,19 @@ def sequence_nll(model: nn.Module, rows: Sequence[PackedBatch], precision: Preci
 
 def _row_sums(model: nn.Module, row: PackedBatch, chunk_bytes: int) -> Rows:
     lengths = row.cu_seqlens.diff().tolist()
-    labels = row.labels.split(lengths)
     try:
         nll = row_nll(model, row, chunk_bytes).double().split(lengths)
-        sums = [torch.stack([part.sum(), (its != IGNORE_INDEX).sum()]) for part, its in zip(nll, labels, strict=True)]
+        labelled = (row.labels != IGNORE_INDEX).split(lengths)
+        sums = [torch.stack([part.sum(), its.sum()]) for part, its in zip(nll, labelled, strict=True)]
         return torch.stack(sums).tolist()
     except Exception as error:
         if not out_of_memory(error):
             raise
-    if row.input_ids.is_cuda:  # here, not in the handler: the traceback holds on to the failed tensors
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # here, not in the handler: the traceback holds on to the failed tensors
     if len(lengths) == 1:
         note("eval.memory", tokens=lengths[0])
         return [[0.0, 0.0]]
-    found: Rows = []
-    for ids, its, positions in zip(row.input_ids.split(lengths), labels, row.position_ids.split(lengths), strict=True):
-        alone = PackedBatch(ids, its, positions, torch.tensor([0, len(ids)]), int((its != IGNORE_INDEX).sum()))
-        found += _row_sums(model, alone, chunk_bytes)
-    return found
+    return [pair for alone in row.split(1) for pair in _row_sums(model, alone, chunk_bytes)]
 
 
 def held_out_loss(model: nn.Module, rows: Sequence[PackedBatch], precision: Precision, chunk_bytes: int) -> float:
@@ -128,16 +124,11 @@ def example_nll(model: nn.Module, examples: Sequence[Example], precision: Precis
     return [by_example[i] for i in range(len(examples))]
 
 
-def before_after(model: nn.Module, measure: Callable[[], Rows]) -> dict[str, Rows]:
+def before_after(model: nn.Module, measure: Callable[[], Measured]) -> dict[str, Measured]:
     """`measure` of the base, and of the adapter if the model has one: one copy of the weights."""
-    found: dict[str, Rows] = {}
-    try:
-        for system, gate in {"base": 0.0, **({"adapter": None} if lora_layers(model) else {})}.items():
-            set_gate(model, gate)
-            found[system] = measure()
-    finally:
-        set_gate(model, None)
-    return found
+    with disable_lora(model):
+        found = {"base": measure()}
+    return found | ({"adapter": measure()} if lora_layers(model) else {})
 
 
 def losses(
@@ -150,9 +141,7 @@ def losses(
     plain = load_tokenizer(tokenizer.source, template="text")
     texts = [plain.encode_chat([Message("user", line)]) for line in GENERAL.read_text(encoding="utf-8").split("\n") if line]
     general = [Example(ids, ids) for ids in texts]
-    held = before_after(model, held_out)
-    other = before_after(model, lambda: example_nll(model, general, precision, chunk_bytes))
-    return {system: {"loss": held[system], "general-ppl": other[system]} for system in held}
+    return before_after(model, lambda: {"loss": held_out(), "general-ppl": example_nll(model, general, precision, chunk_bytes)})
 
 
 # --- Answers
