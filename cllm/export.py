@@ -21,10 +21,11 @@ from cllm.messages import UserError, note, say, table
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from cllm.data.encode import Example
+    from cllm.learn.optim import Precision
     from cllm.model.tokenizer import Tokenizer
+    from cllm.serve.engine import Engine
     from cllm.serve.load import Located
 
 TARGETS = ("merged", "peft", "gguf", "ollama")
@@ -87,30 +88,24 @@ def _modelfile(tokenizer: Tokenizer, template: str) -> str:
 
 # --- Checking
 def measure(
-    model: nn.Module, examples: Sequence[Example], prompts: Sequence[list[int]], tokenizer: Tokenizer
+    engine: Engine, examples: Sequence[Example], prompts: Sequence[list[int]], tokenizer: Tokenizer
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """((N, V) log-probabilities at supervised positions, their (N,) labels, greedy answers)."""
     import torch
 
-    device = next(model.parameters()).device
+    from cllm.serve.engine import Sampling
+
     rows, labels, room = [], [], POSITIONS
-    with torch.no_grad():
+    with torch.no_grad(), engine.autocast():
         for example in examples:
             wanted = torch.tensor([i for i, label in enumerate(example.labels[1:]) if label >= 0][:room])
             if room and len(wanted):
-                logits = model(input_ids=torch.tensor([example.input_ids], device=device), use_cache=False).logits[0]
-                rows.append(logits[wanted.to(device)].float().log_softmax(-1).cpu())
+                logits = engine.model(input_ids=torch.tensor([example.input_ids], device=engine.device), use_cache=False).logits[0]
+                rows.append(logits[wanted.to(engine.device)].float().log_softmax(-1).cpu())
                 labels.append(torch.tensor(example.labels)[wanted + 1])
                 room -= len(wanted)
-        answers = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=device)
-            stops = {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
-            out = model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=SAMPLE_TOKENS, **stops
-            )
-            answers.append(tokenizer.decode(out[0, len(prompt) :].tolist()))
-    return torch.cat(rows), torch.cat(labels), answers
+    outputs = engine.generate(prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
+    return torch.cat(rows), torch.cat(labels), [tokenizer.decode(ids) for ids in outputs]
 
 
 def compare(trained: tuple[Any, Any, list[str]], exported: tuple[Any, Any, list[str]]) -> dict[str, Any]:
@@ -125,7 +120,7 @@ def compare(trained: tuple[Any, Any, list[str]], exported: tuple[Any, Any, list[
     }  # fmt: skip
 
 
-def reopen(folder: Path, base: Path, to: str, device: str, dtype: torch.dtype, questions: Sequence[list[Message]]) -> tuple[Any, list[Any]]:
+def reopen(folder: Path, base: Path, to: str, precision: Precision, questions: Sequence[list[Message]]) -> tuple[Any, list[Any]]:
     """(the export as its readers see it, the ids that its own tokenizer and template give each question)."""
     from cllm.model.checkpoint import load_model, open_checkpoint, split_rows
     from cllm.model.lora import load_adapter
@@ -134,14 +129,14 @@ def reopen(folder: Path, base: Path, to: str, device: str, dtype: torch.dtype, q
     if to == "merged":
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision.weights, local_files_only=True).to(precision.device).eval()
         reader = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not reader.chat_template:
             return model, []
         turns = [[m._asdict() for m in question] for question in questions]
         return model, [reader.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
     file = folder if to == "peft" else folder / "model.gguf"
-    model = load_model(base if to == "peft" else file, dtype=dtype, device=device)
+    model = load_model(base if to == "peft" else file, dtype=precision.weights, device=precision.device)
     if to == "peft":
         load_adapter(model, folder, dropout=0.0, split=split_rows(open_checkpoint(base)))
     own = load_tokenizer(file)
@@ -152,18 +147,21 @@ def check(run: str, base: Path, folder: Path, to: str, kind: str, nf4: bool, hel
     """The fidelity report: the trained model first, then the export, one at a time. Raises UserError beyond the limits."""
     from cllm.data.encode import encode_all
     from cllm.serve import open_model
+    from cllm.serve.engine import Engine
 
     loaded = open_model(run, quantize="nf4" if nf4 else "none")
-    tokenizer, device = loaded.tokenizer, str(next(loaded.model.parameters()).device)
+    engine, tokenizer, precision = loaded.engine(), loaded.tokenizer, loaded.precision
     examples = [e for e in encode_all(held_out, tokenizer, max_tokens=2048) if not isinstance(e, str)][:CONVERSATIONS]
     questions = [list(c.messages[:-1]) for c in held_out[:CONVERSATIONS]]
     expected = [tokenizer.encode_chat(question) for question in questions]
-    prompts, dtype = expected[:SAMPLES], loaded.precision.weights
-    trained = measure(loaded.model, examples, prompts, tokenizer)
-    del loaded
+    prompts = [ids for ids in expected if len(ids) < engine.max_tokens][:SAMPLES]
+    trained = measure(engine, examples, prompts, tokenizer)
+    del loaded, engine
     gc.collect()
-    model, ids = reopen(folder, base, to, device, dtype, questions)
-    report = compare(trained, measure(model, examples, prompts, tokenizer))
+    model, ids = reopen(folder, base, to, precision, questions)
+    precision.prepare(model)
+    exported = Engine(model, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, autocast=precision.autocast)
+    report = compare(trained, measure(exported, examples, prompts, tokenizer))
     equal = sum(list(a) == b for a, b in zip(ids, expected, strict=False))
     report |= {"prompts": len(expected), "prompts_equal": equal if ids else None, "trained_on": "nf4" if nf4 else "16bit"}
     agreement, kl = report["limits"] = LIMITS.get(kind if to in ("gguf", "ollama") else "", LIMIT)

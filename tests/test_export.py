@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHARED, byte_checkpoint, tiny_model
+from serving import tiny_run
 from torch import Tensor, nn
 
 from cllm import export
@@ -303,6 +304,16 @@ def test_gguf_program(trained: Path, to: str, tmp_path: Path, capsys: pytest.Cap
     if to == "ollama":
         modelfile = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
         assert modelfile.startswith("FROM ./model.gguf\nTEMPLATE") and 'PARAMETER stop "<|im_end|>"' in modelfile
+
+
+@pytest.mark.parametrize("to", ["merged", "peft"])
+def test_a_half_precision_run_is_checked_in_the_numbers_it_was_trained_in(to: str, tmp_path: Path) -> None:
+    source = tiny_run(tmp_path)
+    with (source / "config.toml").open("a", encoding="utf-8") as file:
+        file.write("precision = 'fp16'\n")
+    assert run(source, to, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "fidelity.json").read_text(encoding="utf-8"))
+    assert report["passed"] and len(report["samples"]) == 3
 
 
 def test_an_export_beyond_the_limits_is_not_kept(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
