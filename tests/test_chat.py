@@ -77,6 +77,21 @@ def test_terminal_remembers_switches_and_forgets(loaded: Loaded, engine: Engine,
     assert [m.role for m in read] == [role for role, _ in dialogue] and read.messages[2].content == "再见"
 
 
+def test_an_interrupted_answer_stays_as_far_as_it_came(loaded: Loaded, engine: Engine) -> None:
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    terminal = Terminal(loaded, engine, write)
+    terminal.say("你好")
+    assert terminal.messages[1].content.startswith("".join(written[:3])) and terminal.turns == 1
+    told = re.search(r"\[(\d+) tokens, first after [\d.]+ s, (\d+) tok/s\]", written[-1])
+    assert told and 3 <= int(told[1]) < 512 and int(told[2]) < 10**6
+
+
 def test_terminal_shows_mistakes_and_goes_on(loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, out = talk(loaded._replace(home=None), engine, "/adapter", "字" * 2000, "/reset", monkeypatch=monkeypatch)
     assert "chat.no_adapter" in out and "serve.context" in out and terminal.turns == 0 and terminal.name == "base"
