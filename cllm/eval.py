@@ -54,9 +54,11 @@ def main(argv: list[str]) -> int:
     shots = EXAM_SHOTS if arguments.shots is None else arguments.shots
     sets = {data: _exam(data, shots, arguments.limit) if arguments.task else _read(data, config, arguments) for data in arguments.data}
     train = _training_set(config) if is_run and config.data.kind == "chat" and not arguments.task else []
-    loaded = _open(arguments)
     from cllm.evaluate.report import report, write_results
     from cllm.learn.snapshot import new_run
+    from cllm.serve import open_model
+
+    loaded = open_model(arguments.model, adapter=not arguments.base)
 
     summary: dict[str, Any] = {}
     for data, rows in sets.items():
@@ -79,18 +81,6 @@ def _votes(run: Path) -> list[dict[str, Any]]:
     summary = summarise(votes)
     print(table(vote_table(summary)))
     return summary
-
-
-def _open(arguments: argparse.Namespace) -> Loaded:
-    """The run or model; with --base the adapter is taken off again."""
-    from cllm.model.lora import lora_layers
-    from cllm.serve import open_model
-
-    loaded = open_model(arguments.model)
-    for name, layer in lora_layers(loaded.model).items() if arguments.base else ():
-        parent, _, leaf = name.rpartition(".")
-        setattr(loaded.model.get_submodule(parent), leaf, layer.base)
-    return loaded
 
 
 def _exam(data: str, shots: int, limit: int) -> list[Any]:

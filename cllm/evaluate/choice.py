@@ -154,7 +154,7 @@ def sit(engine: Engine, tokenizer: Tokenizer, subject: Subject) -> tuple[dict[st
 
 
 def examine(
-    engine: Engine, tokenizer: Tokenizer, subjects: Sequence[Subject], progress: Callable[[int, int], None] | None = None
+    engine: Engine, tokenizer: Tokenizer, subjects: Sequence[Subject], progress: Callable[[int, int], None]
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """(system -> accuracies in percent, one sample per question); the prompts are plain text.
 
@@ -174,8 +174,7 @@ def examine(
         for i, question in enumerate(subject.questions):
             given = {system: dict(zip(LETTERS, rows[i], strict=True)) for system, rows in found.items()}
             samples.append({"subject": subject.name, "question": question, "answer": subject.answers[i], "log_likelihoods": given})
-        if progress is not None:
-            progress(len(samples), sum(len(s.questions) for s in subjects))
+        progress(len(samples), sum(len(s.questions) for s in subjects))
     results: dict[str, dict[str, Any]] = {}
     everything = {system: {"accuracy": [row for part in parts for row in part]} for system, parts in right.items()}
     for system, parts in right.items():
@@ -191,11 +190,11 @@ def _accuracy(rows: Rows) -> dict[str, Any]:
     return {"accuracy": 100 * rate.value, "interval": [100 * rate.low, 100 * rate.high], "questions": len(rows)}
 
 
-def _macro_interval(parts: Sequence[Rows], resamples: int = 1000, seed: int = 12345) -> list[float]:
+def _macro_interval(parts: Sequence[Rows]) -> list[float]:
     """95 %: drawing n answers of a subject again, of which a share p is right, is a binomial draw."""
     import numpy as np
 
-    rng = np.random.default_rng(seed)
-    drawn = [rng.binomial(len(part), _accuracy(part)["accuracy"] / 100, resamples) / len(part) for part in parts]
+    rng = np.random.default_rng(12345)
+    drawn = [rng.binomial(len(part), _accuracy(part)["accuracy"] / 100, 1000) / len(part) for part in parts]
     low, high = np.quantile(100 * np.mean(drawn, axis=0), [0.025, 0.975])
     return [float(low), float(high)]

@@ -20,7 +20,7 @@ from cllm.serve.engine import Engine
 
 
 class Loaded(NamedTuple):
-    """One copy of the weights, with the adapter injected if there is one (gate 0 is the base)."""
+    """One copy of the weights, frozen, with the adapter injected if there is one (gate 0 is the base)."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -89,9 +89,10 @@ def open_tokenizer(found: Located) -> Tokenizer:
     return load_tokenizer(resolve(found.base_name), template=found.config.template, thinking=found.config.thinking)
 
 
-def open_model(name: str | Path, *, precision: str = "", device: str = "auto", quantize: str = "") -> Loaded:
+def open_model(name: str | Path, *, precision: str = "", device: str = "auto", quantize: str = "", adapter: bool = True) -> Loaded:
     """Open what `locate` finds. A run is opened as it was trained unless `precision` or `quantize` (of the base; its head is then 16-bit)
-    say otherwise; anything else in "auto" precision, not quantized. Raises UserError as `locate`, and what loading raises.
+    say otherwise; anything else in "auto" precision, not quantized. adapter=False: its base alone, with its tokenizer. Raises UserError
+    as `locate`, and what loading raises.
     """
     found = locate(name)
     config, folder = found.config, found.adapter
@@ -105,9 +106,10 @@ def open_model(name: str | Path, *, precision: str = "", device: str = "auto", q
     tokenizer = tokenizer if folder else with_trained_end(tokenizer, model)
     chosen.prepare(model)
     if folder is not None:
-        load_adapter(model, folder, dropout=0.0, split=split_rows(open_checkpoint(base)))
+        if adapter:
+            load_adapter(model, folder, dropout=0.0, split=split_rows(open_checkpoint(base)))
         folder = folder.resolve().parent if folder.name == "adapter" else folder.resolve()
-    return Loaded(model.eval(), tokenizer, folder, found.base_name, chosen)
+    return Loaded(model.eval().requires_grad_(False), tokenizer, folder, found.base_name, chosen)
 
 
 def open_beside(loaded: Loaded, name: str | Path) -> Loaded:
