@@ -115,10 +115,12 @@ class Guard:
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.key.encode())
 
 
-def _refuse(status: int, message_code: str, **values: object) -> App:
+def _refuse(status: int, message_code: str, *, param: str | None = None, code: str | None = None, **values: object) -> Any:
+    """The response that says why; an ASGI application, too."""
     from starlette.responses import JSONResponse
 
-    return JSONResponse(error_body(status, say(message_code, **values)), status)
+    body = error_body(status, say(message_code, **values), param=param, code=code)
+    return JSONResponse(body, status, {"Retry-After": "5"} if status == 429 else None)
 
 
 class Strict(BaseModel):
@@ -141,8 +143,8 @@ class ChatMessage(Strict):
     content: str | list[TextPart] | None = None
 
     def plain(self) -> Message:
-        parts = [TextPart(type="text", text=self.content or "")] if not isinstance(self.content, list) else self.content
-        return Message("system" if self.role == "developer" else self.role, "".join(part.text for part in parts))
+        text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        return Message("system" if self.role == "developer" else self.role, text)
 
 
 class StreamOptions(Strict):
@@ -200,7 +202,7 @@ RESPONSES: Any = {
 
 def build_app(loaded: Loaded, engine: Any) -> Any:
     """The FastAPI application with /health, /v1/models and /v1/chat/completions; models: `base` and the adapter's name."""
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.concurrency import run_in_threadpool
 
@@ -222,12 +224,11 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         name = body.model or next(iter(models))
         if name not in models:
-            message = say("serve.model", name=name, known=", ".join(models))
-            raise HTTPException(404, error_body(404, message, param="model", code="model_not_found"))
+            return _refuse(404, "serve.model", param="model", code="model_not_found", name=name, known=", ".join(models))
         if given := [field for field in UNSUPPORTED if (body.model_extra or {}).get(field)]:
-            raise HTTPException(400, error_body(400, say("serve.unsupported", fields=", ".join(given)), param=given[0]))
+            return _refuse(400, "serve.unsupported", param=given[0], fields=", ".join(given))
         if len(engine.waiting) >= MAX_WAITING:
-            raise HTTPException(429, error_body(429, say("serve.busy")), {"Retry-After": "5"})
+            return _refuse(429, "serve.busy")
         sampling = chat_sampling(
             max_new_tokens=body.max_completion_tokens or body.max_tokens,
             **body.model_dump(include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}),
@@ -260,8 +261,7 @@ def _handle_errors(app: Any) -> None:
 
     async def reply(_: object, error: Any) -> JSONResponse:
         if isinstance(error, HTTPException):
-            body = error.detail if isinstance(error.detail, dict) else error_body(error.status_code, str(error.detail))
-            return JSONResponse(body, error.status_code, error.headers)
+            return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
         if isinstance(error, RequestValidationError):
             problems = [(".".join(str(part) for part in e["loc"] if part != "body"), e["msg"]) for e in error.errors()]
             message = "; ".join(f"{where}: {what}" if where else what for where, what in problems)
