@@ -120,30 +120,25 @@ def compare(trained: tuple[Any, Any, list[str]], exported: tuple[Any, Any, list[
     }  # fmt: skip
 
 
-def reopen(folder: Path, base: Path, to: str, precision: Precision, questions: Sequence[list[Message]]) -> tuple[Any, list[Any]]:
+def reopen(folder: Path, to: str, precision: Precision, questions: Sequence[list[Message]]) -> tuple[Any, list[Any]]:
     """(the export as its readers see it, the ids that its own tokenizer and template give each question)."""
-    from cllm.model.checkpoint import load_model, open_checkpoint, split_rows
-    from cllm.model.lora import load_adapter
-    from cllm.model.tokenizer import load_tokenizer
+    from cllm.serve import open_model
 
-    if to == "merged":
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    if to != "merged":
+        file = folder if to == "peft" else folder / "model.gguf"
+        loaded = open_model(file, precision=precision.name, device=precision.device, quantize="none")
+        known = to == "peft" or loaded.tokenizer.chat_template
+        return loaded.model, [loaded.tokenizer.encode_chat(question) for question in questions] if known else []
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision.weights, local_files_only=True).to(precision.device).eval()
-        reader = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not reader.chat_template:
-            return model, []
-        turns = [[m._asdict() for m in question] for question in questions]
-        return model, [reader.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
-    file = folder if to == "peft" else folder / "model.gguf"
-    model = load_model(base if to == "peft" else file, dtype=precision.weights, device=precision.device)
-    if to == "peft":
-        load_adapter(model, folder, dropout=0.0, split=split_rows(open_checkpoint(base)))
-    own = load_tokenizer(file)
-    return model, [own.encode_chat(question) for question in questions] if to == "peft" or own.chat_template else []
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision.weights, local_files_only=True).to(precision.device).eval()
+    precision.prepare(model)
+    reader = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    turns = [[m._asdict() for m in question] for question in questions if reader.chat_template]
+    return model, [reader.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
 
 
-def check(run: str, base: Path, folder: Path, to: str, kind: str, nf4: bool, held_out: list[Conversation]) -> dict[str, Any]:
+def check(run: str, folder: Path, to: str, kind: str, nf4: bool, held_out: list[Conversation]) -> dict[str, Any]:
     """The fidelity report: the trained model first, then the export, one at a time. Raises UserError beyond the limits."""
     from cllm.data.encode import encode_all
     from cllm.serve import open_model
@@ -158,8 +153,7 @@ def check(run: str, base: Path, folder: Path, to: str, kind: str, nf4: bool, hel
     trained = measure(engine, examples, prompts, tokenizer)
     del loaded, engine
     gc.collect()
-    model, ids = reopen(folder, base, to, precision, questions)
-    precision.prepare(model)
+    model, ids = reopen(folder, to, precision, questions)
     exported = Engine(model, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, autocast=precision.autocast)
     report = compare(trained, measure(exported, examples, prompts, tokenizer))
     equal = sum(list(a) == b for a, b in zip(ids, expected, strict=False))
@@ -238,7 +232,7 @@ def main(argv: list[str]) -> int:
             write(found, base, tokenizer, part, arguments.to, nf4=nf4, kind=arguments.type)
         except OSError as error:
             raise UserError("export.disk", path=out, detail=error) from error
-        report = check(arguments.run, base, part, arguments.to, arguments.type, nf4, held_out) if arguments.check else None
+        report = check(arguments.run, part, arguments.to, arguments.type, nf4, held_out) if arguments.check else None
         size = sum(file.stat().st_size for file in part.iterdir())
         part.rename(out)
     finally:
