@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cllm.data.schema import Message
 from cllm.messages import UserError, say
@@ -89,8 +92,6 @@ class Guard:
 
     def _refusal(self, scope: Event, headers: dict[str, str]) -> App | None:
         """What answers instead of the application, if something must."""
-        from starlette.responses import Response
-
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.key and re.sub(r":\d+$", "", host).strip("[]") not in LOOPBACK:
             return _refuse(403, "serve.host", host=host)
@@ -115,10 +116,8 @@ class Guard:
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.key.encode())
 
 
-def _refuse(status: int, message_code: str, *, param: str | None = None, code: str | None = None, **values: object) -> Any:
+def _refuse(status: int, message_code: str, *, param: str | None = None, code: str | None = None, **values: object) -> JSONResponse:
     """The response that says why; an ASGI application, too."""
-    from starlette.responses import JSONResponse
-
     body = error_body(status, say(message_code, **values), param=param, code=code)
     return JSONResponse(body, status, {"Retry-After": "5"} if status == 429 else None)
 
@@ -203,8 +202,6 @@ RESPONSES: Any = {
 def build_app(loaded: Loaded, engine: Any) -> Any:
     """The FastAPI application with /health, /v1/models and /v1/chat/completions; models: `base` and the adapter's name."""
     from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, Response, StreamingResponse
-    from starlette.concurrency import run_in_threadpool
 
     app = FastAPI(title="cllm", docs_url=None, redoc_url=None)  # FastAPI's own documentation pages load from other hosts
     models, started = loaded.models, int(time.time())
@@ -256,8 +253,6 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
 def _handle_errors(app: Any) -> None:
     """Whatever is raised while a request is handled answers in OpenAI's shape."""
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
-    from starlette.exceptions import HTTPException
 
     async def reply(_: object, error: Any) -> JSONResponse:
         if isinstance(error, HTTPException):
