@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -208,10 +209,9 @@ def _append_vote(vote: str, category: str, kept: dict[str, Any], loaded: Loaded)
     if vote in ("a", "b"):
         row["chosen"], row["rejected"] = kept["texts"] if vote == "a" else kept["texts"][::-1]
     assert loaded.home is not None
-    with _votes:  # and in append mode, so that lines of several voters do not mix
-        file = os.open(loaded.home / "votes.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(file, "w", encoding="utf-8") as out:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    private = partial(os.open, mode=0o600)
+    with _votes, open(loaded.home / "votes.jsonl", "a", encoding="utf-8", opener=private) as out:  # lines of several voters do not mix
+        out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _weights_hash(home: Path) -> str:
