@@ -22,8 +22,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from cllm.learn.optim import out_of_memory
 from cllm.messages import UserError, note, say
@@ -84,8 +83,7 @@ class Stream:
         self.put = listener or self._queue.put
 
     def __iter__(self) -> Iterator[int]:
-        while (token := self._queue.get()) is not None:
-            yield token
+        return iter(self._queue.get, None)
 
     def cancel(self) -> None:
         """Free the row before the next step; may be called from any thread, also after the end."""
@@ -158,7 +156,7 @@ class _Batch:
     """Rows that are computed together, and their cache; of a prefill, `filled` of the padded columns are in it."""
 
     rows: list[Stream]
-    cache: DynamicCache
+    cache: Cache
     filled: int = 0
 
     @property
@@ -297,8 +295,7 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._work:
-                while not (self._closed or self.waiting or self.prefill or self.batch.rows):
-                    self._work.wait()
+                self._work.wait_for(lambda: self._closed or self.waiting or self.prefill or self.batch.rows)
                 if self._closed:
                     return
             self.step()
@@ -314,10 +311,7 @@ class Engine:
 
     def _new_batch(self, rows: list[Stream]) -> _Batch:
         # Recurrent layers have cache types that cannot be padded or joined: such models run one request at a time.
-        cache = DynamicCache(config=self.model.config) if self.stateful else DynamicCache()
-        if not self.stateful:
-            cache.layer_class_to_replicate = _RowLayer
-        return _Batch(rows, cache)
+        return _Batch(rows, DynamicCache(config=self.model.config) if self.stateful else Cache(layer_class_to_replicate=_RowLayer))
 
     def _take_all(self) -> list[Stream]:
         """Empty the engine; returns what was prefilling or decoding."""
