@@ -162,7 +162,8 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
     for asked in (None, "demo", "../../etc", str(tmp_path)):
         menu, loss, speed, table, samples = page.call("follow", asked)
         assert menu.value == "demo" and "1.6" in loss and "eval_loss" in loss and "tokens_per_second 100" in speed
-        assert [row[0] for row in table] == ["reference", "base", "adapter"] and table[2][-2:] == ["88.0", "1.000"]
+        assert table["headers"] == ["", "loss", "exact", "length"]  # no column without a number
+        assert table["data"] == [["reference", "", "", "1.000"], ["base", "2.000", "0.000", "1.000"], ["adapter", "0.500", "88.0", "1.000"]]
         assert samples == [["问", "答", "？", "答"]]
     assert _chart([], ["loss"]) == ""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.data.schema import Message
-from cllm.evaluate.report import COLUMNS, number
+from cllm.evaluate.report import number, score_table
 from cllm.learn.log import peak_memory_bytes, read_metrics
 from cllm.messages import UserError, messages
 from cllm.model.lora import WEIGHTS_FILE
@@ -226,7 +226,7 @@ def _training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
     chosen = gr.Dropdown(label=t("run"), choices=[])
     with gr.Row():
         charts = [gr.Markdown(label=t(key), show_label=True, container=True, sanitize_html=False) for key in ("loss", "speed")]
-    scores = gr.Dataframe(label=t("scores"), headers=["", *COLUMNS, "length"])
+    scores = gr.Dataframe(label=t("scores"))
     samples = gr.Dataframe(label=t("samples"), headers=["", *SHOWN], wrap=True)
 
     def follow(name: str | None) -> tuple[Any, ...]:
@@ -237,7 +237,8 @@ def _training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
         scored, answers = run / "eval.json", read_metrics(run / "samples.jsonl")
         results = json.loads(scored.read_text(encoding="utf-8")) if scored.exists() else {}
         shown = ({"reference": {}} if answers else {}) | results
-        table = [[system, *(number(its.get(key)) for key in COLUMNS), _mean_length(answers, system)] for system, its in shown.items()]
+        header, *lines = score_table(shown)
+        table = {"headers": [*header, "length"], "data": [[*line, _mean_length(answers, line[0])] for line in lines]}
         cells = [[row["messages"][-1]["content"], *(row.get(key, "") for key in SHOWN)] for row in answers[:20]]
         menu = gr.Dropdown(choices=names, value=run.name if names else None)
         return menu, _chart(rows, ["loss", "eval_loss"]), _chart(rows, ["tokens_per_second"]), table, cells
