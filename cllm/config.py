@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import sys
 import types
@@ -334,20 +335,15 @@ def to_toml(config: Config) -> str:
     """The effective configuration as TOML that `load_config` reads back to an equal value."""
     parts = []
     for section in dataclasses.fields(config):
-        lines = [f"[{section.name}]"]
         values = getattr(config, section.name)
-        for item in dataclasses.fields(values):
-            lines.append(f"{item.name} = {_toml(getattr(values, item.name))}")
-        parts.append("\n".join(lines) + "\n")
+        lines = [f"{item.name} = {_toml(getattr(values, item.name))}" for item in dataclasses.fields(values)]
+        parts.append("\n".join([f"[{section.name}]", *lines, ""]))
     return "\n".join(parts)
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        plain = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-        return f'"{plain}"'
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one character that only TOML escapes
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     if isinstance(value, list | tuple):
