@@ -24,7 +24,7 @@ from cllm import memory
 from cllm.config import Config, load_config
 from cllm.memory import GIB, MIB, Settings, estimate_vram, make_plan
 from cllm.messages import UserError, note, say, table
-from cllm.prepare import open_model, open_tokenizer, row_settings
+from cllm.prepare import load_trainable, row_settings, tokenizer_of
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
@@ -68,7 +68,7 @@ class Subject:
         self.config, self.name, self.device, self.cuda = config, name, torch.device(device), device.startswith("cuda")
         self.budget = cap_allocator(config.memory.budget_gib, device)
         self.precision = Precision.choose(config.model.precision, self.device.type)
-        model, _ = open_model(config, original or resolve(config.model.path), self.precision, device)
+        model, _ = load_trainable(config, original or resolve(config.model.path), self.precision, device)
         self.shape = memory.shape_of(original or model.config.to_dict(), name)
         place(model, config.memory, device)
         self.model, self.scaler = model.train(), self.precision.scaler()
@@ -200,11 +200,11 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     from cllm.data.packing import PackedRows
     from cllm.model.source import resolve
 
-    how: Any = {"kind": config.data.kind, "max_tokens": config.train.row_tokens, "truncate": config.data.truncate}
-    examples = encode_set(train, open_tokenizer(config, resolve(config.model.path)), **how)[0]
-    rows, tokens = PackedRows(examples, config.train.row_tokens, seed=config.train.seed), sum(examples.sizes)
-    work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * config.train.row_tokens)}
-    settings = row_settings(config, config.train.row_tokens, "fp32", "cpu")
+    row_tokens, tokenizer = config.train.row_tokens, tokenizer_of(config, resolve(config.model.path))
+    examples = encode_set(train, tokenizer, kind=config.data.kind, max_tokens=row_tokens, truncate=config.data.truncate)[0]
+    rows, tokens = PackedRows(examples, row_tokens, seed=config.train.seed), sum(examples.sizes)
+    work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * row_tokens)}
+    settings = row_settings(config, row_tokens, "fp32", "cpu")
     if torch.cuda.is_available() or memory.row_seconds(memory.shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
         note("bench.timing", steps=WARM_STEPS)
         subject = Subject(config, config.model.path, None)
@@ -311,15 +311,13 @@ def _machine(device: Any) -> dict[str, Any]:
 
 def _plot(report: dict[str, Any], target: Path) -> None:
     """Peak memory (dashed: the estimate) and speed over the row length, a line per model and settings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines: dict[str, list[dict[str, Any]]] = {}
     for r in (r for r in report["results"] if "peak_bytes" in r):
         lines.setdefault(f"{r['model']}, {r['quantize']}, {r['stream_layers']} streamed", []).append(r)
-    figure, (peaks, speed) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    figure = Figure(figsize=(11, 4.5), dpi=120, layout="tight")
+    peaks, speed = figure.subplots(1, 2)
     for number, (name, rows) in enumerate(lines.items()):
         for axes, key, unit, style in (
             (peaks, "peak_bytes", GIB, "o-"),
@@ -331,9 +329,7 @@ def _plot(report: dict[str, Any], target: Path) -> None:
     speed.set(xlabel="row, tokens", ylabel="tokens per second", ylim=(0, None))
     speed.legend(frameon=False, fontsize=7)
     figure.suptitle(report["device"])
-    figure.tight_layout()
     figure.savefig(target)
-    plt.close(figure)
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -514,11 +514,11 @@ def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
     if plan.fits:
         return plan.settings
     values = {"name": shape.name, "need": f"{plan.estimate.total / GIB:.2f}", "budget": f"{budget / GIB:.2f}"}
-    if not plan.ladder or plan.ladder[-1].total > budget:
-        least = plan.ladder[-1].total if plan.ladder else plan.estimate.total
+    least = plan.ladder[-1].total if plan.ladder else plan.estimate.total
+    if least > budget:
         raise UserError("memory.hopeless", least=f"{least / GIB:.2f}", **values)
     changes = " ".join({step.change.partition("=")[0]: step.change for step in plan.ladder}.values())
-    raise UserError("memory.too_big", changes=changes, total=f"{plan.ladder[-1].total / GIB:.2f}", longest=plan.longest_row, **values)
+    raise UserError("memory.too_big", changes=changes, total=f"{least / GIB:.2f}", longest=plan.longest_row, **values)
 
 
 def plan_run(original: Mapping[str, Any], name: str, settings: Settings, budget: int) -> tuple[Settings, VramEstimate | None]:

@@ -22,7 +22,7 @@ def row_settings(config: Config, tokens: int, precision: str, device: str) -> Se
     return settings_of(config.model, config.lora, config.train, config.memory, row_tokens=tokens, precision=precision, device=device)
 
 
-def open_tokenizer(config: Config, base: Path) -> Tokenizer:
+def tokenizer_of(config: Config, base: Path) -> Tokenizer:
     """The tokenizer of `base` with the template that the config's data take."""
     from cllm.model.tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ def open_tokenizer(config: Config, base: Path) -> Tokenizer:
     return load_tokenizer(base, template=template, thinking=config.model.thinking)
 
 
-def open_model(config: Config, source: Path | dict[str, Any], precision: Precision, device: str) -> tuple[Any, dict[str, LoraLinear]]:
+def load_trainable(config: Config, source: Path | dict[str, Any], precision: Precision, device: str) -> tuple[Any, dict[str, LoraLinear]]:
     """The base in `source` (a dict: a random one of that config.json) and its adapter: read -> convert -> quantize -> inject."""
     import torch
 
@@ -76,7 +76,7 @@ class Prepared:
         from cllm.model.source import resolve
 
         self.base = resolve(config.model.path)
-        self.tokenizer = open_tokenizer(config, self.base)
+        self.tokenizer = tokenizer_of(config, self.base)
 
     def _encode(self) -> None:
         """Conversations -> examples -> rows; stops when nothing, or never an end token, would be trained."""
@@ -123,7 +123,7 @@ class Prepared:
         settings = row_settings(config, len(self.rows.longest().input_ids), self.precision.name, device)
         self.budget = cap_allocator(config.memory.budget_gib, device)
         settings, self.planned = plan_run(original_config(self.base), config.model.path, settings, self.budget)
-        self.model, layers = open_model(config, self.base, self.precision, device)
+        self.model, layers = load_trainable(config, self.base, self.precision, device)
         place(self.model, settings, device)
         self.chunk_bytes = config.memory.chunk_mib * 2**20
         self.objective = lambda model, batch: sft_loss(model, batch, self.chunk_bytes)
