@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import sys
 import types
@@ -26,12 +27,8 @@ else:
 PRESETS = Path(__file__).parent / "assets" / "presets"
 
 
-def _at_least(low: float, default: Any) -> Any:
-    return field(default=default, metadata={"min": low})
-
-
-def _between(low: float, high: float, default: Any) -> Any:
-    return field(default=default, metadata={"min": low, "max": high})
+def _at_least(low: float, default: Any, at_most: float = math.inf) -> Any:
+    return field(default=default, metadata={"limits": (low, at_most)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +58,7 @@ class LoraConfig:
     rank: int = _at_least(1, 16)
     alpha: float = _at_least(0, 32.0)
     """Scale: the update is alpha / rank * B A."""
-    dropout: float = _between(0, 0.99, 0.0)
+    dropout: float = _at_least(0, 0.0, at_most=0.99)
     targets: str | list[str] = "all-linear"
     """`all-linear` (all but the head), or module names and globs."""
     rslora: bool = False
@@ -92,7 +89,7 @@ class DataConfig:
     """A file, a folder, the built-in `demo`, or [[data.train]] tables with path, weight, columns."""
     eval: str = ""
     """Held-out file; empty: `held_out` of the training conversations are split off."""
-    held_out: float = _between(0, 0.9, 0.05)
+    held_out: float = _at_least(0, 0.05, at_most=0.9)
     """Fraction split off by content hash when `eval` is empty; 0: no evaluation."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where the file's own names need help: user, assistant, system, history = a column (name or number) or "{A} … {B}"."""
@@ -125,7 +122,7 @@ class TrainConfig:
     """Tokens of one optimizer step, accumulated over rows."""
     learning_rate: float = _at_least(0, 2e-4)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = _between(0, 1, 0.03)
+    warmup: float = _at_least(0, 0.03, at_most=1)
     """Share of the steps with a rising rate."""
     weight_decay: float = _at_least(0, 0.0)
     max_norm: float = _at_least(0, 1.0)
@@ -288,10 +285,9 @@ def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]
             values[name] = _section(typing.cast(type, hints[name]), value, key, where, problems)
         else:
             built = _value(hints[name], value, key, where, problems)
-            limits = known[name].metadata
-            if isinstance(built, int | float) and not limits.get("min", built) <= built <= limits.get("max", built):
-                bounds = f"{limits.get('min', '-inf')} … {limits.get('max', 'inf')}"
-                problems.append(say("config.range", where=where(key), key=key, value=built, bounds=bounds))
+            low, high = known[name].metadata.get("limits", (-math.inf, math.inf))
+            if isinstance(built, int | float) and not low <= built <= high:
+                problems.append(say("config.range", where=where(key), key=key, value=built, bounds=f"{low} … {high}"))
             values[name] = built
     return kind(**values)
 
