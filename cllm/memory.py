@@ -233,15 +233,16 @@ def settings_of(
     )  # fmt: skip
 
 
-def _streamed(shape: Shape, s: Settings) -> list[int]:
-    """Indices of the streamed layers, spread as cllm.model.offload spreads them (tests compare the two)."""
-    count = min(s.stream_layers, shape.layers)
-    return [(2 * i + 1) * shape.layers // (2 * count) for i in range(count)]
+def streamed_layers(layers: int, count: int) -> list[int]:
+    """Which `count` of `layers` are streamed: spread evenly, so that a copy hides behind as many resident layers as there are."""
+    count = min(count, layers)
+    return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
 def _recomputed(shape: Shape, s: Settings) -> set[int]:
     """Indices of the layers recomputed in the backward: the first `checkpoint_layers`, and those that are streamed."""
-    return {*range(shape.layers)[: shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers], *_streamed(shape, s)}
+    first = range(shape.layers)[: shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers]
+    return {*first, *streamed_layers(shape.layers, s.stream_layers)}
 
 
 def conversion_bytes(shape: Shape) -> int:
@@ -278,7 +279,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     nf4, cuda = _quantized(shape, s), s.device.startswith("cuda")
     kinds = ((shape.layers - shape.recurrent, linears), (shape.recurrent, shape.linears(recurrent=True)))
     every = [(count, name, *size) for count, kind in kinds for name, size in kind.items()]
-    weights, streamed = sum(count * sum(_stored(shape, s, i * o)) for count, _, i, o in every), len(_streamed(shape, s))
+    weights, streamed = sum(count * sum(_stored(shape, s, i * o)) for count, _, i, o in every), min(s.stream_layers, shape.layers)
     # A streamed layer's tensors are aligned in one buffer.
     packed = sum(-(-size // 256) * 256 for i, o in linears.values() for size in _stored(shape, s, i * o))
     adapted = [(count, i, o) for count, name, i, o in every if s.adapts(name)]
