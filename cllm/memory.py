@@ -13,13 +13,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from cllm.messages import UserError, note, say
 from cllm.model import families
-
-if TYPE_CHECKING:
-    from cllm.config import LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 
 MIB, GIB = 2**20, 2**30
 SHAPES = Path(__file__).parent / "assets" / "shapes.json"
@@ -219,18 +216,6 @@ class VramEstimate:
         """One line per item in MiB, and the total."""
         mebibytes = {name: f"{size / MIB:>10,.1f}" for name, size in {**self.items, "total": self.total}.items()}
         return say("memory.table", **mebibytes, moment=self.moment)
-
-
-def settings_of(
-    model: ModelConfig, lora: LoraConfig, train: TrainConfig, memory: MemoryConfig, *, row_tokens: int, precision: str, device: str
-) -> Settings:
-    """What the estimate needs of a config's sections; precision and device as resolved by the caller."""
-    targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
-    names = ("checkpoint_layers", "offload_inputs", "stream_layers", "mlp_tile_tokens", "embedding")
-    return Settings(
-        row_tokens, model.quantize, precision, lora.rank, targets, chunk_bytes=memory.chunk_mib * MIB, device=device, head=model.head,
-        optimizer=train.optimizer, fused=not (lora.dropout or lora.dora), **{name: getattr(memory, name) for name in names},
-    )  # fmt: skip
 
 
 def streamed_layers(layers: int, count: int) -> list[int]:

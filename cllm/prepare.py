@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config
 from cllm.data.sources import read_data
-from cllm.memory import Settings, plan_run, settings_of
+from cllm.memory import MIB, Settings, plan_run
 from cllm.messages import UserError, note
 
 if TYPE_CHECKING:
@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 
 def row_settings(config: Config, tokens: int, precision: str, device: str) -> Settings:
-    """What the bytes of a run on rows of `tokens` depend on."""
-    return settings_of(config.model, config.lora, config.train, config.memory, row_tokens=tokens, precision=precision, device=device)
+    """What the bytes of a run on rows of `tokens` depend on; precision and device as resolved by the caller."""
+    model, lora, memory = config.model, config.lora, config.memory
+    targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
+    names = ("checkpoint_layers", "offload_inputs", "stream_layers", "mlp_tile_tokens", "embedding")
+    return Settings(
+        tokens, model.quantize, precision, lora.rank, targets, chunk_bytes=memory.chunk_mib * MIB, device=device, head=model.head,
+        optimizer=config.train.optimizer, fused=not (lora.dropout or lora.dora), **{name: getattr(memory, name) for name in names},
+    )  # fmt: skip
 
 
 def tokenizer_of(config: Config, base: Path) -> Tokenizer:
@@ -125,7 +131,7 @@ class Prepared:
         settings, self.planned = plan_run(original_config(self.base), config.model.path, settings, self.budget)
         self.model, layers = load_trainable(config, self.base, self.precision, device)
         place(self.model, settings, device)
-        self.chunk_bytes = config.memory.chunk_mib * 2**20
+        self.chunk_bytes = config.memory.chunk_mib * MIB
         self.objective = lambda model, batch: sft_loss(model, batch, self.chunk_bytes)
         self.optimizer = make_optimizer(
             self.model, config.train.learning_rate, weight_decay=config.train.weight_decay, plus_ratio=config.lora.plus_ratio,
