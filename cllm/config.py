@@ -212,21 +212,20 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError("config.syntax", path=file, detail=error) from error
-    lines = _key_lines(text)
     problems: list[str] = []
-    where = {key: f"{file}:{line}" for key, line in lines.items()}
+    where = {key: f"{file}:{line}" for key, line in _key_lines(text).items()}
     for override in overrides:
         key, value = _override(override, problems)
         if key:
             section, _, name = key.partition(".")
             tree[section] = {**(tree[section] if isinstance(tree.get(section), dict) else {}), name: value}
             where[key] = override
-    config = _section(Config, tree, "", lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file, problems)
+    config: Config = _section(Config, tree, "", lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file, problems)
     if not problems and config.train.tokens_per_step < config.train.row_tokens:
         problems.append(say("config.row", where=where.get("train.tokens_per_step", file), row=config.train.row_tokens))
     if problems:
         raise UserError("config.invalid", count=len(problems), problems="\n  ".join(problems))
-    return typing.cast(Config, config)
+    return config
 
 
 def _read(path: str) -> tuple[str, str]:
