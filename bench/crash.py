@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,12 +32,12 @@ os.environ["CLLM_LANG"] = "en"
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # a forked child would wait for OpenMP threads that it has not got
 
 import torch  # noqa: E402
-from conftest import byte_checkpoint, demo_rows  # noqa: E402
+from conftest import byte_checkpoint, demo_rows, write_config  # noqa: E402
 
 from cllm.__main__ import run  # noqa: E402
 from cllm.learn.log import CLOCK_FIELDS, read_metrics  # noqa: E402
 
-STEPS = 12
+SETTINGS = ("data.kind=text", "eval.samples=0", "train.steps=12", "run.snapshot_every=1")  # texts: no time goes into answering questions
 TMPFS_BYTES = 2 * 2**20
 
 
@@ -54,7 +55,7 @@ class Child:
             os.dup2(file, 2)
             code = 1
             try:
-                code = run("train", [str(config), f"run.dir={json.dumps(str(directory))}", *resume])
+                code = run("train", [str(config), f"run.dir={json.dumps(str(directory))}", *SETTINGS, *resume])
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -80,39 +81,6 @@ class Child:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
 
-def make_config(folder: Path) -> Path:
-    checkpoint = byte_checkpoint(folder / "bytes")
-    texts = [{"text": row["instruction"] + row["output"]} for row in demo_rows()]  # texts: no time goes into answering questions
-    (folder / "data.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
-    config = folder / "run.toml"
-    config.write_text(
-        f"""
-[model]
-path = {json.dumps(str(checkpoint))}
-device = "cpu"
-[lora]
-rank = 4
-dropout = 0.1
-[data]
-train = {json.dumps(str(folder / "data.jsonl"))}
-kind = "text"
-held_out = 0.2
-[train]
-steps = {STEPS}
-row_tokens = 128
-tokens_per_step = 256
-learning_rate = 2e-2
-[eval]
-every = 3
-samples = 0
-[run]
-snapshot_every = 1
-""",
-        encoding="utf-8",
-    )
-    return config
-
-
 def result_of(directory: Path) -> tuple[bytes, list[dict[str, object]]]:
     """Adapter bytes and metrics without the clock fields."""
     rows = read_metrics(directory / "metrics.jsonl")
@@ -120,9 +88,19 @@ def result_of(directory: Path) -> tuple[bytes, list[dict[str, object]]]:
     return (directory / "adapter" / "adapter_model.safetensors").read_bytes(), metrics
 
 
-def finish(config: Path, directory: Path, expected: tuple[bytes, list[dict[str, object]]]) -> str:
+class Trial(NamedTuple):
+    """What is to be trained again and again, and what an uninterrupted run took and made."""
+
+    config: Path
+    folder: Path
+    seed: int
+    seconds: float
+    expected: tuple[bytes, list[dict[str, object]]]
+
+
+def finish(trial: Trial, directory: Path) -> str:
     """Resume to the end and compare; "" or what is wrong."""
-    child = Child(config, directory)
+    child, expected = Child(trial.config, directory), trial.expected
     if child.wait():
         return f"exit {child.status}: {child.text()[-2000:]}"
     final = Path(json.loads(child.text().splitlines()[-1])["run"])
@@ -155,50 +133,44 @@ def interrupt(config: Path, directory: Path, chance: random.Random, seconds: flo
     return "elsewhere" if list(directory.glob("snapshots/step-*")) else "before the first snapshot"
 
 
-def kills(
-    config: Path, folder: Path, count: int, seed: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]
-) -> dict[str, object]:
-    chance, moments, wrong = random.Random(f"kill {seed}"), Counter[str](), []
+def kills(trial: Trial, count: int) -> dict[str, object]:
+    chance, moments, wrong = random.Random(f"kill {trial.seed}"), Counter[str](), []
     number = 0
     while sum(moments.values()) < count:
         number += 1
-        directory = folder / f"kill-{number}"
-        moment = interrupt(config, directory, chance, seconds, aimed=number % 2 == 0, ready=lambda: True)
+        directory = trial.folder / f"kill-{number}"
+        moment = interrupt(trial.config, directory, chance, trial.seconds, aimed=number % 2 == 0, ready=lambda: True)
         if moment == "after its end":  # no kill
             continue
         moments[moment] += 1
-        wrong += [problem] if (problem := finish(config, directory, expected)) else []
+        wrong += [problem] if (problem := finish(trial, directory)) else []
         shutil.rmtree(directory, ignore_errors=True)
     return {"kills": count, "identical": count - len(wrong), "moments": dict(moments), "wrong": wrong}
 
 
-def flips(
-    config: Path, folder: Path, count: int, seed: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]
-) -> dict[str, object]:
-    chance, named, wrong = random.Random(f"flip {seed}"), 0, []
+def flips(trial: Trial, count: int) -> dict[str, object]:
+    chance, named, wrong = random.Random(f"flip {trial.seed}"), 0, []
     for number in range(count):
-        directory = folder / f"flip-{number}"
+        directory = trial.folder / f"flip-{number}"
         enough = lambda d=directory: len(list(d.glob("snapshots/step-*"))) > 1  # noqa: E731
-        interrupt(config, directory, chance, seconds / 2, aimed=False, ready=enough)
+        interrupt(trial.config, directory, chance, trial.seconds / 2, aimed=False, ready=enough)
         newest = max(directory.glob("snapshots/step-*"))
         files = [file for file in sorted(newest.iterdir()) if file.stat().st_size]
         target = chance.choice(files)
         data = bytearray(target.read_bytes())
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         target.write_bytes(data)
-        problem = finish(config, directory, expected)
-        told = f"{newest} is damaged" in config.with_name("output.txt").read_text(encoding="utf-8")
+        problem = finish(trial, directory)
+        told = f"{newest} is damaged" in trial.config.with_name("output.txt").read_text(encoding="utf-8")
         named += told
         wrong += [problem or "not named"] if problem or not told else []
         shutil.rmtree(directory)
     return {"flips": count, "named": named, "identical": count - len(wrong), "wrong": wrong}
 
 
-def full_disk(
-    config: Path, folder: Path, count: int, seed: int, seconds: float, expected: tuple[bytes, list[dict[str, object]]]
-) -> dict[str, object]:
-    chance, ends, wrong = random.Random(f"disk {seed}"), Counter[str](), []
-    mount = folder / "small"
+def full_disk(trial: Trial, count: int) -> dict[str, object]:
+    chance, ends, wrong = random.Random(f"disk {trial.seed}"), Counter[str](), []
+    mount = trial.folder / "small"
     mount.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "cllm-crash", str(mount)]
     if subprocess.run(command, capture_output=True).returncode:
@@ -206,8 +178,8 @@ def full_disk(
     try:
         for number in range(count):
             directory, filler = mount / f"disk-{number}", mount / "filler"
-            child = Child(config, directory)
-            end = time.monotonic() + chance.uniform(0, seconds)
+            child = Child(trial.config, directory)
+            end = time.monotonic() + chance.uniform(0, trial.seconds)
             while child.running() and time.monotonic() < end:
                 time.sleep(0.001)
             with filler.open("wb", buffering=0) as file:
@@ -220,7 +192,7 @@ def full_disk(
             stopped = code == 2 and "cannot be written" in text and "Traceback" not in text
             ends["stopped with the reason" if stopped else "went on to the end" if code == 0 else f"exit {code}"] += 1
             filler.unlink()
-            problem = finish(config, directory, expected) if stopped or code == 0 else text[-2000:]
+            problem = finish(trial, directory) if stopped or code == 0 else text[-2000:]
             wrong += [problem] if problem else []
             for left in mount.iterdir():
                 shutil.rmtree(left)
@@ -240,23 +212,18 @@ def main() -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = make_config(folder)
-        for warm in ("first", "plain"):  # the first imports what is imported late
-            if warm == "first":
-                run("train", [str(config), f"run.dir={json.dumps(str(folder / warm))}", "train.steps=1"])
-            else:
-                began = time.perf_counter()
-                child = Child(config, folder / warm)
-                assert child.wait() == 0, child.text()
-                print(child.text(), file=sys.stderr)
-                seconds = time.perf_counter() - began
-        expected = result_of(folder / "plain")
+        texts = [{"text": row["instruction"] + row["output"]} for row in demo_rows()]
+        config = write_config(folder, byte_checkpoint(folder / "bytes"), texts)
+        run("train", [str(config), f"run.dir={json.dumps(str(folder / 'first'))}", *SETTINGS, "train.steps=1"])  # imports what comes late
+        began = time.perf_counter()
+        child = Child(config, folder / "plain")
+        assert child.wait() == 0, child.text()
+        print(child.text(), file=sys.stderr)
+        trial = Trial(config, folder, arguments.seed, time.perf_counter() - began, result_of(folder / "plain"))
         report = {
             "command": " ".join(["python bench/crash.py", *sys.argv[1:]]),
-            "kill": kills(config, folder, arguments.kills, arguments.seed, seconds, expected),
-            "flip": flips(config, folder, arguments.flips, arguments.seed, seconds, expected),
-            "disk": full_disk(config, folder, arguments.disk, arguments.seed, seconds, expected),
-            "run_seconds": round(seconds, 2), "seconds": round(time.perf_counter() - start, 1),
+            "kill": kills(trial, arguments.kills), "flip": flips(trial, arguments.flips), "disk": full_disk(trial, arguments.disk),
+            "run_seconds": round(trial.seconds, 2), "seconds": round(time.perf_counter() - start, 1),
             "torch": torch.__version__, "platform": platform.platform(),
         }  # fmt: skip
     if arguments.out:

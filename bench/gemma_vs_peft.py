@@ -89,7 +89,7 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
     from cllm.data.packing import collate
     from cllm.learn.loss import sft_loss
     from cllm.learn.optim import Precision, make_optimizer, train_step
-    from cllm.learn.proof import peak_storage_bytes, storage_bytes
+    from cllm.learn.proof import peak_bytes
     from cllm.model.checkpoint import load_model
     from cllm.model.lora import load_adapter
     from cllm.model.offload import checkpoint_layers
@@ -110,11 +110,8 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
         return train_step(model, [row], sft_loss, optimizer, **how).loss, time.perf_counter() - start
 
     losses, seconds = zip(*[step(row) for row in rows], strict=True)
-    high = proc("VmHWM")
-    state = [t for values in optimizer.state.values() for t in values.values()]
-    held = storage_bytes([*model.parameters(), *model.buffers(), *state])
-    largest = max(rows, key=lambda row: len(row.input_ids))
-    return _result(losses, seconds, loaded, high, held + peak_storage_bytes(lambda: step(largest)))
+    high, largest = proc("VmHWM"), max(rows, key=lambda row: len(row.input_ids))
+    return _result(losses, seconds, loaded, high, peak_bytes(lambda: step(largest), model, optimizer))
 
 
 def run_peft(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:

@@ -19,19 +19,21 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 SHARD_BYTES = 2 * 2**30
-SIZES = {1: (4096, 13696, 28, 65024, 2**29), 20: (1024, 3424, 24, 16256, int(0.1 * 2**30))}
-"""divide -> hidden, ffn, layers, vocabulary, slack in bytes"""
+SIZES = {1: (4096, 13696, 28, 65024), 20: (1024, 3424, 24, 16256)}
+"""divide -> hidden, ffn, layers, vocabulary"""
+SLACK_BYTES = {1: 2**29, 20: int(0.1 * 2**30)}
+Shapes = dict[str, tuple[int, ...]]
 
 
-def layout(divide: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def layout(hidden: int, ffn: int, layers: int, vocab: int) -> tuple[dict[str, Any], Shapes]:
     """config.json and name -> shape as THUDM publishes them."""
-    hidden, ffn, layers, vocab, _ = SIZES[divide]
     config = {
         "model_type": "chatglm", "architectures": ["ChatGLMModel"], "padded_vocab_size": vocab, "hidden_size": hidden,
         "ffn_hidden_size": ffn, "num_layers": layers,
@@ -40,7 +42,7 @@ def layout(divide: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         "original_rope": True, "post_layer_norm": True, "rope_ratio": 1,
     }  # fmt: skip
     rows = hidden + 2 * 2 * 128
-    shapes: dict[str, tuple[int, ...]] = {"transformer.embedding.word_embeddings.weight": (vocab, hidden)}
+    shapes: Shapes = {"transformer.embedding.word_embeddings.weight": (vocab, hidden)}
     for layer in range(layers):
         own = {
             "input_layernorm.weight": (hidden,), "self_attention.query_key_value.weight": (rows, hidden),
@@ -52,18 +54,25 @@ def layout(divide: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     return config, {**shapes, "transformer.encoder.final_layernorm.weight": (hidden,), "transformer.output_layer.weight": (vocab, hidden)}
 
 
+def size_of(shapes: Shapes) -> int:
+    """Bytes in 16 bits."""
+    return sum(2 * math.prod(shape) for shape in shapes.values())
+
+
+def cut(shapes: Shapes, shard_bytes: int) -> list[Shapes]:
+    """As many tensors a shard as fit."""
+    shards: list[Shapes] = [{}]
+    for name, shape in shapes.items():
+        if shards[-1] and size_of(shards[-1] | {name: shape}) > shard_bytes:
+            shards.append({})
+        shards[-1][name] = shape
+    return shards
+
+
 def write_checkpoint(folder: Path, divide: int) -> int:
     """Sparse safetensors shards with their index; returns the bytes they claim to hold."""
-    config, shapes = layout(divide)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    size = 0
-    for name, shape in shapes.items():
-        if size + 2 * math.prod(shape) > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shape
-        size += 2 * math.prod(shape)
-    weight_map = {}
+    config, shapes = layout(*SIZES[divide])
+    weight_map, shards = {}, cut(shapes, SHARD_BYTES)
     for number, shard in enumerate(shards, 1):
         file, header, at = f"model-{number:05d}-of-{len(shards):05d}.safetensors", {}, 0
         for name, shape in shard.items():
@@ -76,13 +85,34 @@ def write_checkpoint(folder: Path, divide: int) -> int:
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return sum(2 * math.prod(shape) for shape in shapes.values())
+    return size_of(shapes)
 
 
 def anonymous_bytes() -> int:
     """RssAnon of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this system's /proc has no RssAnon")
+
+
+def sampled(work: Callable[[], object], interval_seconds: float) -> dict[str, float]:
+    """Anonymous bytes before `work` and at most while it runs in this process; and how long it takes."""
+    peak, done = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(interval_seconds):
+            peak = max(peak, anonymous_bytes())
+
+    baseline, thread = anonymous_bytes(), threading.Thread(target=sample)
+    thread.start()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    done.set()
+    thread.join()
+    return {"baseline_bytes": baseline, "peak_bytes": peak, "above_bytes": peak - baseline, "seconds": round(seconds, 2)}
 
 
 def measure(folder: Path) -> dict[str, float]:
@@ -94,22 +124,9 @@ def measure(folder: Path) -> dict[str, float]:
     from cllm.model.checkpoint import load_model
 
     transformers.AutoModelForCausalLM, transformers.GlmForCausalLM  # noqa: B018
-    peak, done = [0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], anonymous_bytes())
-
-    baseline = anonymous_bytes()
-    thread = threading.Thread(target=sample)
-    thread.start()
-    start = time.perf_counter()
-    model = load_model(folder, dtype=torch.bfloat16, quantize="nf4")
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
-    held = storage_bytes([*model.parameters(), *model.buffers()])
-    return {"loaded_bytes": held, "baseline_bytes": baseline, "above_bytes": max(peak) - baseline, "seconds": round(seconds, 1)}
+    loaded: list[torch.nn.Module] = []
+    found = sampled(lambda: loaded.append(load_model(folder, dtype=torch.bfloat16, quantize="nf4")), 0.005)
+    return {"loaded_bytes": storage_bytes([*loaded[0].parameters(), *loaded[0].buffers()]), **found}
 
 
 def run(divide: int) -> dict[str, Any]:
@@ -118,8 +135,8 @@ def run(divide: int) -> dict[str, Any]:
         total = write_checkpoint(Path(scratch), divide)
         output = subprocess.run([sys.executable, __file__, "--measure", scratch], check=True, stdout=subprocess.PIPE, text=True).stdout
     measured = json.loads(output.splitlines()[-1])
-    largest = max(2 * math.prod(shape) for shape in layout(divide)[1].values())
-    bound = measured["loaded_bytes"] + 3 * largest + SIZES[divide][4]
+    largest = max(2 * math.prod(shape) for shape in layout(*SIZES[divide])[1].values())
+    bound = measured["loaded_bytes"] + 3 * largest + SLACK_BYTES[divide]
     sizes = {"checkpoint_bytes": total, "largest_tensor_bytes": largest, "bound_bytes": bound}
     return {**sizes, **measured, "within": measured["above_bytes"] < bound}
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+import timeit
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from cllm import memory
 from cllm.config import Config, load_config
 from cllm.memory import GIB, MIB, Settings, estimate_vram, make_plan
 from cllm.messages import UserError, note, say, table
+from cllm.prepare import load_trainable, row_settings, tokenizer_of
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
@@ -58,8 +61,6 @@ class Subject:
         from cllm.learn.loss import sft_loss
         from cllm.learn.optim import Precision, make_optimizer
         from cllm.learn.proof import cap_allocator, choose_device
-        from cllm.model.checkpoint import load_model, random_model
-        from cllm.model.lora import inject_lora
         from cllm.model.offload import place
         from cllm.model.source import resolve
 
@@ -67,26 +68,17 @@ class Subject:
         self.config, self.name, self.device, self.cuda = config, name, torch.device(device), device.startswith("cuda")
         self.budget = cap_allocator(config.memory.budget_gib, device)
         self.precision = Precision.choose(config.model.precision, self.device.type)
-        how: dict[str, Any] = {"dtype": self.precision.weights, "device": self.device}
-        how |= {"head": config.model.head, "stream_layers": config.memory.stream_layers}
-        how["quantize"] = None if config.model.quantize == "none" else config.model.quantize
-        torch.manual_seed(config.train.seed)
-        model: Any = random_model(original, **how) if original else load_model(resolve(config.model.path), **how)
+        model, _ = load_trainable(config, original or resolve(config.model.path), self.precision, device)
         self.shape = memory.shape_of(original or model.config.to_dict(), name)
-        lora = config.lora
-        inject_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora)
-        self.precision.prepare(model)
         place(model, config.memory, device)
-        self.model, self.optimizer, self.scaler = model.train(), make_optimizer(model, 1e-4), self.precision.scaler()
+        self.model, self.scaler = model.train(), self.precision.scaler()
+        self.optimizer = make_optimizer(model, 1e-4, name=config.train.optimizer)
         self.objective = lambda model, row: sft_loss(model, row, config.memory.chunk_mib * MIB)
 
     def settings(self, tokens: int) -> Settings:
         """What a run on rows of `tokens` would use: as few recomputed layers as fit, if there is a budget and the config leaves it open."""
-        settings = _settings(self.config, tokens, self.precision.name, self.device.type)
-        fewest = (
-            make_plan(self.shape, settings, self.budget / GIB).checkpoint_layers if self.budget and settings.checkpoint_layers < 0 else -1
-        )
-        return settings if fewest < 0 else replace(settings, checkpoint_layers=fewest)
+        settings = row_settings(self.config, tokens, self.precision.name, self.device.type)
+        return make_plan(self.shape, settings, self.budget / GIB).settings if self.budget else settings
 
     def step(self, row: PackedBatch, rows: int = ROWS_PER_STEP) -> tuple[float, float]:
         """One optimizer step; returns its loss and seconds."""
@@ -135,12 +127,7 @@ class Subject:
 
         size = 8192 if self.cuda else 1024
         a = torch.ones(size, size, dtype=torch.float16 if self.precision.name == "fp16" else self.precision.weights, device=self.device)
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
-            (a @ a)[0, 0].item()
-            seconds.append(time.perf_counter() - start)
-        return float(2 * size**3 / min(seconds))
+        return float(2 * size**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)))
 
     def generation(self, prompt_tokens: int = 128) -> list[dict[str, Any]]:
         """Time to the first token and decoded tokens per second for 1, 4 and 16 random prompts at once."""
@@ -150,26 +137,20 @@ class Subject:
         results = []
         for rows in (1, 4, 16):
             prompts = [random_row(prompt_tokens, self.shape.vocab, seed).input_ids.tolist() for seed in range(rows)]
-            seconds = []
-            for count in (1, 1, DECODE_TOKENS):  # the first warms up
-                start = time.perf_counter()
-                engine.generate(prompts, Sampling(max_new_tokens=count, stop_ids=frozenset()))
-                seconds.append(time.perf_counter() - start)
-            speed = rows * (DECODE_TOKENS - 1) / (seconds[2] - seconds[1])
-            results.append({"model": self.name, "rows": rows, "first_token_seconds": seconds[1], "decode_tokens_per_second": speed})
+            how = [Sampling(max_new_tokens=count, stop_ids=frozenset()) for count in (1, 1, DECODE_TOKENS)]  # the first warms up
+            _, first, whole = (timeit.timeit(partial(engine.generate, prompts, sampling), number=1) for sampling in how)
+            speed = rows * (DECODE_TOKENS - 1) / (whole - first)
+            results.append({"model": self.name, "rows": rows, "first_token_seconds": first, "decode_tokens_per_second": speed})
         return results
-
-
-def _settings(config: Config, tokens: int, precision: str, device: str) -> Settings:
-    return memory.settings_of(config.model, config.lora, config.train, config.memory, row_tokens=tokens, precision=precision, device=device)
 
 
 def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[str, Any]) -> dict[str, Any]:
     """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it for the JSON."""
     shape, budget = memory.shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
-    settings = _settings(config, config.train.row_tokens, precision, "cuda")
-    plan, estimate = make_plan(shape, settings, budget), estimate_vram(shape, settings)
+    settings = row_settings(config, config.train.row_tokens, precision, "cuda")
+    plan = make_plan(shape, settings, budget)
+    estimate = plan.estimate
     print(say("bench.plan", name=name, row=settings.row_tokens, quantize=settings.quantize, precision=precision, rank=settings.rank))
     print(estimate.table())
     grid, rows = [], [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
@@ -183,11 +164,11 @@ def show_plan(config: Config, name: str, original: dict[str, Any], work: dict[st
     print(say(verdict, budget=f"{budget:g}", longest=plan.longest_row, fewest=plan.checkpoint_layers))
     for step in plan.ladder:
         print(f"  {step.total / GIB:6.2f} GiB  x{step.slowdown:.2f}  {step.change}")
-    used = settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=plan.checkpoint_layers)
     return {
         "model": name, "budget_gib": budget, **asdict(settings), **asdict(estimate), "total": estimate.total, "grid": grid,
         "conversion": memory.conversion_bytes(shape),
-        "fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers, "time": _time(config, shape, used, work),
+        "fits": plan.fits, "longest_row": plan.longest_row, "fewest": plan.checkpoint_layers,
+        "time": _time(config, shape, plan.settings, work),
         "ladder": [{"change": step.change, "total": step.total, "slowdown": step.slowdown} for step in plan.ladder],
     }  # fmt: skip
 
@@ -218,15 +199,12 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     from cllm.data.encode import encode_set
     from cllm.data.packing import PackedRows
     from cllm.model.source import resolve
-    from cllm.model.tokenizer import load_tokenizer
 
-    template = "text" if config.data.kind == "text" else config.model.template
-    tokenizer = load_tokenizer(resolve(config.model.path), template=template, thinking=config.model.thinking)
-    how: Any = {"kind": config.data.kind, "max_tokens": config.train.row_tokens, "truncate": config.data.truncate}
-    examples = encode_set(train, tokenizer, **how)[0]
-    rows, tokens = PackedRows(examples, config.train.row_tokens, seed=config.train.seed), sum(examples.sizes)
-    work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * config.train.row_tokens)}
-    settings = _settings(config, config.train.row_tokens, "fp32", "cpu")
+    row_tokens, tokenizer = config.train.row_tokens, tokenizer_of(config, resolve(config.model.path))
+    examples = encode_set(train, tokenizer, kind=config.data.kind, max_tokens=row_tokens, truncate=config.data.truncate)[0]
+    rows, tokens = PackedRows(examples, row_tokens, seed=config.train.seed), sum(examples.sizes)
+    work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * row_tokens)}
+    settings = row_settings(config, row_tokens, "fp32", "cpu")
     if torch.cuda.is_available() or memory.row_seconds(memory.shape_of(original), settings, CPU) < SLOWEST_WARM_ROW:
         note("bench.timing", steps=WARM_STEPS)
         subject = Subject(config, config.model.path, None)
@@ -238,10 +216,7 @@ def _config(name: str, overrides: list[str]) -> Config:
     """The config named, or the defaults for a model's name or directory: NF4, as on a small card."""
     if name.startswith("preset:") or name.endswith(".toml"):
         return load_config(name, overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "bench.toml"
-        file.write_text(f'[model]\npath = {json.dumps(name)}\nquantize = "nf4"\n', encoding="utf-8")
-        return load_config(file, overrides)
+    return load_config(os.devnull, [f"model.path={json.dumps(name, ensure_ascii=False)}", "model.quantize=nf4", *overrides])
 
 
 def _original(config: Config, layers: int) -> tuple[str, dict[str, Any]]:
@@ -336,15 +311,13 @@ def _machine(device: Any) -> dict[str, Any]:
 
 def _plot(report: dict[str, Any], target: Path) -> None:
     """Peak memory (dashed: the estimate) and speed over the row length, a line per model and settings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines: dict[str, list[dict[str, Any]]] = {}
     for r in (r for r in report["results"] if "peak_bytes" in r):
         lines.setdefault(f"{r['model']}, {r['quantize']}, {r['stream_layers']} streamed", []).append(r)
-    figure, (peaks, speed) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    figure = Figure(figsize=(11, 4.5), dpi=120, layout="tight")
+    peaks, speed = figure.subplots(1, 2)
     for number, (name, rows) in enumerate(lines.items()):
         for axes, key, unit, style in (
             (peaks, "peak_bytes", GIB, "o-"),
@@ -356,9 +329,7 @@ def _plot(report: dict[str, Any], target: Path) -> None:
     speed.set(xlabel="row, tokens", ylabel="tokens per second", ylim=(0, None))
     speed.legend(frameon=False, fontsize=7)
     figure.suptitle(report["device"])
-    figure.tight_layout()
     figure.savefig(target)
-    plt.close(figure)
 
 
 def _table(report: dict[str, Any]) -> str:

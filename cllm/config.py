@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 import re
 import sys
 import types
@@ -25,12 +27,8 @@ else:
 PRESETS = Path(__file__).parent / "assets" / "presets"
 
 
-def _at_least(low: float, default: Any) -> Any:
-    return field(default=default, metadata={"min": low})
-
-
-def _between(low: float, high: float, default: Any) -> Any:
-    return field(default=default, metadata={"min": low, "max": high})
+def _at_least(low: float, default: Any, at_most: float = math.inf) -> Any:
+    return field(default=default, metadata={"limits": (low, at_most)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +58,7 @@ class LoraConfig:
     rank: int = _at_least(1, 16)
     alpha: float = _at_least(0, 32.0)
     """Scale: the update is alpha / rank * B A."""
-    dropout: float = _between(0, 0.99, 0.0)
+    dropout: float = _at_least(0, 0.0, at_most=0.99)
     targets: str | list[str] = "all-linear"
     """`all-linear` (all but the head), or module names and globs."""
     rslora: bool = False
@@ -91,7 +89,7 @@ class DataConfig:
     """A file, a folder, the built-in `demo`, or [[data.train]] tables with path, weight, columns."""
     eval: str = ""
     """Held-out file; empty: `held_out` of the training conversations are split off."""
-    held_out: float = _between(0, 0.9, 0.05)
+    held_out: float = _at_least(0, 0.05, at_most=0.9)
     """Fraction split off by content hash when `eval` is empty; 0: no evaluation."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where the file's own names need help: user, assistant, system, history = a column (name or number) or "{A} … {B}"."""
@@ -124,7 +122,7 @@ class TrainConfig:
     """Tokens of one optimizer step, accumulated over rows."""
     learning_rate: float = _at_least(0, 2e-4)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = _between(0, 1, 0.03)
+    warmup: float = _at_least(0, 0.03, at_most=1)
     """Share of the steps with a rising rate."""
     weight_decay: float = _at_least(0, 0.0)
     max_norm: float = _at_least(0, 1.0)
@@ -214,21 +212,20 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError("config.syntax", path=file, detail=error) from error
-    lines = _key_lines(text)
     problems: list[str] = []
-    where = {key: f"{file}:{line}" for key, line in lines.items()}
+    where = {key: f"{file}:{line}" for key, line in _key_lines(text).items()}
     for override in overrides:
         key, value = _override(override, problems)
         if key:
             section, _, name = key.partition(".")
             tree[section] = {**(tree[section] if isinstance(tree.get(section), dict) else {}), name: value}
             where[key] = override
-    config = _section(Config, tree, "", lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file, problems)
+    config: Config = _section(Config, tree, "", lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file, problems)
     if not problems and config.train.tokens_per_step < config.train.row_tokens:
         problems.append(say("config.row", where=where.get("train.tokens_per_step", file), row=config.train.row_tokens))
     if problems:
         raise UserError("config.invalid", count=len(problems), problems="\n  ".join(problems))
-    return typing.cast(Config, config)
+    return config
 
 
 def _read(path: str) -> tuple[str, str]:
@@ -287,10 +284,9 @@ def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]
             values[name] = _section(typing.cast(type, hints[name]), value, key, where, problems)
         else:
             built = _value(hints[name], value, key, where, problems)
-            limits = known[name].metadata
-            if isinstance(built, int | float) and not limits.get("min", built) <= built <= limits.get("max", built):
-                bounds = f"{limits.get('min', '-inf')} … {limits.get('max', 'inf')}"
-                problems.append(say("config.range", where=where(key), key=key, value=built, bounds=bounds))
+            low, high = known[name].metadata.get("limits", (-math.inf, math.inf))
+            if isinstance(built, int | float) and not low <= built <= high:
+                problems.append(say("config.range", where=where(key), key=key, value=built, bounds=f"{low} … {high}"))
             values[name] = built
     return kind(**values)
 
@@ -334,20 +330,15 @@ def to_toml(config: Config) -> str:
     """The effective configuration as TOML that `load_config` reads back to an equal value."""
     parts = []
     for section in dataclasses.fields(config):
-        lines = [f"[{section.name}]"]
         values = getattr(config, section.name)
-        for item in dataclasses.fields(values):
-            lines.append(f"{item.name} = {_toml(getattr(values, item.name))}")
-        parts.append("\n".join(lines) + "\n")
+        lines = [f"{item.name} = {_toml(getattr(values, item.name))}" for item in dataclasses.fields(values)]
+        parts.append("\n".join([f"[{section.name}]", *lines, ""]))
     return "\n".join(parts)
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        plain = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-        return f'"{plain}"'
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one character that only TOML escapes
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     if isinstance(value, list | tuple):

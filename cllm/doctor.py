@@ -42,14 +42,17 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
+def _judge(topic: str, good: bool, found: str, mend: str, *, worst: str = "note") -> Finding:
+    """ok, or `worst` with what mends it."""
+    return Finding(topic, "ok", found) if good else Finding(topic, worst, found, mend)
+
+
 def _python() -> Iterator[Finding]:
-    version, supported = platform.python_version(), (3, 10) <= sys.version_info < (3, 14)
-    yield Finding("python", "ok" if supported else "bad", version, "" if supported else say("doctor.python"))
+    supported = (3, 10) <= sys.version_info < (3, 14)
+    yield _judge("python", supported, platform.python_version(), say("doctor.python"), worst="bad")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    found = (
-        say("doctor.missing", names=", ".join(missing)) if missing else ", ".join(f"{n} {importlib.metadata.version(n)}" for n in PACKAGES)
-    )
-    yield Finding("packages", "bad" if missing else "ok", found, "pip install -e ." if missing else "")
+    names = ", ".join(missing or (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
+    yield _judge("packages", not missing, say("doctor.missing", names=names) if missing else names, "pip install -e .", worst="bad")
 
 
 def _driver() -> str:
@@ -89,8 +92,7 @@ def _cards(torch: Any, driver: str) -> Iterator[Finding]:
             "doctor.card", name=card.name, total=f"{total / GIB:.1f}", free=f"{free / GIB:.1f}", capability=f"{card.major}.{card.minor}",
             precision="bf16" if bf16 else "fp16", driver=driver.split(",")[0] or "?",
         )  # fmt: skip
-        crowded = total - free > GIB
-        yield Finding(f"cuda:{index}", "note" if crowded else "ok", found, say("doctor.crowded") if crowded else "")
+        yield _judge(f"cuda:{index}", total - free <= GIB, found, say("doctor.crowded"))
     if sys.platform == "win32":
         yield Finding("windows", "note", say("doctor.spill"), say("doctor.spill.mend"))
 
@@ -106,13 +108,12 @@ def _bitsandbytes() -> Iterator[Finding]:
 def _machine() -> Iterator[Finding]:
     for name, folder in (("disk", Path.cwd()), ("cache", Path.home())):
         free = shutil.disk_usage(folder).free / GIB
-        small = free < DISK_GIB
         found = say("doctor.disk", folder=folder, free=f"{free:.0f}")
-        yield Finding(name, "note" if small else "ok", found, say("doctor.disk.mend", need=DISK_GIB) if small else "")
+        yield _judge(name, free >= DISK_GIB, found, say("doctor.disk.mend", need=DISK_GIB))
     encoding = (sys.stdout.encoding or "?").lower()
     readable = encoding.replace("-", "").startswith(("utf", "gb", "cp936"))
-    mend = "" if readable else "set PYTHONUTF8=1" if sys.platform == "win32" else "export PYTHONUTF8=1 LANG=C.UTF-8"
-    yield Finding("console", "ok" if readable else "note", say("doctor.console", encoding=encoding, language=language()), mend)
+    mend = "set PYTHONUTF8=1" if sys.platform == "win32" else "export PYTHONUTF8=1 LANG=C.UTF-8"
+    yield _judge("console", readable, say("doctor.console", encoding=encoding, language=language()), mend)
 
 
 def _reach(url: str) -> str:
@@ -133,12 +134,9 @@ def _hubs() -> Iterator[Finding]:
         return
     with ThreadPoolExecutor() as pool:
         reasons = dict(zip(HUBS, pool.map(_reach, HUBS.values()), strict=True))
-    mends = {
-        "Hugging Face": "export HF_ENDPOINT=https://hf-mirror.com" if not reasons["hf-mirror"] else say("doctor.hub"),
-        "hf-mirror": "", "ModelScope": "",
-    }  # fmt: skip
+    mirror = say("doctor.hub") if reasons["hf-mirror"] else "export HF_ENDPOINT=https://hf-mirror.com"
     for name, reason in reasons.items():
-        yield Finding(name, "note" if reason else "ok", f"{HUBS[name]} {reason}".strip(), mends[name] if reason else "")
+        yield _judge(name, not reason, f"{HUBS[name]} {reason}".strip(), mirror if name == "Hugging Face" else "")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _bitsandbytes, _machine, _hubs)

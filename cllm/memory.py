@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from cllm.messages import UserError, note, say
 from cllm.model import families
-
-if TYPE_CHECKING:
-    from cllm.config import LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 
 MIB, GIB = 2**20, 2**30
 SHAPES = Path(__file__).parent / "assets" / "shapes.json"
@@ -74,27 +71,29 @@ class Shape:
     mixer: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Of these: key heads, value heads, sizes of a key and a value head."""
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Name -> (in, out) of the linears of one decoder layer."""
+    def linears(self, *, recurrent: bool = False) -> dict[str, tuple[int, int]]:
+        """Name -> (in, out) of the linears of one decoder layer, with attention or a gated delta rule."""
         d, f, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
         if not self.gated:
             return {"c_attn": (d, 3 * d), "attn.c_proj": (d, d), "c_fc": (d, f), "mlp.c_proj": (f, d)}
         mlp = {"gate_up_proj": (d, 2 * f)} if self.fused_mlp else {"gate_proj": (d, f), "up_proj": (d, f)}
-        queries = q * (1 + self.gated_query)
-        return {"q_proj": (d, queries), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d), **mlp, "down_proj": (f, d)}
-
-    def mixer_linears(self) -> dict[str, tuple[int, int]]:
-        """Name -> (in, out) of what a recurrent layer has in place of q, k, v and o."""
-        (keys, values, key_dim, value_dim), d = self.mixer, self.hidden
-        wide = values * value_dim
-        names = {"in_proj_qkv": 2 * keys * key_dim + wide, "in_proj_z": wide, "in_proj_b": values, "in_proj_a": values}
-        return {**{name: (d, out) for name, out in names.items()}, "out_proj": (wide, d)}
+        if recurrent:
+            keys, values, key_dim, value_dim = self.mixer
+            wide = values * value_dim
+            mixer = {"in_proj_qkv": (d, 2 * keys * key_dim + wide), "in_proj_z": (d, wide), "in_proj_b": (d, values)}
+            mixer |= {"in_proj_a": (d, values), "out_proj": (wide, d)}
+        else:
+            mixer = {"q_proj": (d, q * (1 + self.gated_query)), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+        return {**mixer, **mlp, "down_proj": (f, d)}
 
     def unquantized(self) -> int:
-        """Parameters of all norms and biases."""
+        """Parameters of all norms, biases and convolutions."""
         norm = self.hidden if self.gated else 2 * self.hidden  # LayerNorm has a bias
         biases = sum(out for name, (_, out) in self.linears().items() if not self.gated or (name[0] in self.biased and name[1] == "_"))
-        return self.layers * (self.norms * norm + biases + 2 * self.head_dim * self.qk_norm) + norm
+        keys, values, key_dim, value_dim = self.mixer
+        recurrent = 4 * (2 * keys * key_dim + values * value_dim) + 2 * values + value_dim  # the convolution first
+        mixers = self.recurrent * recurrent + (self.layers - self.recurrent) * 2 * self.head_dim * self.qk_norm
+        return self.layers * (self.norms * norm + biases) + mixers + norm
 
 
 def shape_of(config: Mapping[str, Any], name: str = "") -> Shape:
@@ -179,6 +178,10 @@ class Settings:
     fused: bool = True
     """LoRA linears and gated MLPs run as the autograd functions of cllm.model.lora (not with dropout or DoRA)."""
 
+    def adapts(self, name: str) -> bool:
+        """Whether a linear called `name` gets an adapter."""
+        return self.targets == "all-linear" or name.endswith(self.targets)
+
     @property
     def width(self) -> int:
         """Bytes of a number of the base and of what is computed."""
@@ -215,27 +218,16 @@ class VramEstimate:
         return say("memory.table", **mebibytes, moment=self.moment)
 
 
-def settings_of(
-    model: ModelConfig, lora: LoraConfig, train: TrainConfig, memory: MemoryConfig, *, row_tokens: int, precision: str, device: str
-) -> Settings:
-    """What the estimate needs of a config's sections; precision and device as resolved by the caller."""
-    targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
-    names = ("checkpoint_layers", "offload_inputs", "stream_layers", "mlp_tile_tokens", "embedding")
-    return Settings(
-        row_tokens, model.quantize, precision, lora.rank, targets, chunk_bytes=memory.chunk_mib * MIB, device=device, head=model.head,
-        optimizer=train.optimizer, fused=not (lora.dropout or lora.dora), **{name: getattr(memory, name) for name in names},
-    )  # fmt: skip
-
-
-def _streamed(shape: Shape, s: Settings) -> list[int]:
-    """Indices of the streamed layers, spread as cllm.model.offload spreads them (tests compare the two)."""
-    count = min(s.stream_layers, shape.layers)
-    return [(2 * i + 1) * shape.layers // (2 * count) for i in range(count)]
+def streamed_layers(layers: int, count: int) -> list[int]:
+    """Which `count` of `layers` are streamed: spread evenly, so that a copy hides behind as many resident layers as there are."""
+    count = min(count, layers)
+    return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
 def _recomputed(shape: Shape, s: Settings) -> set[int]:
     """Indices of the layers recomputed in the backward: the first `checkpoint_layers`, and those that are streamed."""
-    return {*range(shape.layers)[: shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers], *_streamed(shape, s)}
+    first = range(shape.layers)[: shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers]
+    return {*first, *streamed_layers(shape.layers, s.stream_layers)}
 
 
 def conversion_bytes(shape: Shape) -> int:
@@ -245,14 +237,19 @@ def conversion_bytes(shape: Shape) -> int:
     return 2 * shape.hidden * max(shape.vocab, heads, fused) + CONVERSION_BYTES
 
 
-def nf4_bytes(weights: int) -> int:
-    """4 bits a weight, an 8-bit scale per 64 weights, a float per 256 of those, and their mean."""
-    return sum(_nf4_parts(weights))
-
-
-def _nf4_parts(weights: int) -> tuple[int, int, int]:
+def nf4_parts(weights: int) -> tuple[int, ...]:
+    """Bytes of the tensors of an NF4 weight: 4 bits a value; an 8-bit scale per 64 values; a float per 256 of those, and their mean."""
     blocks = -(-weights // 64)
     return -(-weights // 2), blocks, 4 * (-(-blocks // 256) + 1)
+
+
+def _quantized(shape: Shape, s: Settings) -> bool:
+    return s.quantize == "nf4" and shape.gated
+
+
+def _stored(shape: Shape, s: Settings, weights: int) -> tuple[int, ...]:
+    """Bytes of the tensors that hold so many weights of a linear."""
+    return nf4_parts(weights) if _quantized(shape, s) else (weights * s.width,)
 
 
 def _moment_bytes(s: Settings, count: int) -> int:
@@ -264,34 +261,34 @@ def _moment_bytes(s: Settings, count: int) -> int:
 def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     """Bytes at the peak of a training step on rows of `row_tokens` tokens, all of them supervised."""
     s, linears, matrix = settings, shape.linears(), shape.vocab * shape.hidden
-    nf4, cuda = s.quantize == "nf4" and shape.gated, s.device.startswith("cuda")
-    parts = [_nf4_parts(i * o) if nf4 else (i * o * s.width,) for i, o in linears.values()]
-    weights, streamed = sum(map(sum, parts)), len(_streamed(shape, s))
-    packed = sum(-(-size // 256) * 256 for part in parts for size in part)  # a streamed layer's tensors are aligned in one buffer
-    adapted = [sizes for name, sizes in linears.items() if s.targets == "all-linear" or any(name.endswith(t) for t in s.targets)]
-    lora = 4 * shape.layers * s.rank * sum(i + o for i, o in adapted)
+    nf4, cuda = _quantized(shape, s), s.device.startswith("cuda")
+    kinds = ((shape.layers - shape.recurrent, linears), (shape.recurrent, shape.linears(recurrent=True)))
+    every = [(count, name, *size) for count, kind in kinds for name, size in kind.items()]
+    weights, streamed = sum(count * sum(_stored(shape, s, i * o)) for count, _, i, o in every), min(s.stream_layers, shape.layers)
+    # A streamed layer's tensors are aligned in one buffer.
+    packed = sum(-(-size // 256) * 256 for i, o in linears.values() for size in _stored(shape, s, i * o))
+    adapted = [(count, i, o) for count, name, i, o in every if s.adapts(name)]
+    lora = 4 * s.rank * sum(count * (i + o) for count, i, o in adapted)
     recomputed = len(_recomputed(shape, s))
     offloaded = len(_recomputed(shape, replace(s, stream_layers=0))) if s.offload_inputs else 0
     shared = shape.tied and s.head == "16bit"
     away = s.embedding == "cpu" or (s.embedding == "auto" and cuda and nf4 and not shared)
     layer_input = s.row_tokens * shape.hidden * s.residual
-    moments = _moments(shape, s, adapted, nf4)
+    moments = _moments(shape, s, [size for name, size in linears.items() if s.adapts(name)])
     moment = max(moments, key=lambda name: moments[name])
     items = {
-        "linears": (shape.layers - streamed) * weights + min(2, streamed) * packed,
+        "linears": weights * (shape.layers - streamed) // shape.layers + min(2, streamed) * packed,
         "embedding": ((0 if away else matrix) + shape.positions * shape.hidden) * s.width,
         "head": _head_bytes(shape, s, away),
         "norms": shape.unquantized() * s.width,
         "lora": lora,
         "gradients": lora,
-        "optimizer": shape.layers * sum(_moment_bytes(s, i * s.rank) + _moment_bytes(s, o * s.rank) for i, o in adapted),
+        "optimizer": sum(count * (_moment_bytes(s, i * s.rank) + _moment_bytes(s, o * s.rank)) for count, i, o in adapted),
         "layer_inputs": (recomputed - offloaded + min(2, offloaded)) * layer_input,
         "activations": moments[moment],
         "context": CONTEXT_BYTES if cuda else 0,
         "fragmentation": FRAGMENTATION_BYTES if cuda else 0,
     }
-    for item, change in _recurrent(shape, s, nf4, shape.layers - streamed).items():
-        items[item] += change
     return VramEstimate(items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input)
 
 
@@ -299,26 +296,10 @@ def _head_bytes(shape: Shape, s: Settings, away: bool) -> int:
     """The output head's own: of a tied one none, unless the embedding waits in host memory."""
     matrix = shape.vocab * shape.hidden
     dense = (away if shape.tied else 1) * matrix * s.width
-    return {"16bit": dense, "int8": matrix + 4 * shape.vocab, "nf4": nf4_bytes(matrix)}[s.head]
+    return {"16bit": dense, "int8": matrix + 4 * shape.vocab, "nf4": sum(nf4_parts(matrix))}[s.head]
 
 
-def _recurrent(shape: Shape, s: Settings, nf4: bool, resident: int) -> dict[str, int]:
-    """What recurrent layers have more (or less) than the attention in their place, item by item."""
-    (keys, values, key_dim, value_dim), count = shape.mixer, shape.recurrent
-    own, usual = shape.mixer_linears(), {name: shape.linears()[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj") if count}
-
-    def difference(cost: Callable[[str, int, int], int]) -> int:
-        return count * (sum(cost(n, *size) for n, size in own.items()) - sum(cost(n, *size) for n, size in usual.items()))
-
-    chosen = s.targets if isinstance(s.targets, tuple) else ("",)
-    lora = difference(lambda name, i, o: 4 * s.rank * (i + o) * name.endswith(chosen))
-    moments = difference(lambda name, i, o: sum(_moment_bytes(s, n * s.rank) for n in (i, o)) * name.endswith(chosen))
-    small = 4 * (2 * keys * key_dim + values * value_dim) + 2 * values + value_dim - 2 * shape.head_dim * shape.qk_norm  # convolution first
-    weights = difference(lambda _, i, o: nf4_bytes(i * o) if nf4 else i * o * s.width) * resident // shape.layers
-    return {"linears": weights, "norms": count * small * s.width, "lora": lora, "gradients": lora, "optimizer": moments}
-
-
-def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], nf4: bool) -> dict[str, int]:
+def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[str, int]:
     """Moment -> bytes alive then beyond parameters, their gradients and the recomputed layers' inputs."""
     hidden, mlp = s.row_tokens * shape.hidden, s.row_tokens * shape.intermediate * s.width
     before_mlp, in_mlp, product = _kept(shape, s, adapted)
@@ -333,7 +314,7 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]], nf4: boo
     # Backward of the MLP's last linear: gradients of gate and up with pieces of the product (plain autograd: a third of their size), or its
     # input's with the dequantized weight. Of its first: gradients of gate and up, and the weight. Of a norm behind the MLP: five float32
     # temporaries while all of the layer is still there.
-    dense = shape.hidden * shape.intermediate * s.width if nf4 else 0
+    dense = shape.hidden * shape.intermediate * s.width if _quantized(shape, s) else 0
     last = 2 * mlp + max(dense, mlp) if product else max(mlp + dense, 2 * mlp + 3 * min(mlp, _PIECE * s.width))
     first = 2 * mlp + dense * (1 + shape.fused_mlp) + 2 * s.width * hidden // (1 + tiled) - in_mlp
     gradient = (s.residual + s.width * tiled) * hidden + max(last, first, product + 20 * hidden if shape.norms > 2 else 0)
@@ -421,7 +402,7 @@ def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
     """
     linears = list(shape.linears().values())
     weights = sum(i * o for i, o in linears)
-    stored = nf4_bytes(weights) + 2 * s.width * weights if s.quantize == "nf4" and shape.gated else s.width * weights
+    stored = sum(_stored(shape, s, weights)) + 2 * s.width * weights * _quantized(shape, s)
     moved = (2 * shape.layers + len(_recomputed(shape, s))) * (stored + 2 * sum(_kept(shape, s, linears)))
     computed = row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth
     return max(computed, crossing_bytes(shape, s) / hardware.link)
@@ -447,6 +428,8 @@ class Plan(NamedTuple):
     """Tokens of the longest row that fits with these settings; 0: none."""
     checkpoint_layers: int
     """The fewest recomputed layers that fit (fewer is faster); -1: none do."""
+    settings: Settings
+    """As asked for, -1 layers replaced by these fewest."""
     ladder: list[Step]
     """If it does not fit: what would help, cheapest first."""
 
@@ -463,8 +446,8 @@ def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(row_tokens=middle * ROW_STEP) else (low, middle - 1)
     fewest = next((count for count in range(shape.layers + 1) if fits(checkpoint_layers=count)), -1)
-    ladder = [] if fits() else list(_ladder(shape, settings, budget))
-    return Plan(estimate_vram(shape, settings), fits(), low * ROW_STEP, fewest, ladder)
+    chosen = settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=fewest)
+    return Plan(estimate_vram(shape, settings), fits(), low * ROW_STEP, fewest, chosen, list(_ladder(shape, settings, budget)))
 
 
 def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
@@ -493,8 +476,8 @@ def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
 
 
 def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
-    """As many savings as it takes to fit, then shorter rows."""
-    pace, step = row_seconds(shape, settings) / settings.row_tokens, Step("", settings, 0, 1.0)
+    """As many savings as it takes to fit (none, if it does), then shorter rows."""
+    pace = row_seconds(shape, settings) / settings.row_tokens
     for step in savings(shape, settings, budget):
         if step.change:
             yield step
@@ -515,13 +498,13 @@ def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
     """
     plan = make_plan(shape, settings, budget / GIB)
     if plan.fits:
-        return settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=plan.checkpoint_layers)
+        return plan.settings
     values = {"name": shape.name, "need": f"{plan.estimate.total / GIB:.2f}", "budget": f"{budget / GIB:.2f}"}
-    if not plan.ladder or plan.ladder[-1].total > budget:
-        least = plan.ladder[-1].total if plan.ladder else plan.estimate.total
+    least = plan.ladder[-1].total if plan.ladder else plan.estimate.total
+    if least > budget:
         raise UserError("memory.hopeless", least=f"{least / GIB:.2f}", **values)
     changes = " ".join({step.change.partition("=")[0]: step.change for step in plan.ladder}.values())
-    raise UserError("memory.too_big", changes=changes, total=f"{plan.ladder[-1].total / GIB:.2f}", longest=plan.longest_row, **values)
+    raise UserError("memory.too_big", changes=changes, total=f"{least / GIB:.2f}", longest=plan.longest_row, **values)
 
 
 def plan_run(original: Mapping[str, Any], name: str, settings: Settings, budget: int) -> tuple[Settings, VramEstimate | None]:

@@ -7,10 +7,56 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config
 from cllm.data.sources import read_data
+from cllm.memory import MIB, Settings, plan_run
 from cllm.messages import UserError, note
 
 if TYPE_CHECKING:
     from cllm.learn.ladder import Ladder
+    from cllm.learn.optim import Precision
+    from cllm.model.lora import LoraLinear
+    from cllm.model.tokenizer import Tokenizer
+
+
+def row_settings(config: Config, tokens: int, precision: str, device: str) -> Settings:
+    """What the bytes of a run on rows of `tokens` depend on; precision and device as resolved by the caller."""
+    model, lora, memory = config.model, config.lora, config.memory
+    targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
+    names = ("checkpoint_layers", "offload_inputs", "stream_layers", "mlp_tile_tokens", "embedding")
+    return Settings(
+        tokens, model.quantize, precision, lora.rank, targets, chunk_bytes=memory.chunk_mib * MIB, device=device, head=model.head,
+        optimizer=config.train.optimizer, fused=not (lora.dropout or lora.dora), **{name: getattr(memory, name) for name in names},
+    )  # fmt: skip
+
+
+def tokenizer_of(config: Config, base: Path) -> Tokenizer:
+    """The tokenizer of `base` with the template that the config's data take."""
+    from cllm.model.tokenizer import load_tokenizer
+
+    template = "text" if config.data.kind == "text" else config.model.template
+    return load_tokenizer(base, template=template, thinking=config.model.thinking)
+
+
+def load_trainable(config: Config, source: Path | dict[str, Any], precision: Precision, device: str) -> tuple[Any, dict[str, LoraLinear]]:
+    """The base in `source` (a dict: a random one of that config.json) and its adapter: read -> convert -> quantize -> inject."""
+    import torch
+
+    from cllm.model.checkpoint import load_model, open_checkpoint, random_model, split_rows
+    from cllm.model.lora import inject_lora, load_adapter
+
+    how: dict[str, Any] = {"dtype": precision.weights, "device": device, "stream_layers": config.memory.stream_layers}
+    how |= {"quantize": None if config.model.quantize == "none" else config.model.quantize, "head": config.model.head}
+    torch.manual_seed(config.train.seed)
+    model = load_model(source, **how) if isinstance(source, Path) else random_model(source, **how)
+    lora = config.lora
+    if lora.init_from and isinstance(source, Path):
+        run = Path(lora.init_from)
+        folder = run / "adapter" if (run / "adapter").is_dir() else run
+        layers = load_adapter(model, folder, dropout=lora.dropout, split=split_rows(open_checkpoint(source)))
+    else:
+        own = ("rank", "alpha", "dropout", "targets", "rslora", "dora")
+        layers = inject_lora(model, **{name: getattr(lora, name) for name in own})
+    precision.prepare(model)
+    return model, layers
 
 
 class Prepared:
@@ -34,11 +80,9 @@ class Prepared:
         if found.duplicates or found.leaked:
             note("train.repeated", duplicates=found.duplicates, leaked=found.leaked)
         from cllm.model.source import resolve
-        from cllm.model.tokenizer import load_tokenizer
 
         self.base = resolve(config.model.path)
-        template = "text" if config.data.kind == "text" else config.model.template
-        self.tokenizer = load_tokenizer(self.base, template=template, thinking=config.model.thinking)
+        self.tokenizer = tokenizer_of(config, self.base)
 
     def _encode(self) -> None:
         """Conversations -> examples -> rows; stops when nothing, or never an end token, would be trained."""
@@ -68,57 +112,37 @@ class Prepared:
         )  # fmt: skip
 
     def _load(self) -> None:
-        """Base, adapter, optimizer: read -> convert -> quantize -> inject."""
+        """What the plan makes of the budget; base, adapter, optimizer."""
         import torch
 
         from cllm.learn.dist import World
         from cllm.learn.loss import sft_loss
         from cllm.learn.optim import Precision, make_optimizer
         from cllm.learn.proof import cap_allocator, choose_device
-        from cllm.memory import plan_run, settings_of
-        from cllm.model.checkpoint import load_model, open_checkpoint, original_config, split_rows
-        from cllm.model.lora import inject_lora, load_adapter
+        from cllm.model.checkpoint import original_config
         from cllm.model.offload import place
 
         config = self.config
         self.world = World.join(choose_device(config.model.device))
         device = self.device = self.world.device
-        torch.manual_seed(config.train.seed)
         self.precision = Precision.choose(config.model.precision, torch.device(device).type)
-        longest = len(self.rows.longest().input_ids)
-        settings = settings_of(
-            config.model, config.lora, config.train, config.memory, row_tokens=longest, precision=self.precision.name, device=device
-        )
+        settings = row_settings(config, len(self.rows.longest().input_ids), self.precision.name, device)
         self.budget = cap_allocator(config.memory.budget_gib, device)
         settings, self.planned = plan_run(original_config(self.base), config.model.path, settings, self.budget)
-        quantize = None if config.model.quantize == "none" else config.model.quantize
-        self.model: Any = load_model(
-            self.base, dtype=self.precision.weights, device=device, quantize=quantize, head=config.model.head,
-            stream_layers=config.memory.stream_layers,
-        )  # fmt: skip
-        lora = config.lora
-        if lora.init_from:
-            source, split = Path(lora.init_from), split_rows(open_checkpoint(self.base))
-            folder = source / "adapter" if (source / "adapter").is_dir() else source
-            layers = load_adapter(self.model, folder, dropout=lora.dropout, split=split)
-        else:
-            layers = inject_lora(
-                self.model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, rslora=lora.rslora, dora=lora.dora
-            )
-        self.precision.prepare(self.model)
+        self.model, layers = load_trainable(config, self.base, self.precision, device)
         place(self.model, settings, device)
-        self.chunk_bytes = config.memory.chunk_mib * 2**20
+        self.chunk_bytes = config.memory.chunk_mib * MIB
         self.objective = lambda model, batch: sft_loss(model, batch, self.chunk_bytes)
         self.optimizer = make_optimizer(
-            self.model, config.train.learning_rate, weight_decay=config.train.weight_decay, plus_ratio=lora.plus_ratio,
+            self.model, config.train.learning_rate, weight_decay=config.train.weight_decay, plus_ratio=config.lora.plus_ratio,
             name=config.train.optimizer,
         )  # fmt: skip
         self.scaler = self.precision.scaler()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
-        first = next(iter(layers.values()))
+        first, precision = next(iter(layers.values())), self.precision.name if config.model.quantize == "none" else config.model.quantize
         note(
-            "train.model", name=config.model.path, precision=quantize or self.precision.name, rank=first.rank, linears=len(layers),
+            "train.model", name=config.model.path, precision=precision, rank=first.rank, linears=len(layers),
             millions=f"{trained / 1e6:.2f}", share=f"{trained / total:.1%}", device=device,
         )  # fmt: skip
 

@@ -148,13 +148,13 @@ class Training(Prepared):
         from cllm.learn.optim import StepOutOfMemoryError
         from cllm.learn.proof import prove
 
-        how: dict[str, Any] = {"precision": self.precision, "max_norm": self.config.train.max_norm, "plan": self.planned}
         while True:
-            rows, scaler = [self.rows.longest()] * min(2, self.rows_per_step), self.precision.scaler()  # of its own: a failure spoils it
-            scaler.load_state_dict(self.scaler.state_dict())
-            how |= {"scaler": scaler, "budget": self.budget, "micro_tokens": self.ladder.micro_tokens}
+            rows = [self.rows.longest()] * min(2, self.rows_per_step)
             try:
-                prove(self.model, rows, self.objective, self.optimizer, **how)
+                prove(
+                    self.model, rows, self.objective, self.optimizer, precision=self.precision, scaler=self.scaler,
+                    max_norm=self.config.train.max_norm, plan=self.planned, budget=self.budget, micro_tokens=self.ladder.micro_tokens,
+                )  # fmt: skip
                 return
             except StepOutOfMemoryError as error:
                 detail = str(error)
@@ -292,11 +292,10 @@ class Training(Prepared):
         asked = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0]
         if asked:
             note("train.answering", count=len(asked))
-        how: Any = {"shots": settings.shots, "max_new_tokens": settings.max_new_tokens, "seed": self.config.train.seed}
         held_out = functools.partial(sequence_nll, self.model, self.held_rows, self.precision, self.chunk_bytes)
         results, samples, _ = compare(
             self.engine, self.tokenizer, asked, held_out, self.precision, self.chunk_bytes, train=list(self.train_set),
-            progress=Progress(), **how,
+            shots=settings.shots, max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
         )  # fmt: skip
         with writing(self.run / "eval.json"):
             write_results(self.run, results, samples)

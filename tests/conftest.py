@@ -157,8 +157,13 @@ def demo_rows(count: int = 40) -> list[dict[str, str]]:
 @pytest.fixture
 def config(tmp_path: Path, checkpoint: Path) -> Path:
     """A config over 40 rows that trains six steps in about a second."""
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in demo_rows()), encoding="utf-8")
-    path = tmp_path / "run.toml"
+    return write_config(tmp_path, checkpoint, demo_rows())
+
+
+def write_config(folder: Path, checkpoint: Path, rows: list[dict[str, str]]) -> Path:
+    """run.toml in `folder`, beside its data."""
+    (folder / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path = folder / "run.toml"
     path.write_text(
         f"""
 [model]
@@ -169,7 +174,7 @@ device = "cpu"
 rank = 4
 dropout = 0.1
 [data]
-train = {json.dumps(str(tmp_path / "data.jsonl"))}
+train = {json.dumps(str(folder / "data.jsonl"))}
 held_out = 0.2
 [train]
 steps = 6
@@ -181,7 +186,7 @@ every = 3
 samples = 4
 max_new_tokens = 8
 [run]
-dir = {json.dumps(str(tmp_path / "runs" / "a"))}
+dir = {json.dumps(str(folder / "runs" / "a"))}
 """,
         encoding="utf-8",
     )

@@ -11,6 +11,7 @@ import pytest
 
 from cllm import bench
 from cllm.messages import UserError
+from cllm.model.lora import lora_layers
 
 
 def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -75,6 +76,13 @@ def test_measured_step_is_near_its_estimate(tmp_path: Path, capsys: pytest.Captu
         assert result["estimate_ratio"] == pytest.approx(1, abs=0.05)
         assert result["mfu"] > 0
         assert result["tokens_per_second"] == pytest.approx(2 * result["row_tokens"] / result["step_seconds"])
+
+
+def test_what_is_measured_is_what_the_trainer_would_make() -> None:
+    config = bench._config("tiny-zh", ["model.quantize=none", "model.device=cpu", "train.optimizer=adamw8bit", "lora.dora=true"])
+    subject = bench.Subject(config, *bench._original(config, 1))
+    assert type(subject.optimizer).__name__ == "AdamW8bit"
+    assert all(layer.magnitude is not None for layer in lora_layers(subject.model).values())
 
 
 def test_generation_is_timed() -> None:

@@ -35,6 +35,7 @@ def test_effective_config_reads_back_equal(tmp_path: Path) -> None:
         "train.learning_rate=1e-3",
         'data.columns={user="0", assistant="{A}\\n{B}"}',
         "run.dir=runs\\windows",
+        r'data.eval="a\u0001\u001f\u007f\t\n\r\b\f\"\\.jsonl"',
     ]
     config = load_config(ROOT / "cllm.toml", overrides)
     assert config.data.train[0] == Source(path="a b.json", weight=0.5, columns={"user": '问"题'})

@@ -21,7 +21,7 @@ from cllm.memory import (
     find_shape,
     fit,
     make_plan,
-    nf4_bytes,
+    nf4_parts,
     plan_run,
     row_flops,
     row_seconds,
@@ -208,7 +208,7 @@ def test_table_of_the_design_document() -> None:
     for name, linears, embedding in (("chatglm3-6b", 2809, 508), ("Yi-6B", 2724, 500), ("Qwen-7B", 3186, 1187), ("Qwen3-8B", 3417, 1187)):
         items = estimate_vram(find_shape(name), Settings(quantize="nf4", embedding="device")).items
         assert round(items["linears"] / MIB) == linears and round(items["embedding"] / MIB) == embedding
-    assert nf4_bytes(4096 * 4096) == 4096 * 4096 // 2 + 4096 * 64 + 4 * 1024 + 4
+    assert nf4_parts(4096 * 4096) == (4096 * 4096 // 2, 4096 * 64, 4 * 1024 + 4)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -218,6 +218,12 @@ def test_total_grows_with_everything_that_costs(name: str) -> None:
     for change in ({"row_tokens": 1024}, {"rank": 64}, {"precision": "fp32"}, {"quantize": "none"}):
         if name != "openai-community/gpt2" or "quantize" not in change:  # GPT-2's Conv1D stays dense
             assert estimate_vram(shape, replace(small, **change)).total > total, change
+
+
+def test_one_target_may_be_named_without_a_list() -> None:
+    shape = find_shape("Qwen3-4B")
+    named = estimate_vram(shape, Settings(targets="q_proj"))
+    assert named == estimate_vram(shape, Settings(targets=("q_proj",))) and named.items["lora"] == 4 * 16 * 36 * (2560 + 4096)
 
 
 @pytest.mark.parametrize("results", ["convert_memory.json", "convert_memory_bin.json"])

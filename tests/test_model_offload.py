@@ -13,10 +13,11 @@ from torch import nn
 
 from cllm.data.packing import collate
 from cllm.learn.loss import sft_loss
+from cllm.memory import streamed_layers
 from cllm.model import offload
 from cllm.model.lora import adapter_tensors, inject_lora
 from cllm.model.nf4 import NF4Linear
-from cllm.model.offload import checkpoint_layers, decoder_layers, embedding_on_cpu, stream_layers, streamed_layers, tile_mlp
+from cllm.model.offload import checkpoint_layers, decoder_layers, embedding_on_cpu, stream_layers, tile_mlp
 
 CPU = torch.device("cpu")
 

@@ -132,10 +132,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_loss(metrics: Path, target: Path) -> None:
     """Training loss (raw and smoothed) and held-out loss over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = read_metrics(metrics)
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -146,7 +143,8 @@ def draw_loss(metrics: Path, target: Path) -> None:
     for _, loss in train:
         value += 0.1 * (loss - value)
         smooth.append(value)
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
+    axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color="#9bbcd8", linewidth=0.8, label="train")
     axes.plot([step for step, _ in train], smooth, color="#1f5f99", linewidth=1.8, label="train, smoothed")
     if held:
@@ -156,6 +154,4 @@ def draw_loss(metrics: Path, target: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(target)
-    plt.close(figure)

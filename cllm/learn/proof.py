@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -102,18 +103,17 @@ def prove(
 ) -> int:
     """Peak bytes of one optimizer step on `rows`, against `plan` and `budget` bytes; everything is then as it was, bit for bit.
 
-    A small step comes first, so that AdamW's moments exist at the peak. Parameters, moments, loss scale and generators are put back.
-    Raises UserError if it takes more than the budget, StepOutOfMemoryError if memory ran out.
+    A small step comes first, so that AdamW's moments exist at the peak. Parameters, moments and generators are put back; a copy of the
+    scaler serves, as a failure spoils it. Raises UserError if it takes more than the budget, StepOutOfMemoryError if memory ran out.
     """
+    own = copy.deepcopy(scaler)
     before = {name: tensor.clone() for name, tensor in capture(model, optimizer).items()}
-    scale = scaler.state_dict()
-    how: dict[str, Any] = {"precision": precision, "scaler": scaler, "max_norm": max_norm, "micro_tokens": micro_tokens}
+    how: dict[str, Any] = {"precision": precision, "scaler": own, "max_norm": max_norm, "micro_tokens": micro_tokens}
     try:
         train_step(model, rows[0].split(1)[-1:], objective, optimizer, **how)
         peak = peak_bytes(lambda: train_step(model, rows, objective, optimizer, **how), model, optimizer)
     finally:
         restore(model, optimizer, before)
-        scaler.load_state_dict(scale)
     values = {"row": len(rows[0].input_ids), "peak": f"{peak / GIB:.3f}"}
     if peak + (plan.items["context"] if plan else 0) > budget:
         raise UserError("memory.over", **values, budget=f"{budget / GIB:.3f}")

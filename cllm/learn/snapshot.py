@@ -256,9 +256,10 @@ def save_snapshot(run: Path, step: int, tensors: dict[str, Tensor], state: dict[
         shutil.rmtree(temporary, ignore_errors=True)
         note("snapshot.unsaved", step=step, detail=error)
         return None
-    older, newer = ([path for n, path in snapshots(run) if (n > step) is after and n != step] for after in (False, True))
-    for path in [*newer, *older[keep - 1 :]]:  # a newer one can only be damaged: the run came back to an older step
-        shutil.rmtree(path, ignore_errors=True)
+    kept = [path for n, path in snapshots(run) if n <= step][:keep]  # a newer one can only be damaged: the run came back to an older step
+    for _, path in snapshots(run):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(root / f".{target.name}.old", ignore_errors=True)
     return target
 

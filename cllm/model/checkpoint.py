@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cllm.memory import streamed_layers
 from cllm.messages import UserError
 from cllm.model import families, gguf
 from cllm.model.attention import ATTENTION, register
 from cllm.model.families import Family, ModelShape
 from cllm.model.int8 import Int8Linear
 from cllm.model.nf4 import NF4Linear
-from cllm.model.offload import decoder_layers, streamed_layers
+from cllm.model.offload import decoder_layers
 from cllm.model.shards import Layout, Stored, read_json, stored_tensors, weight_files, write_safetensors
 
 

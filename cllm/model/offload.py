@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cllm.memory import streamed_layers
 from cllm.messages import note
 from cllm.model.lora import linear_shape
 
@@ -286,12 +287,6 @@ def checkpoint_layers(model: nn.Module, count: int = -1, *, offload: bool = Fals
         route.recompute, route.index = index < chosen, index
         route.inputs = inputs if index < chosen else None
     return chosen
-
-
-def streamed_layers(layers: int, count: int) -> list[int]:
-    """Which `count` of `layers` are streamed: spread evenly, so that a copy hides behind as many resident layers as there are."""
-    count = min(count, layers)
-    return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
 def stream_layers(model: nn.Module, count: int, device: torch.device | str) -> int:
