@@ -76,12 +76,12 @@ def _config(target: str, overrides: list[str]) -> Config:
 def _tokenizer(config: Config) -> Tokenizer | None:
     """The model's tokenizer if the model is on this machine; looking at data downloads nothing."""
     from cllm.model.source import resolve
-    from cllm.model.tokenizer import load_tokenizer
+    from cllm.prepare import tokenizer_of
 
     before = os.environ.get("HF_HUB_OFFLINE", "0")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        return load_tokenizer(resolve(config.model.path), template="text" if config.data.kind == "text" else config.model.template)
+        return tokenizer_of(config, resolve(config.model.path))
     except UserError as error:
         note("check.no_tokens", detail=error)
         return None

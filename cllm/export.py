@@ -146,7 +146,10 @@ def check(run: str, folder: Path, to: str, kind: str, nf4: bool, held_out: list[
 
     loaded = open_model(run, quantize="nf4" if nf4 else "none")
     engine, tokenizer, precision = loaded.engine(), loaded.tokenizer, loaded.precision
-    examples = [e for e in encode_all(held_out, tokenizer, max_tokens=2048) if not isinstance(e, str)][:CONVERSATIONS]
+    limit = min(2048, engine.positions)
+    examples = [e for e in encode_all(held_out, tokenizer, max_tokens=limit, truncate="prompt") if not isinstance(e, str)][:CONVERSATIONS]
+    if not examples:
+        raise UserError("export.nothing_to_compare", rows=len(held_out), limit=limit)
     questions = [list(c.messages[:-1]) for c in held_out[:CONVERSATIONS]]
     expected = [tokenizer.encode_chat(question) for question in questions]
     prompts = [ids for ids in expected if len(ids) < engine.max_tokens][:SAMPLES]

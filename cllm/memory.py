@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,8 +180,9 @@ class Settings:
     """LoRA linears and gated MLPs run as the autograd functions of cllm.model.lora (not with dropout or DoRA)."""
 
     def adapts(self, name: str) -> bool:
-        """Whether a linear called `name` gets an adapter."""
-        return self.targets == "all-linear" or name.endswith(self.targets)
+        """Whether a linear called `name` gets an adapter; of a dotted name or a glob the last part decides: rather too many than none."""
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        return self.targets == "all-linear" or any(fnmatchcase(name, "*" + target.rpartition(".")[2]) for target in targets)
 
     @property
     def width(self) -> int:
@@ -441,13 +443,19 @@ def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
     def fits(**changes: Any) -> bool:
         return estimate_vram(shape, replace(settings, **changes)).total <= budget
 
-    low, high = 0, 2**20 // ROW_STEP  # the total grows with the row: bisect
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(row_tokens=middle * ROW_STEP) else (low, middle - 1)
+    def longest(low: int, high: int) -> int:
+        """Of the rows of (low, high] steps, whose totals grow, the longest that fits; 0: none."""
+        found = 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            found, low, high = (middle, middle, high) if fits(row_tokens=middle * ROW_STEP) else (found, low, middle - 1)
+        return found
+
+    tile = settings.mlp_tile_tokens // ROW_STEP  # from there on rows are cut in tiles, and need less again
+    row = ROW_STEP * (longest(tile, 2**20 // ROW_STEP) or longest(0, tile))
     fewest = next((count for count in range(shape.layers + 1) if fits(checkpoint_layers=count)), -1)
     chosen = settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=fewest)
-    return Plan(estimate_vram(shape, settings), fits(), low * ROW_STEP, fewest, chosen, list(_ladder(shape, settings, budget)))
+    return Plan(estimate_vram(shape, settings), fits(), row, fewest, chosen, list(_ladder(shape, settings, budget)))
 
 
 def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
@@ -462,8 +470,8 @@ def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
         ("memory.embedding=cpu", {"embedding": "cpu"}), ("train.optimizer=adamw8bit", {"optimizer": "adamw8bit"}),
         ("memory.checkpoint_layers=-1", {"checkpoint_layers": -1}), ("memory.offload_inputs=true", {"offload_inputs": True}),
         ("model.quantize=nf4", {"quantize": "nf4"}), ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}),
-        ("memory.mlp_tile_tokens=1024", {"mlp_tile_tokens": 1024}), ("memory.stream_layers={}", stream), ("lora.rank=8", {"rank": 8}),
-        ("model.head=int8", {"head": "int8"}), ("model.head=nf4", {"head": "nf4"}),
+        ("memory.mlp_tile_tokens=1024", {"mlp_tile_tokens": 1024}), ("memory.stream_layers={}", stream),
+        ("model.head=int8", {"head": "int8"}), ("lora.rank=8", {"rank": 8}), ("model.head=nf4", {"head": "nf4"}),
     ]  # fmt: skip
     total, pace = estimate_vram(shape, settings).total, row_seconds(shape, settings)
     yield Step("", settings, total, 1.0)

@@ -223,6 +223,8 @@ def test_total_grows_with_everything_that_costs(name: str) -> None:
 def test_one_target_may_be_named_without_a_list() -> None:
     shape = find_shape("Qwen3-4B")
     named = estimate_vram(shape, Settings(targets="q_proj"))
+    for target in ("self_attn.q_proj", "model.layers.*.q_proj"):  # as the trainer takes them
+        assert named == estimate_vram(shape, Settings(targets=(target,)))
     assert named == estimate_vram(shape, Settings(targets=("q_proj",))) and named.items["lora"] == 4 * 16 * 36 * (2560 + 4096)
 
 
@@ -288,6 +290,14 @@ def test_plan_finds_the_longest_row_and_the_fewest_recomputed_layers() -> None:
         assert (estimate_vram(shape, replace(settings, row_tokens=tokens)).total <= 8 * GIB) is inside
     for layers, inside in ((plan.checkpoint_layers, True), (plan.checkpoint_layers - 1, False)):
         assert (estimate_vram(shape, replace(settings, checkpoint_layers=layers)).total <= 8 * GIB) is inside
+
+
+def test_rows_beyond_the_mlp_tile_need_less_than_those_before_it() -> None:
+    shape = find_shape("glm-4-9b-chat")
+    settings = Settings(2048, "nf4", mlp_tile_tokens=4096, checkpoint_layers=0)
+    budget = estimate_vram(shape, replace(settings, row_tokens=4096)).total - 2**20  # a row as long as the tile does not fit
+    plan = make_plan(shape, settings, budget / GIB)
+    assert plan.longest_row > 4096 and estimate_vram(shape, replace(settings, row_tokens=plan.longest_row)).total <= budget
 
 
 def test_ladder_ends_where_it_fits_and_never_goes_up() -> None:

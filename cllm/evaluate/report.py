@@ -96,14 +96,12 @@ def write_results(folder: Path, results: Results, samples: Samples) -> None:
 
 def draw_scores(results: Results, target: Path) -> None:
     """Bars of every answering system with 95 % intervals, and ROUGE-L by length of the reference, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     systems = {name: result for name, result in results.items() if name not in ("copy", "majority") and "by_length" in result}
     lengths, width = results["base"]["by_length"], 0.8 / len(systems)
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2)
     for i, (name, result) in enumerate(systems.items()):
         bars = [result[metric] for metric in PLOTTED], [its["rouge-l-char"] for its in result["by_length"].values()]
         bounds = [[abs(result[metric] - result["interval"][metric][side]) for metric in PLOTTED] for side in (0, 1)]
@@ -119,7 +117,6 @@ def draw_scores(results: Results, target: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(systems), frameon=False)
     figure.savefig(target)
-    plt.close(figure)
 
 
 def _page(title: str, results: Results, samples: Samples, plots: Sequence[Path]) -> str:
