@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -380,7 +381,7 @@ class Normalizer:
             raise UserError("data.columns_half", have="user" if "user" in self.columns else "assistant")
         self.kind, self.rewrite = kind, rewriter(options)
         self.headless = bool(self.columns) and all(source.isdigit() for source in self.columns.values())
-        self._plans: dict[tuple[str, ...], tuple[str, str] | None] = {}
+        self._planned = lru_cache(1000)(self._plan)
 
     def __call__(self, row: object, file: str = "", line: int = 0) -> Conversation | Reject:
         """The conversation of `row`, or why there is none. Never raises for bad data."""
@@ -405,12 +406,7 @@ class Normalizer:
 
     def _plain(self, row: Row) -> tuple[Message, ...] | None:
         """The short way for most rows there are, one clean question and answer: what `_conversation` gives, in a third of the time."""
-        keys = tuple(row)
-        if (plan := self._plans.get(keys, ())) == ():
-            plan = self._plan(keys)
-            if len(self._plans) < 1000:
-                self._plans[keys] = plan
-        if not plan:
+        if not (plan := self._planned(tuple(row))):
             return None
         ask, reply = row[plan[0]], row[plan[1]]
         extra = row.get("input", "") if plan[0] == "instruction" else ""
