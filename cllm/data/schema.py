@@ -40,7 +40,7 @@ COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
 SCHEMA_KEYS = frozenset("instruction output chosen rejected chat instances paragraph text history system".split())
 _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys)))
 SCHEMA_KEYS |= {*PAIRS, *_ANSWERS, *CHINESE}
-_SPECIAL = SCHEMA_KEYS | {"label", "tools", "task", "category", "class"}  # whatever else a row has is metadata
+_SPECIAL = SCHEMA_KEYS | {"label", "tools"}  # whatever else a row has is metadata
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
 _TAGS = (  # a dialogue inside one string is split by the style it begins with; line starts are believed before words
@@ -387,7 +387,7 @@ class Normalizer:
         """The conversation of `row`, or why there is none. Never raises for bad data."""
         try:
             if type(row) is dict and self.rewrite is clean and (messages := self._plain(row)):
-                return Conversation(messages, "", "", file, line)
+                return Conversation(messages, self._category(row), "", file, line)
             if self.headless and isinstance(row, list):
                 row = {str(index): cell for index, cell in enumerate(row)}
             row = _unboxed(row)
