@@ -345,9 +345,10 @@ def test_the_short_way_gives_what_the_long_way_gives() -> None:
     for ask in (Q, " \u200b甲\r\n", "", "Human: 甲\nAssistant:", "[客户] 甲 [律师] 乙"):
         for extra in ("", "无", "乙", ask):
             for reply in (A, " ", "\ufeff丁"):
-                row = {"instruction": ask, "input": extra, "output": reply}
-                short, long = read(row), read({**row, "history": []})
-                assert short == long
+                for more in ({}, {"category": " 常识\u200b"}, {"task": 3, "class": "\ud800"}):
+                    row = {"instruction": ask, "input": extra, "output": reply, **more}
+                    short, long = read(row), read({**row, "history": []})
+                    assert short == long
 
 
 def test_to_row_reads_back_as_the_same() -> None:

@@ -48,13 +48,8 @@ def jinja(template: Template) -> str:
         "{% elif m.role == 'tool' %}{{ raise_exception('this chat template was trained without tools') }}",
         "{% else %}{% set ns.turn = ns.turn + (m.role == 'user') | int %}", _put(*user_opening, "ns.opening", "content", _quote(t.user[1])),
         "{% set ns.opening = '' %}{% endif %}{% endfor %}",
-        "{% if add_generation_prompt %}" + _put(_quote(t.assistant + _opened(t))) + "{% endif %}",
+        "{% if add_generation_prompt %}" + _put(_quote(t.opening)) + "{% endif %}",
     ])  # fmt: skip
-
-
-def _opened(template: Template) -> str:
-    """What follows the opening of the assistant's turn when an answer is to be generated."""
-    return {"off": "<think>\n\n</think>\n\n", "keep": "<think>\n" if template.think_opened else ""}.get(template.thinking, "")
 
 
 def _answer(t: Template) -> str:
@@ -91,5 +86,5 @@ def go(template: Template) -> str:
         put(t.prefix), "{{ $seen := false }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}",
         '{{ if eq $m.Role "user" }}', question, '{{ else if eq $m.Role "assistant" }}', answer,
         "" if t.merge_system or not system else '{{ else if eq $m.Role "system" }}' + system, "{{ end }}",
-        '{{ if and $last (ne $m.Role "assistant") }}', put(t.assistant + _opened(t)), "{{ end }}{{ end }}",
+        '{{ if and $last (ne $m.Role "assistant") }}', put(t.opening), "{{ end }}{{ end }}",
     ])  # fmt: skip

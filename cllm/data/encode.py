@@ -79,7 +79,7 @@ def encode_all(
                     example = _shorten(conversation, tokenizer, max_tokens) if truncate == "prompt" else None
                 if example is None:
                     yield "too_long"
-                elif example.labels.count(IGNORE_INDEX) == len(example.labels):
+                elif example.labels == [IGNORE_INDEX] * len(example.labels):
                     yield "no_supervised_token"
                 else:
                     yield example
@@ -107,8 +107,8 @@ def encode_set(
                 refused[result] += 1
                 continue
             kept.append(number)
-            ids.extend(result.input_ids)
-            labels.extend(result.labels)
+            ids.fromlist(result.input_ids)
+            labels.fromlist(result.labels)
             sizes += [min(max_tokens, len(result.input_ids) - start) for start in range(0, len(result.input_ids), max_tokens)]
         flat = {"ids": np.frombuffer(ids, np.int32), "labels": np.frombuffer(labels, np.int32)}
         return {**flat, "bounds": np.cumsum(sizes), "kept": np.array(kept, np.int64)}, refused

@@ -34,18 +34,14 @@ def whole(line: str) -> int:
 def json_lines(pieces: Iterable[str]) -> Iterator[Row]:
     """A row a line; blank lines are skipped, bad ones are Faults one by one."""
     for number, line in enumerate(split_lines(pieces), 1):
+        if not (bare := line.strip(BLANK)):
+            continue
         try:
-            value, end = _DECODER.raw_decode(line)
-            if end < len(line):
-                value = _DECODER.decode(line.strip(BLANK))
-        except (ValueError, RecursionError):
-            bare = line.strip(BLANK)
-            if not bare:
-                continue
-            try:
-                value = _DECODER.decode(bare)
-            except (ValueError, RecursionError) as error:
-                value = _fault(error, bare)
+            value, end = _DECODER.raw_decode(bare)
+            if end < len(bare):
+                _DECODER.decode(bare)  # says what stands behind the value
+        except (ValueError, RecursionError) as error:
+            value = _fault(error, bare)
         yield number, value
 
 

@@ -11,6 +11,7 @@ A packed row holds whole sequences back to back, no padding:
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import random
 from collections.abc import Sequence
@@ -112,12 +113,11 @@ class PackedRows:
         self.examples, self.row_tokens, self.seed, self.single = examples, row_tokens, seed, single
         self.sizes = examples.sizes if isinstance(examples, Slices) else [len(example.input_ids) for example in examples]
         self.state = (0, 0)
-        self._epoch = self._order(0)
-        self._loaded = 0
+        self._rows = functools.lru_cache(2)(self._order)  # of the epoch that runs and the first
 
     def __len__(self) -> int:
         """Rows in the first epoch."""
-        return len(self._epoch if self._loaded == 0 else self._order(0))
+        return len(self._rows(0))
 
     def _order(self, epoch: int) -> list[list[int]]:
         shuffle = random.Random(f"{self.seed}/{epoch}")
@@ -137,20 +137,19 @@ class PackedRows:
         batches = []
         epoch, row = self.state
         for _ in range(count):
-            if epoch != self._loaded:
-                self._epoch, self._loaded = self._order(epoch), epoch
-            batches.append(collate([self.examples[i] for i in self._epoch[row]]))
-            epoch, row = (epoch, row + 1) if row + 1 < len(self._epoch) else (epoch + 1, 0)
+            rows = self._rows(epoch)
+            batches.append(collate([self.examples[i] for i in rows[row]]))
+            epoch, row = (epoch, row + 1) if row + 1 < len(rows) else (epoch + 1, 0)
         self.state = (epoch, row)
         return batches
 
     def seek(self, epoch: int, row: int) -> None:
         """Go on at that row of that epoch. Raises IndexError if the epoch has no such row."""
-        if not 0 <= row < len(self._order(epoch)):
+        if not 0 <= row < len(self._rows(epoch)):
             raise IndexError(f"epoch {epoch} has no row {row}")
         self.state = (epoch, row)
 
     def longest(self) -> PackedBatch:
         """The row with the most tokens of the first epoch: what the memory plan is proven on."""
-        longest = max(self._order(0), key=lambda row: sum(self.sizes[i] for i in row))
+        longest = max(self._rows(0), key=lambda row: sum(self.sizes[i] for i in row))
         return collate([self.examples[i] for i in longest])

@@ -61,14 +61,14 @@ def split_held_out(conversations: Sequence[Conversation], fraction: float, seed:
     duplicates stay together. From two different conversations on, neither side is empty (for 0 < fraction < 1).
     """
     salt = seed.to_bytes(8, "little", signed=True)
-    draws = [hashlib.blake2b(content_hash(item), digest_size=8, salt=salt).digest() for item in conversations]
-    limit = int(fraction * 2**64).to_bytes(9, "big")[1:] if fraction < 1 else b"\xff" * 9
+    digests = (hashlib.blake2b(content_hash(item), digest_size=8, salt=salt).digest() for item in conversations)
+    draws = [int.from_bytes(digest, "big") for digest in digests]
+    limit = int(fraction * 2**64)
     if 0 < fraction < 1 and len(set(draws)) > 1:
-        limit = sorted({min(draws) + b"\0", limit, max(draws)})[1]  # min and max go to different sides
-    held = [draw < limit for draw in draws]
+        limit = sorted((min(draws) + 1, limit, max(draws)))[1]  # min and max go to different sides
     sides: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for item, side in zip(conversations, held, strict=True):
-        sides[side].append(item)
+    for item, draw in zip(conversations, draws, strict=True):
+        sides[draw < limit].append(item)
     return sides
 
 

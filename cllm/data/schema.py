@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from cllm.data.text import SURROGATE, VERBATIM, RowError, TextOptions, clean, json_text, printable, rewriter, text_of
@@ -38,7 +40,7 @@ COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
 SCHEMA_KEYS = frozenset("instruction output chosen rejected chat instances paragraph text history system".split())
 _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys)))
 SCHEMA_KEYS |= {*PAIRS, *_ANSWERS, *CHINESE}
-_SPECIAL = SCHEMA_KEYS | {"label", "tools", "task", "category", "class"}  # whatever else a row has is metadata
+_SPECIAL = SCHEMA_KEYS | {"label", "tools"}  # whatever else a row has is metadata
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
 _TAGS = (  # a dialogue inside one string is split by the style it begins with; line starts are believed before words
@@ -95,8 +97,13 @@ Row = dict[str, Any]
 Turns = list[tuple[str, str]]
 
 
-def _tagged(text: str) -> Turns | None:
-    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …`; None when `text` is no such dialogue."""
+def _dialogue(value: object) -> Turns | None:
+    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …` in a string or a flat list of strings, else None."""
+    if isinstance(value, list) and value and all(isinstance(element, str) for element in value):
+        value = "\n".join(value)
+    if not isinstance(value, str) or not _TAG_START.match(value):
+        return None
+    text = clean(value)
     for pattern in _TAGS:
         marks = list(pattern.finditer(text)) if pattern.match(text) else []
         if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
@@ -104,13 +111,6 @@ def _tagged(text: str) -> Turns | None:
             roles = ["user" if mark.group(1) else "assistant" for mark in marks]
             return [(role, text[mark.end() : end]) for role, mark, end in zip(roles, marks, ends, strict=True)]
     return None
-
-
-def _dialogue(value: object) -> Turns | None:
-    """`_tagged` of a string, or of a flat list of strings."""
-    if isinstance(value, list) and value and all(isinstance(element, str) for element in value):
-        value = "\n".join(value)
-    return _tagged(clean(value)) if isinstance(value, str) and _TAG_START.match(value) else None
 
 
 def _asked(text: str, answered: bool = True) -> Turns:
@@ -142,6 +142,13 @@ def _parts(parts: list[Any]) -> str:
         else:
             raise RowError("invalid_text", f"a content part of type {kind!r:.30}, expected text or tool parts")
     return "\n".join(texts)
+
+
+def _unboxed(value: Any) -> Any:
+    """What lists of one element hold."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
 
 
 def is_turn(value: object) -> bool:
@@ -217,7 +224,10 @@ def _history(value: object) -> Turns:
 
 def _user_text(row: Mapping[str, Any]) -> str:
     """instruction + newline + input, or the one that is there."""
-    ask, extra = (clean(text_of(row.get(name), name)) for name in ("instruction", "input"))
+    return _with_input(*(clean(text_of(row.get(name), name)) for name in ("instruction", "input")))
+
+
+def _with_input(ask: str, extra: str) -> str:
     if not extra or extra == ask or extra in NO_INPUT:
         return ask
     return f"{ask}\n{extra}" if ask else extra
@@ -226,12 +236,10 @@ def _user_text(row: Mapping[str, Any]) -> str:
 def _alpaca(row: Row) -> Turns:
     asks, replies = row.get("input"), row.get("output")
     if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:  # parallel lists are turns
-        texts = [text_of(ask, "input") for ask in asks]
-        texts[0] = _user_text({**row, "input": texts[0]})
+        asked = [("user", text_of(ask, "input")) for ask in asks]
+        asked[0] = ("user", _user_text({**row, "input": asked[0][1]}))
         told = [("assistant", text_of(reply, "output")) for reply in replies]
-        both = min(len(texts), len(told))
-        turns = [turn for ask, reply in zip(texts[:both], told[:both], strict=True) for turn in (("user", ask), reply)]
-        return turns + [("user", text) for text in texts[both:]] + told[both:]
+        return [turn for both in zip_longest(asked, told) for turn in both if turn]
     while isinstance(replies, list):  # ranked alternatives: the best comes first
         replies = replies[0] if replies else None
     return _exchange(_user_text(row), text_of(replies, "output"))
@@ -253,11 +261,9 @@ def _instances(row: Row) -> Turns:
     return _turns(asks, "instances")
 
 
-def _pair(row: Row) -> Turns:
-    ask_key = next(ask for ask, answers in PAIRS.items() if ask in row and not row.keys().isdisjoint(answers))
+def _pair(row: Row, ask_key: str) -> Turns:
     replies = (text_of(row[key], key) for key in PAIRS[ask_key] if key in row)
-    reply, ask = next((text for text in replies if clean(text)), ""), row[ask_key]
-    ask = text_of(ask, ask_key)
+    reply, ask = next((text for text in replies if clean(text)), ""), text_of(row[ask_key], ask_key)
     if ask_key == "ask" and clean(ask) in ("无", ""):
         ask = text_of(row.get("title"), "title")
     return _exchange(ask, reply)
@@ -265,9 +271,7 @@ def _pair(row: Row) -> Turns:
 
 def _preference(row: Row) -> Turns:
     """prompt + chosen; the rejected answer is not for instruction tuning."""
-    chosen = row["chosen"]
-    while isinstance(chosen, list) and len(chosen) == 1:
-        chosen = chosen[0]
+    chosen = _unboxed(row["chosen"])
     keys = [key for key in (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask") if row.get(key) is not None]
     if keys and isinstance(row[keys[0]], list):
         asked = _turns(row[keys[0]], keys[0])
@@ -295,14 +299,12 @@ def _recognized(row: Row) -> Turns | None:
     if isinstance(row.get("instances"), list):
         return _instances(row)
     if "output" in row or ("instruction" in row and _ANSWERS.isdisjoint(row)):
-        whole = row.get("instruction")
-        while isinstance(whole, list) and len(whole) == 1:
-            whole = whole[0]
+        whole = _unboxed(row.get("instruction"))
         if isinstance(whole, dict) and not _ANSWERS.isdisjoint(whole) and (turns := _recognized(whole)) is not None:
             return _with_system(whole.get("system"), turns)
         return _history(row.get("history")) + _alpaca(row)
-    if any(ask in row and not row.keys().isdisjoint(answers) for ask, answers in PAIRS.items()):
-        return _history(row.get("history")) + _pair(row)
+    if ask_key := next((ask for ask, answers in PAIRS.items() if ask in row and not row.keys().isdisjoint(answers)), ""):
+        return _history(row.get("history")) + _pair(row, ask_key)
     if any(key in row and not row[key] for key in TURN_KEYS):
         return []
     return next((turns for value in row.values() if (turns := _dialogue(value))), None)
@@ -379,17 +381,16 @@ class Normalizer:
             raise UserError("data.columns_half", have="user" if "user" in self.columns else "assistant")
         self.kind, self.rewrite = kind, rewriter(options)
         self.headless = bool(self.columns) and all(source.isdigit() for source in self.columns.values())
-        self._plans: dict[tuple[str, ...], tuple[str, str] | None] = {}
+        self._planned = lru_cache(1000)(self._plan)
 
     def __call__(self, row: object, file: str = "", line: int = 0) -> Conversation | Reject:
         """The conversation of `row`, or why there is none. Never raises for bad data."""
         try:
             if type(row) is dict and self.rewrite is clean and (messages := self._plain(row)):
-                return Conversation(messages, "", "", file, line)
+                return Conversation(messages, self._category(row), "", file, line)
             if self.headless and isinstance(row, list):
                 row = {str(index): cell for index, cell in enumerate(row)}
-            while isinstance(row, list) and len(row) == 1:
-                row = row[0]
+            row = _unboxed(row)
             if isinstance(row, list) and row and all(map(is_turn, row)):
                 row = {"messages": row}
             if isinstance(row, Fault):
@@ -405,21 +406,14 @@ class Normalizer:
 
     def _plain(self, row: Row) -> tuple[Message, ...] | None:
         """The short way for most rows there are, one clean question and answer: what `_conversation` gives, in a third of the time."""
-        keys = tuple(row)
-        if (plan := self._plans.get(keys, ())) == ():
-            plan = self._plan(keys)
-            if len(self._plans) < 1000:
-                self._plans[keys] = plan
-        if not plan:
+        if not (plan := self._planned(tuple(row))):
             return None
         ask, reply = row[plan[0]], row[plan[1]]
         extra = row.get("input", "") if plan[0] == "instruction" else ""
-        if not (type(ask) is type(reply) is type(extra) is str) or _TAG_START.match(ask):
+        if not type(ask) is type(reply) is type(extra) is str:
             return None
-        ask, reply, extra = clean(ask), clean(reply), clean(extra)
-        if extra and extra not in NO_INPUT and extra != ask:
-            ask = f"{ask}\n{extra}" if ask else ""
-        return (Message("user", ask), Message("assistant", reply)) if ask and reply else None
+        ask, reply = _with_input(clean(ask), clean(extra)), clean(reply)
+        return (Message("user", ask), Message("assistant", reply)) if ask and reply and not _TAG_START.match(ask) else None
 
     def _plan(self, keys: tuple[str, ...]) -> tuple[str, str] | None:
         """(question key, answer key) of rows that have these two and metadata only, else None."""
@@ -441,8 +435,7 @@ class Normalizer:
             raise RowError("negative_label", "label = false marks an answer that is not to be learnt")
         messages = _ordered(turns, self.rewrite)
         tools = json_text(row["tools"]) if row.get("tools") else ""
-        if SURROGATE.search(tools):
-            clean(tools)
+        clean(tools)  # raises for bytes and surrogates; the text stays as it is
         return Conversation(messages, self._category(row), tools, file, line)
 
     def _category(self, row: Row) -> str:

@@ -69,10 +69,10 @@ def divide(
     """
     everything = list(chain(*groups))
     kept = deduplicate(everything) if data.dedup else everything
-    held_out = given if data.eval else split_held_out(kept, data.held_out)[1]
-    if len(held_out) == len(kept) and not data.eval:  # of a single conversation nothing can be held out
-        held_out = []
-    trained, train = set(map(id, kept)) - set(map(id, held_out)), []
+    rest, held_out = (kept, given) if data.eval else split_held_out(kept, data.held_out)
+    if not rest and not data.eval:  # of a single conversation nothing can be held out
+        rest, held_out = kept, []
+    trained, train = set(map(id, rest)), []
     for source, group in zip(data.train, groups, strict=True):
         own = [item for item in group if id(item) in trained]
         whole, part = divmod(source.weight, 1)

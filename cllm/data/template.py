@@ -77,6 +77,12 @@ class Template:
     # The tokenizer's own chat_template, which it renders instead of all of the above.
     jinja: str = ""
 
+    @property
+    def opening(self) -> str:
+        """What generation starts after: the opening of the assistant's turn, and of its <think> block where the format has one."""
+        block = {"off": "<think>\n\n</think>\n\n", "keep": "<think>\n" if self.think_opened else ""}
+        return self.assistant + block.get(self.thinking, "")
+
 
 # fmt: off
 _HELPFUL = "You are a helpful assistant."
@@ -167,16 +173,16 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
         messages = [Message(m.role, m.content.strip()) for m in messages]
     system = messages.pop(0).content if messages and messages[0].role == "system" else template.default_system
     opening = _system(system, tools, template)
-    segments = _markup(template.prefix) + ([] if template.merge_system else opening)
+    segments = [*_markup(template.prefix), *([] if template.merge_system else opening)]
     opening = opening if template.merge_system else []
     roles = ["", *(m.role for m in messages), ""]  # roles[i] stands before message i, roles[i + 2] after it
-    query = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
     for i, (role, content) in enumerate(messages):
         if role == "assistant":
             last = i == len(messages) - 1
             called = bool(tools) or roles[i + 2] == "tool"
             trained = not template.last_only or (last and not open_turn)
-            segments += _answer(content, template, supervised=trained, last=last, current=i > query, called=called)
+            current = "user" not in roles[i + 2 :]
+            segments += _answer(content, template, supervised=trained, last=last, current=current, called=called)
             continue
         before, after = _around(role, template, turn=roles[: i + 2].count("user"))
         if role == "tool" and template.tool:
@@ -189,14 +195,13 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
         segments += [*_markup(before), *opening, *_words(content, template), *_markup(after)]
         opening = []
     if open_turn:
-        block = {"off": "<think>\n\n</think>\n\n", "keep": "<think>\n" if template.think_opened else ""}
-        segments += _markup(template.assistant) + _markup(block.get(template.thinking, ""))
-        segments = [Segment(s.text, False, s.markup) for s in segments]
+        segments = [Segment(s.text, False, s.markup) for s in (*segments, *_markup(template.opening))]
     return segments
 
 
-def _markup(text: str, supervised: bool = False) -> list[Segment]:
-    return [Segment(text, supervised, True)] if text else []
+@functools.cache
+def _markup(text: str, supervised: bool = False) -> tuple[Segment, ...]:
+    return (Segment(text, supervised, True),) if text else ()
 
 
 def _around(role: str, template: Template, turn: int) -> tuple[str, str]:
@@ -239,7 +244,7 @@ def _answer(content: str, template: Template, *, supervised: bool, last: bool, c
             reasoning = ""
         elif not current:
             supervised = False  # without the reasoning that led to it, the answer would teach to skip it
-    segments = _markup(template.assistant)
+    segments = [*_markup(template.assistant)]
     if template.thinking and current and (last or reasoning or template.think_opened):
         keep = supervised and template.thinking == "keep" and bool(reasoning or not template.think_opened)
         segments += _markup("<think>\n", keep and not template.think_opened)
@@ -247,7 +252,9 @@ def _answer(content: str, template: Template, *, supervised: bool, last: bool, c
     segments += [Segment(text, supervised, markup) for text, markup in _spoken(content, template, _calls(content) if called else [])]
     if last or not template.final_end:
         segments += _markup(template.end, supervised)
-    return segments if last and template.final_end else segments + _markup(template.after)
+    if not (last and template.final_end):
+        segments += _markup(template.after)
+    return segments
 
 
 # --- Tools: announced in the system turn, called by the assistant in JSON ({"name": …, "arguments": {…}}, one or a list).

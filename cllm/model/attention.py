@@ -95,19 +95,14 @@ def _attend(
         wide = _with_alibi(query, key, value, slopes.to(query.device) / scaling)
         how: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "slopes": None}
         return _attend(*wide, mask, **how)[..., : value.shape[-1]]
-    if mask is None and softcap is None and queries in (1, keys):
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=scaling, is_causal=queries > 1, enable_gqa=key.shape[1] != query.shape[1]
-        )
-    if mask is None:
+    if mask is None and (softcap is not None or queries not in (1, keys)):
         mask = _causal_mask(queries, keys, None, query.device)
-    if mask.dtype != torch.bool:
+    if mask is not None and mask.dtype != torch.bool:
         # A row without any visible key (left padding) stays finite with the dtype's minimum, not with -inf.
         mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
+    if mask is None or softcap is None:
+        how = {"attn_mask": mask, "is_causal": mask is None and queries > 1, "enable_gqa": key.shape[1] != query.shape[1]}
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, **how)
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
     scores = torch.tanh(scores / softcap) * softcap

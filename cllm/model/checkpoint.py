@@ -20,7 +20,7 @@ from cllm.memory import streamed_layers
 from cllm.messages import UserError
 from cllm.model import families, gguf
 from cllm.model.attention import ATTENTION, register
-from cllm.model.families import Family, ModelShape
+from cllm.model.families import Family, ModelShape, shape_of
 from cllm.model.int8 import Int8Linear
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import decoder_layers
@@ -149,12 +149,6 @@ _OPERATIONS: dict[str, Callable[[Tensor, ModelShape], Sequence[Tensor]]] = {
 }
 
 
-def _shape(config: Any) -> ModelShape:
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return ModelShape(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
-
-
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The native model on the meta device: no memory, no initialisation."""
     from transformers import AutoModelForCausalLM
@@ -174,7 +168,7 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    shape, layout, problems = _shape(checkpoint.config), Layout(), []
+    shape, layout, problems = shape_of(checkpoint.config), Layout(), []
     for name, dims, dtype, _ in checkpoint.stored():
         try:
             pairs = convert(name, torch.empty(dims, dtype=dtype, device="meta"), checkpoint.family, shape)
@@ -198,9 +192,16 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
     return layout
 
 
+def open_native(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint, Any, Layout]:
+    """The checkpoint at `path`, its model on the meta device, and its layout. Raises UserError as `open_checkpoint` and `check`."""
+    checkpoint = open_checkpoint(path)
+    model = skeleton(checkpoint, dtype)
+    return checkpoint, model, check(checkpoint, model)
+
+
 def converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Native (name, tensor) pairs of `layout`, one original tensor in memory at a time."""
-    shape = _shape(checkpoint.config)
+    shape = shape_of(checkpoint.config)
     for name, _, _, read in checkpoint.stored():
         if any(target in layout for target in families.rename(name, checkpoint.family)[1]):
             yield from (pair for pair in convert(name, read(), checkpoint.family, shape) if pair[0] in layout)
@@ -225,25 +226,17 @@ def load_model(
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize = {quantize!r}")
-    checkpoint = open_checkpoint(Path(path))
-    model = skeleton(checkpoint, dtype)
-    layout = check(checkpoint, model)
-    _fill(model, checkpoint, layout, converted(checkpoint, layout), device, quantize, stream_layers)
-    _quantize_head(model, head)
+    checkpoint, model, layout = open_native(Path(path), dtype)
+    _fill(model, checkpoint, layout, converted(checkpoint, layout), device, quantize=quantize, head=head, stream_layers=stream_layers)
     model.name_or_path = str(path)
     return model  # type: ignore[no-any-return]
 
 
 def random_model(
-    config: dict[str, Any],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    quantize: str | None = None,
-    head: str = "16bit",
-    stream_layers: int = 0,
+    config: dict[str, Any], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
 ) -> nn.Module:
-    """As `load_model`, from the sizes in a config.json (original or native) and random weights: what a card does, without a download."""
+    """As `load_model` with its `options`, from the sizes in a config.json (original or native) and random weights: what a card does,
+    without a download."""
     family = families.family_of(config) or families.NATIVE
     checkpoint = Checkpoint(Path("config.json"), family, _native_config(Path("config.json"), family, config), [])
     model = skeleton(checkpoint, dtype)
@@ -254,8 +247,7 @@ def random_model(
             tensor = torch.empty(shape, dtype=dtype, device=device)
             yield name, tensor.normal_(0, 0.02) if len(shape) > 1 else tensor.fill_(name.endswith("weight"))
 
-    _fill(model, checkpoint, layout, random(), device, quantize, stream_layers)
-    _quantize_head(model, head)
+    _fill(model, checkpoint, layout, random(), device, **options)
     return model  # type: ignore[no-any-return]
 
 
@@ -265,17 +257,19 @@ def _fill(
     layout: Layout,
     tensors: Iterator[tuple[str, Tensor]],
     device: str | torch.device,
-    quantize: str | None,
-    stream: int,
+    *,
+    quantize: str | None = None,
+    head: str = "16bit",
+    stream_layers: int = 0,
 ) -> None:
     """Put native tensors into a model on the meta device, quantizing as they come; then what no checkpoint stores."""
-    head, layers = model.get_output_embeddings(), decoder_layers(model)
-    streamed = {id(module) for index in streamed_layers(len(layers), stream) for module in layers[index].modules()}
+    output, layers = model.get_output_embeddings(), decoder_layers(model)
+    streamed = {id(module) for index in streamed_layers(len(layers), stream_layers) for module in layers[index].modules()}
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         home = "cpu" if id(module) in streamed else device
-        if quantize and leaf == "weight" and type(module) is nn.Linear and module is not head:
+        if quantize and leaf == "weight" and type(module) is nn.Linear and module is not output:
             model.set_submodule(owner, _quantized(module, tensor.to(device), home))
         else:
             _place(module, leaf, tensor.to(home))
@@ -283,6 +277,8 @@ def _fill(
     _fill_buffers(model, torch.device(device))
     if checkpoint.family.alibi:
         _use_alibi(model)
+    if head != "16bit":  # a tied embedding stays as it is
+        model.set_output_embeddings({"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](model.get_output_embeddings()))
     model.eval()
 
 
@@ -308,12 +304,6 @@ def _quantized(linear: nn.Linear, weight: Tensor, home: str | torch.device) -> N
     module.to(home)
     module.bias = None if linear.bias is None else linear.bias.detach()
     return module
-
-
-def _quantize_head(model: Any, head: str) -> None:
-    """With head = "nf4" or "int8" the model computes its logits with a quantized layer; a tied embedding stays as it is."""
-    if head != "16bit":
-        model.set_output_embeddings({"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](model.get_output_embeddings()))
 
 
 def _tie(model: Any, layout: Layout) -> None:
@@ -359,7 +349,7 @@ def alibi_slopes(heads: int) -> Tensor:
 
 def split_rows(checkpoint: Checkpoint) -> Callable[[str, Tensor], list[tuple[str, Tensor]]]:
     """How an adapter trained on the original layout becomes one for the native model (`cllm.model.lora.read_adapter`)."""
-    shape = _shape(checkpoint.config)
+    shape = shape_of(checkpoint.config)
 
     def split(name: str, rows: Tensor) -> list[tuple[str, Tensor]]:
         pairs = convert(f"{name}.weight", rows, checkpoint.family, shape)
@@ -386,9 +376,7 @@ def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) 
     """
     if out.exists():
         raise UserError("model.exists", path=out)
-    checkpoint = open_checkpoint(path)
-    model = skeleton(checkpoint, torch.float32)
-    layout = check(checkpoint, model)
+    checkpoint, model, layout = open_native(path)
     if dtype:
         layout = {name: (dims, dtype if kind.is_floating_point else kind) for name, (dims, kind) in layout.items()}
     out.mkdir(parents=True)

@@ -28,6 +28,13 @@ class ModelShape(NamedTuple):
     head_dim: int
 
 
+def shape_of(config: Any) -> ModelShape:
+    """Of a native Transformers config."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelShape(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+
+
 class Family(NamedTuple):
     """One original checkpoint layout.
 
@@ -214,13 +221,17 @@ def _gguf_chatglm(own: Config) -> dict[str, Any]:
     return native | {"rope_parameters": native["rope_parameters"] | {"partial_rotary_factor": turned}, "pad_token_id": pad}
 
 
+def gemma3_layer_types(layers: int) -> list[str]:
+    """Every sixth layer sees the whole sequence."""
+    return ["sliding_attention" if layer % 6 else "full_attention" for layer in range(1, layers + 1)]
+
+
 def _gguf_gemma3(own: Config) -> dict[str, Any]:
     native = _gguf(own)
     local = {"rope_type": "default", "rope_theta": 10000.0}
-    layers = range(1, native["num_hidden_layers"] + 1)
     return native | {
         "sliding_window": own.get("attention.sliding_window", 512),
-        "layer_types": ["sliding_attention" if layer % 6 else "full_attention" for layer in layers],
+        "layer_types": gemma3_layer_types(native["num_hidden_layers"]),
         "rope_parameters": {"full_attention": native["rope_parameters"], "sliding_attention": local},
         "query_pre_attn_scalar": native["head_dim"],
     }

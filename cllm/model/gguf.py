@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cllm.messages import UserError
-from cllm.model.families import GGUF
+from cllm.model.families import GGUF, gemma3_layer_types, shape_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,8 +93,7 @@ def architecture(config: Any) -> str:
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
     wrong = [str(p["rope_type"]) for p in parts if p.get("rope_type", "default") not in ("default", "linear", "dynamic")]
-    pattern = ["sliding_attention" if layer % 6 else "full_attention" for layer in range(1, config.num_hidden_layers + 1)]
-    if name == "gemma3" and config.layer_types != pattern:
+    if name == "gemma3" and config.layer_types != gemma3_layer_types(config.num_hidden_layers):
         wrong.append("layer_types")
     if wrong or not name:
         raise UserError("export.gguf", architecture=kinds[0], detail=", ".join(wrong) or "-", known=", ".join(GGUF))
@@ -103,13 +102,12 @@ def architecture(config: Any) -> str:
 
 def _shape(config: Any, arch: str) -> dict[str, Any]:
     """The model's keys. Dynamic rotary scaling is left out: it acts beyond the trained length only."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, kv_heads, head_dim = shape_of(config)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     keys: dict[str, Any] = {
         "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size, "vocab_size": config.vocab_size,
         "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size, "attention.head_count": heads,
-        "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.head_count_kv": kv_heads, "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": head_dim, "attention.value_length": head_dim, "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
     }  # fmt: skip

@@ -11,8 +11,9 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cllm.messages import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PIECE = 2**22  # elements of a gated MLP's product handled at a time
+_PIECE = 2**22  # elements of a gated MLP's product, or of a merged weight, handled at a time
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GlmMLP", "Glm4MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
 """Classes that compute down_proj(act(gate) * up), gate and up from two linears or from one; a test compares each."""
 _SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
@@ -58,17 +59,15 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+@dataclass(eq=False, slots=True)
 class Gate:
     """Which rows of the batch go through the adapter; one object shared by all layers of an adapter. None: all of them.
 
     `number` tells the adapters of one base apart: 1 for the first, and for the only one.
     """
 
-    __slots__ = ("number", "rows")
-
-    def __init__(self) -> None:
-        self.rows: Tensor | float | None = None
-        self.number = 1
+    rows: Tensor | float | None = None
+    number: int = 1
 
 
 class _LoraMatmul(torch.autograd.Function):
@@ -84,7 +83,7 @@ class _LoraMatmul(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.layer, ctx.act, ctx.dtype = layer, act, dtype
         inputs = _inputs(x, up, act, dtype)
-        bias = getattr(layer.base, "bias", None)
+        bias = layer.bias
         output = F.linear(inputs, base_weight(layer.base, dtype), None if bias is None else bias.to(dtype))
         low = F.linear(inputs, a.to(dtype))
         output.view(-1, output.shape[-1]).addmm_(low.view(-1, layer.rank), b.to(dtype).T, alpha=layer.scaling)
@@ -166,18 +165,9 @@ class LoraLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's, as DoRA needs it."""
+        """The base's."""
         bias: Tensor | None = getattr(self.base, "bias", None)
         return bias
-
-    def delta(self) -> Tensor:
-        """scaling * B A, (out, in) float32."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-    def merged_weight(self) -> Tensor:
-        """The dense weight (out, in) float32 that does what base and adapter do together."""
-        weight = base_weight(self.base, torch.float32) + self.delta()
-        return weight if self.magnitude is None else weight * (self.magnitude / weight.norm(dim=1))[:, None]
 
     def forward(self, x: Tensor, up: Tensor | None = None, act: Any = None) -> Tensor:
         """y (…, out) of x (…, in), or of act(x) * up."""
@@ -194,7 +184,7 @@ class LoraLinear(nn.Module):
         update = F.linear(hidden, self.lora_B.to(x.dtype)) * self.scaling
         if self.magnitude is not None:
             with torch.no_grad():
-                norm = (base_weight(self.base, torch.float32) + self.delta()).norm(dim=1)
+                norm = (base_weight(self.base, torch.float32) + self.scaling * (self.lora_B @ self.lora_A)).norm(dim=1)
             ratio = (self.magnitude / norm).to(x.dtype)
             update = (ratio - 1) * (result if self.bias is None else result - self.bias) + ratio * update
         if isinstance(rows, Tensor):
@@ -256,16 +246,11 @@ def inject_lora(
     gate = Gate()
     for name in chosen:
         layer = LoraLinear(linears[name], rank, alpha, dropout=dropout, rslora=rslora, dora=dora, gate=gate)
-        _replace(model, name, layer)
+        model.set_submodule(name, layer)
     for module in model.modules():
         if type(module).__name__ in GATED and isinstance(module.down_proj, LoraLinear):
             module.forward = _GatedMlp(module)
     return lora_layers(model)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _gate(model: nn.Module) -> Gate | None:
@@ -291,24 +276,26 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
         set_gate(model, before)
 
 
+def _parts(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> its "lora_A", "lora_B" and, for DoRA, "magnitude"."""
+    return {name: dict(layer.named_parameters(recurse=False)) for name, layer in lora_layers(model).items()}
+
+
+def _under_peft_names(layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{_PREFIX}{name}{_SUFFIXES[part]}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's key names, sharing memory with the model."""
-    return {
-        f"{_PREFIX}{name}{suffix}": getattr(layer, attribute)
-        for name, layer in lora_layers(model).items()
-        for attribute, suffix in _SUFFIXES.items()
-        if getattr(layer, attribute) is not None
-    }
+    return _under_peft_names(_parts(model))
 
 
 def save_adapter(model: nn.Module, directory: str | Path, *, base: str = "") -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does; `base` names the checkpoint below it."""
-    layers = lora_layers(model)
-    first = next(iter(layers.values()))
-    parts = {name: {part: getattr(layer, part) for part in _SUFFIXES if getattr(layer, part) is not None} for name, layer in layers.items()}
+    first = next(iter(lora_layers(model).values()))
     rslora = not math.isclose(first.scaling, first.alpha / first.rank)
     own = {"base_model_name_or_path": base, "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout}
-    write_adapter(model, directory, parts, {**own, "use_rslora": rslora, "use_dora": first.magnitude is not None})
+    write_adapter(model, directory, _parts(model), {**own, "use_rslora": rslora, "use_dora": first.magnitude is not None})
 
 
 def write_adapter(model: nn.Module, directory: str | Path, layers: dict[str, dict[str, Tensor]], settings: dict[str, Any]) -> None:
@@ -327,9 +314,8 @@ def write_adapter(model: nn.Module, directory: str | Path, layers: dict[str, dic
     folder.mkdir(parents=True, exist_ok=True)
     # clone: fused layers share A, and safetensors writes no memory twice
     tensors = {
-        f"{_PREFIX}{name}{_SUFFIXES[part]}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, parts in layers.items()
-        for part, tensor in parts.items()
+        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in _under_peft_names(layers).items()
     }
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -429,13 +415,13 @@ def load_beside(model: nn.Module, directory: str | Path, **options: Any) -> None
         bare: nn.Module = layer
         while isinstance(bare, LoraLinear):
             bare = bare.base
-        _replace(model, name, bare)
+        model.set_submodule(name, bare)
     added = load_adapter(model, directory, **options)
     for name, layer in added.items():
         layer.base = outer.pop(name, layer.base)
         layer.gate.number, layer.gate.rows = 1 + max(old.gate.number for old in before.values()), 0.0
     for name, layer in outer.items():
-        _replace(model, name, layer)
+        model.set_submodule(name, layer)
 
 
 def adapter_scaling(config: dict[str, Any]) -> float:
@@ -454,19 +440,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def merge_into(weight: Tensor, scaling: float, parts: Mapping[str, Tensor]) -> None:
+    """weight (out, in) <- weight + scaling B A in place, and with DoRA's magnitude (out,) each row scaled to it; sums in float32."""
+    magnitude = parts.get("magnitude")
+    step = max(1, _PIECE // weight.shape[1])
+    down, up = parts["lora_A"].float(), parts["lora_B"]
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        summed = weight[rows].float() + scaling * (up[rows].float() @ down)
+        if magnitude is not None:
+            summed *= (magnitude[rows].float() / summed.norm(dim=1))[:, None]
+        weight[rows] = summed.to(weight.dtype)
+
+
+@torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
     """Fold every adapter into its base, in place: W <- W + scaling B A, in the base's dtype; a quantized base becomes a dense layer."""
     for name, layer in lora_layers(model).items():
-        weight = layer.merged_weight().detach()
         base: Any = layer.base
-        if hasattr(base, "dequantize"):
-            bias = base.bias
-            dtype = torch.float32 if bias is None else bias.dtype
-            base = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-            base.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-            base.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        else:
-            with torch.no_grad():
-                base.weight.copy_(weight.T if _is_conv1d(base) else weight)
-        _replace(model, name, base)
+        quantized = hasattr(base, "dequantize")
+        weight = base_weight(base, torch.float32 if quantized else base.weight.dtype)  # a view of what is dense already
+        merge_into(weight, layer.scaling, dict(layer.named_parameters(recurse=False)))
+        if quantized:
+            bias, base = base.bias, nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            base.weight = nn.Parameter(weight if bias is None else weight.to(bias.dtype), requires_grad=False)
+            base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        model.set_submodule(name, base)
     return model

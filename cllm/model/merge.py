@@ -9,20 +9,19 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cllm.model.checkpoint import Checkpoint, check, converted, open_checkpoint, skeleton, split_rows, write_config
-from cllm.model.lora import adapter_scaling, check_adapter, read_adapter
+from cllm.model.checkpoint import Checkpoint, converted, open_native, split_rows, write_config
+from cllm.model.lora import adapter_scaling, check_adapter, merge_into, read_adapter
 from cllm.model.nf4 import dequantize, quantize_nf4
 from cllm.model.shards import Layout, write_safetensors
 
 SHARD_BYTES = 4 * 2**30
-_SLICE = 2**22  # weights summed at a time: temporaries of about 32 MB
 
 
 class Merge(NamedTuple):
@@ -53,28 +52,13 @@ class Merge(NamedTuple):
             del tensor  # before the next one is read
 
 
-def merge_into(weight: Tensor, scaling: float, parts: Mapping[str, Tensor]) -> None:
-    """weight (out, in) <- weight + scaling B A in place, and with DoRA's magnitude (out,) each row scaled to it."""
-    magnitude = parts.get("magnitude")
-    step = max(1, _SLICE // weight.shape[1])
-    down, up = parts["lora_A"].float(), parts["lora_B"]
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        summed = weight[rows].float() + scaling * (up[rows].float() @ down)
-        if magnitude is not None:
-            summed *= (magnitude[rows].float() / summed.norm(dim=1))[:, None]
-        weight[rows] = summed.to(weight.dtype)
-
-
 def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
     """Check base and adapter against each other before any weight is read.
 
     Floating-point tensors are written in the type that most of the base has (GGUF or nf4: bfloat16). Raises UserError as
-    `open_checkpoint`, `check`, `read_adapter` and `check_adapter`.
+    `open_native`, `read_adapter` and `check_adapter`.
     """
-    checkpoint = open_checkpoint(base)
-    model = skeleton(checkpoint, torch.float32)
-    layout = check(checkpoint, model)
+    checkpoint, model, layout = open_native(base)
     config, layers = read_adapter(adapter, split_rows(checkpoint))
     check_adapter(model, adapter, config, layers)
     sizes: Counter[torch.dtype] = Counter()

@@ -105,6 +105,10 @@ class _Piece(NamedTuple):
     stop: int
     like: Tensor
 
+    def of(self, buffer: Tensor) -> Tensor:
+        """The tensor inside its layer's bytes."""
+        return buffer[self.start : self.stop].view(self.like.dtype).view(self.like.shape)
+
 
 class _Weights:
     """The frozen linears of some layers, each layer packed into one host buffer, and two device slots for them.
@@ -155,12 +159,11 @@ class _Weights:
 
     def _point(self, index: int, buffer: Tensor) -> None:
         """Let the linears of layer `index` read their tensors from `buffer`."""
-        for module, name, start, stop, like in self.pieces[index]:
-            view = buffer[start:stop].view(like.dtype).view(like.shape)
-            if name in module._parameters:
-                getattr(module, name).data = view
+        for piece in self.pieces[index]:
+            if piece.name in piece.module._parameters:
+                getattr(piece.module, piece.name).data = piece.of(buffer)
             else:
-                module._buffers[name] = view
+                piece.module._buffers[piece.name] = piece.of(buffer)
 
 
 def _pieces(layer: nn.Module) -> list[_Piece]:
@@ -178,9 +181,8 @@ def _pieces(layer: nn.Module) -> list[_Piece]:
 def _packed(pieces: list[_Piece]) -> Tensor:
     """The tensors of `pieces` side by side in one host buffer of bytes."""
     buffer = torch.empty(pieces[-1].stop, dtype=torch.uint8)
-    for module, name, start, stop, like in pieces:
-        tensor: Tensor = getattr(module, name)
-        buffer[start:stop].view(like.dtype).view(like.shape).copy_(tensor.detach())
+    for piece in pieces:
+        piece.of(buffer).copy_(getattr(piece.module, piece.name).detach())
     return buffer
 
 

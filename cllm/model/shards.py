@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -106,19 +107,16 @@ def _safetensors(file: Path) -> Iterator[Stored]:
     for begin, end, name, shape, dtype in sorted(stored, key=lambda item: item[:2]):
         if 8 + length + end > size:
             raise UserError("model.truncated", path=file, tensor=name)
-        yield Stored(name, shape, dtype, _reader(file, 8 + length + begin, shape, dtype))
+        yield Stored(name, shape, dtype, partial(_read, file, 8 + length + begin, shape, dtype))
 
 
-def _reader(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        if tensor.numel():
-            with file.open("rb") as data:
-                data.seek(offset)
-                data.readinto(_bytes(tensor))
-        return tensor
-
-    return read
+def _read(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.numel():
+        with file.open("rb") as data:
+            data.seek(offset)
+            data.readinto(_bytes(tensor))
+    return tensor
 
 
 def _zip_pickle(file: Path) -> Iterator[Stored]:
@@ -157,24 +155,21 @@ def _gguf(file: Path) -> Iterator[Stored]:
         row_bytes = shape[-1] // block_elements * block_bytes
         if offset + torch.Size(shape[:-1]).numel() * row_bytes > size:
             raise UserError("model.truncated", path=file, tensor=name)
-        yield Stored(name, shape, torch.float32, _dequantizer(file, offset, shape, kind, row_bytes))
+        yield Stored(name, shape, torch.float32, partial(_dequantized, file, offset, shape, kind, row_bytes))
 
 
-def _dequantizer(file: Path, offset: int, shape: tuple[int, ...], kind: int, row_bytes: int) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        import numpy as np
-        from gguf import GGMLQuantizationType, dequantize
+def _dequantized(file: Path, offset: int, shape: tuple[int, ...], kind: int, row_bytes: int) -> Tensor:
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
 
-        rows, width = torch.Size(shape[:-1]).numel(), shape[-1]
-        tensor = torch.empty(rows, width)
-        step = max(1, _DEQUANTIZE_ELEMENTS // width)
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            block = np.fromfile(file, np.uint8, count * row_bytes, offset=offset + start * row_bytes).reshape(count, row_bytes)
-            tensor[start : start + count] = torch.from_numpy(dequantize(block, GGMLQuantizationType(kind)))
-        return tensor.reshape(shape)
-
-    return read
+    rows, width = torch.Size(shape[:-1]).numel(), shape[-1]
+    tensor = torch.empty(rows, width)
+    step = max(1, _DEQUANTIZE_ELEMENTS // width)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        block = np.fromfile(file, np.uint8, count * row_bytes, offset=offset + start * row_bytes).reshape(count, row_bytes)
+        tensor[start : start + count] = torch.from_numpy(dequantize(block, GGMLQuantizationType(kind)))
+    return tensor.reshape(shape)
 
 
 def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:

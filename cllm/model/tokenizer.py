@@ -22,7 +22,7 @@ from cllm.messages import UserError, note
 from cllm.model import gguf
 from cllm.model.families import GGUF, family_of
 from cllm.model.shards import read_json
-from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, from_directory, from_gguf, to_gguf
+from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, from_directory, from_gguf, prefixed, to_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +31,10 @@ TEMPLATE_FILE = "template.json"
 FILES = "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt \
 qwen.tiktoken"
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
-_KINDS = "ChatGLMTokenizer=chatglm3 ChatGLM4Tokenizer=glm4 BaichuanTokenizer=baichuan2 QWenTokenizer=qwen1 \
-InternLMTokenizer=internlm InternLM2Tokenizer=internlm2 glm=glm4 glm4=glm4"  # tokenizer_class or model_type = template
+_KINDS = {  # tokenizer_class or model_type -> template
+    "ChatGLMTokenizer": "chatglm3", "ChatGLM4Tokenizer": "glm4", "BaichuanTokenizer": "baichuan2", "QWenTokenizer": "qwen1",
+    "InternLMTokenizer": "internlm", "InternLM2Tokenizer": "internlm2", "glm": "glm4", "glm4": "glm4",
+}  # fmt: skip
 _PROBES = (  # on which one of our templates and a chat_template must agree to be the same
     ([Message("user", "a"), Message("assistant", "b"), Message("user", "c")], True),
     ([Message("system", "s"), Message("user", " a\n"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")], False),
@@ -78,6 +80,11 @@ class Tokenizer:
         """One token for people to look at: a control token's name, else its text (U+FFFD for a part of a character)."""
         return self.vocabulary.name(id) if id in self.vocabulary.hidden else self.vocabulary.decode([id])
 
+    def special_names(self) -> dict[str, str]:
+        """bos_token, eos_token and pad_token, as other programs call them -> the token's name, "" where there is none."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {kind: "" if id is None else self.vocabulary.name(id) for kind, id in ids.items()}
+
     def stream(self, *, reply: bool = False) -> Stream:
         """A decoder for ids that arrive one by one. reply=True: without the white space that opens an answer in ChatGLM's formats."""
         return Stream(self, drop_blank=reply and bool(self.template.lead))
@@ -108,26 +115,29 @@ class Tokenizer:
         plans = [self._plan(segments) for segments in batch]
         texts = list(dict.fromkeys(part for plan in plans for part, _ in plan if isinstance(part, str)))
         known = dict(zip(texts, self.vocabulary.encode(texts), strict=True))
-        examples: list[tuple[list[int], list[int]]] = []
+        examples = []
         for plan in plans:
-            examples.append(([], []))
+            ids: list[int] = []
+            labels: list[int] = []
             for part, label in plan:
                 new = known[part] if isinstance(part, str) else [part]
-                examples[-1][0].extend(new)
-                examples[-1][1].extend([IGNORE_INDEX] * len(new) if label is None else new if label < 0 else [label])
+                ids += new
+                labels += [IGNORE_INDEX] * len(new) if label is None else new if label < 0 else [label]
+            examples.append((ids, labels))
         return examples
 
     def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int | None]]:
         """Texts and control tokens, in order, with the label: None where not supervised, -1 for the ids themselves."""
         plan: list[tuple[str | int, int | None]] = []
-        control = self.vocabulary.control
+        control, split = self.vocabulary.control, self._split
+        strips = self._prefixed and not self.template.apart
         joins = False
         for text, supervised, markup, target in segments:
             label = -1 if supervised else None
             joins = joins and bool(text) and plan[-1][1] == label
-            if plan and not joins and isinstance(plan[-1][0], str) and self._prefixed and not self.template.apart:
+            if strips and plan and not joins and isinstance(plan[-1][0], str):
                 text = text.removeprefix(" ")  # the vocabulary puts one before every string
-            for part in self._split(text) if markup else (text,) if text else ():
+            for part in split(text) if markup else (text,) if text else ():
                 if markup and part in control:
                     plan.append((control[part], control[target] if supervised and target else label))
                     joins = False
@@ -140,7 +150,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _prefixed(self) -> bool:
-        return self.vocabulary.name(self.vocabulary.encode(["x"])[0][0]).startswith("▁")
+        return prefixed(self.vocabulary)
 
     @functools.cached_property
     def _split(self) -> Any:
@@ -151,9 +161,8 @@ class Tokenizer:
 
     def first_control(self, text: str) -> tuple[str, str]:
         """What stands in markup before its first control token, and that token; "" where there is none."""
-        parts = self._split(text)
-        at = next((i for i, part in enumerate(parts) if part in self.vocabulary.control), None)
-        return (text, "") if at is None else ("".join(parts[:at]), parts[at])
+        token = next((part for part in self._split(text) if part in self.vocabulary.control), "")
+        return text[: text.index(token)] if token else text, token
 
     def with_stop(self) -> Tokenizer:
         """The same with the template's end token replaced by the tokenizer's own end of text.
@@ -227,8 +236,7 @@ def portable(tokenizer: Tokenizer, directory: Path) -> None:
     elif foreign:
         tokenizer.vocabulary.save(directory)
     dropped = ("chat_template", "auto_map", "added_tokens_decoder", "backend") if foreign else ("chat_template",)
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    named = {f"{kind}_token": tokenizer.vocabulary.name(id) for kind, id in ids.items() if id is not None}
+    named = {kind: name for kind, name in tokenizer.special_names().items() if name}
     config = {key: value for key, value in tokenizer.config.items() if key not in dropped} | named
     _write_json(directory / "tokenizer_config.json", config | ({"tokenizer_class": "PreTrainedTokenizerFast"} if foreign else {}))
 
@@ -362,8 +370,7 @@ def _own_template(tokenizer: Tokenizer) -> str:
 
 def _of_kind(tokenizer: Tokenizer, family: str, model: Mapping[str, Any]) -> str:
     """The template that the original tokenizer class, the model type or the family names; "" if they say nothing."""
-    kinds = dict(pair.split("=") for pair in _KINDS.split())
-    name = kinds.get(tokenizer.config.get("tokenizer_class", ""), kinds.get(model.get("model_type", ""), family))
+    name = _KINDS.get(tokenizer.config.get("tokenizer_class", ""), _KINDS.get(model.get("model_type", ""), family))
     if name == "chatglm3":  # ChatGLM2, ChatGLM3 and GLM-4 share their class names
         names = f"{tokenizer.config.get('name_or_path')} {model.get('_name_or_path')}".lower()
         return "glm4" if isinstance(tokenizer.vocabulary, Bpe) else "chatglm2" if "chatglm2" in names else "chatglm3"
@@ -405,12 +412,11 @@ def _jinja(tokenizer: Tokenizer, source: str, thinking: str | None, messages: Se
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     try:
         texts, _ = render_jinja_template(
             conversations=[[m._asdict() for m in messages]], tools=json.loads(tools) if tools else None, chat_template=source,
             add_generation_prompt=opened, **({} if thinking is None else {"enable_thinking": thinking == "keep"}),
-            **{key: "" if id is None else tokenizer.vocabulary.name(id) for key, id in ids.items()},
+            **tokenizer.special_names(),
         )  # fmt: skip
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError("tokenizer.native", detail=error) from error
@@ -425,18 +431,19 @@ def _same(tokenizer: Tokenizer, source: str) -> str:
     except UserError:
         return ""
     for name, template in TEMPLATES.items():
-        variants = [replace(template, thinking=mode if template.thinking else "") for mode in modes]
-        ours = [[render(turns, variant, open_turn=opened) for turns, opened in _PROBES] for variant in variants]
-        if [["".join(s.text for s in segments) for segments in probes] for probes in ours] == texts:
+        if [_probed(replace(template, thinking=mode if template.thinking else "")) for mode in modes] == texts:
             return name
     return ""
 
 
+def _probed(template: Template) -> list[str]:
+    return ["".join(segment.text for segment in render(turns, template, open_turn=opened)) for turns, opened in _PROBES]
+
+
 def _renders_like(tokenizer: Tokenizer, source: str) -> bool:
     """Whether the chat_template, called as everybody calls it, renders exactly like the tokenizer's template."""
-    ours = ["".join(s.text for s in render(turns, tokenizer.template, open_turn=opened)) for turns, opened in _PROBES]
     try:
-        return ours == [_jinja(tokenizer, source, None, turns, opened) for turns, opened in _PROBES]
+        return _probed(tokenizer.template) == [_jinja(tokenizer, source, None, turns, opened) for turns, opened in _PROBES]
     except UserError:
         return False
 

@@ -48,7 +48,7 @@ def _encode_cut(texts: list[str], names: Set[str], encode: Callable[[list[str]],
     counts = []
     for text in texts:
         cuts = [m.start() + 1 for m in _CONTROL_LIKE.finditer(text) if m.group() in names] if names and ("<" in text or "[" in text) else []
-        parts += [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        parts += [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)] if cuts else [text]
         counts.append(len(cuts) + 1)
     encoded = iter(encode(parts))
     return [next(encoded) if n == 1 else [id for ids in itertools.islice(encoded, n) for id in ids] for n in counts]
@@ -112,10 +112,9 @@ class SentencePiece:
         kinds = (self.pieces.is_control, self.pieces.is_unknown, self.pieces.is_unused, self.pieces.is_byte)
         plain = [i for i in range(len(every)) if not any(kind(i) for kind in kinds)]
         names = [every[i] for i in sorted(plain, key=lambda i: -self.pieces.get_score(i))]
-        merges = [(name[:at], name[at:]) for name in names for at in range(1, len(name)) if name[:at] in ids and name[at:] in ids]
         unknown = self._names[self.pieces.unk_id()]
-        model = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x0A>" in ids))
-        prefix = [normalizers.Prepend("▁")] if self.pieces.id_to_piece(self.pieces.encode("x")[0]).startswith("▁") else []
+        model = Tokenizer(models.BPE(ids, _merges(names, ids), unk_token=unknown, fuse_unk=True, byte_fallback="<0x0A>" in ids))
+        prefix = [normalizers.Prepend("▁")] if prefixed(self) else []
         model.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         strip = [decoders.Strip(" ", 1, 0)] if prefix else []
         model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
@@ -168,6 +167,16 @@ Ids: TypeAlias = Mapping[str, int]
 Added: TypeAlias = Mapping[str, tuple[int, bool]]  # name -> (id, special)
 
 
+def prefixed(vocabulary: Vocabulary) -> bool:
+    """Whether the vocabulary puts a blank before every text."""
+    return vocabulary.name(vocabulary.encode(["x"])[0][0]).startswith("▁")
+
+
+def _merges(tokens: Iterable[str], known: Ids) -> list[tuple[str, str]]:
+    """Every split of a token into two that are `known`, in the order of the tokens."""
+    return [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token)) if token[:cut] in known and token[cut:] in known]
+
+
 def byte_level(ids: Ids, merges: list[tuple[str, str]], patterns: Iterable[str], added: Added, nfc: bool, whole: bool = False) -> Bpe:
     """Byte-level BPE from its parts; `whole`: a word that is a token is taken without merging."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -192,13 +201,7 @@ def from_ranks(text: bytes, pattern: str, added: Added, *, nfc: bool) -> Bpe:
     letters = {byte: byte if byte in printable else next(others) for byte in range(0x100)}
     pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in (line.split() for line in text.splitlines() if line))
     vocabulary = {token.decode("latin-1").translate(letters): rank for rank, token in pairs}
-    merges = [
-        (token[:cut], token[cut:])
-        for token in vocabulary
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
-    ]
-    return byte_level(vocabulary, merges, (pattern,), added, nfc=nfc, whole=True)
+    return byte_level(vocabulary, _merges(vocabulary, vocabulary), (pattern,), added, nfc=nfc, whole=True)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -224,23 +227,19 @@ def to_gguf(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
     Raises UserError for a byte-level vocabulary whose pre-tokenizer has no name known here.
     """
     tokens = [vocabulary.name(i) or f"[PAD{i}]" for i in range(rows)]
-    unused = [i >= vocabulary.size or not vocabulary.name(i) for i in range(rows)]
+
+    def kinds_by(*own: tuple[int, Callable[[int], bool]]) -> list[int]:
+        tests: list[tuple[int, Callable[[int], bool]]] = [(5, lambda i: not vocabulary.name(i)), (3, vocabulary.hidden.__contains__), *own]
+        return [next((kind for kind, test in tests if test(i)), 1) for i in range(rows)]
+
     if isinstance(vocabulary, SentencePiece):
         model, pieces = vocabulary.pieces, vocabulary.pieces.get_piece_size()
-        tests = ((2, model.is_unknown), (5, model.is_unused), (6, model.is_byte))
-        kinds = [
-            5
-            if unused[i]
-            else 3
-            if i in vocabulary.hidden
-            else next((kind for kind, test in tests if test(i)), 4 if not model.get_score(i) else 1)
-            for i in range(rows)
-        ]
+        kinds = kinds_by((2, model.is_unknown), (5, model.is_unused), (6, model.is_byte), (4, lambda i: not model.get_score(i)))
         scores = [model.get_score(i) if i < pieces else -1000.0 for i in range(rows)]
         tokens = [token.replace("▁", " ") if kind == 4 else token for token, kind in zip(tokens, kinds, strict=True)]
-        prefix = model.id_to_piece(model.encode("x")[0]).startswith("▁")
-        return {"model": "llama", "pre": "default", "tokens": tokens, "token_type": kinds, "scores": scores, "add_space_prefix": prefix}
-    state, added = json.loads(vocabulary.model.to_str()), vocabulary.model.get_added_tokens_decoder()
+        own = {"tokens": tokens, "token_type": kinds, "scores": scores, "add_space_prefix": prefixed(vocabulary)}
+        return {"model": "llama", "pre": "default", **own}
+    state = json.loads(vocabulary.model.to_str())
     steps = state["pre_tokenizer"] or {}
     patterns = []
     for step in steps.get("pretokenizers", [steps]):
@@ -253,7 +252,7 @@ def to_gguf(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
     pre = next((name for name, known in PATTERNS.items() if known == tuple(patterns)), None)
     if pre is None or state["model"].get("byte_fallback"):
         raise UserError("tokenizer.gguf", model=state["model"]["type"], pre=patterns, known=", ".join(["llama", *PATTERNS]))
-    kinds = [5 if unused[i] else 3 if i in added and added[i].special else 4 if i in added else 1 for i in range(rows)]
+    kinds = kinds_by((4, vocabulary.model.get_added_tokens_decoder().__contains__))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
     return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
 
@@ -303,9 +302,8 @@ def _from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
     kind = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
     converted = (path / "tokenizer.json").is_file()
     # Beside a tokenizer.json, the original file is the sure one where the authors' own or Llama's slow code reads it.
-    if (path / "tokenizer.model").is_file() and (
-        not converted or "auto_map" in config or config.get("tokenizer_class") == "LlamaTokenizer"
-    ):
+    slow_llama = config.get("tokenizer_class") == "LlamaTokenizer"
+    if (path / "tokenizer.model").is_file() and (not converted or "auto_map" in config or slow_llama):
         content = (path / "tokenizer.model").read_bytes()
         if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", content.split(b"\n", 1)[0]):
             return from_ranks(content, _CL100K, added, nfc=False)
@@ -313,7 +311,7 @@ def _from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
         if kind == "ChatGLMTokenizer":
             pieces = SentencePiece(content, {}).size
             special = {name: pieces + i for i, name in enumerate(CHATGLM_TOKENS)}
-        return SentencePiece(content, special, strip=config.get("tokenizer_class") == "LlamaTokenizer")
+        return SentencePiece(content, special, strip=slow_llama)
     if converted:
         from tokenizers import Tokenizer
 
