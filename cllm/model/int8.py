@@ -7,12 +7,11 @@ LLM.int8() (arXiv 2208.07339, section 2.1), for the weight alone; the product wi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from cllm.model.nf4 import CHUNK, TILE, FrozenMatmul
+from cllm.model.nf4 import CHUNK, TILE, QuantizedLinear
 
 
 def _spans(low: int, high: int, step: int) -> Iterator[slice]:
@@ -20,15 +19,14 @@ def _spans(low: int, high: int, step: int) -> Iterator[slice]:
     return (slice(at, min(at + step, high)) for at in range(low, high, step))
 
 
-class Int8Linear(nn.Module):
-    """y = x W^T + b with W (out, in) frozen in int8 and b (out,) frozen; computed and returned in the dtype of x."""
+class Int8Linear(QuantizedLinear):
+    """W in int8, quantized from a dense linear layer where that lies."""
 
     codes: Tensor
     scales: Tensor
-    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Quantize a dense linear layer where it lies. Raises ValueError if a weight is inf or NaN."""
+        """Raises ValueError if a weight is inf or NaN."""
         super().__init__()
         weight, bias = linear.weight.detach(), linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -55,11 +53,3 @@ class Int8Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in)."""
         return next(self.tiles(dtype, self.codes.numel()))[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return cast(Tensor, FrozenMatmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

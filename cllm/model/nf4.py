@@ -13,6 +13,7 @@ one thread: 25 ms against 61 ms. bitsandbytes' AVX-512 kernel reads wrong scales
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cache, reduce
 from typing import Any, NamedTuple, cast
@@ -178,7 +179,7 @@ def _bitsandbytes(device: str) -> bool:
     return not reason
 
 
-class FrozenMatmul(torch.autograd.Function):
+class _FrozenMatmul(torch.autograd.Function):
     """x W^T + b with a frozen W: keeps a reference to the module only, and dequantizes W again in the backward."""
 
     @staticmethod
@@ -195,17 +196,35 @@ class FrozenMatmul(torch.autograd.Function):
         return reduce(Tensor.add_, (grad[..., rows] @ weight for rows, weight, _ in ctx.tiles(grad.dtype))), None
 
 
-class NF4Linear(nn.Module):
-    """y = x W^T + b with W (out, in) frozen in NF4 and b (out,) frozen; computed and returned in the dtype of x.
+class QuantizedLinear(nn.Module, ABC):
+    """y = x W^T + b with W (out, in) frozen and quantized, b (out,) frozen; computed and returned in the dtype of x.
 
-    Under autocast x is cast to autocast's dtype first, as for nn.Linear. Constructed empty (`device="meta"` allocates
-    nothing); `load_weight` fills it while a checkpoint streams by.
+    Under autocast x is cast to autocast's dtype first, as for nn.Linear.
     """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    @abstractmethod
+    def tiles(self, dtype: torch.dtype, weights: int = TILE) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(rows, their dense weight, their bias), about so many weights at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return cast(Tensor, _FrozenMatmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class NF4Linear(QuantizedLinear):
+    """W in NF4. Constructed empty (`device="meta"` allocates nothing); `load_weight` fills it while a checkpoint streams by."""
 
     packed: Tensor
     absmax: Tensor
     scales: Tensor
-    bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -249,11 +268,3 @@ class NF4Linear(nn.Module):
             packed = self.packed[low * columns // 2 : -(-high * columns // 2)]
             part = NF4Tensor(packed, self.absmax[block:last], scales, (high - low, columns))
             yield slice(low, high), dequantize(part, dtype), None if self.bias is None else self.bias[low:high].to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return cast(Tensor, FrozenMatmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
