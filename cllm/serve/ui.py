@@ -238,10 +238,11 @@ def _training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
         results = json.loads(scored.read_text(encoding="utf-8")) if scored.exists() else {}
         shown = ({"reference": {}} if answers else {}) | results
         header, *lines = score_table(shown)
-        table = {"headers": [*header, "length"], "data": [[*line, _mean_length(answers, line[0])] for line in lines]}
+        if answers:
+            header, lines = [*header, "length"], [[*line, _mean_length(answers, line[0])] for line in lines]
         cells = [[row["messages"][-1]["content"], *(row.get(key, "") for key in SHOWN)] for row in answers[:20]]
         menu = gr.Dropdown(choices=names, value=run.name if names else None)
-        return menu, _chart(rows, ["loss", "eval_loss"]), _chart(rows, ["tokens_per_second"]), table, cells
+        return menu, _chart(rows, ["loss", "eval_loss"]), _chart(rows, ["tokens_per_second"]), {"headers": header, "data": lines}, cells
 
     outputs = [chosen, *charts, scores, samples]
     chosen.input(follow, chosen, outputs, **QUIET)
