@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import byte_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cllm.messages import UserError
 from cllm.model import int8
+from cllm.model.checkpoint import load_model
 from cllm.model.int8 import Int8Linear
 
 
@@ -42,3 +48,17 @@ def test_it_keeps_its_values_when_the_model_changes_its_type() -> None:
     head = Int8Linear(linear(torch.randn(20, 8)))
     before = head.dequantize()
     assert torch.equal(head.to(torch.bfloat16).dequantize(), before)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "how"), [("lm_head", {"head": "int8"}), ("lm_head", {"head": "nf4"}), ("gate_proj", {"quantize": "nf4"})]
+)
+def test_a_checkpoint_with_nan_is_refused_in_one_line(damaged: str, how: dict[str, str], tmp_path: Path) -> None:
+    file = byte_checkpoint(tmp_path / "base") / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if damaged in name:
+            tensors[name][0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"checkpoint\.unquantizable"):
+        load_model(file.parent, **how)  # type: ignore[arg-type]

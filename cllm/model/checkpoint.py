@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,7 +279,8 @@ def _fill(
     if checkpoint.family.alibi:
         _use_alibi(model)
     if head != "16bit":  # a tied embedding stays as it is
-        model.set_output_embeddings({"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](model.get_output_embeddings()))
+        with _quantizing():
+            model.set_output_embeddings({"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](model.get_output_embeddings()))
     model.eval()
 
 
@@ -294,13 +296,20 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
         setattr(module, leaf, tensor)
 
 
+@contextmanager
+def _quantizing() -> Iterator[None]:
+    """A weight that cannot be quantized is the checkpoint's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError("checkpoint.unquantizable", detail=error) from error
+
+
 def _quantized(linear: nn.Linear, weight: Tensor, home: str | torch.device) -> NF4Linear:
     """NF4 in place of `linear`, quantized where `weight` lies, kept at `home`; its bias, in place already or still to come, goes along."""
     module = NF4Linear(linear.in_features, linear.out_features, device="meta")
-    try:
+    with _quantizing():
         module.load_weight(weight)
-    except ValueError as error:
-        raise UserError("checkpoint.unquantizable", detail=error) from error
     module.to(home)
     module.bias = None if linear.bias is None else linear.bias.detach()
     return module
