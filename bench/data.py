@@ -83,6 +83,10 @@ def rows(count: int) -> list[dict[str, str]]:
     return made
 
 
+def json_line(row: object) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
 def seeds() -> list[dict[str, Any]]:
     """A row of every schema."""
     q, a = "怎样泡一壶好茶？", "水要热，茶叶不要多。"
@@ -192,7 +196,7 @@ def speed(count: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": count}
     with tempfile.TemporaryDirectory() as directory:
         lines, array = Path(directory) / "rows.jsonl", Path(directory) / "rows.json"
-        lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+        lines.write_text("".join(json_line(row) + "\n" for row in made), encoding="utf-8")
         array.write_text(json.dumps(made, ensure_ascii=False, indent=1), encoding="utf-8")
         conversations, rejects = read_conversations(lines)
         assert (len(conversations), len(rejects)) == (count, 0)
@@ -210,6 +214,8 @@ def speed(count: int) -> dict[str, Any]:
 
 def stage(file: str, tokenizer_path: str, row_tokens: int) -> dict[str, Any]:
     """Our data stage as `cllm.train` runs it, in this process; CLLM_DATA_CACHE says where the cache is."""
+    import transformers.utils.chat_template_utils  # noqa: F401  # imports are timed on neither side
+
     from cllm.config import DataConfig, Source
     from cllm.data.encode import encode_set
     from cllm.data.packing import PackedRows
@@ -226,7 +232,7 @@ def stage(file: str, tokenizer_path: str, row_tokens: int) -> dict[str, Any]:
     return seconds | {"tokens": sum(examples.sizes), "rows": len(packed[0])}
 
 
-def side_by_side(count: int, peer: str, tokenizer: str, row_tokens: int, repeat: int) -> dict[str, Any]:
+def side_by_side(lines: list[str], peer: str, tokenizer: str, row_tokens: int, repeat: int) -> dict[str, Any]:
     """Ours cold, ours warm, the peer with one worker and with two, in turn; the best of `repeat` runs of each."""
 
     def run(*command: object) -> dict[str, Any]:
@@ -238,7 +244,7 @@ def side_by_side(count: int, peer: str, tokenizer: str, row_tokens: int, repeat:
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as directory:
         file, cache = Path(directory) / "rows.json", Path(directory) / "cache"
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(count)), encoding="utf-8")
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         for _ in range(repeat):
             shutil.rmtree(cache, ignore_errors=True)
             for name in ("cold", "warm"):
@@ -248,9 +254,9 @@ def side_by_side(count: int, peer: str, tokenizer: str, row_tokens: int, repeat:
                 runs.setdefault(f"peer_{workers}", []).append(run(*command))
     best: dict[str, Any] = {name: min(found, key=lambda one: one["seconds"]) for name, found in runs.items()}
     ratios = {f"{key}_{n}": round(best[f"peer_{n}"][key] / best["cold"][key], 2) for n in (1, 2) for key in ("seconds", "cpu_seconds")}
-    fast = best["warm"]["seconds"] < 1 and ratios["seconds_2"] >= 5
+    fast = best["warm"]["seconds"] < 1 and min(ratios["seconds_1"], ratios["seconds_2"]) >= 5
     return {
-        "instruction_rows": count,
+        "instruction_rows": len(lines),
         "cores": len(os.sched_getaffinity(0)),
         "row_tokens": row_tokens,
         **best,
@@ -266,6 +272,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peer", metavar="PYTHON")
     parser.add_argument("--tokenizer", metavar="DIR")
+    parser.add_argument("--file", type=Path, help="with --peer: JSON Lines of instruction, input, output in place of made-up rows")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--stage", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -273,8 +280,13 @@ def main() -> int:
         print(json.dumps(stage(options.stage, options.tokenizer, ROW_TOKENS)))
         return 0
     if options.peer:
-        compared = side_by_side(options.rows, options.peer, options.tokenizer, ROW_TOKENS, options.repeat)
-        compared["command"] = "python bench/data.py --peer PYTHON --tokenizer DIR"
+        lines = (
+            options.file.read_text(encoding="utf-8").rstrip("\n").split("\n") if options.file else list(map(json_line, rows(options.rows)))
+        )
+        compared = side_by_side(lines, options.peer, options.tokenizer, ROW_TOKENS, options.repeat)
+        compared["command"] = f"python bench/data.py --peer PYTHON --tokenizer DIR --repeat {options.repeat}" + " --file FILE" * bool(
+            options.file
+        )
         if options.out:
             options.out.write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(compared))

@@ -93,10 +93,13 @@ def _account(
     config: Config, groups: list[list[Conversation]], rejects: list[Reject], tokenizer: Tokenizer | None
 ) -> tuple[dict[str, Any], list[int]]:
     """(account, lengths in tokens, or in characters without a tokenizer)."""
+    from cllm.data.encode import batches
     from cllm.data.quality import NEAR_LIMIT, leaks, quality
 
     conversations = [item for group in groups for item in group]
-    encoded = tokenizer.encode_batch([tokenizer.segments(item) for item in conversations]) if tokenizer else []
+    encoded = (
+        [ids for batch in batches(conversations) for ids in tokenizer.encode_batch(map(tokenizer.segments, batch))] if tokenizer else []
+    )
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
     train, held_out, _ = divide(config.data, groups, read_file(config.data, config.data.eval, {})[0] if config.data.eval else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from typing import Literal
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.encode import IGNORE_INDEX, Example, encode, encode_all, encode_set
+from cllm.data.encode import IGNORE_INDEX, Example, Ids, encode, encode_all, encode_set
 from cllm.data.schema import Conversation, Message
 from cllm.data.template import TEMPLATES, Segment, render
 
@@ -25,16 +26,16 @@ class Characters:
     def segments(self, conversation: Conversation) -> list[Segment]:
         return render(conversation, self.template)
 
-    def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[tuple[list[int], list[int]]]:
+    def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[Ids]:
         return [self._encode(list(segments)) for segments in batch]
 
-    def _encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
+    def _encode(self, segments: list[Segment]) -> Ids:
         pairs = [
             (id, id if s.supervised else IGNORE_INDEX)
             for s in segments
             for id in ([END] if s.markup and s.text == self.template.end else map(ord, s.text))
         ]
-        return [id for id, _ in pairs], [label for _, label in pairs]
+        return array("i", [id for id, _ in pairs]), array("i", [label for _, label in pairs])
 
     def text(self, example: Example) -> str:
         return "".join("<|im_end|>" if id == END else chr(id) for id in example.input_ids)

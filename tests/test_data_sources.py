@@ -13,7 +13,7 @@ from test_data_encode import Characters
 
 from cllm.config import DataConfig, Source
 from cllm.data import cache, sources
-from cllm.data.encode import encode_set
+from cllm.data.encode import Ids, encode_set
 from cllm.data.schema import Conversation
 from cllm.data.sources import Data, prepare
 from cllm.messages import UserError
@@ -130,7 +130,7 @@ class Fitted(Characters):
         super().__init__(name)
         self.encoded = 0
 
-    def encode_batch(self, batch: Any) -> list[tuple[list[int], list[int]]]:
+    def encode_batch(self, batch: Any) -> list[Ids]:
         batch = list(batch)
         self.encoded += len(batch)
         return super().encode_batch(batch)

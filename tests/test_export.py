@@ -175,8 +175,8 @@ def test_an_adapter_on_fused_names_loads_split(name: str, dora: bool, tmp_path: 
     assert count == len(native.model.layers)  # type: ignore[union-attr, arg-type]
     assert set(loaded) == {n for i in range(count) for n in FUSED[name][1](str(i))}
     assert (logits(native) - logits(load_model(tmp_path / "changed"))).abs().max() < 1e-4
-    out = merged(LOCAL / name, tmp_path / "adapter", tmp_path / "out")
-    assert (logits(out) - logits(native)).abs().max() < 1e-5
+    out = merged(LOCAL / name, tmp_path / "adapter", tmp_path / "out")  # in float64: how a processor rounds is no part of it
+    assert (logits(out.double()) - logits(native.double())).abs().max() < 1e-5
 
 
 def test_training_goes_on_from_an_adapter_on_fused_names(config: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ LAYER_2 = {
     "data.cache",
     "data.encode",
     "data.packing",
+    "model.fragments",
     "model.nf4",
     "model.lora",
     "model.attention",

@@ -61,26 +61,29 @@ def peft_key(key: str) -> str:
 
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
-def test_forward_gradients_and_five_adamw_steps_equal_peft(architecture: str, options: dict) -> None:
-    ours, theirs = pair(architecture, **options)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_forward_gradients_and_five_adamw_steps_equal_peft(architecture: str, options: dict, dtype: torch.dtype) -> None:
+    ours, theirs = (model.to(dtype) for model in pair(architecture, **options))
+    limit = 1e-5 if dtype == torch.float32 else 1e-11
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01) for m in (ours, theirs)]
     for step in range(5):
         losses = [m(input_ids=IDS, labels=IDS).loss for m in (ours, theirs)]
         for loss in losses:
             loss.backward()
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(losses[0], losses[1], rtol=limit, atol=0)
         reference = dict(theirs.named_parameters())
         for key, value in adapter_tensors(ours).items():
             expected = reference[peft_key(key)].grad
             error = (value.grad - expected).norm() / expected.norm()
-            assert error < 1e-5, f"step {step}: gradient of {key} is {error:.1e} off"
+            # AdamW's first steps have the gradients' signs only: what a processor rounds otherwise grows from step to step.
+            assert error < limit * (1 + step), f"step {step}: gradient of {key} is {error:.1e} off"
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     reference = dict(theirs.named_parameters())
     for key, value in adapter_tensors(ours).items():
         expected = reference[peft_key(key)]
-        assert (value - expected).norm() / expected.norm() < 1e-5, f"{key} after 5 steps"
+        assert (value - expected).norm() / expected.norm() < limit, f"{key} after 5 steps"
 
 
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])

@@ -6,26 +6,26 @@ its answers.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from cllm.data import cache
 from cllm.data.cache import Array, Slices
+from cllm.data.reader import uncollected
 from cllm.data.schema import Conversation, Message
 from cllm.data.template import Segment
 
 IGNORE_INDEX = -100
 """The label of a position that is not trained (PyTorch's cross-entropy default)."""
-_BATCH = 512  # conversations encoded at once
+IGNORED = array("i", [IGNORE_INDEX])
+_BATCH_CHARS = 1 << 20
 
 
 class Example(NamedTuple):
@@ -35,6 +35,8 @@ class Example(NamedTuple):
     labels: list[int]
 
 
+Ids: TypeAlias = "tuple[array[int], array[int]]"
+"""An Example's ids and labels as int32."""
 Refusal = Literal["too_long", "no_supervised_token"]
 
 
@@ -43,7 +45,7 @@ class Encoder(Protocol):
 
     def segments(self, conversation: Conversation) -> list[Segment]: ...
 
-    def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[tuple[list[int], list[int]]]: ...
+    def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[Ids]: ...
 
     def save(self, directory: Path) -> None: ...
 
@@ -62,28 +64,39 @@ def encode(
 def encode_all(
     conversations: Iterable[Conversation], tokenizer: Encoder, *, max_tokens: int, truncate: Literal["drop", "prompt"] = "drop"
 ) -> Iterator[Example | Refusal]:
-    """`encode` of each conversation in order; a batch is tokenized, on all cores, while the next one is rendered."""
-    source = iter(conversations)
-    with ThreadPoolExecutor(1) as worker:
+    """`encode` of each conversation in order, many at a time."""
+    results = _encoded(conversations, tokenizer, max_tokens, truncate)
+    return (result if isinstance(result, str) else Example(*(part.tolist() for part in result)) for result in results)
 
-        def begun() -> tuple[list[Conversation], Future[list[tuple[list[int], list[int]]]]]:
-            batch = list(itertools.islice(source, _BATCH))
-            return batch, worker.submit(tokenizer.encode_batch, [tokenizer.segments(item) for item in batch])
 
-        batch, encoded = begun()
-        while batch:
-            following = begun()
-            for conversation, (ids, labels) in zip(batch, encoded.result(), strict=True):
-                example: Example | None = Example(ids, labels)
-                if len(ids) > max_tokens:
-                    example = _shorten(conversation, tokenizer, max_tokens) if truncate == "prompt" else None
-                if example is None:
-                    yield "too_long"
-                elif example.labels == [IGNORE_INDEX] * len(example.labels):
-                    yield "no_supervised_token"
-                else:
-                    yield example
-            batch, encoded = following
+def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """The conversations in order, as many at a time as are well encoded at once."""
+    batch: list[Conversation] = []
+    chars = 0
+    for conversation in conversations:
+        batch.append(conversation)
+        chars += sum([len(content) for _, content in conversation.messages])
+        if chars > _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    yield batch
+
+
+def _encoded(
+    conversations: Iterable[Conversation], tokenizer: Encoder, max_tokens: int, truncate: Literal["drop", "prompt"]
+) -> Iterator[Ids | Refusal]:
+    for batch in batches(conversations):
+        pairs = tokenizer.encode_batch([tokenizer.segments(item) for item in batch])
+        for conversation, pair in zip(batch, pairs, strict=True):
+            fitting: Ids | None = pair
+            if len(pair[0]) > max_tokens:
+                fitting = _shorten(conversation, tokenizer, max_tokens) if truncate == "prompt" else None
+            if fitting is None:
+                yield "too_long"
+            elif fitting[1] == IGNORED * len(fitting[1]):
+                yield "no_supervised_token"
+            else:
+                yield fitting
 
 
 def encode_set(
@@ -99,17 +112,18 @@ def encode_set(
     A pre-training text gives consecutive examples of at most `max_tokens`; only its last one has the end token.
     """
 
+    @uncollected()
     def make() -> cache.Entry:
         ids, labels, sizes, kept, refused = array("i"), array("i"), [0], [], Counter[str]()
         limit = max_tokens if kind == "chat" else sys.maxsize
-        for number, result in enumerate(encode_all(conversations, tokenizer, max_tokens=limit, truncate=truncate)):
+        for number, result in enumerate(_encoded(conversations, tokenizer, limit, truncate)):
             if isinstance(result, str):
                 refused[result] += 1
                 continue
             kept.append(number)
-            ids.fromlist(result.input_ids)
-            labels.fromlist(result.labels)
-            sizes += [min(max_tokens, len(result.input_ids) - start) for start in range(0, len(result.input_ids), max_tokens)]
+            ids += result[0]
+            labels += result[1]
+            sizes += [min(max_tokens, len(result[0]) - start) for start in range(0, len(result[0]), max_tokens)]
         flat = {"ids": np.frombuffer(ids, np.int32), "labels": np.frombuffer(labels, np.int32)}
         return {**flat, "bounds": np.cumsum(sizes), "kept": np.array(kept, np.int64)}, refused
 
@@ -125,20 +139,20 @@ def _example(ids: Array, labels: Array) -> Example:
     return Example(ids.tolist(), labels.tolist())
 
 
-def _shorten(conversation: Conversation, tokenizer: Encoder, max_tokens: int) -> Example | None:
+def _shorten(conversation: Conversation, tokenizer: Encoder, max_tokens: int) -> Ids | None:
     """The conversation without its oldest rounds, then without the start of its last user message; None if even that is too long."""
 
-    def attempt(messages: Iterable[Message]) -> Example | None:
+    def attempt(messages: Iterable[Message]) -> Ids | None:
         shorter = replace(conversation, messages=tuple(messages))
-        example = Example(*tokenizer.encode_batch([tokenizer.segments(shorter)])[0])
-        return example if len(example.input_ids) <= max_tokens else None
+        (pair,) = tokenizer.encode_batch([tokenizer.segments(shorter)])
+        return pair if len(pair[0]) <= max_tokens else None
 
     messages = conversation.messages
     system = [m for m in messages[:1] if m.role == "system"]
     users = [i for i, m in enumerate(messages) if m.role == "user"]
     for start in users[1:]:
-        if example := attempt([*system, *messages[start:]]):
-            return example
+        if pair := attempt([*system, *messages[start:]]):
+            return pair
     if not users:
         return None
     last, rest = messages[users[-1]], messages[users[-1] + 1 :]
@@ -146,6 +160,6 @@ def _shorten(conversation: Conversation, tokenizer: Encoder, max_tokens: int) ->
     while low <= high:
         middle = (low + high) // 2
         kept = last.content[len(last.content) - middle :]
-        example = attempt([*system, last._replace(content=kept), *rest])
-        fits, low, high = (example, middle + 1, high) if example else (fits, low, middle - 1)
+        pair = attempt([*system, last._replace(content=kept), *rest])
+        fits, low, high = (pair, middle + 1, high) if pair else (fits, low, middle - 1)
     return fits

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.schema import Conversation, Reject
+from cllm.data.schema import Conversation, Message, Reject
 from cllm.data.text import PERSONAL
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def content_hash(conversation: Conversation) -> bytes:
 
 def deduplicate(conversations: Iterable[Conversation]) -> list[Conversation]:
     """The conversations without exact duplicates, in order; of equal ones the first is kept."""
-    first: dict[bytes, Conversation] = {}
+    first: dict[tuple[tuple[Message, ...], str], Conversation] = {}
     for conversation in conversations:
-        first.setdefault(content_hash(conversation), conversation)
+        first.setdefault((conversation.messages, conversation.tools), conversation)
     return list(first.values())
 
 

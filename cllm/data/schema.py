@@ -153,9 +153,8 @@ def _unboxed(value: Any) -> Any:
 
 def is_turn(value: object) -> bool:
     """Whether `value` is a message with a role, and no row."""
-    return (
-        isinstance(value, dict) and (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}) and "messages" not in value
-    )
+    named = isinstance(value, dict) and (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"})
+    return named and _ANSWERS.isdisjoint(value)  # type: ignore[arg-type]
 
 
 def _said(message: Row, role: str) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cllm.config import DataConfig
 from cllm.data.quality import deduplicate, repeated_questions, split_held_out
-from cllm.data.reader import list_files, read_conversations
+from cllm.data.reader import list_files, read_conversations, uncollected
 from cllm.data.schema import Conversation, Message, Reject
 from cllm.data.text import TextOptions
 from cllm.messages import UserError
@@ -36,9 +36,7 @@ class Data(NamedTuple):
 
 def read_file(data: DataConfig, path: str, columns: dict[str, str]) -> tuple[list[Conversation], list[Reject]]:
     """One file, folder or built-in set, with the options of [data]. Raises UserError if it is missing or unreadable."""
-    options = TextOptions(
-        convert=data.convert, fold_width=data.fold_width, unescape_html=data.unescape_html, mask_personal=data.mask_personal
-    )
+    options = TextOptions(**{field.name: getattr(data, field.name) for field in fields(TextOptions)})
     return read_conversations(BUILT_IN.get(path, path), columns or data.columns or None, data.kind, options)
 
 
@@ -86,6 +84,7 @@ def prepare(data: DataConfig) -> Data:
 
     from cllm.data import cache
 
+    @uncollected()
     def make() -> cache.Entry:
         groups, rejects = read_sources(data)
         given, refused = read_file(data, data.eval, {}) if data.eval else ([], [])
@@ -110,10 +109,12 @@ def prepare(data: DataConfig) -> Data:
 
 
 def _stored(item: Conversation) -> bytes:
-    fields = (item.messages, item.category, item.tools, item.file, item.line)
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    """Fields parted by NUL, which no message holds; the tools, which may, come last."""
+    fields = (str(2 * len(item.messages)), item.category, item.file, str(item.line), *chain.from_iterable(item.messages), item.tools)
+    return "\x00".join(fields).encode("utf-8", "surrogatepass")
 
 
 def _restored(text: Any) -> Conversation:
-    messages, *rest = json.loads(text.tobytes())
-    return Conversation(tuple(Message(*message) for message in messages), *rest)
+    count, rest = text.tobytes().decode("utf-8", "surrogatepass").split("\x00", 1)
+    category, file, line, *said, tools = rest.split("\x00", 3 + int(count))
+    return Conversation(tuple(map(Message, said[::2], said[1::2])), category, tools, file, int(line))

@@ -1,9 +1,8 @@
 """A frozen model with adapters: find it, load it, wrap it. Nothing here imports torch until it is used."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from cllm import on_first_use
 
 if TYPE_CHECKING:
     from cllm.model.checkpoint import load_model
@@ -12,11 +11,5 @@ if TYPE_CHECKING:
     from cllm.model.tokenizer import load_tokenizer
 
 __all__ = ["disable_lora", "inject_lora", "load_adapter", "load_model", "load_tokenizer", "merge_lora", "resolve", "save_adapter"]
-
 _HOMES = {"load_model": "checkpoint", "load_tokenizer": "tokenizer", "resolve": "source"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'lora')}"), name)
+__getattr__ = on_first_use(__name__, dict.fromkeys(__all__, "lora") | _HOMES)

@@ -9,13 +9,14 @@ import functools
 import json
 import re
 import shutil
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cllm.data.dialects import jinja
-from cllm.data.encode import IGNORE_INDEX
+from cllm.data.encode import IGNORED, Ids
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
 from cllm.messages import UserError, note
@@ -108,21 +109,21 @@ class Tokenizer:
         Neighbouring texts are encoded as one string unless a control token, an empty segment or the edge of what is supervised
         stands between them.
         """
-        return self.encode_batch([segments])[0]
+        ids, labels = self.encode_batch([segments])[0]
+        return ids.tolist(), labels.tolist()
 
-    def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[tuple[list[int], list[int]]]:
+    def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[Ids]:
         """`encode_segments` of many conversations: each different string is encoded once, on all cores."""
         plans = [self._plan(segments) for segments in batch]
         texts = list(dict.fromkeys(part for plan in plans for part, _ in plan if isinstance(part, str)))
         known = dict(zip(texts, self.vocabulary.encode(texts), strict=True))
         examples = []
         for plan in plans:
-            ids: list[int] = []
-            labels: list[int] = []
+            ids, labels = array("i"), array("i")
             for part, label in plan:
-                new = known[part] if isinstance(part, str) else [part]
+                new = known[part] if isinstance(part, str) else array("i", [part])
                 ids += new
-                labels += [IGNORE_INDEX] * len(new) if label is None else new if label < 0 else [label]
+                labels += IGNORED * len(new) if label is None else new if label < 0 else array("i", [label])
             examples.append((ids, labels))
         return examples
 

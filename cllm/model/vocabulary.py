@@ -7,18 +7,22 @@ vocab.json + merges.txt, tiktoken rank files and GGUF's "gpt2" vocabularies. `en
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import json
 import re
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cllm.messages import UserError
+from cllm.model.fragments import BYTE_LETTERS, Fragments, is_ideograph, token_texts
 
 CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+Encode: TypeAlias = "Callable[[list[str]], list[array[int]]]"
 _CONTROL_LIKE = re.compile(r"<[^<>\s]+>|\[\w+\]")
 _HTML = re.compile(  # user-defined pieces of Baichuan2, Yi and Gemma that are text all the same
     r"</?(?:h\d|t(?:able|body|head|foot|[dhr])|caption|blockquote|strong|em|[abipsu]|su[bp]|code|html|body|img|span|bbox|[ou]l|li|div|"
@@ -26,6 +30,8 @@ _HTML = re.compile(  # user-defined pieces of Baichuan2, Yi and Gemma that are t
 )
 # Not "special" in the files, yet written by templates only.
 _MARKUP_TOKEN = re.compile(r"<[|｜][^|｜]*[|｜]>|</?(?:think|tool_call|tool_response)>")
+
+_MANY = 64  # texts from which fragments pay for their table
 
 # What is split before the merges, by llama.cpp's names (tokenizer.ggml.pre).
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -42,16 +48,15 @@ PATTERNS = {
 }
 
 
-def _encode_cut(texts: list[str], names: Set[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+def _encode_cut(texts: list[str], names: Set[str], encode: Encode) -> list[array[int]]:
     """`encode` of each text, after cutting any of `names` in it behind the first letter, so that it is not taken for the token."""
-    parts: list[str] = []
-    counts = []
-    for text in texts:
-        cuts = [m.start() + 1 for m in _CONTROL_LIKE.finditer(text) if m.group() in names] if names and ("<" in text or "[" in text) else []
-        parts += [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)] if cuts else [text]
-        counts.append(len(cuts) + 1)
-    encoded = iter(encode(parts))
-    return [next(encoded) if n == 1 else [id for ids in itertools.islice(encoded, n) for id in ids] for n in counts]
+    suspects = ((index, text) for index, text in enumerate(texts) if "<" in text or "[" in text) if names else ()
+    found = ((index, [m.start() + 1 for m in _CONTROL_LIKE.finditer(text) if m.group() in names]) for index, text in suspects)
+    if not (cuts := {index: places for index, places in found if places}):
+        return encode(texts)
+    bounds = [(text, [0, *cuts.get(index, ()), len(text)]) for index, text in enumerate(texts)]
+    encoded = iter(encode([text[start:end] for text, places in bounds for start, end in itertools.pairwise(places)]))
+    return [sum(itertools.islice(encoded, len(places) - 1), array("i")) for _, places in bounds]
 
 
 # Both engines offer the same. `control`: the tokens that only markup may become; `hidden`: those of them that `decode` leaves out;
@@ -81,8 +86,8 @@ class SentencePiece:
         self.hidden = frozenset(self.control.values()) | frozenset(own.values())
         self.size = max([pieces, *(i + 1 for i in self._added)])
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return _encode_cut(texts, self._defined, self.pieces.encode)
+    def encode(self, texts: list[str]) -> list[array[int]]:
+        return _encode_cut(texts, self._defined, lambda parts: [array("i", ids) for ids in self.pieces.encode(parts)])
 
     def decode(self, ids: list[int]) -> str:
         text = str(self.pieces.decode([i for i in ids if i not in self.hidden and i < len(self._names)]))
@@ -138,12 +143,53 @@ class Bpe:
         self.control = {t.content: id for id, t in added.items() if t.special or t.content in self._guarded}
         self.hidden = frozenset(id for id, token in added.items() if token.special)
         self.size = max([model.get_vocab_size(), *(id + 1 for id in added)])
+        if getattr(model.model, "ignore_merges", False):
+            _ = self._fragments  # asks the model with this switched off: not when others may be using it
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        def batch(parts: list[str]) -> list[list[int]]:
-            return [encoding.ids for encoding in self.model.encode_batch_fast(parts, add_special_tokens=False)]
+    def encode(self, texts: list[str]) -> list[array[int]]:
+        fragments = self._fragments if len(texts) > _MANY else None
+        return _encode_cut(texts, self._guarded, fragments.encode if fragments else self._plain)
 
-        return _encode_cut(texts, self._guarded, batch)
+    def _plain(self, texts: list[str]) -> list[array[int]]:
+        return [array("i", encoding.ids) for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @functools.cached_property
+    def _fragments(self) -> Fragments | None:
+        """None for what is no plain byte-level BPE with words that are known."""
+        from tokenizers import models
+
+        model, normalizer = self.model.model, type(self.model.normalizer).__name__
+        if not isinstance(model, models.BPE) or normalizer not in ("NoneType", "NFC") or self.patterns not in [(_QWEN,), (_CL100K,)]:
+            return None
+        odd = (model.dropout, model.fuse_unk, model.byte_fallback, model.continuing_subword_prefix, model.end_of_word_suffix)
+        if any(odd) or len(self._plain(["\n"])[0]) != 1:
+            return None
+        names = list(self.model.get_vocab(with_added_tokens=False))
+        texts = token_texts(names)
+        model.ignore_merges, whole = False, model.ignore_merges
+        near = (i for i, text in enumerate(texts) if whole and text and (is_ideograph(text[0]) or is_ideograph(text[-1])))
+        unmerged = [texts[i] for i in near if len(model.tokenize(names[i])) > 1]
+        model.ignore_merges = whole
+        if any(is_ideograph(text[0]) for text in unmerged):
+            return None
+        fragments = Fragments(self._plain, texts, unmerged)
+        text_tokens = [t for t in self.model.get_added_tokens_decoder().values() if not t.special and t.content not in self._guarded]
+        apart = all(fragments.keeps(t.content) and not (t.lstrip or t.rstrip or t.single_word) for t in text_tokens)
+        return fragments if apart else None
+
+    @property
+    def patterns(self) -> tuple[str | None, ...]:
+        """What splits a text into words, one after another; with None for anything but a pattern before byte-level BPE."""
+        steps = json.loads(self.model.pre_tokenizer.__getstate__()) if self.model.pre_tokenizer else {}
+        patterns: list[str | None] = []
+        for step in steps.get("pretokenizers", [steps]):
+            if step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+                patterns.append(step["pattern"].get("Regex"))
+            elif step.get("type") == "ByteLevel" and not step["add_prefix_space"]:
+                patterns += [_GPT2] * step["use_regex"]
+            else:
+                patterns.append(r"\p{N}" if step.get("individual_digits") else None)
+        return (*patterns, *(() if step.get("type") == "ByteLevel" else (None,)))
 
     def begins_with(self, id: int) -> bool:
         return bool(self.model.encode("x").ids[:1] == [id])
@@ -195,12 +241,8 @@ def byte_level(ids: Ids, merges: list[tuple[str, str]], patterns: Iterable[str],
 def from_ranks(text: bytes, pattern: str, added: Added, *, nfc: bool) -> Bpe:
     """A tiktoken file (lines of base64 token and rank). Tiktoken takes a word that is a token whole; else it merges any neighbours
     whose union is a token, lowest rank first: every split of a token into two tokens is a merge."""
-    # GPT-2's printable stand-in for each byte: itself where printable, else the next letter from U+0100.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    letters = {byte: byte if byte in printable else next(others) for byte in range(0x100)}
     pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in (line.split() for line in text.splitlines() if line))
-    vocabulary = {token.decode("latin-1").translate(letters): rank for rank, token in pairs}
+    vocabulary = {token.decode("latin-1").translate(BYTE_LETTERS): rank for rank, token in pairs}
     return byte_level(vocabulary, _merges(vocabulary, vocabulary), (pattern,), added, nfc=nfc, whole=True)
 
 
@@ -239,17 +281,8 @@ def to_gguf(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
         tokens = [token.replace("▁", " ") if kind == 4 else token for token, kind in zip(tokens, kinds, strict=True)]
         own = {"tokens": tokens, "token_type": kinds, "scores": scores, "add_space_prefix": prefixed(vocabulary)}
         return {"model": "llama", "pre": "default", **own}
-    state = json.loads(vocabulary.model.to_str())
-    steps = state["pre_tokenizer"] or {}
-    patterns = []
-    for step in steps.get("pretokenizers", [steps]):
-        if step.get("type") == "Split":
-            patterns.append(step["pattern"].get("Regex"))
-        elif step.get("individual_digits"):
-            patterns.append(r"\p{N}")
-        elif step.get("type") == "ByteLevel" and step["use_regex"]:
-            patterns.append(_GPT2)
-    pre = next((name for name, known in PATTERNS.items() if known == tuple(patterns)), None)
+    state, patterns = json.loads(vocabulary.model.to_str()), vocabulary.patterns
+    pre = next((name for name, known in PATTERNS.items() if known == patterns), None)
     if pre is None or state["model"].get("byte_fallback"):
         raise UserError("tokenizer.gguf", model=state["model"]["type"], pre=patterns, known=", ".join(["llama", *PATTERNS]))
     kinds = kinds_by((4, vocabulary.model.get_added_tokens_decoder().__contains__))
