@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 
@@ -12,17 +13,22 @@ PROGRAMS = ("train", "eval", "chat", "check", "bench", "export")
 
 
 def run(name: str, argv: list[str] | None = None) -> int:
-    """Run program `name`; returns its exit code: 0, 2 (user's mistake), 1 (fault) or 130 (interrupted)."""
+    """Run program `name`; returns its exit code: 0, 2 (user's mistake), 1 (fault), 130 (interrupted) or 141 (output closed)."""
     for stream in (sys.stdout, sys.stderr):  # a Windows console or a C locale must not crash on Chinese
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        return int(importlib.import_module(f"cllm.{name}").main(sys.argv[1:] if argv is None else argv))
+        code = int(importlib.import_module(f"cllm.{name}").main(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads (`| head`) has enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         traceback.print_exc()
         print(say("fault", text=f"{type(error).__name__}: {error}"), file=sys.stderr)

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,9 +97,8 @@ def _account(
     from cllm.data.quality import NEAR_LIMIT, leaks, quality
 
     conversations = [item for group in groups for item in group]
-    encoded = (
-        [ids for batch in batches(conversations) for ids in tokenizer.encode_batch(map(tokenizer.segments, batch))] if tokenizer else []
-    )
+    pairs = (tokenizer.encode_batch(map(tokenizer.segments, batch)) for batch in batches(conversations)) if tokenizer else ()
+    encoded = list(chain.from_iterable(pairs))
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
     train, held_out, _ = divide(config.data, groups, read_file(config.data, config.data.eval, {})[0] if config.data.eval else [])

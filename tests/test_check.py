@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,13 @@ def test_an_empty_file_has_an_account_too(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
     _, found = account(capsys, tmp_path / "empty.json", "model.path=/nowhere")
     assert found["rows"] == 0
+
+
+def test_output_that_nobody_reads_any_more_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "问", "output": "答"}\n', encoding="utf-8")
+    with subprocess.Popen([sys.executable, "-m", "cllm.check", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout and program.stderr
+        program.stdout.close()
+        said = program.stderr.read()
+    assert program.returncode == 141 and "Traceback" not in said and "BrokenPipe" not in said

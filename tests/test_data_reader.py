@@ -238,6 +238,22 @@ def test_a_single_object_is_one_row(save: Save) -> None:
         assert len(conversations) == 1 and rejects == []
 
 
+def test_a_reject_speaks_the_language_of_its_reader(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [
+        '{"instruction": "问", "output": ""}',
+        '{"messages": [{"role": "老师", "content": "x"}]}',
+        "[1]",
+        '{"x": 1}',
+        '{"instruction": "坏',
+    ]
+    file = save("\n".join(bad) + "\n" + '{"messages": [{"role": "user", "content": "y"}]}', "rows.jsonl")
+    english = [reject.detail for reject in read_conversations(file)[1]]
+    monkeypatch.setenv("CLLM_LANG", "zh")
+    chinese = [reject.detail for reject in read_conversations(file)[1]]
+    assert len(english) == len(chinese) == 6 and not any("expected" in detail for detail in chinese)
+    assert all("expected" in detail for detail in english) and all("应" in detail for detail in chinese)
+
+
 @pytest.mark.parametrize("content", ["", "\n \n", "[]", "\ufeff"])
 def test_no_rows(save: Save, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_conversations(save(content)) == ([], [])

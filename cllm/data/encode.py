@@ -71,8 +71,7 @@ def encode_all(
 
 def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     """The conversations in order, as many at a time as are well encoded at once."""
-    batch: list[Conversation] = []
-    chars = 0
+    batch, chars = list[Conversation](), 0
     for conversation in conversations:
         batch.append(conversation)
         chars += sum([len(content) for _, content in conversation.messages])

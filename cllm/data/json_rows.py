@@ -9,6 +9,7 @@ from typing import Any
 
 from cllm.data.encoding import ESCAPED, split_lines
 from cllm.data.schema import SCHEMA_KEYS, TURN_KEYS, Fault, is_turn
+from cllm.messages import say
 
 Row = tuple[int, Any]
 MAX_VALUE_CHARS = 1 << 28  # a JSON value that does not end within this is broken
@@ -53,17 +54,17 @@ def json_document(pieces: Iterable[str]) -> Iterator[Row]:
     while not source.broken and opening == "{" == source.peek():
         yield from _object(source)
     if not source.broken and source.peek():
-        yield source.line, Fault("parse_error", f"found {source.ahead()} after the end of the data, expected nothing")
+        yield source.line, Fault("parse_error", say("row.behind", found=source.ahead()))
 
 
 def _fault(error: Exception, text: str) -> Fault:
     """Why `text` is no JSON."""
     if ESCAPED.search(text):
-        return Fault("decode_error", f"bytes that fit none of UTF-8, GB18030, Big5 in {text:.40}")
+        return Fault("decode_error", say("row.bytes", found=f"{text:.40}"))
     if isinstance(error, json.JSONDecodeError):
         near = error.doc[max(0, error.pos - 15) : error.pos + 15]
-        return Fault("parse_error", f"{error.msg} at column {error.colno}, near {near!r}; expected a complete JSON object")
-    return Fault("parse_error", f"{error!s:.100}; expected a JSON object")
+        return Fault("parse_error", say("row.json", detail=error.msg, column=error.colno, near=repr(near)))
+    return Fault("parse_error", say("row.value", detail=f"{error!s:.100}"))
 
 
 class _Source:
@@ -158,14 +159,14 @@ def _array(source: _Source) -> Iterator[Row]:
     while not source.skip("]"):
         if not source.peek():
             source.broken = True
-            yield source.line, Fault("parse_error", f"the array breaks off after {number} complete rows, expected ']'")
+            yield source.line, Fault("parse_error", say("row.cut", count=number))
             return
         number, line = number + 1, source.line
         try:
             yield line, source.value()
         except (ValueError, RecursionError) as error:
             fault = _fault(error, source.buffer[source.at : source.at + 200])
-            yield line, Fault(fault.reason, f"row {number} of the array: {fault.detail}")
+            yield line, Fault(fault.reason, say("row.element", number=number, detail=fault.detail))
             if source.resume():
                 continue
             source.broken = True
@@ -174,9 +175,9 @@ def _array(source: _Source) -> Iterator[Row]:
             source.at = between.end()
         elif source.skip(","):
             if source.peek() == "]":
-                yield source.line, Fault("parse_error", f"a comma after the last of {number} rows, expected ']'")
+                yield source.line, Fault("parse_error", say("row.comma", count=number))
         elif source.peek() not in ("]", ""):
-            yield source.line, Fault("parse_error", f"found {source.ahead()} after row {number}, expected ',' or ']'")
+            yield source.line, Fault("parse_error", say("row.between", found=source.ahead(), number=number))
             if source.peek() != "{":
                 source.broken = True
                 return
@@ -191,7 +192,7 @@ def _object(source: _Source) -> Iterator[Row]:
         try:
             key = source.value() if source.peek() == '"' else None
             if key is None or not source.skip(":"):
-                raise ValueError(f"found {source.ahead()}, expected a key and ':'")
+                raise ValueError(say("row.key", found=source.ahead()))
             if source.peek() == "[" and key in WRAPPERS and SCHEMA_KEYS.isdisjoint(members):
                 wrapped = True
                 yield from _joined(_array(source))
@@ -200,7 +201,7 @@ def _object(source: _Source) -> Iterator[Row]:
             else:
                 members[key] = (source.line, source.value())
             if not source.skip(",") and source.peek() != "}":
-                raise ValueError(f"found {source.ahead()}, expected ',' or '}}'")
+                raise ValueError(say("row.member", found=source.ahead()))
         except (ValueError, RecursionError) as error:
             source.broken = True
             if _by_key(members):

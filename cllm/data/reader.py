@@ -22,14 +22,14 @@ from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
 from cllm.data.json_rows import BLANK, Row, json_document, json_lines, whole
 from cllm.data.schema import SCHEMA_KEYS, Conversation, Fault, Normalizer, Reject, to_row
 from cllm.data.text import VERBATIM, TextOptions
-from cllm.messages import UserError, note
+from cllm.messages import UserError, note, say
 
 SUFFIXES = frozenset(("", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".gz"))
 HEAD_BYTES = 1 << 18  # what the encoding is judged by
 HEAD_CHARS = 1 << 16  # what the container is judged by
 BINARY = {  # first bytes -> what such a file is
-    b"PAR1\x15": "a Parquet file: install pyarrow", b"PK\x03\x04": "a zip archive or an Excel workbook", b"ARROW1": "an Arrow file",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook", b"\x28\xb5\x2f\xfd": "compressed with zstd", b"BZh9": "compressed with bzip2",
+    b"PAR1\x15": "parquet", b"PK\x03\x04": "zip", b"ARROW1": "arrow", b"\xd0\xcf\x11\xe0": "excel", b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh9": "bzip2",
 }  # fmt: skip
 MAX_RECORD_LINES = 1000  # lines that one quoted CSV record may span
 
@@ -49,7 +49,7 @@ def iter_conversations(
         for count, (line, row) in enumerate(_rows(file, normalize), 1):
             item = normalize(row, name, line)
             if line == before and isinstance(item, Reject):  # many rows on one line: the line alone does not find it
-                item = item._replace(detail=f"row {count} of the file: {item.detail}")
+                item = item._replace(detail=say("row.number", number=count, detail=item.detail))
             before = line
             yield item
         if not count:
@@ -141,14 +141,15 @@ def _rows(file: Path, normalize: Normalizer) -> Iterator[Row]:
                 line = numbered[0]
                 yield numbered
             if isinstance(stream, _Gzip) and stream.fault:
-                yield line + 1, Fault("decode_error", f"the compressed file breaks off: {stream.fault}; expected its end")
+                yield line + 1, Fault("decode_error", say("row.gzip", detail=stream.fault))
     except OSError as error:
         raise UserError("data.unreadable_file", path=file, cause=error.strerror or error) from error
 
 
-def _binary(head: bytes, stream: Bytes, what: str) -> Iterator[Row]:
-    """The rows of a Parquet file if pyarrow is here; else what to do about `what` the file is."""
-    if "pyarrow" in what and find_spec("pyarrow"):
+def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[Row]:
+    """The rows of a Parquet file if pyarrow is here; else what to do about the file."""
+    what = say(f"row.file.{kind}")
+    if kind == "parquet" and find_spec("pyarrow"):
         import pyarrow
         import pyarrow.parquet
 
@@ -158,8 +159,8 @@ def _binary(head: bytes, stream: Bytes, what: str) -> Iterator[Row]:
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
             return
         except (pyarrow.ArrowException, OSError) as error:
-            what = f"a broken Parquet file: {error!s:.200}"
-    yield 1, Fault("parse_error", f"the file is {what}; expected text: export it as JSON Lines or CSV")
+            what = say("row.file.broken", detail=f"{error!s:.200}")
+    yield 1, Fault("parse_error", say("row.binary", what=what))
 
 
 def _text_rows(file: Path, head: bytes, stream: Bytes, normalize: Normalizer) -> Iterator[Row]:
@@ -207,8 +208,7 @@ def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[
         elif not header:
             header = [cell.strip(BLANK) for cell in cells]
         elif len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
-            found = f"{len(cells)} cells, the header has {len(header)}"
-            yield line, Fault("parse_error", f"{found}; expected cells with {delimiter!r} in them to be quoted")
+            yield line, Fault("parse_error", say("row.cells", count=len(cells), header=len(header), delimiter=repr(delimiter)))
         else:
             yield line, dict(zip(header, cells, strict=False))
 
@@ -261,11 +261,11 @@ def _quoted(line: str, waiting: deque[str], lines: Iterator[str], delimiter: str
     try:
         cells: list[str] | Fault = next(csv.reader(feed(), delimiter=delimiter))
     except csv.Error as error:
-        cells, open_end = Fault("parse_error", f"{error}; expected a CSV record"), True
+        cells, open_end = Fault("parse_error", say("row.csv", detail=error)), True
     if not open_end:
         return cells, len(taken)
     waiting.extendleft(reversed(taken))
-    return (cells if isinstance(cells, Fault) else Fault("parse_error", f"a quote is opened in {line!r:.40} and never closed")), 0
+    return (cells if isinstance(cells, Fault) else Fault("parse_error", say("row.quote", found=f"{line!r:.40}"))), 0
 
 
 def _unquoted(cell: str) -> str:

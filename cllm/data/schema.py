@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from cllm.data.text import SURROGATE, VERBATIM, RowError, TextOptions, clean, json_text, printable, rewriter, text_of
-from cllm.messages import UserError
+from cllm.messages import UserError, say
 
 REASONS = tuple(
     "empty_user empty_assistant no_assistant empty_turn role_order unknown_role unknown_schema not_an_object "
@@ -140,7 +140,7 @@ def _parts(parts: list[Any]) -> str:
         elif isinstance(kind, str) and re.search("tool|function|observation", kind):
             texts.append(json_text(part.get("value", part.get("text", part))))
         else:
-            raise RowError("invalid_text", f"a content part of type {kind!r:.30}, expected text or tool parts")
+            raise RowError("invalid_text", say("row.part", kind=f"{kind!r:.30}"))
     return "\n".join(texts)
 
 
@@ -175,17 +175,17 @@ def _turns(elements: object, name: str) -> Turns:
     if tagged := _dialogue(elements):
         return tagged
     if not isinstance(elements, list):
-        raise RowError("unknown_schema", f"'{name}' is {elements!r:.40}, expected turns, or text tagged Human: Assistant:")
+        raise RowError("unknown_schema", say("row.turns", name=name, found=f"{elements!r:.40}"))
     roles = {str(element.get("role", element.get("from"))) for element in elements if isinstance(element, dict)}
     turns: Turns = []
     for number, element in enumerate(elements, 1):
         if not isinstance(element, dict):
-            raise RowError("unknown_schema", f"turn {number} is {element!r:.30}, expected an object with role and content")
+            raise RowError("unknown_schema", say("row.turn", number=number, found=f"{element!r:.30}"))
         if key := next((key for key in ("role", "from") if key in element), ""):
             role = str(element[key]).strip().lower()
             role = ("assistant" if "usr" in roles else "system") if role == "sys" else role  # CrossWOZ
             if role not in ROLES:
-                raise RowError("unknown_role", f"turn {number} is by {element[key]!r:.30}, expected {', '.join(ROLES)}")
+                raise RowError("unknown_role", say("row.role", number=number, found=f"{element[key]!r:.30}", known=", ".join(ROLES)))
             turns.append((ROLES[role], _said(element, role)))
         elif pair := next((pair for pair in EXCHANGES if pair[0] in element or pair[1] in element), None):
             told = [("user", text_of(element.get(pair[0]), pair[0])), ("assistant", text_of(element.get(pair[1]), pair[1]))]
@@ -194,7 +194,7 @@ def _turns(elements: object, name: str) -> Turns:
         elif "message" in element:  # no roles: speakers alternate, the first one asks
             turns.append(("assistant" if number % 2 == 0 else "user", text_of(element["message"], "message")))
         else:
-            raise RowError("unknown_schema", f"turn {number} has {', '.join(map(str, element))}, expected role and content")
+            raise RowError("unknown_schema", say("row.turn_keys", number=number, found=", ".join(map(str, element))))
     return turns
 
 
@@ -210,7 +210,7 @@ def _history(value: object) -> Turns:
         try:
             value = json.loads(value)
         except ValueError:
-            raise RowError("unknown_schema", f"'history' is the text {value!r:.40}, expected a list of pairs") from None
+            raise RowError("unknown_schema", say("row.history", found=f"{value!r:.40}")) from None
     if not value or value != value or (isinstance(value, str) and not clean(value)):
         return []
     if isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
@@ -218,7 +218,7 @@ def _history(value: object) -> Turns:
         return [turn for ask, reply in pairs for turn in (("user", ask), ("assistant", reply))]
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return _turns(value, "history")
-    raise RowError("unknown_schema", f"'history' is {value!r:.40}, expected a list of [question, answer] pairs")
+    raise RowError("unknown_schema", say("row.history", found=f"{value!r:.40}"))
 
 
 def _user_text(row: Mapping[str, Any]) -> str:
@@ -255,7 +255,7 @@ def _chat(chat: Row) -> Turns:
 def _instances(row: Row) -> Turns:
     """BELLE's seed tasks: the instruction with each instance's input."""
     if not all(isinstance(instance, dict) for instance in row["instances"]):
-        raise RowError("unknown_schema", f"'instances' is {row['instances']!r:.40}, expected objects with input and output")
+        raise RowError("unknown_schema", say("row.instances", found=f"{row['instances']!r:.40}"))
     asks = [{**instance, "input": _user_text({**row, "input": instance.get("input")})} for instance in row["instances"]]
     return _turns(asks, "instances")
 
@@ -311,15 +311,14 @@ def _recognized(row: Row) -> Turns | None:
 
 def _names(row: Mapping[str, Any]) -> str:
     """A row's keys, for people; those of a file without header are whole texts."""
-    return ", ".join(f"{name!r:.24}" for name in list(row)[:12]) or "no keys"
+    return ", ".join(f"{name!r:.24}" for name in list(row)[:12]) or say("row.nothing")
 
 
 def _row_turns(row: Row) -> Turns:
     if not CHINESE.keys().isdisjoint(row):
         row = {CHINESE.get(name, name): value for name, value in row.items()}
     if (turns := _recognized(row)) is None:
-        text = '; for pre-training set [data] kind = "text"' if "text" in row else ""
-        raise RowError("unknown_schema", f"the row has {_names(row)}, expected known names such as instruction and output{text}")
+        raise RowError("unknown_schema", say("row.text" if "text" in row else "row.schema", found=_names(row)))
     return _with_system(row.get("system"), turns)
 
 
@@ -329,7 +328,7 @@ def _mapped(row: Row, source: str) -> object:
         return row[source]
     names = _PLACEHOLDER.findall(source)
     if absent := [name for name in names or [source] if name not in row]:
-        raise RowError("unknown_schema", f"[data.columns] asks for {', '.join(absent)}; the row has {_names(row)}")
+        raise RowError("unknown_schema", say("row.columns", absent=", ".join(absent), found=_names(row)))
     filled = {name: clean(text_of(row[name], name)) for name in names}
     return _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source) if any(filled.values()) else ""
 
@@ -349,18 +348,18 @@ def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]
     """Cleaned messages in a trainable order: system?, user, assistant, … ; what follows the last answer is trimmed."""
     size = max((index for index, turn in enumerate(turns, 1) if turn[0] == "assistant"), default=0)
     if not size:
-        raise RowError("no_assistant", f"{len(turns)} turns and none by the assistant, expected an answer")
+        raise RowError("no_assistant", say("row.no_answer", count=len(turns)))
     messages = [Message(role, rewrite(text)) for role, text in turns[:size]]
     if messages[0] == ("system", ""):
         del messages[0]
     before, spoken = "", sum(message.role != "system" for message in messages)
     for number, (role, content) in enumerate(messages, 1):
-        if role not in FOLLOWS[before]:
-            expected = " or ".join(FOLLOWS[before])
-            raise RowError("role_order", f"turn {number} is by {role} after {before or 'nothing'}, expected {expected}")
+        if role not in (follows := FOLLOWS[before]):
+            expected, before = " / ".join(follows), before or say("row.nothing")
+            raise RowError("role_order", say("row.order", number=number, role=role, before=before, expected=expected))
         if not content:  # the row's own question or answer, or some turn of a dialogue
             own = role in ("user", "assistant") and (spoken == 2 or number >= len(messages) - 1)
-            raise RowError(f"empty_{role}" if own else "empty_turn", f"turn {number}, by {role}, is empty, expected text")
+            raise RowError(f"empty_{role}" if own else "empty_turn", say("row.empty", number=number, role=role))
         before = role
     return tuple(messages)
 
@@ -395,12 +394,12 @@ class Normalizer:
             if isinstance(row, Fault):
                 raise RowError(*row)
             if not isinstance(row, dict):
-                raise RowError("not_an_object", f"the row is {row!r:.40}, expected an object with named fields")
+                raise RowError("not_an_object", say("row.no_object", found=f"{row!r:.40}"))
             return self._conversation(row, file, line)
         except RowError as error:
             reason, detail = error.args
         except RecursionError:
-            reason, detail = "invalid_text", "the row is nested too deeply, expected text"
+            reason, detail = "invalid_text", say("row.nested")
         return Reject(file, line, reason, printable(detail))
 
     def _plain(self, row: Row) -> tuple[Message, ...] | None:
@@ -431,7 +430,7 @@ class Normalizer:
         turns = _mapped_turns(row, self.columns) if self.columns else _row_turns(row)
         label = row.get("label")
         if "user" not in self.columns and (label is False or (isinstance(label, str) and label.strip().lower() == "false")):
-            raise RowError("negative_label", "label = false marks an answer that is not to be learnt")
+            raise RowError("negative_label", say("row.label"))
         messages = _ordered(turns, self.rewrite)
         tools = json_text(row["tools"]) if row.get("tools") else ""
         clean(tools)  # raises for bytes and surrogates; the text stays as it is

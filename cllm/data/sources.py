@@ -14,7 +14,7 @@ from cllm.data.quality import deduplicate, repeated_questions, split_held_out
 from cllm.data.reader import list_files, read_conversations, uncollected
 from cllm.data.schema import Conversation, Message, Reject
 from cllm.data.text import TextOptions
-from cllm.messages import UserError
+from cllm.messages import UserError, language
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 MAX_REJECTED = 0.2
@@ -98,7 +98,7 @@ def prepare(data: DataConfig) -> Data:
         return arrays, [len(train), rejects, rows, dropped, len(repeated_questions(train, held_out))]
 
     paths = [source.path for source in data.train] + [data.eval] * bool(data.eval)
-    key = cache.key_of(data, files=[file for path in paths for file in list_files(BUILT_IN.get(path, path))])
+    key = cache.key_of(data, language(), files=[file for path in paths for file in list_files(BUILT_IN.get(path, path))])
     arrays, (size, rejects, *counts) = cache.recall(key, make)
     text, bounds = arrays["text"], arrays["bounds"]
     train, held_out = (

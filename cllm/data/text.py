@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 
-from cllm.messages import UserError
+from cllm.messages import UserError, say
 
 _DIRT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff\u200b\u2060\ud800-\udfff]")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -51,8 +51,8 @@ def clean(text: str) -> str:
         if bad := SURROGATE.search(text):
             code = ord(bad.group())
             if 0xDC80 <= code <= 0xDCFF:
-                raise RowError("decode_error", f"byte 0x{code - 0xDC00:02x} fits none of UTF-8, GB18030, Big5")
-            raise RowError("invalid_text", f"half a surrogate pair, \\u{code:04x}, is no character")
+                raise RowError("decode_error", say("row.byte", byte=f"0x{code - 0xDC00:02x}"))
+            raise RowError("invalid_text", say("row.surrogate", code=f"\\u{code:04x}"))
         text = _DIRT.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text.strip()
 
@@ -105,7 +105,7 @@ def text_of(value: object, name: str) -> str:
         keys = [key for key in dict.fromkeys((name, "text", "content", "value")) if key in value]
         if not keys:
             found = ", ".join(map(str, list(value)[:6])) or "nothing"
-            raise RowError("invalid_text", f"'{name}' is an object of {found}, expected text or an object with 'text'")
+            raise RowError("invalid_text", say("row.object", name=name, found=found))
         return next((text for key in keys if clean(text := text_of(value[key], name))), "")
     if isinstance(value, (list, tuple)):
         return "\n".join([text_of(element, name) for element in value])
@@ -113,7 +113,7 @@ def text_of(value: object, name: str) -> str:
         return str(value)
     if isinstance(value, (float, Decimal)) and abs(value) != float("inf"):
         return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
-    raise RowError("invalid_text", f"'{name}' is {value!s:.20} ({type(value).__name__}), expected text")
+    raise RowError("invalid_text", say("row.no_text", name=name, found=f"{value!s:.20}", type=type(value).__name__))
 
 
 def json_text(value: object) -> str:
@@ -121,4 +121,4 @@ def json_text(value: object) -> str:
     try:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError) as error:
-        raise RowError("invalid_text", f"a tool call is no JSON: {error}") from None
+        raise RowError("invalid_text", say("row.tool_call", detail=error)) from None

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cllm.messages import UserError
-from cllm.model.fragments import BYTE_LETTERS, Fragments, is_ideograph, token_texts
+from cllm.model.fragments import BYTE_LETTERS, Encode, Fragments, is_ideograph, token_texts
 
 CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
-Encode: TypeAlias = "Callable[[list[str]], list[array[int]]]"
 _CONTROL_LIKE = re.compile(r"<[^<>\s]+>|\[\w+\]")
 _HTML = re.compile(  # user-defined pieces of Baichuan2, Yi and Gemma that are text all the same
     r"</?(?:h\d|t(?:able|body|head|foot|[dhr])|caption|blockquote|strong|em|[abipsu]|su[bp]|code|html|body|img|span|bbox|[ou]l|li|div|"
@@ -164,8 +163,7 @@ class Bpe:
         odd = (model.dropout, model.fuse_unk, model.byte_fallback, model.continuing_subword_prefix, model.end_of_word_suffix)
         if any(odd) or len(self._plain(["\n"])[0]) != 1:
             return None
-        names = list(self.model.get_vocab(with_added_tokens=False))
-        texts = token_texts(names)
+        texts = token_texts(names := list(self.model.get_vocab(with_added_tokens=False)))
         model.ignore_merges, whole = False, model.ignore_merges
         near = (i for i, text in enumerate(texts) if whole and text and (is_ideograph(text[0]) or is_ideograph(text[-1])))
         unmerged = [texts[i] for i in near if len(model.tokenize(names[i])) > 1]
@@ -182,7 +180,7 @@ class Bpe:
         """What splits a text into words, one after another; with None for anything but a pattern before byte-level BPE."""
         steps = json.loads(self.model.pre_tokenizer.__getstate__()) if self.model.pre_tokenizer else {}
         patterns: list[str | None] = []
-        for step in steps.get("pretokenizers", [steps]):
+        for step in steps.get("pretokenizers") or [steps]:
             if step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
                 patterns.append(step["pattern"].get("Regex"))
             elif step.get("type") == "ByteLevel" and not step["add_prefix_space"]:
