@@ -126,6 +126,15 @@ def test_generate_keeps_order_and_stop_ids_and_leaves_the_model_as_it_was() -> N
     assert Engine(model).generate([], Sampling()) == []
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_head_sees_whole_rows_of_the_last_positions_only(name: str) -> None:
+    """Of a slice of several rows, PyTorch multiplies each with its own copy of the head (bf16 on a CPU: a thousand times as slow)."""
+    model, seen = tiny_model(name), []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].is_contiguous(), tuple(inputs[0].shape))))
+    Engine(model, stop_ids=frozenset(), pad_id=0).generate([[3, 4, 5, 6], [7, 8], [9] * 6], Sampling(max_new_tokens=3))
+    assert seen and all(whole and shape[1] == 1 for whole, shape in seen)
+
+
 def test_a_small_budget_preempts_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     batch = prompts([20, 35, 8, 50, 13, 28])
