@@ -81,12 +81,10 @@ TABLE_FORMS = [
 ]
 
 
-def test_rows_with_a_role_of_their_own_are_rows_and_bare_turns_one_conversation(save: Save) -> None:
-    rows = [{"role": "编辑", "content": f"第{n}篇文章。", "summary": f"摘要{n}。"} for n in (1, 2)]
-    for text in (lines(rows), dump(rows)):
-        assert [c.messages[1].content for c in read_conversations(save(text))[0]] == ["摘要1。", "摘要2。"]
-    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
-    assert [len(c.messages) for c in read_conversations(save(dump(turns)))[0]] == [2]
+def test_what_a_turn_says_besides_makes_it_no_row(save: Save) -> None:
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "reference": "文件三", "summary": "短"}]
+    for text, name in ((dump(turns), "rows.json"), (lines([turns]), "rows.jsonl")):
+        assert [len(c.messages) for c in read_conversations(save(text, name))[0]] == [2]
 
 
 @pytest.mark.parametrize(

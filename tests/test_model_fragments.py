@@ -30,12 +30,12 @@ CHARACTERS = st.one_of(st.sampled_from(ALPHABET), st.characters(exclude_categori
 TEXTS = st.lists(st.lists(st.one_of(st.sampled_from(WORDS), CHARACTERS)).map("".join))
 
 
-def spelled(text: str) -> str:
+def spelled(text: str | bytes) -> str:
     """The text as byte-level BPE writes it."""
-    return "".join(LETTERS[byte] for byte in text.encode())
+    return "".join(LETTERS[byte] for byte in (text.encode() if isinstance(text, str) else text))
 
 
-def made(pattern: str, *, nfc: bool = True, whole: bool = False, extra: Sequence[str] = ()) -> Bpe:
+def made(pattern: str, *, nfc: bool = True, whole: bool = False, extra: Sequence[str | bytes] = ()) -> Bpe:
     """Byte-level BPE of bytes, characters and WORDS, merged from every two tokens that make them up; no merges make those in `extra`."""
     words = sorted(WORDS, key=len)
     characters = dict.fromkeys("".join(words))
@@ -130,30 +130,42 @@ def test_words_taken_whole_though_no_merges_make_them(extra: list[str]) -> None:
     assert bpe.model.model.ignore_merges
 
 
-@pytest.mark.parametrize("change", ["pattern", "prefix", "dropout", "normalizer", "text token", "single word", "whole", "no bytes"])
+CHANGES = ["pattern", "prefix", "dropout", "normalizer", "text token", "whole", "whole with NFC", "no bytes", "bytes twice", "alphabet"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_other_vocabularies_are_encoded_as_they_are(change: str) -> None:
-    whole = change == "whole"  # a token that any cut may set free
-    model = made(*PATTERNS["gpt-2" if change == "pattern" else "qwen2"], whole=whole, extra=["龥习"] * whole).model
-    if change == "prefix":
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
-        model.pre_tokenizer = pre_tokenizers.Sequence([model.pre_tokenizer[0], bytes_])
-    if change == "no bytes":
-        model.pre_tokenizer = pre_tokenizers.Sequence([model.pre_tokenizer[0]])
+    extra = {"whole": ["龥习"], "whole with NFC": [" 龥习"]}.get(change, [])  # tokens that any cut, or a cut before NFC, may set free
+    nfc = change == "whole with NFC"
+    model = made(*PATTERNS["gpt-2" if change == "pattern" else "qwen2"], nfc=nfc, whole=bool(extra), extra=extra).model
+    split, bytes_ = model.pre_tokenizer[0], pre_tokenizers.ByteLevel(add_prefix_space=change == "prefix", use_regex=False)
+    if steps := {"prefix": [split, bytes_], "no bytes": [split], "bytes twice": [bytes_, split, bytes_]}.get(change):
+        model.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if change == "dropout":
         model.model.dropout = 0.5
     if change == "normalizer":
         model.normalizer = normalizers.NFKC()
     if change == "text token":
         model.add_tokens([AddedToken("龥鼎", normalized=False)])
-    if change == "single word":
-        model.add_tokens([AddedToken("hello", single_word=True)])
+    if change == "alphabet":  # what has no token is left out, and its neighbours meet
+        model = Tokenizer.from_str(model.to_str().replace(f'"{spelled("Z")}":', '"ZZ":'))
     assert Bpe(model)._fragments is None
 
 
-def test_tokens_for_text_are_found_in_fragments(bpe: Bpe) -> None:
-    model = Tokenizer.from_str(bpe.model.to_str())
-    model.add_tokens([AddedToken("<<", normalized=False), AddedToken("hello", normalized=False)])
-    same(Bpe(model), ["我们<<学习", "学<hello习的<<<hell", "hello，hello\nhello"])
+def test_tokens_that_no_text_can_have_do_not_shift_the_others() -> None:
+    bpe = made(*PATTERNS["llama-bpe"], nfc=False, whole=True, extra=[b"a\xff", b"b\xff", " 龥习"])
+    same(bpe, [" 龥习我", " 龥习", "ab"])
+    assert made(*PATTERNS["llama-bpe"], nfc=False, whole=True, extra=["龥习", b"a\xff", b"b\xff"])._fragments is None
+
+
+def test_names_of_control_tokens_stay_text_however_many_texts() -> None:
+    model = made(*PATTERNS["qwen2"]).model
+    model.add_tokens([AddedToken("<|a b|>", normalized=False), AddedToken("</think>", normalized=False)])
+    bpe = Bpe(model)
+    assert bpe._fragments and set(bpe.control) == {"<|im_end|>", "<|a b|>", "</think>"}
+    texts = ["我<|a b|>们", "<|im_end|>", "学</think>习", "<|a b|>"]
+    few, many = bpe.encode(texts), bpe.encode(texts * 30)
+    assert many == few * 30 and not set(bpe.control.values()) & {id for ids in few for id in ids}
 
 
 @pytest.mark.parametrize("name", ["qwen", "qwen25", "glm4"])

@@ -12,6 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TEMPLATES", "Conversation", "Message", "Reject", "Segment", "Template", "TextOptions"]
 __all__ += ["iter_conversations", "read_conversations", "render", "write_conversations"]
-_HOMES = dict.fromkeys(__all__[:7], "schema") | dict.fromkeys(__all__[7:], "reader")
-_HOMES |= dict.fromkeys(("TEMPLATES", "Segment", "Template", "render"), "template") | {"TextOptions": "text"}
-__getattr__ = on_first_use(__name__, _HOMES)
+_HOMES = {"Conversation": "schema", "Message": "schema", "Reject": "schema", "TextOptions": "text"}
+_HOMES |= dict.fromkeys(("TEMPLATES", "Segment", "Template", "render"), "template")
+__getattr__ = on_first_use(__name__, dict.fromkeys(__all__, "reader") | _HOMES)

@@ -21,7 +21,7 @@ from cllm.messages import note
 
 MAX_BYTES = 4 << 30
 _PACKAGE = Path(__file__).parents[1]
-_CODE = ("data/*.py", "model/tokenizer.py", "model/vocabulary.py")  # what turns bytes into conversations, and these into ids
+_CODE = ("data/*.py", *(f"model/{name}.py" for name in ("tokenizer", "vocabulary", "fragments")))  # bytes to conversations to ids
 T = TypeVar("T")
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Arrays: TypeAlias = Mapping[str, Array]

@@ -87,9 +87,9 @@ def _encoded(
     for batch in batches(conversations):
         pairs = tokenizer.encode_batch([tokenizer.segments(item) for item in batch])
         for conversation, pair in zip(batch, pairs, strict=True):
-            fitting: Ids | None = pair
-            if len(pair[0]) > max_tokens:
-                fitting = _shorten(conversation, tokenizer, max_tokens) if truncate == "prompt" else None
+            fitting: Ids | None = pair if len(pair[0]) <= max_tokens else None
+            if fitting is None and truncate == "prompt":
+                fitting = _shorten(conversation, tokenizer, max_tokens)
             if fitting is None:
                 yield "too_long"
             elif fitting[1] == IGNORED * len(fitting[1]):

@@ -153,8 +153,8 @@ def _unboxed(value: Any) -> Any:
 
 def is_turn(value: object) -> bool:
     """Whether `value` is a message with a role, and no row."""
-    named = isinstance(value, dict) and (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"})
-    return named and _ANSWERS.isdisjoint(value)  # type: ignore[arg-type]
+    pairs = ({"role", "content"}, {"from", "value"})
+    return isinstance(value, dict) and "messages" not in value and any(value.keys() >= pair for pair in pairs)
 
 
 def _said(message: Row, role: str) -> str:

@@ -1,8 +1,8 @@
 r"""Byte-level BPE by fragments: a text is cut where no token can reach across, and each different fragment is encoded once.
 
 Merges (Sennrich et al. 2016) join two characters only if some token holds them side by side, and only inside a word of the pre-tokenizer.
-At a cut, the ids of a text are the ids of its two parts, one after the other. Fragments are mostly words of the language, which repeat;
-what `tokenizers` remembers are the pre-tokenizer's words, in Chinese the whole stretch from one punctuation mark to the next.
+Where every byte is a token, the ids of a text are those of the two parts at a cut, one after the other. Fragments are mostly words of the
+language, which repeat; what `tokenizers` remembers are the pre-tokenizer's words, in Chinese all from one punctuation mark to the next.
 
 It holds for the words of Qwen, GLM-4 and Llama 3, (?i:'s|…)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,n}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|…:
 a letter or digit ends its word before anything that is neither, letters and digits part, a line feed ends its word before any mark.
@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-# GPT-2's printable stand-in for each byte: itself where printable, else the next letter from U+0100.
+# GPT-2's printable stand-in for each byte, as code points: itself where printable, else the next letter from U+0100.
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _NEXT = itertools.count(0x100)
 BYTE_LETTERS = {byte: byte if byte in _PRINTABLE else next(_NEXT) for byte in range(0x100)}
@@ -61,10 +61,10 @@ def _kinds() -> Any:
 
 
 def token_texts(names: Iterable[str]) -> list[str]:
-    """The texts of tokens as byte-level BPE writes them; bytes that are no whole character as U+DC80-DCFF."""
+    """The texts of tokens as byte-level BPE writes them, with bytes that are no whole character as U+DC80-DCFF; none may hold byte FF,
+    which is in no text and parts them."""
     bytes_of = {letter: byte for byte, letter in BYTE_LETTERS.items()} | {ord("\n"): 0xFF}
-    joined = "\n".join("" if name == "ÿ" else name for name in names)  # byte 0xFF is in no text: it parts them
-    return joined.translate(bytes_of).encode("latin-1", "replace").decode("utf-8", "surrogateescape").split("\udcff")
+    return "\n".join(names).translate(bytes_of).encode("latin-1", "replace").decode("utf-8", "surrogateescape").split("\udcff")
 
 
 def _joined(texts: Iterable[str]) -> Any:
@@ -115,17 +115,12 @@ class Fragments:
         cut[at] = ~self.joined[_slot(codes[at] - np.uint32(_FIRST), codes[at + 1] - np.uint32(_FIRST))]
         return cut
 
-    def keeps(self, token: str) -> bool:
-        """Whether `token` always stays in one fragment."""
-        return "\n" not in token and not self.cuts(_codes(token)).any()
-
     def encode(self, texts: list[str]) -> list[array[int]]:
         """The ids of each text, the same as `plain` gives. What is new in some texts is encoded while the next ones are cut."""
         if len(self.known) > MAX_KNOWN:
             self.known = {}
         known = self.known  # another thread may begin a new one
-        asked: set[str] = set()
-        begun, encoded = [], []
+        begun, encoded, asked = [], [], set[str]()
         with ThreadPoolExecutor(1) as worker:
             size = -(-len(texts) // _PARTS) or 1
             for start in range(0, len(texts), size):

@@ -13,7 +13,7 @@ import json
 import re
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,10 +47,14 @@ PATTERNS = {
 }
 
 
-def _encode_cut(texts: list[str], names: Set[str], encode: Encode) -> list[array[int]]:
+def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, ordered))) if (ordered := sorted(names, key=len, reverse=True)) else None
+
+
+def _encode_cut(texts: list[str], names: re.Pattern[str] | None, encode: Encode) -> list[array[int]]:
     """`encode` of each text, after cutting any of `names` in it behind the first letter, so that it is not taken for the token."""
-    suspects = ((index, text) for index, text in enumerate(texts) if "<" in text or "[" in text) if names else ()
-    found = ((index, [m.start() + 1 for m in _CONTROL_LIKE.finditer(text) if m.group() in names]) for index, text in suspects)
+    suspects = ((index, text) for index, text in enumerate(texts) if "<" in text or "[" in text)
+    found = ((index, [m.start() + 1 for m in names.finditer(text)]) for index, text in suspects) if names else ()
     if not (cuts := {index: places for index, places in found if places}):
         return encode(texts)
     bounds = [(text, [0, *cuts.get(index, ()), len(text)]) for index, text in enumerate(texts)]
@@ -79,6 +83,7 @@ class SentencePiece:
             and _CONTROL_LIKE.fullmatch(name)
             and not (_HTML.fullmatch(name) or self.pieces.is_control(i) or self.pieces.is_unknown(i) or self.pieces.is_byte(i))
         }
+        self._cut = _any_of(self._defined)
         own = {name: i for i, name in enumerate(self._names) if self.pieces.is_control(i) or name in self._defined}
         self._added = {i: name for name, i in added.items()}
         self.control = {name: i for name, i in own.items() if i not in self._added} | dict(added)
@@ -86,7 +91,7 @@ class SentencePiece:
         self.size = max([pieces, *(i + 1 for i in self._added)])
 
     def encode(self, texts: list[str]) -> list[array[int]]:
-        return _encode_cut(texts, self._defined, lambda parts: [array("i", ids) for ids in self.pieces.encode(parts)])
+        return _encode_cut(texts, self._cut, lambda parts: [array("i", ids) for ids in self.pieces.encode(parts)])
 
     def decode(self, ids: list[int]) -> str:
         text = str(self.pieces.decode([i for i in ids if i not in self.hidden and i < len(self._names)]))
@@ -139,6 +144,7 @@ class Bpe:
         model.no_truncation()
         added = model.get_added_tokens_decoder()
         self._guarded = {t.content for t in added.values() if not t.special and _MARKUP_TOKEN.fullmatch(t.content)}
+        self._cut = _any_of(self._guarded)
         self.control = {t.content: id for id, t in added.items() if t.special or t.content in self._guarded}
         self.hidden = frozenset(id for id, token in added.items() if token.special)
         self.size = max([model.get_vocab_size(), *(id + 1 for id in added)])
@@ -147,7 +153,7 @@ class Bpe:
 
     def encode(self, texts: list[str]) -> list[array[int]]:
         fragments = self._fragments if len(texts) > _MANY else None
-        return _encode_cut(texts, self._guarded, fragments.encode if fragments else self._plain)
+        return _encode_cut(texts, self._cut, fragments.encode if fragments else self._plain)
 
     def _plain(self, texts: list[str]) -> list[array[int]]:
         return [array("i", encoding.ids) for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]
@@ -157,37 +163,38 @@ class Bpe:
         """None for what is no plain byte-level BPE with words that are known."""
         from tokenizers import models
 
-        model, normalizer = self.model.model, type(self.model.normalizer).__name__
-        if not isinstance(model, models.BPE) or normalizer not in ("NoneType", "NFC") or self.patterns not in [(_QWEN,), (_CL100K,)]:
+        model, normalizer, added = self.model.model, self.model.normalizer, self.model.get_added_tokens_decoder().values()
+        known = (
+            isinstance(model, models.BPE) and self.patterns in [(_QWEN,), (_CL100K,)] and type(normalizer).__name__ in ("NoneType", "NFC")
+        )
+        if not known or not all(t.special or t.content in self._guarded for t in added):  # tokens for text are found before any merges
             return None
         odd = (model.dropout, model.fuse_unk, model.byte_fallback, model.continuing_subword_prefix, model.end_of_word_suffix)
-        if any(odd) or len(self._plain(["\n"])[0]) != 1:
+        names = [name for name in self.model.get_vocab(with_added_tokens=False) if "ÿ" not in name and "\n" not in name]
+        # A byte that has no token is left out, and its neighbours meet.
+        if any(odd) or not {chr(letter) for byte, letter in BYTE_LETTERS.items() if byte < 0xFF}.issubset(names):
             return None
-        texts = token_texts(names := list(self.model.get_vocab(with_added_tokens=False)))
+        texts = token_texts(names)
         model.ignore_merges, whole = False, model.ignore_merges
         near = (i for i, text in enumerate(texts) if whole and text and (is_ideograph(text[0]) or is_ideograph(text[-1])))
         unmerged = [texts[i] for i in near if len(model.tokenize(names[i])) > 1]
         model.ignore_merges = whole
-        if any(is_ideograph(text[0]) for text in unmerged):
-            return None
-        fragments = Fragments(self._plain, texts, unmerged)
-        text_tokens = [t for t in self.model.get_added_tokens_decoder().values() if not t.special and t.content not in self._guarded]
-        apart = all(fragments.keeps(t.content) and not (t.lstrip or t.rstrip or t.single_word) for t in text_tokens)
-        return fragments if apart else None
+        unsure = unmerged and (normalizer or any(is_ideograph(text[0]) for text in unmerged))
+        return None if unsure else Fragments(self._plain, texts, unmerged)
 
     @property
     def patterns(self) -> tuple[str | None, ...]:
         """What splits a text into words, one after another; with None for anything but a pattern before byte-level BPE."""
-        steps = json.loads(self.model.pre_tokenizer.__getstate__()) if self.model.pre_tokenizer else {}
+        state = json.loads(self.model.pre_tokenizer.__getstate__()) if self.model.pre_tokenizer else {}
+        *steps, last = state.get("pretokenizers") or [state]
         patterns: list[str | None] = []
-        for step in steps.get("pretokenizers") or [steps]:
-            if step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        for step in steps:
+            if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
                 patterns.append(step["pattern"].get("Regex"))
-            elif step.get("type") == "ByteLevel" and not step["add_prefix_space"]:
-                patterns += [_GPT2] * step["use_regex"]
             else:
                 patterns.append(r"\p{N}" if step.get("individual_digits") else None)
-        return (*patterns, *(() if step.get("type") == "ByteLevel" else (None,)))
+        plain = last.get("type") == "ByteLevel" and not last["add_prefix_space"]
+        return (*patterns, *([_GPT2] * last["use_regex"] if plain else [None]))
 
     def begins_with(self, id: int) -> bool:
         return bool(self.model.encode("x").ids[:1] == [id])
