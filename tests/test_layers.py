@@ -116,6 +116,19 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
     assert others <= allowed, f"{name} imports {others - allowed}"
 
 
+def test_the_data_cache_knows_all_code_that_decides_ids() -> None:
+    from cllm.data.cache import _CODE
+
+    hashed = {file for pattern in _CODE for file in PACKAGE.glob(pattern)}
+    reached, waiting = set(), ["model.tokenizer"]
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        waiting += [other for other in inner(modules()[name]) - reached if other.startswith(("data.", "model."))]
+    reading = {"model", "data", "model.gguf", "model.families", "model.shards"}  # where the vocabulary's bytes come from: hashed as saved
+    assert {modules()[name] for name in reached - reading} <= hashed
+
+
 def test_evaluation_is_assembly_and_knows_no_program() -> None:
     rooms = [name for name in modules() if name.split(".")[0] == "evaluate"]
     assert len(rooms) == 5 and {layer(name) for name in rooms} == {3}
