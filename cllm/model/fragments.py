@@ -130,13 +130,13 @@ class Fragments:
                 new = {fragments[index] for index in missing} - asked
                 asked |= new
                 lines = [fragment for fragment in new if _LINE.fullmatch(fragment)]
-                groups = [lines[start : start + _LINES] for start in range(0, len(lines), _LINES)]
+                groups = [lines[first : first + _LINES] for first in range(0, len(lines), _LINES)]
                 groups += [[fragment] for fragment in new.difference(lines)]
                 answer = worker.submit(self.plain, ["\n".join(group) for group in groups])
                 begun.append((fragments, bounds, ids, missing, groups, answer))
             for fragments, bounds, ids, missing, groups, answer in begun:
                 for group, line_ids in zip(groups, answer.result(), strict=True):
-                    known.update(self._parted(group, line_ids))
+                    known.update(self._by_line(group, line_ids))
                 for index in missing:
                     ids[index] = known[fragments[index]]
                 encoded += [array("i", b"".join(ids[start:end])) for start, end in itertools.pairwise(bounds)]
@@ -154,7 +154,7 @@ class Fragments:
         fragments = np.insert(codes, places[:-1], ord(_CUT)).tobytes().decode("utf-32-le").split(_CUT)
         return fragments, [0, *np.searchsorted(places, ends, "right").tolist()]
 
-    def _parted(self, group: list[str], ids: array[int]) -> Iterator[tuple[str, bytes]]:
+    def _by_line(self, group: list[str], ids: array[int]) -> Iterator[tuple[str, bytes]]:
         """The ids of each fragment of a group, which were lines of one text, as bytes of int32."""
         stored = ids.tobytes()
         ends = [index for index, id in enumerate(ids) if id == self.line_feed] if len(group) > 1 else []
