@@ -1,11 +1,12 @@
-"""The page in a real browser: every tab used once, in Chinese and at phone width, with nothing loaded from another host.
+"""The page in a real browser: every tab used once, in Chinese and at phone width, with nothing
+loaded from another host.
 
     apt-get install chromium fonts-noto-cjk; pip install playwright
     python bench/browser.py runs/demo --question "青石镇在哪里？" [--images docs/images]
 
-Starts `python -m cllm.chat RUN` (or, given an address for RUN, uses the page that is served there), drives Chromium through it, keeps a
-screenshot of each tab. Fails on any console error, any request to another host, and any step that does not do what it should. The last
-line of stdout is JSON.
+Starts `python -m cllm.chat RUN` (or, given an address for RUN, uses the page that is served there),
+drives Chromium through it, keeps a screenshot of each tab. Fails on any console error, any request
+to another host, and any step that does not do what it should. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+]
 SECONDS = 300  # for anything to appear: a busy machine with one slow core
 SCRIPT = (
     "<img src=data:image/png;base64,AAAA onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -32,12 +38,33 @@ SCRIPT = (
 )
 
 
-def open_page(browser: Browser, url: str, problems: list[str], *, locale: str, width: int, height: int) -> Page:
-    page = browser.new_context(locale=locale, viewport={"width": width, "height": height}).new_page()
-    page.on("console", lambda message: problems.append(f"console: {message.text}") if message.type == "error" else None)
+def open_page(
+    browser: Browser, url: str, problems: list[str], *, locale: str, width: int, height: int
+) -> Page:
+    page = browser.new_context(
+        locale=locale, viewport={"width": width, "height": height}
+    ).new_page()
+    page.on(
+        "console",
+        lambda message: (
+            problems.append(f"console: {message.text}") if message.type == "error" else None
+        ),
+    )
     page.on("pageerror", lambda error: problems.append(f"page: {error}"))
-    page.on("response", lambda response: problems.append(f"{response.status}: {response.url}") if response.status >= 400 else None)
-    page.on("request", lambda request: problems.append(f"foreign: {request.url}") if is_foreign(request.url, url) else None)
+    page.on(
+        "response",
+        lambda response: (
+            problems.append(f"{response.status}: {response.url}")
+            if response.status >= 400
+            else None
+        ),
+    )
+    page.on(
+        "request",
+        lambda request: (
+            problems.append(f"foreign: {request.url}") if is_foreign(request.url, url) else None
+        ),
+    )
     page.set_default_timeout(1000 * SECONDS)
     page.goto(url)
     page.wait_for_selector("textarea")
@@ -104,7 +131,9 @@ def desktop(page: Page, images: Path, question: str) -> dict[str, Any]:
 
 
 def changing(page: Page, question: str) -> dict[str, str]:
-    """A system prompt, regenerate, edit: one question and one answer stay, and the edited question is the one that was answered."""
+    """A system prompt, regenerate, edit: one question and one answer stay, and the edited question
+    is the one that was answered.
+    """
     page.get_by_text("Settings").click()
     page.get_by_label("system prompt").fill("Answer in one word.")
     ask(page, question)
@@ -130,13 +159,18 @@ def on_a_phone(page: Page, images: Path, question: str) -> None:
     for name in ("对话", "对比", "训练", "监控"):
         page.get_by_role("tab", name=name).click()
         page.wait_for_timeout(3000)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{name} scrolls sideways on a phone"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, (
+            f"{name} scrolls sideways on a phone"
+        )
 
 
 def stopping(page: Page, question: str) -> str:
-    """Stop an answer while it comes: what came stays, it does not grow, and the page is ready for the next question."""
+    """Stop an answer while it comes: what came stays, it does not grow, and the page is ready for
+    the next question.
+    """
     page.get_by_label("base").first.check()
-    for label, value in {"temperature": "2", "top-p": "1", "top-k": "200"}.items():  # the base rambles at random, up to the length limit
+    # the base rambles at random, up to the length limit
+    for label, value in {"temperature": "2", "top-p": "1", "top-k": "200"}.items():
         page.get_by_label(label).first.fill(value)
     for _ in range(5):
         ask(page, question)
@@ -168,7 +202,16 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{probe.getsockname()[1]}/"
-        server = subprocess.Popen([sys.executable, "-m", "cllm.chat", arguments.run, "--port", url.strip("/").rpartition(":")[2]])
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "cllm.chat",
+                arguments.run,
+                "--port",
+                url.strip("/").rpartition(":")[2],
+            ]
+        )
     try:
         for _ in range(2 * SECONDS):
             try:
@@ -177,7 +220,9 @@ def main() -> None:
             except OSError:
                 time.sleep(0.5)
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
+            browser = playwright.chromium.launch(
+                executable_path="/usr/bin/chromium", args=ARGUMENTS
+            )
             page = open_page(browser, url, problems, locale="zh-CN", width=1100, height=800)
             result = desktop(page, arguments.images, arguments.question)
             english = open_page(browser, url, problems, locale="en-US", width=1100, height=800)
@@ -192,10 +237,16 @@ def main() -> None:
             server.wait(20)
     assert not problems, "\n".join(problems)
     for image in arguments.images.glob("*.png"):
-        Image.open(image).quantize(64).save(image, optimize=True)  # a third of the size, the same to the eye
-    result |= {"problems": problems, "command": " ".join(["python", "bench/browser.py", *sys.argv[1:]])}
+        # a third of the size, the same to the eye
+        Image.open(image).quantize(64).save(image, optimize=True)
+    result |= {
+        "problems": problems,
+        "command": " ".join(["python", "bench/browser.py", *sys.argv[1:]]),
+    }
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        arguments.out.write_text(
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     print(json.dumps(result, ensure_ascii=False))
 
 

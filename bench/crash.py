@@ -1,11 +1,14 @@
-"""Never lose work: `python bench/crash.py [--kills 50] [--disk 10] [--flips 10] [--seed 0] [--out bench/results/crash.json]`.
+"""Never lose work: `python bench/crash.py [--kills 50] [--disk 10] [--flips 10] [--seed 0] [--out
+bench/results/crash.json]`.
 
-A tiny model trains 12 steps with dropout, a snapshot after each, four evaluations. Then, again and again:
+A tiny model trains 12 steps with dropout, a snapshot after each, four evaluations. Then, again and
+again:
     kill   SIGKILL at a random moment (every second time: while a snapshot is being written), then --resume
     disk   its small tmpfs is filled at a random moment; the run must stop with the reason or go on; then room is made, --resume
     flip   SIGKILL, then one bit of the newest snapshot is flipped; the snapshot must be named and skipped
-Each time the final adapter must be byte-identical to the uninterrupted run's, and metrics.jsonl equal but for the three clock fields.
-Runs are forked from one process that has imported everything, which saves two seconds a run (POSIX only). The last line is JSON.
+Each time the final adapter must be byte-identical to the uninterrupted run's, and metrics.jsonl
+equal but for the three clock fields. Runs are forked from one process that has imported everything,
+which saves two seconds a run (POSIX only). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["CLLM_LANG"] = "en"
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # a forked child would wait for OpenMP threads that it has not got
+# a forked child would wait for OpenMP threads that it has not got
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 from conftest import byte_checkpoint, demo_rows, write_config  # noqa: E402
@@ -37,7 +41,8 @@ from conftest import byte_checkpoint, demo_rows, write_config  # noqa: E402
 from cllm.__main__ import run  # noqa: E402
 from cllm.learn.log import CLOCK_FIELDS, read_metrics  # noqa: E402
 
-SETTINGS = ("data.kind=text", "eval.samples=0", "train.steps=12", "run.snapshot_every=1")  # texts: no time goes into answering questions
+# texts: no time goes into answering questions
+SETTINGS = ("data.kind=text", "eval.samples=0", "train.steps=12", "run.snapshot_every=1")
 TMPFS_BYTES = 2 * 2**20
 
 
@@ -55,7 +60,10 @@ class Child:
             os.dup2(file, 2)
             code = 1
             try:
-                code = run("train", [str(config), f"run.dir={json.dumps(str(directory))}", *SETTINGS, *resume])
+                code = run(
+                    "train",
+                    [str(config), f"run.dir={json.dumps(str(directory))}", *SETTINGS, *resume],
+                )
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -84,7 +92,9 @@ class Child:
 def result_of(directory: Path) -> tuple[bytes, list[dict[str, object]]]:
     """Adapter bytes and metrics without the clock fields."""
     rows = read_metrics(directory / "metrics.jsonl")
-    metrics = [{key: value for key, value in row.items() if key not in CLOCK_FIELDS} for row in rows]
+    metrics = [
+        {key: value for key, value in row.items() if key not in CLOCK_FIELDS} for row in rows
+    ]
     return (directory / "adapter" / "adapter_model.safetensors").read_bytes(), metrics
 
 
@@ -105,14 +115,26 @@ def finish(trial: Trial, directory: Path) -> str:
         return f"exit {child.status}: {child.text()[-2000:]}"
     final = Path(json.loads(child.text().splitlines()[-1])["run"])
     adapter, metrics = result_of(final)
-    return "" if (adapter, metrics) == expected else f"adapter {adapter == expected[0]}, metrics {metrics == expected[1]}"
+    return (
+        ""
+        if (adapter, metrics) == expected
+        else f"adapter {adapter == expected[0]}, metrics {metrics == expected[1]}"
+    )
 
 
 def writing(directory: Path) -> bool:
     return any(directory.glob("snapshots/.step-*"))
 
 
-def interrupt(config: Path, directory: Path, chance: random.Random, seconds: float, *, aimed: bool, ready: Callable[[], bool]) -> str:
+def interrupt(
+    config: Path,
+    directory: Path,
+    chance: random.Random,
+    seconds: float,
+    *,
+    aimed: bool,
+    ready: Callable[[], bool],
+) -> str:
     """Kill a run at a random moment once `ready`; says what it was doing."""
     child = Child(config, directory)
     while child.running() and not ready():
@@ -139,13 +161,25 @@ def kills(trial: Trial, count: int) -> dict[str, object]:
     while sum(moments.values()) < count:
         number += 1
         directory = trial.folder / f"kill-{number}"
-        moment = interrupt(trial.config, directory, chance, trial.seconds, aimed=number % 2 == 0, ready=lambda: True)
+        moment = interrupt(
+            trial.config,
+            directory,
+            chance,
+            trial.seconds,
+            aimed=number % 2 == 0,
+            ready=lambda: True,
+        )
         if moment == "after its end":  # no kill
             continue
         moments[moment] += 1
         wrong += [problem] if (problem := finish(trial, directory)) else []
         shutil.rmtree(directory, ignore_errors=True)
-    return {"kills": count, "identical": count - len(wrong), "moments": dict(moments), "wrong": wrong}
+    return {
+        "kills": count,
+        "identical": count - len(wrong),
+        "moments": dict(moments),
+        "wrong": wrong,
+    }
 
 
 def flips(trial: Trial, count: int) -> dict[str, object]:
@@ -161,7 +195,9 @@ def flips(trial: Trial, count: int) -> dict[str, object]:
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         target.write_bytes(data)
         problem = finish(trial, directory)
-        told = f"{newest} is damaged" in trial.config.with_name("output.txt").read_text(encoding="utf-8")
+        told = f"{newest} is damaged" in trial.config.with_name("output.txt").read_text(
+            encoding="utf-8"
+        )
         named += told
         wrong += [problem or "not named"] if problem or not told else []
         shutil.rmtree(directory)
@@ -190,7 +226,13 @@ def full_disk(trial: Trial, count: int) -> dict[str, object]:
                     pass
             code, text = child.wait(), child.text()
             stopped = code == 2 and "cannot be written" in text and "Traceback" not in text
-            ends["stopped with the reason" if stopped else "went on to the end" if code == 0 else f"exit {code}"] += 1
+            ends[
+                "stopped with the reason"
+                if stopped
+                else "went on to the end"
+                if code == 0
+                else f"exit {code}"
+            ] += 1
             filler.unlink()
             problem = finish(trial, directory) if stopped or code == 0 else text[-2000:]
             wrong += [problem] if problem else []
@@ -214,20 +256,37 @@ def main() -> int:
         folder = Path(name)
         texts = [{"text": row["instruction"] + row["output"]} for row in demo_rows()]
         config = write_config(folder, byte_checkpoint(folder / "bytes"), texts)
-        run("train", [str(config), f"run.dir={json.dumps(str(folder / 'first'))}", *SETTINGS, "train.steps=1"])  # imports what comes late
+        # imports what comes late
+        run(
+            "train",
+            [
+                str(config),
+                f"run.dir={json.dumps(str(folder / 'first'))}",
+                *SETTINGS,
+                "train.steps=1",
+            ],
+        )
         began = time.perf_counter()
         child = Child(config, folder / "plain")
         assert child.wait() == 0, child.text()
         print(child.text(), file=sys.stderr)
-        trial = Trial(config, folder, arguments.seed, time.perf_counter() - began, result_of(folder / "plain"))
+        trial = Trial(
+            config, folder, arguments.seed, time.perf_counter() - began, result_of(folder / "plain")
+        )
         report = {
             "command": " ".join(["python bench/crash.py", *sys.argv[1:]]),
-            "kill": kills(trial, arguments.kills), "flip": flips(trial, arguments.flips), "disk": full_disk(trial, arguments.disk),
-            "run_seconds": round(trial.seconds, 2), "seconds": round(time.perf_counter() - start, 1),
-            "torch": torch.__version__, "platform": platform.platform(),
-        }  # fmt: skip
+            "kill": kills(trial, arguments.kills),
+            "flip": flips(trial, arguments.flips),
+            "disk": full_disk(trial, arguments.disk),
+            "run_seconds": round(trial.seconds, 2),
+            "seconds": round(time.perf_counter() - start, 1),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+        }
     if arguments.out:
-        before = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else []
+        before = (
+            json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else []
+        )
         arguments.out.write_text(json.dumps([*before, report], indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))
     return int(any(part.get("wrong") for part in (report["kill"], report["flip"], report["disk"])))

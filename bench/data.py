@@ -1,17 +1,21 @@
-"""The reader on our own rows: its speed on 50,000 of them, and whether it survives a million that were damaged at random.
+"""The reader on our own rows: its speed on 50,000 of them, and whether it survives a million that
+were damaged at random.
 
-    python bench/data.py [--rows 50000] [--mutate 1000000] [--out bench/results/data.json]
-    python bench/data.py --peer PYTHON --tokenizer DIR [--rows 50000] --out bench/results/data_stage.json
+    python bench/data.py [--rows 50000] [--mutate 1000000] [--out bench/results/data.json] python
+    bench/data.py --peer PYTHON --tokenizer DIR [--rows 50000] --out bench/results/data_stage.json
 
-Speed: MB of UTF-8 JSON Lines and JSON array a second, on one core, best of three, beside `json.loads` alone on the same lines, and
-what a row becomes. Threshold: 20 MB/s. Mutation: rows of every schema with keys dropped, renamed, doubled and nested, values of every
-type, and bytes of their lines cut, doubled and overwritten; each batch is read as a file. Thresholds: no exception, a conversation or
-a reject for every line, no empty text, no half surrogate, no "None" or "nan" that the line lacks. A seed decides all of it.
+Speed: MB of UTF-8 JSON Lines and JSON array a second, on one core, best of three, beside
+`json.loads` alone on the same lines, and what a row becomes. Threshold: 20 MB/s. Mutation: rows of
+every schema with keys dropped, renamed, doubled and nested, values of every type, and bytes of
+their lines cut, doubled and overwritten; each batch is read as a file. Thresholds: no exception, a
+conversation or a reject for every line, no empty text, no half surrogate, no "None" or "nan" that
+the line lacks. A seed decides all of it.
 
---peer: the whole data stage (reading, normalizing, deduplicating, holding out 5 %, rendering, tokenizing, packing) beside
-LLaMA-Factory's, which PYTHON has installed (bench/llamafactory_data.py), on the same rows with the same tokenizer.json and ChatML, each
-run in a process of its own, alternated; imports and loading the tokenizer are not timed on either side. Thresholds: 5 times the
-speed cold, and under 1 s when nothing has changed.
+--peer: the whole data stage (reading, normalizing, deduplicating, holding out 5 %, rendering,
+tokenizing, packing) beside LLaMA-Factory's, which PYTHON has installed
+(bench/llamafactory_data.py), on the same rows with the same tokenizer.json and ChatML, each run in
+a process of its own, alternated; imports and loading the tokenizer are not timed on either side.
+Thresholds: 5 times the speed cold, and under 1 s when nothing has changed.
 """
 
 from __future__ import annotations
@@ -66,20 +70,32 @@ def sentence(rng: random.Random, size: int) -> str:
 
 
 def text(rng: random.Random, deciles: tuple[int, ...]) -> str:
-    """Random words of a length drawn from a distribution given by its 0, 10, 25, 50, 75, 90, 99 and 100 % quantiles, in characters."""
+    """Random words of a length drawn from a distribution given by its 0, 10, 25, 50, 75, 90, 99 and
+    100 % quantiles, in characters.
+    """
     draw, marks = rng.random(), (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
     at = max(i for i, mark in enumerate(marks[:-1]) if draw >= mark)
-    size = deciles[at] + (deciles[at + 1] - deciles[at]) * (draw - marks[at]) / (marks[at + 1] - marks[at])
+    size = deciles[at] + (deciles[at + 1] - deciles[at]) * (draw - marks[at]) / (
+        marks[at + 1] - marks[at]
+    )
     return sentence(rng, round(size))
 
 
 def rows(count: int) -> list[dict[str, str]]:
-    """Instruction rows with the lengths of 8,000 rows of Alpaca in Chinese: 110 characters on average, 43 % with an input."""
+    """Instruction rows with the lengths of 8,000 rows of Alpaca in Chinese: 110 characters on
+    average, 43 % with an input.
+    """
     rng = random.Random(4)
     made = []
     for number in range(count):
         extra = text(rng, INPUT_CHARS) if rng.random() < 0.43 else ""
-        made.append({"instruction": f"{number}：{text(rng, INSTRUCTION_CHARS)}", "input": extra, "output": text(rng, OUTPUT_CHARS)})
+        made.append(
+            {
+                "instruction": f"{number}：{text(rng, INSTRUCTION_CHARS)}",
+                "input": extra,
+                "output": text(rng, OUTPUT_CHARS),
+            }
+        )
     return made
 
 
@@ -93,23 +109,50 @@ def seeds() -> list[dict[str, Any]]:
     turns = [("human", q), ("gpt", a), ("human", "还有呢？"), ("gpt", "慢慢喝。")]
     return [
         {"instruction": q, "input": "", "output": a},
-        {"instruction": q, "input": "绿茶", "output": a, "history": [["你好", "你好！"]], "system": "答得短些"},
+        {
+            "instruction": q,
+            "input": "绿茶",
+            "output": a,
+            "history": [["你好", "你好！"]],
+            "system": "答得短些",
+        },
         {"prompt": q, "response": a, "history": [["你好", "你好！"]]},
         {"question": q, "std_answer": a, "class": "生活"},
         {"ask": "无", "title": q, "answer": a},
         {"content": q, "summary": a},
         {"conversations": [{"from": who, "value": what} for who, what in turns], "tools": "[]"},
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": [{"type": "text", "text": a}]}], "label": True},
-        {"conversation": [{"human": q, "assistant": a}, {"human": "还有呢？", "assistant": "慢慢喝。"}], "category": "生活"},
+        {
+            "messages": [
+                {"role": "user", "content": q},
+                {"role": "assistant", "content": [{"type": "text", "text": a}]},
+            ],
+            "label": True,
+        },
+        {
+            "conversation": [
+                {"human": q, "assistant": a},
+                {"human": "还有呢？", "assistant": "慢慢喝。"},
+            ],
+            "category": "生活",
+        },
         {"conversation": [{"system": "短", "input": q, "output": a}]},
-        {"chat": {f"turn_{n}": {"Human": f"<|Human|>: {q}<eoh>", "MOSS": f"<|MOSS|>: {a}<eom>"} for n in (2, 1, 10)}},
+        {
+            "chat": {
+                f"turn_{n}": {"Human": f"<|Human|>: {q}<eoh>", "MOSS": f"<|MOSS|>: {a}<eom>"}
+                for n in (2, 1, 10)
+            }
+        },
         {"instruction": q, "instances": [{"input": "绿茶", "output": a}]},
         {"paragraph": [{"q": q, "a": a}]},
         {"messages": [{"message": q}, {"message": a}]},
         {"text": f"Human: {q}\nAssistant: {a}"},
         {"conversations": [f"[客户] {q}", f"[律师] {a}"]},
         {"prompt": q, "chosen": a, "rejected": "不知道。"},
-        {"conversations": [{"from": "human", "value": q}], "chosen": {"from": "gpt", "value": a}, "rejected": {"from": "gpt", "value": ""}},
+        {
+            "conversations": [{"from": "human", "value": q}],
+            "chosen": {"from": "gpt", "value": a},
+            "rejected": {"from": "gpt", "value": ""},
+        },
         {"指令": q, "输入": "", "输出": a},
         {"instruction": {"instruction": {"text": q}}, "output": [a, "次好"]},
     ]
@@ -130,16 +173,28 @@ def mutated(rng: random.Random, value: Any, keys: list[str]) -> Any:
                 return {**value, key: mutated(rng, value[key], keys)}
     if isinstance(value, list) and value:
         spot = rng.randrange(len(value))
-        changed = [[], value[spot : spot + 1] * 2, [mutated(rng, value[spot], keys)], [rng.choice(BAD_VALUES)]][rng.randrange(4)]
+        changed = [
+            [],
+            value[spot : spot + 1] * 2,
+            [mutated(rng, value[spot], keys)],
+            [rng.choice(BAD_VALUES)],
+        ][rng.randrange(4)]
         return value[:spot] + changed + value[spot + 1 :]
-    return rng.choice([*BAD_VALUES, {"text": value}, [value], [value, value], {rng.choice(keys): value}])
+    return rng.choice(
+        [*BAD_VALUES, {"text": value}, [value], [value, value], {rng.choice(keys): value}]
+    )
 
 
 def damaged(rng: random.Random, line: bytes) -> bytes:
     """`line` with some bytes cut, doubled or overwritten; never with a line feed in it."""
     spot, size = rng.randrange(len(line)), rng.randrange(1, 8)
     noise = bytes(rng.randrange(256) for _ in range(size))
-    changed = [line[:spot], line[:spot] + line[spot + size :], line[:spot] + noise + line[spot + size :], line[: spot + size] + line[spot:]]
+    changed = [
+        line[:spot],
+        line[:spot] + line[spot + size :],
+        line[:spot] + noise + line[spot + size :],
+        line[: spot + size] + line[spot:],
+    ]
     return rng.choice(changed).replace(b"\n", b"\r")
 
 
@@ -149,7 +204,24 @@ def survive(count: int) -> dict[str, Any]:
     from cllm.data.schema import REASONS, SCHEMA_KEYS
 
     rng, start = random.Random(5), time.perf_counter()
-    stock, keys = seeds(), sorted(SCHEMA_KEYS | {"from", "value", "role", "label", "tools", "human", "q", "message", "tool_calls", "foo"})
+    stock, keys = (
+        seeds(),
+        sorted(
+            SCHEMA_KEYS
+            | {
+                "from",
+                "value",
+                "role",
+                "label",
+                "tools",
+                "human",
+                "q",
+                "message",
+                "tool_calls",
+                "foo",
+            }
+        ),
+    )
     outcome: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "rows.jsonl"
@@ -159,7 +231,9 @@ def survive(count: int) -> dict[str, Any]:
                 row = rng.choice(stock)
                 for _ in range(rng.randrange(4)):
                     row = mutated(rng, row, keys)
-                line = json.dumps(row, ensure_ascii=rng.random() < 0.3).encode("utf-8", "surrogatepass")
+                line = json.dumps(row, ensure_ascii=rng.random() < 0.3).encode(
+                    "utf-8", "surrogatepass"
+                )
                 lines.append(damaged(rng, line) if rng.random() < 0.4 else line)
             path.write_bytes(b"\n".join(lines))
             results = list(iter_conversations(path))
@@ -175,8 +249,14 @@ def survive(count: int) -> dict[str, Any]:
                     assert message.content.strip(), result
                     message.content.encode()
                     for word in ("None", "nan", "{'"):
-                        assert word not in message.content or word.encode() in lines[result.line - 1], (lines[result.line - 1], result)
-    return {"rows": count, "seconds": round(time.perf_counter() - start, 1), "outcome": dict(outcome.most_common())}
+                        assert (
+                            word not in message.content or word.encode() in lines[result.line - 1]
+                        ), (lines[result.line - 1], result)
+    return {
+        "rows": count,
+        "seconds": round(time.perf_counter() - start, 1),
+        "outcome": dict(outcome.most_common()),
+    }
 
 
 def best_of_three(job: Callable[[], object]) -> float:
@@ -201,19 +281,26 @@ def speed(count: int) -> dict[str, Any]:
         conversations, rejects = read_conversations(lines)
         assert (len(conversations), len(rejects)) == (count, 0)
         jobs: dict[str, tuple[Path, Callable[[], object]]] = {
-            "json_loads": (lines, lambda: [json.loads(line) for line in lines.open(encoding="utf-8")]),
+            "json_loads": (
+                lines,
+                lambda: [json.loads(line) for line in lines.open(encoding="utf-8")],
+            ),
             "lines_collected": (lines, lambda: read_conversations(lines)),
             "lines_streamed": (lines, lambda: sum(1 for _ in iter_conversations(lines))),
             "array_streamed": (array, lambda: sum(1 for _ in iter_conversations(array))),
         }
         for name, (path, job) in jobs.items():
-            found[f"{name}_mb_per_second"] = round(path.stat().st_size / 1e6 / best_of_three(job), 1)
+            found[f"{name}_mb_per_second"] = round(
+                path.stat().st_size / 1e6 / best_of_three(job), 1
+            )
         found["megabytes"] = round(lines.stat().st_size / 1e6, 1)
     return found
 
 
 def stage(file: str, tokenizer_path: str, row_tokens: int) -> dict[str, Any]:
-    """Our data stage as `cllm.train` runs it, in this process; CLLM_DATA_CACHE says where the cache is."""
+    """Our data stage as `cllm.train` runs it, in this process; CLLM_DATA_CACHE says where the cache
+    is.
+    """
     import transformers.utils.chat_template_utils  # noqa: F401  # imports are timed on neither side
 
     from cllm.config import DataConfig, Source
@@ -228,17 +315,30 @@ def stage(file: str, tokenizer_path: str, row_tokens: int) -> dict[str, Any]:
     examples, _, _ = encode_set(found.train, tokenizer, kind="chat", max_tokens=row_tokens)
     held_out, _, _ = encode_set(found.held_out, tokenizer, kind="chat", max_tokens=row_tokens)
     packed = PackedRows(examples, row_tokens, seed=1), PackedRows(held_out, row_tokens)
-    seconds = {"seconds": round(time.perf_counter() - start, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+    seconds = {
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+    }
     return seconds | {"tokens": sum(examples.sizes), "rows": len(packed[0])}
 
 
-def side_by_side(lines: list[str], peer: str, tokenizer: str, row_tokens: int, repeat: int) -> dict[str, Any]:
-    """Ours cold, ours warm, the peer with one worker and with two, in turn; the best of `repeat` runs of each."""
+def side_by_side(
+    lines: list[str], peer: str, tokenizer: str, row_tokens: int, repeat: int
+) -> dict[str, Any]:
+    """Ours cold, ours warm, the peer with one worker and with two, in turn; the best of `repeat`
+    runs of each.
+    """
 
     def run(*command: object) -> dict[str, Any]:
-        environment = {**os.environ, "CLLM_DATA_CACHE": str(cache), "PYTHONPATH": str(ROOT) if command[0] == sys.executable else ""}
+        environment = {
+            **os.environ,
+            "CLLM_DATA_CACHE": str(cache),
+            "PYTHONPATH": str(ROOT) if command[0] == sys.executable else "",
+        }
         environment.pop("OMP_NUM_THREADS", None)
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            list(map(str, command)), env=environment, capture_output=True, text=True, check=True
+        )
         return dict(json.loads(done.stdout.strip().split("\n")[-1]))
 
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -248,12 +348,27 @@ def side_by_side(lines: list[str], peer: str, tokenizer: str, row_tokens: int, r
         for _ in range(repeat):
             shutil.rmtree(cache, ignore_errors=True)
             for name in ("cold", "warm"):
-                runs.setdefault(name, []).append(run(sys.executable, __file__, "--stage", file, "--tokenizer", tokenizer))
+                runs.setdefault(name, []).append(
+                    run(sys.executable, __file__, "--stage", file, "--tokenizer", tokenizer)
+                )
             for workers in (1, 2):
-                command = [peer, ROOT / "bench" / "llamafactory_data.py", file, tokenizer, workers, row_tokens]
+                command = [
+                    peer,
+                    ROOT / "bench" / "llamafactory_data.py",
+                    file,
+                    tokenizer,
+                    workers,
+                    row_tokens,
+                ]
                 runs.setdefault(f"peer_{workers}", []).append(run(*command))
-    best: dict[str, Any] = {name: min(found, key=lambda one: one["seconds"]) for name, found in runs.items()}
-    ratios = {f"{key}_{n}": round(best[f"peer_{n}"][key] / best["cold"][key], 2) for n in (1, 2) for key in ("seconds", "cpu_seconds")}
+    best: dict[str, Any] = {
+        name: min(found, key=lambda one: one["seconds"]) for name, found in runs.items()
+    }
+    ratios = {
+        f"{key}_{n}": round(best[f"peer_{n}"][key] / best["cold"][key], 2)
+        for n in (1, 2)
+        for key in ("seconds", "cpu_seconds")
+    }
     fast = best["warm"]["seconds"] < 1 and min(ratios["seconds_1"], ratios["seconds_2"]) >= 5
     return {
         "instruction_rows": len(lines),
@@ -266,13 +381,19 @@ def side_by_side(lines: list[str], peer: str, tokenizer: str, row_tokens: int, r
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--mutate", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peer", metavar="PYTHON")
     parser.add_argument("--tokenizer", metavar="DIR")
-    parser.add_argument("--file", type=Path, help="with --peer: JSON Lines of instruction, input, output in place of made-up rows")
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="with --peer: JSON Lines of instruction, input, output in place of made-up rows",
+    )
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--stage", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -281,19 +402,30 @@ def main() -> int:
         return 0
     if options.peer:
         lines = (
-            options.file.read_text(encoding="utf-8").rstrip("\n").split("\n") if options.file else list(map(json_line, rows(options.rows)))
+            options.file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            if options.file
+            else list(map(json_line, rows(options.rows)))
         )
         compared = side_by_side(lines, options.peer, options.tokenizer, ROW_TOKENS, options.repeat)
-        compared["command"] = f"python bench/data.py --peer PYTHON --tokenizer DIR --repeat {options.repeat}" + " --file FILE" * bool(
-            options.file
+        compared["command"] = (
+            f"python bench/data.py --peer PYTHON --tokenizer DIR --repeat {options.repeat}"
+            + " --file FILE" * bool(options.file)
         )
         if options.out:
             options.out.write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(compared))
         return 0 if compared["passed"] else 1
-    found: dict[str, Any] = {"machine": f"{platform.machine()}, Python {platform.python_version()}", "speed": speed(options.rows)}
-    slowest = min(value for key, value in found["speed"].items() if key.startswith(("lines", "array")))
-    found["threshold_mb_per_second"], found["passed"] = THRESHOLD_MB_PER_SECOND, slowest >= THRESHOLD_MB_PER_SECOND
+    found: dict[str, Any] = {
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "speed": speed(options.rows),
+    }
+    slowest = min(
+        value for key, value in found["speed"].items() if key.startswith(("lines", "array"))
+    )
+    found["threshold_mb_per_second"], found["passed"] = (
+        THRESHOLD_MB_PER_SECOND,
+        slowest >= THRESHOLD_MB_PER_SECOND,
+    )
     if options.mutate:
         found["mutated"] = survive(options.mutate)
     text = json.dumps(found, ensure_ascii=False)

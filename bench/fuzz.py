@@ -1,8 +1,10 @@
-"""schemathesis against the API: `python bench/fuzz.py [--examples 100] [--out FILE]`, with `pip install schemathesis`.
+"""schemathesis against the API: `python bench/fuzz.py [--examples 100] [--out FILE]`, with `pip
+install schemathesis`.
 
-Serves a tiny random model with its page and lets schemathesis (all its checks: schema-valid requests are accepted, invalid ones refused,
-statuses, content types and bodies as described, no server errors) loose on what /openapi.json says. Answers are cut at 4 tokens, so that
-the time goes into requests. Exit code: schemathesis' own; the last line of stdout is JSON.
+Serves a tiny random model with its page and lets schemathesis (all its checks: schema-valid
+requests are accepted, invalid ones refused, statuses, content types and bodies as described, no
+server errors) loose on what /openapi.json says. Answers are cut at 4 tokens, so that the time goes
+into requests. Exit code: schemathesis' own; the last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ URL = "http://127.0.0.1:7897"
 
 
 class Few(ChatRequest):
-    """No schema can say that 1,024 messages are too long for this model of 1,024 positions (400): here all that are allowed fit."""
+    """No schema can say that 1,024 messages are too long for this model of 1,024 positions (400):
+    here all that are allowed fit.
+    """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=16)]
 
@@ -56,29 +60,55 @@ def main() -> int:
         loaded = open_tiny(Path(folder))
         engine = loaded.engine()
         app = Guard(mount_page(build_app(loaded, engine), loaded, engine))
-        server = uvicorn.Server(uvicorn.Config(app, port=int(URL.rpartition(":")[2]), log_level="error"))
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=int(URL.rpartition(":")[2]), log_level="error")
+        )
         threading.Thread(target=server.run, daemon=True).start()
         while not server.started:
             time.sleep(0.01)
-        program = [Path(sys.executable).with_name("schemathesis"), "run", f"{URL}/openapi.json", "--checks", "all", "--no-color"]
+        program = [
+            Path(sys.executable).with_name("schemathesis"),
+            "run",
+            f"{URL}/openapi.json",
+            "--checks",
+            "all",
+            "--no-color",
+        ]
         # Only what OpenAI's API has: the page's own routes are not described.
-        options = ["--max-examples", str(arguments.examples), "--phases", arguments.phases, "--request-timeout", "60", "--seed", "1"]
+        options = [
+            "--max-examples",
+            str(arguments.examples),
+            "--phases",
+            arguments.phases,
+            "--request-timeout",
+            "60",
+            "--seed",
+            "1",
+        ]
         start = time.perf_counter()
-        done = subprocess.run([*program, *options], stdout=subprocess.PIPE, encoding="utf-8", cwd=folder, check=False)
+        done = subprocess.run(
+            [*program, *options], stdout=subprocess.PIPE, encoding="utf-8", cwd=folder, check=False
+        )
         seconds = time.perf_counter() - start
         alive = httpx.get(f"{URL}/health").status_code == 200 and httpx.get(URL).status_code == 200
         print(done.stdout, file=sys.stderr)
         server.should_exit = True
         engine.close()
     counted = re.search(r"(\d+) generated", done.stdout)
-    result = {"command": " ".join(["python", "bench/fuzz.py", *sys.argv[1:]]), "exit_code": done.returncode, "seconds": round(seconds, 1)}
+    result = {
+        "command": " ".join(["python", "bench/fuzz.py", *sys.argv[1:]]),
+        "exit_code": done.returncode,
+        "seconds": round(seconds, 1),
+    }
     result |= {
         "requests": int(counted[1]) if counted else 0,
         "healthy_afterwards": alive,
         "summary": done.stdout[done.stdout.find("SUMMARY") :],
     }
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        arguments.out.write_text(
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     print(json.dumps(result, ensure_ascii=False))
     return done.returncode or int(not alive)
 

@@ -1,15 +1,20 @@
-"""Gemma 3 270M (262k vocabulary) on the CPU, side by side with Trainer + PEFT: the same weights, samples, adapter and losses.
+"""Gemma 3 270M (262k vocabulary) on the CPU, side by side with Trainer + PEFT: the same weights,
+samples, adapter and losses.
 
-    OMP_NUM_THREADS=1 python bench/gemma_vs_peft.py [--model models/gemma-3-270m-q4_k_m.gguf] [--out bench/results/gemma270m_vs_peft.json]
+    OMP_NUM_THREADS=1 python bench/gemma_vs_peft.py [--model models/gemma-3-270m-q4_k_m.gguf] [--out
+    bench/results/gemma270m_vs_peft.json]
 
-Data: 12 conversations of 30-300 tokens made of the built-in demo's questions (several turns each), the first quarter masked, seed 0. Every
-step takes four of them: Trainer pads them to the longest, as its collator does; cllm packs them into one row. Both start from the same
-adapter file (r = 8 on all linears), AdamW 2e-4 constant, no weight decay, clipping at 1, float32 (bf16 is emulated on this CPU: four times
-slower).
+Data: 12 conversations of 30-300 tokens made of the built-in demo's questions (several turns each),
+the first quarter masked, seed 0. Every step takes four of them: Trainer pads them to the longest,
+as its collator does; cllm packs them into one row. Both start from the same adapter file (r = 8 on
+all linears), AdamW 2e-4 constant, no weight decay, clipping at 1, float32 (bf16 is emulated on this
+CPU: four times slower).
 
-Every side runs in a process of its own. "process": VmHWM, reset after the model and adapter are loaded, so it holds them, the interpreter
-and the libraries. "tensors": parameters, optimizer state and the most bytes of other storages alive at once (a census of one more step):
-what `max_memory_allocated` would show on a GPU. The claim is about both: at most 0.40 of Trainer + PEFT's defaults, with recomputed layers.
+Every side runs in a process of its own. "process": VmHWM, reset after the model and adapter are
+loaded, so it holds them, the interpreter and the libraries. "tensors": parameters, optimizer state
+and the most bytes of other storages alive at once (a census of one more step): what
+`max_memory_allocated` would show on a GPU. The claim is about both: at most 0.40 of Trainer +
+PEFT's defaults, with recomputed layers.
 """
 
 from __future__ import annotations
@@ -31,7 +36,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 BATCH, STEPS, RANK, ALPHA, RATE, LIMIT = 4, 3, 8, 16.0, 2e-4, 0.40
-SIDES = ("cllm-lora", "cllm-lora-checkpointing", "cllm-qlora-checkpointing", "peft-lora", "peft-lora-checkpointing")
+SIDES = (
+    "cllm-lora",
+    "cllm-lora-checkpointing",
+    "cllm-qlora-checkpointing",
+    "peft-lora",
+    "peft-lora-checkpointing",
+)
 
 
 def samples(model: Path) -> list[Any]:
@@ -58,7 +69,9 @@ def samples(model: Path) -> list[Any]:
 
 
 def start_adapter(folder: Path, model: Any) -> None:
-    """One adapter both sides start from; B is not zero, so that every gradient counts from the first step."""
+    """One adapter both sides start from; B is not zero, so that every gradient counts from the
+    first step.
+    """
     import torch
 
     from cllm.model.lora import adapter_tensors, inject_lora, save_adapter
@@ -96,7 +109,9 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
 
     examples = samples(model_path)
     precision = Precision.choose("fp32", "cpu")
-    model = load_model(model_path, dtype=torch.float32, quantize="nf4" if "qlora" in side else None).train()
+    model = load_model(
+        model_path, dtype=torch.float32, quantize="nf4" if "qlora" in side else None
+    ).train()
     load_adapter(model, adapter)
     checkpoint_layers(model, -1 if "checkpointing" in side else 0)
     optimizer = make_optimizer(model, RATE)
@@ -106,12 +121,20 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
 
     def step(row: Any) -> tuple[float, float]:
         start = time.perf_counter()
-        how: dict[str, Any] = {"precision": precision, "scaler": precision.scaler(), "max_norm": 1.0}
-        return train_step(model, [row], sft_loss, optimizer, **how).loss, time.perf_counter() - start
+        how: dict[str, Any] = {
+            "precision": precision,
+            "scaler": precision.scaler(),
+            "max_norm": 1.0,
+        }
+        return train_step(
+            model, [row], sft_loss, optimizer, **how
+        ).loss, time.perf_counter() - start
 
     losses, seconds = zip(*[step(row) for row in rows], strict=True)
     high, largest = proc("VmHWM"), max(rows, key=lambda row: len(row.input_ids))
-    return _result(losses, seconds, loaded, high, peak_bytes(lambda: step(largest), model, optimizer))
+    return _result(
+        losses, seconds, loaded, high, peak_bytes(lambda: step(largest), model, optimizer)
+    )
 
 
 def run_peft(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
@@ -135,17 +158,36 @@ def run_peft(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
         labels = [torch.tensor(item["labels"]) for item in items]
         mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
         padded = pad_sequence(labels, batch_first=True, padding_value=-100)
-        return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask, "labels": padded}
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": mask,
+            "labels": padded,
+        }
 
     def trainer(batch: list[Any], folder: str) -> tuple[Trainer, Clock]:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=BATCH, max_steps=len(batch) // BATCH, learning_rate=RATE, lr_scheduler_type="constant",
-            gradient_checkpointing="checkpointing" in side, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-            use_cpu=True, train_sampling_strategy="sequential",
-        )  # fmt: skip
+            folder,
+            per_device_train_batch_size=BATCH,
+            max_steps=len(batch) // BATCH,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            gradient_checkpointing="checkpointing" in side,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            train_sampling_strategy="sequential",
+        )
         clock = Clock(cuda=False)
         data: Any = [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in batch]
-        return Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock]), clock
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=collator,
+            callbacks=[clock],
+        ), clock
 
     with tempfile.TemporaryDirectory() as folder:
         run, clock = trainer(examples, folder)
@@ -153,28 +195,45 @@ def run_peft(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
         reset_high_water()
         run.train()
         high = proc("VmHWM")
-        state = [t for values in run.optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
+        state = [
+            t
+            for values in run.optimizer.state.values()
+            for t in values.values()
+            if isinstance(t, torch.Tensor)
+        ]
         held = storage_bytes([*model.parameters(), *model.buffers(), *state])
         batches = [examples[at : at + BATCH] for at in range(0, len(examples), BATCH)]
         largest = max(batches, key=lambda batch: max(len(e.input_ids) for e in batch))
         run.optimizer = run.lr_scheduler = None
-        # The census' trainer makes new AdamW moments during its step; those held above are the same number of bytes, so one is taken off.
-        peak = held + peak_storage_bytes(lambda: trainer(largest, folder)[0].train()) - storage_bytes(state)
+        # The census' trainer makes new AdamW moments during its step; those held above are the same
+        # number of bytes, so one is taken off.
+        peak = (
+            held
+            + peak_storage_bytes(lambda: trainer(largest, folder)[0].train())
+            - storage_bytes(state)
+        )
     return _result(clock.losses, clock.seconds, loaded, high, peak)
 
 
 def _result(losses: Any, seconds: Any, loaded: int, high: int, tensors: int) -> dict[str, Any]:
     return {
-        "losses": list(losses), "step_seconds": statistics.median(seconds), "loaded_bytes": loaded, "process_bytes": high,
+        "losses": list(losses),
+        "step_seconds": statistics.median(seconds),
+        "loaded_bytes": loaded,
+        "process_bytes": high,
         "tensor_bytes": tensors,
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
     """Run every side, compare, write the JSON; exit code 1 if a claim does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "gemma-3-270m-q4_k_m.gguf")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gemma270m_vs_peft.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "gemma270m_vs_peft.json"
+    )
     parser.add_argument("--side", nargs=2, metavar=("NAME", "ADAPTER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -191,8 +250,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         start_adapter(Path(folder), load_model(options.model, dtype=torch.float32))
         for side in SIDES:
-            command = [sys.executable, __file__, "--model", str(options.model), "--side", side, folder]
-            sides[side] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+            command = [
+                sys.executable,
+                __file__,
+                "--model",
+                str(options.model),
+                "--side",
+                side,
+                folder,
+            ]
+            sides[side] = json.loads(
+                subprocess.run(
+                    command, check=True, stdout=subprocess.PIPE, text=True
+                ).stdout.splitlines()[-1]
+            )
             print(side, json.dumps(sides[side]), file=sys.stderr, flush=True)
     batches = [examples[at : at + BATCH] for at in range(0, len(examples), BATCH)]
     padded = [BATCH * max(len(e.input_ids) for e in batch) for batch in batches]
@@ -202,24 +273,40 @@ def main() -> int:
         for kind in ("process_bytes", "tensor_bytes")
         for other in ("peft-lora", "peft-lora-checkpointing")
     }
-    difference = max(abs(a - b) / b for a, b in zip(mine["losses"], reference["losses"], strict=True))
+    difference = max(
+        abs(a - b) / b for a, b in zip(mine["losses"], reference["losses"], strict=True)
+    )
     holds = {
-        f"peak at most {LIMIT} of Trainer + PEFT defaults (process)": mine["process_bytes"] <= LIMIT * reference["process_bytes"],
-        f"peak at most {LIMIT} of Trainer + PEFT defaults (tensors)": mine["tensor_bytes"] <= LIMIT * reference["tensor_bytes"],
+        f"peak at most {LIMIT} of Trainer + PEFT defaults (process)": mine["process_bytes"]
+        <= LIMIT * reference["process_bytes"],
+        f"peak at most {LIMIT} of Trainer + PEFT defaults (tensors)": mine["tensor_bytes"]
+        <= LIMIT * reference["tensor_bytes"],
         "losses agree to 1e-4": difference < 1e-4,
-        "QLoRA's peak below LoRA's (tensors)": sides["cllm-qlora-checkpointing"]["tensor_bytes"] < mine["tensor_bytes"],
-        "QLoRA's peak below LoRA's (process)": sides["cllm-qlora-checkpointing"]["process_bytes"] < mine["process_bytes"],
+        "QLoRA's peak below LoRA's (tensors)": sides["cllm-qlora-checkpointing"]["tensor_bytes"]
+        < mine["tensor_bytes"],
+        "QLoRA's peak below LoRA's (process)": sides["cllm-qlora-checkpointing"]["process_bytes"]
+        < mine["process_bytes"],
     }
     data = {
-        "tokens": [sum(len(e.input_ids) for e in batch) for batch in batches], "padded_tokens": padded,
+        "tokens": [sum(len(e.input_ids) for e in batch) for batch in batches],
+        "padded_tokens": padded,
         "supervised": [collate(batch).weight for batch in batches],
-        "trainer": f"{BATCH} samples padded to the longest", "cllm": f"the same {BATCH} samples in one packed row",
-    }  # fmt: skip
+        "trainer": f"{BATCH} samples padded to the longest",
+        "cllm": f"the same {BATCH} samples in one packed row",
+    }
     result = {
-        "command": "OMP_NUM_THREADS=1 python bench/gemma_vs_peft.py", "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 thread",
-        "torch": torch.__version__, "precision": "fp32", "rank": RANK, "steps": STEPS, "data": data, "sides": sides, "ratios": ratios,
-        "largest_relative_loss_difference": difference, "holds": holds,
-    }  # fmt: skip
+        "command": "OMP_NUM_THREADS=1 python bench/gemma_vs_peft.py",
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 thread",
+        "torch": torch.__version__,
+        "precision": "fp32",
+        "rank": RANK,
+        "steps": STEPS,
+        "data": data,
+        "sides": sides,
+        "ratios": ratios,
+        "largest_relative_loss_difference": difference,
+        "holds": holds,
+    }
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
     return 0 if all(holds.values()) else 1

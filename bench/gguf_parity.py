@@ -1,9 +1,11 @@
-"""Our GGUF loading against Transformers' own, on real weights: every weight, the logits, CPU seconds and peak memory.
+"""Our GGUF loading against Transformers' own, on real weights: every weight, the logits, CPU
+seconds and peak memory.
 
     python tools/fetch_model.py gemma3-270m smollm2
     python bench/gguf_parity.py            (about three minutes on one core; writes bench/results/gguf_parity.json)
 
-Thresholds: weights equal, logits within 1e-4 in float32. The greedy continuations are recorded to be read.
+Thresholds: weights equal, logits within 1e-4 in float32. The greedy continuations are recorded to
+be read.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def continue_greedily(model: Any, ids: list[int], count: int) -> list[int]:
     """`count` ids by argmax."""
     import torch
 
-    # Transformers 5.24 renames the argument and what is returned: the older name only warns from then on
+    # Transformers 5.24 renames the argument and what is returned: the older name only warns from
+    # then on
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache, last, new = None, torch.tensor([ids]), []
     with torch.no_grad():
@@ -48,13 +51,17 @@ def loaded(path: Path, ours: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
 def cost(path: Path, who: str) -> dict[str, float]:
     """CPU seconds and peak resident memory of loading alone, in a fresh process."""
     command = [sys.executable, __file__, who, str(path)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
@@ -76,16 +83,27 @@ def main() -> int:
         with torch.no_grad():
             difference = (ours(input_ids=ids).logits - theirs(input_ids=ids).logits).abs().max()
         start = [tokenizer.bos_id or 0] if "gemma" in name else []
-        texts = {p: tokenizer.decode(continue_greedily(ours, start + tokenizer.encode(p), 40)) for p in PROMPTS}
+        texts = {
+            p: tokenizer.decode(continue_greedily(ours, start + tokenizer.encode(p), 40))
+            for p in PROMPTS
+        }
         results[name] = {
-            "weights_equal": own.keys() == reference.keys() and all(torch.equal(own[key], reference[key]) for key in own),
+            "weights_equal": own.keys() == reference.keys()
+            and all(torch.equal(own[key], reference[key]) for key in own),
             "max_abs_logit_difference": float(difference),
             "greedy": texts,
         }
         del ours, theirs, reference, own
         results[name] |= {who: cost(path, who) for who in ("cllm", "transformers")}
-    good = all(r["weights_equal"] and r["max_abs_logit_difference"] < 1e-4 for r in results.values())
-    report = {"command": "python bench/gguf_parity.py", "machine": platform.platform(), "equal": good, "files": results}
+    good = all(
+        r["weights_equal"] and r["max_abs_logit_difference"] < 1e-4 for r in results.values()
+    )
+    report = {
+        "command": "python bench/gguf_parity.py",
+        "machine": platform.platform(),
+        "equal": good,
+        "files": results,
+    }
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     (ROOT / "bench" / "results" / "gguf_parity.json").write_text(text, encoding="utf-8")
     print(json.dumps(report, ensure_ascii=False))
@@ -101,7 +119,8 @@ if __name__ == "__main__":
         loaded(Path(sys.argv[2]), ours=sys.argv[1] == "cllm")
         spent = time.process_time() - before
         status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024  # ru_maxrss is the parent's, too
+        # ru_maxrss is the parent's, too
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
         print(json.dumps({"cpu_seconds": round(spent, 1), "peak_resident_bytes": peak}))
         raise SystemExit(0)
     raise SystemExit(main())

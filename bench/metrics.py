@@ -3,8 +3,9 @@
     pip install -e . sacrebleu==2.6.0 rouge-score==0.1.2 rouge-chinese==1.0.3 nltk==3.10.4
     python bench/metrics.py [--pairs 1000] [--length 300] [--out bench/results/metrics.json]
 
-Both sides score the same pairs (texts generated from a seed) in alternating blocks and must agree; times are CPU seconds of
-this process, so that other programs on the machine disturb them less. Exit code 1 if a ratio misses its threshold.
+Both sides score the same pairs (texts generated from a seed) in alternating blocks and must agree;
+times are CPU seconds of this process, so that other programs on the machine disturb them less. Exit
+code 1 if a ratio misses its threshold.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ MARKS = "，，，，。。。！？：；"
 
 
 def make_pairs(number: int, length: int, seed: int = 7) -> tuple[list[str], list[str]]:
-    """`number` references of `length` characters, and hypotheses with about a third of the words changed."""
+    """`number` references of `length` characters, and hypotheses with about a third of the words
+    changed.
+    """
     rng = random.Random(seed)
     hypotheses, references = [], []
     for _ in range(number):
@@ -64,8 +67,12 @@ def llama_factory(hypothesis: str, reference: str) -> dict[str, float]:
     """LLaMA-Factory 0.9.5's similarity metrics of one pair, from the packages it calls."""
     words, expected = " ".join(jieba.cut(hypothesis)), " ".join(jieba.cut(reference))
     rouge = Rouge().get_scores(words, expected)[0]
-    bleu = nltk_sentence_bleu([list(reference)], list(hypothesis), smoothing_function=SmoothingFunction().method3)
-    return {name: round(part["f"] * 100, 4) for name, part in rouge.items()} | {"bleu-4": round(bleu * 100, 4)}
+    bleu = nltk_sentence_bleu(
+        [list(reference)], list(hypothesis), smoothing_function=SmoothingFunction().method3
+    )
+    return {name: round(part["f"] * 100, 4) for name, part in rouge.items()} | {
+        "bleu-4": round(bleu * 100, 4)
+    }
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, object]:
@@ -99,7 +106,10 @@ def compare(
         if not agree(results["ours"], results["theirs"]):
             raise SystemExit(f"{name}: the two sides disagree in block {block}")
     ratio = spent["theirs"] / spent["ours"]
-    print(f"{name:42} {spent['ours']:8.3f} s {spent['theirs']:8.2f} s {ratio:7.1f}x (at least {threshold:g}x)", flush=True)
+    print(
+        f"{name:42} {spent['ours']:8.3f} s {spent['theirs']:8.2f} s {ratio:7.1f}x (at least {threshold:g}x)",
+        flush=True,
+    )
     return {
         "name": name,
         "ours_seconds": round(spent["ours"], 4),
@@ -113,7 +123,12 @@ def compare(
 def within(name: str, function: Callable[[], object], limit: float) -> dict[str, object]:
     best = min(seconds(function)[0] for _ in range(3))
     print(f"{name:42} {best:8.4f} s (under {limit:g} s)", flush=True)
-    return {"name": name, "ours_seconds": round(best, 4), "limit_seconds": limit, "met": best < limit}
+    return {
+        "name": name,
+        "ours_seconds": round(best, 4),
+        "limit_seconds": limit,
+        "met": best < limit,
+    }
 
 
 def run(number: int, length: int) -> list[dict[str, object]]:
@@ -131,14 +146,23 @@ def run(number: int, length: int) -> list[dict[str, object]]:
         ),
         (
             "ROUGE-L characters / rouge-score",
-            lambda hyps, refs: [100 * f for _, _, f, _ in metrics.corpus_statistics(rouge_l, hyps, [refs])],
-            lambda hyps, refs: [100 * scorer.score(r, h)["rougeL"].fmeasure for h, r in zip(hyps, refs, strict=True)],
+            lambda hyps, refs: [
+                100 * f for _, _, f, _ in metrics.corpus_statistics(rouge_l, hyps, [refs])
+            ],
+            lambda hyps, refs: [
+                100 * scorer.score(r, h)["rougeL"].fmeasure for h, r in zip(hyps, refs, strict=True)
+            ],
             100.0,
         ),
         (
             "generation_scores / LLaMA-Factory's way",
-            lambda hyps, refs: [list(metrics.generation_scores(h, r).values()) for h, r in zip(hyps, refs, strict=True)],
-            lambda hyps, refs: [list(llama_factory(h, r).values()) for h, r in zip(hyps, refs, strict=True)],
+            lambda hyps, refs: [
+                list(metrics.generation_scores(h, r).values())
+                for h, r in zip(hyps, refs, strict=True)
+            ],
+            lambda hyps, refs: [
+                list(llama_factory(h, r).values()) for h, r in zip(hyps, refs, strict=True)
+            ],
             5.0,
         ),
     ]
@@ -148,26 +172,46 @@ def run(number: int, length: int) -> list[dict[str, object]]:
         results.append(compare(name, ours, theirs, pairs, threshold))
     (long_hyp,), (long_ref,) = make_pairs(1, 5000, seed=9)
     uncached = lcs_length.__wrapped__
-    results.append(within("LCS of 5,000 x 5,000 characters", lambda: uncached(tuple(long_hyp), tuple(long_ref)), 0.05))
+    results.append(
+        within(
+            "LCS of 5,000 x 5,000 characters",
+            lambda: uncached(tuple(long_hyp), tuple(long_ref)),
+            0.05,
+        )
+    )
     bleu = metrics.BLEU()
-    system_a, system_b = (metrics.corpus_statistics(bleu, texts, [pairs[1]]) for texts in (pairs[0], pairs[1][1:] + pairs[1][:1]))
+    system_a, system_b = (
+        metrics.corpus_statistics(bleu, texts, [pairs[1]])
+        for texts in (pairs[0], pairs[1][1:] + pairs[1][:1])
+    )
     test = f"paired bootstrap, 1,000 resamples of {number:,} pairs"
-    results.append(within(test, lambda: metrics.paired_bootstrap(bleu.score, system_a, system_b, resamples=1000), 1.0))
+    results.append(
+        within(
+            test,
+            lambda: metrics.paired_bootstrap(bleu.score, system_a, system_b, resamples=1000),
+            1.0,
+        )
+    )
     return results
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--length", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "metrics.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "metrics.json"
+    )
     options = parser.parse_args()
     results = run(options.pairs, options.length)
     packages = ["numpy", "jieba", "sacrebleu", "rouge-score", "rouge-chinese", "nltk"]
     report = {
         "command": f"python bench/metrics.py --pairs {options.pairs} --length {options.length}",
         "measured": "CPU seconds of one process, both sides in alternating blocks of the same pairs",
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
         "machine": platform.machine(),
         "results": results,
     }

@@ -1,8 +1,10 @@
-"""The peer of `python -m cllm.bench --against peft`: Trainer + PEFT on the same random weights, rows and adapter sizes.
+"""The peer of `python -m cllm.bench --against peft`: Trainer + PEFT on the same random weights,
+rows and adapter sizes.
 
-Called with one JSON argument by cllm.bench; prints one JSON line: for Trainer's defaults ("plain") and with gradient checkpointing,
-step time, tokens per second, peak (max_memory_allocated, on the CPU the same storage census) and the first loss. The usual recipe:
-`prepare_model_for_kbit_training` and bitsandbytes' Linear4bit for NF4, bf16 weights, PEFT's float32 adapters, fused AdamW.
+Called with one JSON argument by cllm.bench; prints one JSON line: for Trainer's defaults ("plain")
+and with gradient checkpointing, step time, tokens per second, peak (max_memory_allocated, on the
+CPU the same storage census) and the first loss. The usual recipe: `prepare_model_for_kbit_training`
+and bitsandbytes' Linear4bit for NF4, bf16 weights, PEFT's float32 adapters, fused AdamW.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Clock(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.start)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         self.losses += [logs["loss"]] if logs and "loss" in logs else []
 
 
@@ -74,14 +78,29 @@ def build(spec: dict[str, Any], device: str, checkpointing: bool) -> Any:
             if type(linear) is nn.Linear and linear is not head:
                 has_bias = linear.bias is not None
                 new = Linear4bit(
-                    linear.in_features, linear.out_features, bias=has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
+                    linear.in_features,
+                    linear.out_features,
+                    bias=has_bias,
+                    compute_dtype=dtype,
+                    quant_type="nf4",
+                    device="meta",
                 )
-                new.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(device)
+                new.weight = Params4bit(
+                    linear.weight.data, requires_grad=False, quant_type="nf4"
+                ).to(device)
                 new.bias = linear.bias
                 model.set_submodule(name, new)
         model.is_loaded_in_4bit = True
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    return get_peft_model(model, LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=spec["rank"],
+            lora_alpha=spec["alpha"],
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 def measure(spec: dict[str, Any], device: str, checkpointing: bool, folder: str) -> dict[str, Any]:
@@ -90,7 +109,12 @@ def measure(spec: dict[str, Any], device: str, checkpointing: bool, folder: str)
     model = build(spec, device, checkpointing)
 
     def trainer(steps: int) -> tuple[Trainer, Clock]:
-        settings: dict[str, Any] = {"max_steps": steps, "gradient_checkpointing": checkpointing, "seed": spec["seed"], "use_cpu": not cuda}
+        settings: dict[str, Any] = {
+            "max_steps": steps,
+            "gradient_checkpointing": checkpointing,
+            "seed": spec["seed"],
+            "use_cpu": not cuda,
+        }
         settings |= {
             "logging_steps": 1,
             "report_to": [],
@@ -98,7 +122,12 @@ def measure(spec: dict[str, Any], device: str, checkpointing: bool, folder: str)
             "disable_tqdm": True,
             "bf16": model.dtype == torch.bfloat16,
         }
-        arguments = TrainingArguments(folder, per_device_train_batch_size=1, gradient_accumulation_steps=ROWS_PER_STEP, **settings)
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=ROWS_PER_STEP,
+            **settings,
+        )
         clock = Clock(cuda)
         rows = Rows(spec["row_tokens"], model.config.vocab_size)
         return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock]), clock
@@ -111,17 +140,33 @@ def measure(spec: dict[str, Any], device: str, checkpointing: bool, folder: str)
     if cuda:
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = storage_bytes([*model.parameters(), *model.buffers()]) + peak_storage_bytes(lambda: trainer(2)[0].train())
+        peak = storage_bytes([*model.parameters(), *model.buffers()]) + peak_storage_bytes(
+            lambda: trainer(2)[0].train()
+        )
     median = statistics.median(clock.seconds[1:])
     speed = ROWS_PER_STEP * spec["row_tokens"] / median
-    return {"step_seconds": median, "tokens_per_second": speed, "peak_bytes": peak, "first_loss": clock.losses[0]}
+    return {
+        "step_seconds": median,
+        "tokens_per_second": speed,
+        "peak_bytes": peak,
+        "first_loss": clock.losses[0],
+    }
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    device = spec["device"] if spec["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = (
+        spec["device"]
+        if spec["device"] != "auto"
+        else "cuda"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        results = {name: measure(spec, device, name == "checkpointing", folder) for name in ("plain", "checkpointing")}
+        results = {
+            name: measure(spec, device, name == "checkpointing", folder)
+            for name in ("plain", "checkpointing")
+        }
     print(json.dumps(results))
 
 

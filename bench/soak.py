@@ -1,8 +1,10 @@
-"""Many clients for a while; a third leave midway, malformed bodies between: `python bench/soak.py RUN [--requests 2000] [--clients 32]`.
+"""Many clients for a while; a third leave midway, malformed bodies between: `python bench/soak.py
+RUN [--requests 2000] [--clients 32]`.
 
-Every client asks for greedy answers to its own questions, so that an answer of another client would be seen. Afterwards nothing may
-run or wait, the server must still answer, and the memory may not have grown by more than 5 % over its least since the third of ten
-waves (allocators need that long to settle). The last line of stdout is JSON.
+Every client asks for greedy answers to its own questions, so that an answer of another client would
+be seen. Afterwards nothing may run or wait, the server must still answer, and the memory may not
+have grown by more than 5 % over its least since the third of ten waves (allocators need that long
+to settle). The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -40,15 +42,30 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
-async def client(number: int, http: httpx.AsyncClient, requests: int, counts: dict[str, int], expected: dict[str, str]) -> None:
+async def client(
+    number: int,
+    http: httpx.AsyncClient,
+    requests: int,
+    counts: dict[str, int],
+    expected: dict[str, str],
+) -> None:
     chance = random.Random(f"{number} {sum(counts.values())}")
     for _ in range(requests):
         kind = chance.choice(("whole", "stream", "leave", "leave", "stream", "malformed"))
         question = f"第{number}位客人问：{'你好' * (number % 5 + 1)}"
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 48, "stream": kind != "whole"}
+        body = {
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": 48,
+            "stream": kind != "whole",
+        }
         counts[kind] = counts.get(kind, 0) + 1
         if kind == "malformed":
-            answer = await http.post("/v1/chat/completions", content=chance.choice(MALFORMED), headers={"content-type": "application/json"})
+            answer = await http.post(
+                "/v1/chat/completions",
+                content=chance.choice(MALFORMED),
+                headers={"content-type": "application/json"},
+            )
             assert answer.status_code in (400, 413), answer.status_code
             continue
         text, done = "", kind != "stream"
@@ -65,7 +82,9 @@ async def client(number: int, http: httpx.AsyncClient, requests: int, counts: di
                 if kind == "leave" and pieces >= leave_after:
                     break
         assert done, "a stream did not end"
-        known = expected.setdefault(question, text) if kind != "leave" else expected.get(question, text)
+        known = (
+            expected.setdefault(question, text) if kind != "leave" else expected.get(question, text)
+        )
         assert known.startswith(text) if kind == "leave" else known == text, (question, known, text)
 
 
@@ -84,7 +103,13 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = open_model(arguments.run)
     engine = loaded.engine()
-    server = uvicorn.Server(uvicorn.Config(Guard(mount_page(build_app(loaded, engine), loaded, engine)), port=7898, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            Guard(mount_page(build_app(loaded, engine), loaded, engine)),
+            port=7898,
+            log_level="error",
+        )
+    )
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
         time.sleep(0.01)
@@ -92,9 +117,16 @@ def main() -> None:
     expected: dict[str, str] = {}
 
     async def wave(requests: int) -> None:
-        async with httpx.AsyncClient(base_url="http://127.0.0.1:7898", timeout=600, limits=httpx.Limits(max_connections=64)) as http:
-            shares = [requests // arguments.clients + (n < requests % arguments.clients) for n in range(arguments.clients)]
-            await asyncio.gather(*(client(n, http, share, counts, expected) for n, share in enumerate(shares)))
+        async with httpx.AsyncClient(
+            base_url="http://127.0.0.1:7898", timeout=600, limits=httpx.Limits(max_connections=64)
+        ) as http:
+            shares = [
+                requests // arguments.clients + (n < requests % arguments.clients)
+                for n in range(arguments.clients)
+            ]
+            await asyncio.gather(
+                *(client(n, http, share, counts, expected) for n, share in enumerate(shares))
+            )
 
     start = time.perf_counter()
     resident = []
@@ -112,8 +144,17 @@ def main() -> None:
     assert resident[-1] < 1.05 * min(resident[2:]), f"memory grew: {resident}"
     server.should_exit = True
     engine.close()
-    result = {"requests": sum(counts.values()), **counts, "clients": arguments.clients, "seconds": round(time.perf_counter() - start, 1)}
-    result |= {"command": " ".join(["python", "bench/soak.py", *sys.argv[1:]]), "steps": stats["steps"], "memory_bytes": resident}
+    result = {
+        "requests": sum(counts.values()),
+        **counts,
+        "clients": arguments.clients,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    result |= {
+        "command": " ".join(["python", "bench/soak.py", *sys.argv[1:]]),
+        "steps": stats["steps"],
+        "memory_bytes": resident,
+    }
     result |= {"generated_tokens": stats["generated_tokens"], "questions_checked": len(expected)}
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,9 @@ __version__ = "0.1.0"
 
 
 def on_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__` (PEP 562) that imports its names when they are first used; homes: name -> module."""
+    """A package's `__getattr__` (PEP 562) that imports its names when they are first used; homes:
+    name -> module.
+    """
 
     def load(name: str) -> Any:
         from importlib import import_module

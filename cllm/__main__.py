@@ -1,4 +1,6 @@
-"""`cllm train …` and the guard around every program: one line and exit 2 for the user's mistake, exit 1 for a fault."""
+"""`cllm train …` and the guard around every program: one line and exit 2 for the user's mistake,
+exit 1 for a fault.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,17 @@ PROGRAMS = ("train", "eval", "chat", "check", "bench", "export")
 
 
 def run(name: str, argv: list[str] | None = None) -> int:
-    """Run program `name`; returns its exit code: 0, 2 (user's mistake), 1 (fault), 130 (interrupted) or 141 (output closed)."""
-    for stream in (sys.stdout, sys.stderr):  # a Windows console or a C locale must not crash on Chinese
+    """Run program `name`; returns its exit code: 0, 2 (user's mistake), 1 (fault), 130
+    (interrupted) or 141 (output closed).
+    """
+    # a Windows console or a C locale must not crash on Chinese
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        code = int(importlib.import_module(f"cllm.{name}").main(sys.argv[1:] if argv is None else argv))
+        code = int(
+            importlib.import_module(f"cllm.{name}").main(sys.argv[1:] if argv is None else argv)
+        )
         sys.stdout.flush()
         return code
     except UserError as error:

@@ -1,4 +1,6 @@
-"""`python -m cllm.chat [RUN|MODEL]`: talk to a run or a bare model, on a web page with an OpenAI-compatible API, or in the terminal."""
+"""`python -m cllm.chat [RUN|MODEL]`: talk to a run or a bare model, on a web page with an
+OpenAI-compatible API, or in the terminal.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """A conversation in the shell: words go to the model, `/system /base /adapter /reset /save /quit` to this class."""
+    """A conversation in the shell: words go to the model, `/system /base /adapter /reset /save
+    /quit` to this class.
+    """
 
-    def __init__(self, loaded: Loaded, engine: Engine, write: Callable[[str], object] = sys.stdout.write) -> None:
+    def __init__(
+        self, loaded: Loaded, engine: Engine, write: Callable[[str], object] = sys.stdout.write
+    ) -> None:
         self.loaded, self.engine, self.write = loaded, engine, write
         self.name = next(iter(loaded.models))
         self.system = ""
@@ -59,7 +65,11 @@ class Terminal:
         elif word in ("base", "adapter"):
             name = "base" if word == "base" else rest.strip() or self.loaded.adapter_name
             if name not in self.loaded.models:
-                raise UserError("chat.no_adapter", model=self.loaded.base_name, known=", ".join(self.loaded.adapters) or "-")
+                raise UserError(
+                    "chat.no_adapter",
+                    model=self.loaded.base_name,
+                    known=", ".join(self.loaded.adapters) or "-",
+                )
             self.name = name
             return say("chat.now", model=self.shown)
         elif word == "save":
@@ -80,7 +90,13 @@ class Terminal:
         from cllm.serve.answer import Answer, ModelError, chat_sampling
 
         asked = Message("user", words)
-        answer = Answer(self.engine, self.loaded.tokenizer, [*self.context(), asked], chat_sampling(), self.loaded.models[self.name])
+        answer = Answer(
+            self.engine,
+            self.loaded.tokenizer,
+            [*self.context(), asked],
+            chat_sampling(),
+            self.loaded.models[self.name],
+        )
         try:
             for piece in answer:
                 self.write(piece)
@@ -96,7 +112,9 @@ class Terminal:
 
 
 def serve(loaded: Loaded, engine: Engine, host: str, port: int) -> None:
-    """The page and the API on one port until Ctrl-C. On a host that others reach, a key guards all but /health."""
+    """The page and the API on one port until Ctrl-C. On a host that others reach, a key guards all
+    but /health.
+    """
     import uvicorn
 
     from cllm.serve.api import LOOPBACK, Guard, build_app
@@ -138,7 +156,10 @@ def main(argv: list[str]) -> int:
             return 0
         terminal = Terminal(loaded, engine)
         terminal.run()
-        print("\n" + json.dumps({"model": str(name), "turns": terminal.turns, "tokens": terminal.tokens}))
+        print(
+            "\n"
+            + json.dumps({"model": str(name), "turns": terminal.turns, "tokens": terminal.tokens})
+        )
     finally:
         engine.close()
     return 0

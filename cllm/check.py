@@ -1,4 +1,6 @@
-"""`python -m cllm.check CONFIG|FILE`: what the data is and what will be trained on, token by token, before an hour is lost on it."""
+"""`python -m cllm.check CONFIG|FILE`: what the data is and what will be trained on, token by token,
+before an hour is lost on it.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,18 @@ REPLYING = "answer response reply output completion summary target tgt 答 复 �
 
 
 def main(argv: list[str]) -> int:
-    """Print the account; the last line of stdout is it as JSON. Bad rows are no error: they are what this program is for."""
+    """Print the account; the last line of stdout is it as JSON. Bad rows are no error: they are
+    what this program is for.
+    """
     parser = argparse.ArgumentParser(prog="cllm.check", description=say("check.help"))
     parser.add_argument("target", help=say("check.help.target"))
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=say("check.help.overrides"))
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help=say("check.help.overrides")
+    )
     for option in ("init", "write", "report"):
-        parser.add_argument(f"--{option}", type=Path, metavar="FILE", help=say(f"check.help.{option}"))
+        parser.add_argument(
+            f"--{option}", type=Path, metavar="FILE", help=say(f"check.help.{option}")
+        )
     options = parser.parse_args(argv)
     for path in (options.init, options.write, options.report):
         if path and path.exists():
@@ -47,7 +55,9 @@ def main(argv: list[str]) -> int:
     tokenizer = _tokenizer(config)
     account, lengths = _account(config, groups, rejects, tokenizer)
     conversations = [item for group in groups for item in group]
-    text = "\n".join([*_summary(account, lengths), *(_samples(conversations, tokenizer) if tokenizer else [])])
+    text = "\n".join(
+        [*_summary(account, lengths), *(_samples(conversations, tokenizer) if tokenizer else [])]
+    )
     green = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if green else text)
     if options.write:
@@ -58,7 +68,13 @@ def main(argv: list[str]) -> int:
     if options.init:
         options.init.write_text(_new_config(config, account, options.init), encoding="utf-8")
     if options.report:
-        _report(options.report, options.target, text, lengths, config.train.row_tokens if tokenizer else 0)
+        _report(
+            options.report,
+            options.target,
+            text,
+            lengths,
+            config.train.row_tokens if tokenizer else 0,
+        )
     for path in filter(None, (options.write, options.init, options.report)):
         note("check.wrote", path=path)
     print(json.dumps(account, ensure_ascii=False))
@@ -69,7 +85,12 @@ def _config(target: str, overrides: list[str]) -> Config:
     """The config `target`, or the defaults with the data file `target`."""
     if target.startswith("preset:") or target.endswith(".toml"):
         return load_config(target, overrides)
-    given = [f"data.train={json.dumps(target, ensure_ascii=False)}", 'data.eval=""', "train.row_tokens=2048", "train.tokens_per_step=8192"]
+    given = [
+        f"data.train={json.dumps(target, ensure_ascii=False)}",
+        'data.eval=""',
+        "train.row_tokens=2048",
+        "train.tokens_per_step=8192",
+    ]
     return load_config("preset:quick", [*given, *overrides])
 
 
@@ -90,24 +111,41 @@ def _tokenizer(config: Config) -> Tokenizer | None:
 
 
 def _account(
-    config: Config, groups: list[list[Conversation]], rejects: list[Reject], tokenizer: Tokenizer | None
+    config: Config,
+    groups: list[list[Conversation]],
+    rejects: list[Reject],
+    tokenizer: Tokenizer | None,
 ) -> tuple[dict[str, Any], list[int]]:
     """(account, lengths in tokens, or in characters without a tokenizer)."""
     from cllm.data.encode import batches
     from cllm.data.quality import NEAR_LIMIT, leaks, quality
 
     conversations = [item for group in groups for item in group]
-    pairs = (tokenizer.encode_batch(map(tokenizer.segments, batch)) for batch in batches(conversations)) if tokenizer else ()
+    pairs = (
+        (tokenizer.encode_batch(map(tokenizer.segments, batch)) for batch in batches(conversations))
+        if tokenizer
+        else ()
+    )
     encoded = list(chain.from_iterable(pairs))
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
-    train, held_out, _ = divide(config.data, groups, read_file(config.data, config.data.eval, {})[0] if config.data.eval else [])
+    train, held_out, _ = divide(
+        config.data,
+        groups,
+        read_file(config.data, config.data.eval, {})[0] if config.data.eval else [],
+    )
     account["leaks"] = len(leaks(train[:NEAR_LIMIT], held_out[:NEAR_LIMIT]))
     if tokenizer:
-        account["supervised_tokens"] = sum(label != -100 for _, labels in encoded for label in labels)
-        account["end_token_trained"] = any(tokenizer.stop_ids.intersection(labels) for _, labels in encoded)
+        account["supervised_tokens"] = sum(
+            label != -100 for _, labels in encoded for label in labels
+        )
+        account["end_token_trained"] = any(
+            tokenizer.stop_ids.intersection(labels) for _, labels in encoded
+        )
         account["template"] = tokenizer.template.name
-    return account, counted or [sum(len(message.content) for message in item) for item in conversations]
+    return account, counted or [
+        sum(len(message.content) for message in item) for item in conversations
+    ]
 
 
 def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
@@ -126,13 +164,27 @@ def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
         say("check.duplicates", **account["duplicates"]),
         say("check.languages", counts=_counts(account["languages"])),
         say("check.boilerplate", count=account["boilerplate"]["count"]),
-        say("check.personal", counts=_counts({kind: found["count"] for kind, found in account["personal"].items()})),
+        say(
+            "check.personal",
+            counts=_counts({kind: found["count"] for kind, found in account["personal"].items()}),
+        ),
         say("check.leaks", count=account["leaks"]),
-        *(say("check.lengths", unit=say(f"check.unit.{unit}"), numbers=_counts(account[unit])) for unit in UNITS if unit in account),
+        *(
+            say("check.lengths", unit=say(f"check.unit.{unit}"), numbers=_counts(account[unit]))
+            for unit in UNITS
+            if unit in account
+        ),
         *("  " + line for line in histogram(lengths)),
     ]
     if over := account.get("over_limit"):
-        lines.append(say("check.over", count=over, share=f"{over / account['valid']:.1%}", limit=account["limit"]))
+        lines.append(
+            say(
+                "check.over",
+                count=over,
+                share=f"{over / account['valid']:.1%}",
+                limit=account["limit"],
+            )
+        )
     if account.get("end_token_trained") is False:
         lines.append(say("check.no_end"))
     return lines
@@ -148,17 +200,33 @@ def _samples(conversations: list[Conversation], tokenizer: Tokenizer) -> list[st
     for item in conversations[:SAMPLES]:
         ids, labels = tokenizer.encode_segments(tokenizer.segments(item))
         trained = [label != -100 for label in labels]
-        lines.append(say("check.sample", file=item.file, line=item.line, supervised=sum(trained), tokens=len(ids)))
+        lines.append(
+            say(
+                "check.sample",
+                file=item.file,
+                line=item.line,
+                supervised=sum(trained),
+                tokens=len(ids),
+            )
+        )
         runs = [
             (on, "·".join(_pieces([id for id, _ in run], tokenizer)))
-            for on, run in groupby(zip(ids[:SAMPLE_TOKENS], trained, strict=False), key=lambda pair: pair[1])
+            for on, run in groupby(
+                zip(ids[:SAMPLE_TOKENS], trained, strict=False), key=lambda pair: pair[1]
+            )
         ]
-        lines.append("  " + "·".join(f"⟦{run}⟧" if on else run for on, run in runs) + (" …" if len(ids) > SAMPLE_TOKENS else ""))
+        lines.append(
+            "  "
+            + "·".join(f"⟦{run}⟧" if on else run for on, run in runs)
+            + (" …" if len(ids) > SAMPLE_TOKENS else "")
+        )
     return lines
 
 
 def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """One text a token; tokens that are only parts of a character are shown together, as that character."""
+    """One text a token; tokens that are only parts of a character are shown together, as that
+    character.
+    """
     held: list[int] = []
     for id in ids:
         held.append(id)
@@ -171,7 +239,9 @@ def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _guess_columns(path: str) -> dict[str, str]:
-    """A column map for a file whose names say nothing to `cllm.data.schema`: by likeness of names, else the two longest texts."""
+    """A column map for a file whose names say nothing to `cllm.data.schema`: by likeness of names,
+    else the two longest texts.
+    """
     rows = [row for row in sample_rows(BUILT_IN.get(path, path), 50) if isinstance(row, dict)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     sizes = {name: sum(len(str(row.get(name) or "")) for row in rows) for name in names}
@@ -179,14 +249,25 @@ def _guess_columns(path: str) -> dict[str, str]:
         return {}
     longest = sorted(sorted(names, key=lambda name: -sizes[name])[:2], key=names.index)
     if all(len(name) > 20 or not name for name in longest):  # the "header" is a row of its own
-        return {role: str(names.index(name)) for role, name in zip(("user", "assistant"), longest, strict=True)}
+        return {
+            role: str(names.index(name))
+            for role, name in zip(("user", "assistant"), longest, strict=True)
+        }
     ask = next((name for word in ASKING for name in names if word in name.lower()), "")
-    reply = next((name for word in REPLYING for name in names if word in name.lower() and name != ask), "")
-    return {"user": ask or longest[0], "assistant": reply or longest[1]} if ask != (reply or longest[1]) else {}
+    reply = next(
+        (name for word in REPLYING for name in names if word in name.lower() and name != ask), ""
+    )
+    return (
+        {"user": ask or longest[0], "assistant": reply or longest[1]}
+        if ask != (reply or longest[1])
+        else {}
+    )
 
 
 def _fitting(free_bytes: int) -> tuple[Config, int] | None:
-    """The largest preset that fits, and the longest row it fits with; None if none does with MIN_ROW tokens."""
+    """The largest preset that fits, and the longest row it fits with; None if none does with
+    MIN_ROW tokens.
+    """
     from cllm.memory import GIB, Settings, find_shape, make_plan
 
     found: list[tuple[int, int, str]] = []
@@ -196,7 +277,14 @@ def _fitting(free_bytes: int) -> tuple[Config, int] | None:
             shape = find_shape(preset.model.path)
         except UserError:  # not a published shape: the built-in model
             continue
-        row = min(make_plan(shape, Settings(quantize=preset.model.quantize, rank=preset.lora.rank), free_bytes / GIB).longest_row, MAX_ROW)
+        row = min(
+            make_plan(
+                shape,
+                Settings(quantize=preset.model.quantize, rank=preset.lora.rank),
+                free_bytes / GIB,
+            ).longest_row,
+            MAX_ROW,
+        )
         if row >= MIN_ROW:
             found.append((shape.layers * sum(map(prod, shape.linears().values())), row, file.stem))
     return (load_config(f"preset:{max(found)[2]}"), max(found)[1]) if found else None
@@ -205,7 +293,11 @@ def _fitting(free_bytes: int) -> tuple[Config, int] | None:
 def _new_config(config: Config, account: dict[str, Any], path: Path) -> str:
     """A commented config for the data at hand and the memory found."""
     source = config.data.train[0]
-    columns = source.columns or config.data.columns or ({} if account["valid"] else _guess_columns(source.path))
+    columns = (
+        source.columns
+        or config.data.columns
+        or ({} if account["valid"] else _guess_columns(source.path))
+    )
     import torch
 
     fitting = _fitting(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
@@ -213,12 +305,26 @@ def _new_config(config: Config, account: dict[str, Any], path: Path) -> str:
     unit = "tokens" if "tokens" in account else "characters"
     return say(
         "check.new_config",
-        source=source.path, rows=account["rows"], valid=account["valid"], file=path, model=_quoted(preset.model.path),
-        why=say("check.fits" if fitting else "check.no_gpu"), quantize=_quoted(preset.model.quantize), train=_quoted(source.path),
-        columns="{ " + ", ".join(f"{role} = {_quoted(name)}" for role, name in columns.items()) + " }" if columns else "{}",
-        kind=_quoted(config.data.kind), row=row, longest=account[unit].get("p99", 0), unit=say(f"check.unit.{unit}"),
-        step=max(8192, row), run=_quoted(f"runs/{path.stem}"),
-    )  # fmt: skip
+        source=source.path,
+        rows=account["rows"],
+        valid=account["valid"],
+        file=path,
+        model=_quoted(preset.model.path),
+        why=say("check.fits" if fitting else "check.no_gpu"),
+        quantize=_quoted(preset.model.quantize),
+        train=_quoted(source.path),
+        columns="{ "
+        + ", ".join(f"{role} = {_quoted(name)}" for role, name in columns.items())
+        + " }"
+        if columns
+        else "{}",
+        kind=_quoted(config.data.kind),
+        row=row,
+        longest=account[unit].get("p99", 0),
+        unit=say(f"check.unit.{unit}"),
+        step=max(8192, row),
+        run=_quoted(f"runs/{path.stem}"),
+    )
 
 
 def _quoted(text: str) -> str:
@@ -226,12 +332,19 @@ def _quoted(text: str) -> str:
 
 
 def _report(path: Path, title: str, text: str, lengths: list[int], limit: int) -> None:
-    """One self-contained page: what was printed and the plot of lengths; the plot also as lengths.png beside it."""
+    """One self-contained page: what was printed and the plot of lengths; the plot also as
+    lengths.png beside it.
+    """
     from cllm.data.quality import plot_lengths
 
     picture = path.with_name("lengths.png")
     plot_lengths(lengths, picture, "tokens" if limit else "characters", limit)
-    page = say("check.page", title=html.escape(title), image=base64.b64encode(picture.read_bytes()).decode(), body=html.escape(text))
+    page = say(
+        "check.page",
+        title=html.escape(title),
+        image=base64.b64encode(picture.read_bytes()).decode(),
+        body=html.escape(text),
+    )
     path.write_text(page.replace("⟦", "<b>").replace("⟧", "</b>"), encoding="utf-8")
 
 

@@ -1,6 +1,8 @@
-"""The TOML file as typed, frozen sections; `section.key=value` overrides; every mistake found is reported at once.
+"""The TOML file as typed, frozen sections; `section.key=value` overrides; every mistake found is
+reported at once.
 
-Each field's comment is its documentation; `cllm.toml` shows all of them with their defaults (a test compares the two).
+Each field's comment is its documentation; `cllm.toml` shows all of them with their defaults (a test
+compares the two).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class ModelConfig:
     """[model]: the frozen base."""
 
     path: str = "tiny-zh"
-    """Built-in `tiny-zh`, a local directory, a .gguf file, or a hub name (`Qwen/Qwen3-4B`, `modelscope:…`, `hf:…`)."""
+    """Built-in `tiny-zh`, a local directory, a .gguf file, or a hub name (`Qwen/Qwen3-4B`,
+    `modelscope:…`, `hf:…`).
+    """
     template: str = "auto"
     """Chat template: `auto` (by model family) or a name from cllm/data/template.py."""
     thinking: Literal["off", "keep"] = "off"
@@ -44,7 +48,9 @@ class ModelConfig:
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: 4-bit base (QLoRA)."""
     head: Literal["16bit", "int8", "nf4"] = "16bit"
-    """The output head in fewer bits too: `int8` halves it (as good as exact), `nf4` quarters it (up to 0.9 GiB; logits change a little)."""
+    """The output head in fewer bits too: `int8` halves it (as good as exact), `nf4` quarters it (up
+    to 0.9 GiB; logits change a little).
+    """
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """`auto`: bf16 where the GPU has it, else fp16 with a loss scaler; fp32 on a CPU."""
     device: str = "auto"
@@ -86,21 +92,29 @@ class DataConfig:
     """[data]: what is learned from."""
 
     train: tuple[Source, ...] = (Source(path="demo"),)
-    """A file, a folder, the built-in `demo`, or [[data.train]] tables with path, weight, columns."""
+    """A file, a folder, the built-in `demo`, or [[data.train]] tables with path, weight,
+    columns.
+    """
     eval: str = ""
     """Held-out file; empty: `held_out` of the training conversations are split off."""
     held_out: float = _at_least(0, 0.05, at_most=0.9)
     """Fraction split off by content hash when `eval` is empty; 0: no evaluation."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Where the file's own names need help: user, assistant, system, history = a column (name or number) or "{A} … {B}"."""
+    """Where the file's own names need help: user, assistant, system, history = a column (name or
+    number) or "{A} … {B}".
+    """
     kind: Literal["chat", "text"] = "chat"
     """`text`: continued pre-training on {"text": …} rows."""
     truncate: Literal["drop", "prompt"] = "drop"
-    """Longer than a row: drop (and count), or cut the prompt from its start; the answer and its end token are never cut."""
+    """Longer than a row: drop (and count), or cut the prompt from its start; the answer and its end
+    token are never cut.
+    """
     dedup: bool = True
     """Drop exact duplicates."""
     convert: str = ""
-    """An OpenCC conversion of every text: `t2s` (traditional to simplified), `s2t`, …; takes `pip install opencc`."""
+    """An OpenCC conversion of every text: `t2s` (traditional to simplified), `s2t`, …; takes `pip
+    install opencc`.
+    """
     fold_width: bool = False
     """Full-width ASCII and the ideographic space to half width."""
     unescape_html: bool = False
@@ -154,17 +168,23 @@ class MemoryConfig:
     budget_gib: float = _at_least(0, 0.0)
     """GPU memory that the run may take; 0: what the card has free."""
     checkpoint_layers: int = _at_least(-1, -1)
-    """Decoder layers recomputed in the backward: -1 as few as the budget allows (all without one), 0 none (fastest)."""
+    """Decoder layers recomputed in the backward: -1 as few as the budget allows (all without one),
+    0 none (fastest).
+    """
     chunk_mib: int = _at_least(1, 128)
     """Logits alive at once in the loss."""
     offload_inputs: bool = False
     """Inputs of recomputed layers wait in host memory."""
     stream_layers: int = _at_least(0, 0)
-    """Decoder layers whose frozen weights live in host memory and pass through two slots on the device; each is recomputed."""
+    """Decoder layers whose frozen weights live in host memory and pass through two slots on the
+    device; each is recomputed.
+    """
     mlp_tile_tokens: int = _at_least(0, 0)
     """The MLP runs in tiles of so many tokens, recomputed once more; 0: whole rows."""
     embedding: Literal["auto", "device", "cpu"] = "auto"
-    """Where the input embedding lives; `auto`: in host memory beside a 4-bit base on a GPU, unless a 16-bit head shares it."""
+    """Where the input embedding lives; `auto`: in host memory beside a 4-bit base on a GPU, unless
+    a 16-bit head shares it.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +225,8 @@ class Config:
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read `path` (a file or `preset:NAME`), apply `section.key=value` overrides, check everything.
 
-    Raises UserError listing every unknown key (with the nearest known one), wrong type and value out of range, each with file and line.
+    Raises UserError listing every unknown key (with the nearest known one), wrong type and value
+    out of range, each with file and line.
     """
     file, text = _read(str(path))
     try:
@@ -218,11 +239,26 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         key, value = _override(override, problems)
         if key:
             section, _, name = key.partition(".")
-            tree[section] = {**(tree[section] if isinstance(tree.get(section), dict) else {}), name: value}
+            tree[section] = {
+                **(tree[section] if isinstance(tree.get(section), dict) else {}),
+                name: value,
+            }
             where[key] = override
-    config: Config = _section(Config, tree, "", lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file, problems)
+    config: Config = _section(
+        Config,
+        tree,
+        "",
+        lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file,
+        problems,
+    )
     if not problems and config.train.tokens_per_step < config.train.row_tokens:
-        problems.append(say("config.row", where=where.get("train.tokens_per_step", file), row=config.train.row_tokens))
+        problems.append(
+            say(
+                "config.row",
+                where=where.get("train.tokens_per_step", file),
+                row=config.train.row_tokens,
+            )
+        )
     if problems:
         raise UserError("config.invalid", count=len(problems), problems="\n  ".join(problems))
     return config
@@ -232,13 +268,19 @@ def _read(path: str) -> tuple[str, str]:
     if path.startswith("preset:"):
         file = PRESETS / f"{path[7:]}.toml"
         if not file.is_file():
-            raise UserError("config.preset", name=path[7:], known=", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))))
+            raise UserError(
+                "config.preset",
+                name=path[7:],
+                known=", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))),
+            )
     else:
         file = Path(path)
     try:
         return path, file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError("config.unreadable", path=path, detail=getattr(error, "strerror", None) or error) from error
+        raise UserError(
+            "config.unreadable", path=path, detail=getattr(error, "strerror", None) or error
+        ) from error
 
 
 def _key_lines(text: str) -> dict[str, int]:
@@ -269,7 +311,9 @@ def _override(text: str, problems: list[str]) -> tuple[str, Any]:
 def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]) -> Any:
     """Build dataclass `kind` from a table; appends to `problems` and goes on."""
     if not isinstance(tree, dict):
-        problems.append(say("config.type", where=where(prefix), key=prefix, expected="table", found=repr(tree)))
+        problems.append(
+            say("config.type", where=where(prefix), key=prefix, expected="table", found=repr(tree))
+        )
         return kind()
     hints = typing.get_type_hints(kind)
     known = {item.name: item for item in dataclasses.fields(kind)}
@@ -278,7 +322,11 @@ def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]
         key = f"{prefix}.{name}" if prefix else name
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = say("config.nearest", name=near[0]) if near else say("config.known", names=", ".join(known))
+            hint = (
+                say("config.nearest", name=near[0])
+                if near
+                else say("config.known", names=", ".join(known))
+            )
             problems.append(say("config.unknown", where=where(key), key=key, hint=hint))
         elif dataclasses.is_dataclass(hints[name]):
             values[name] = _section(typing.cast(type, hints[name]), value, key, where, problems)
@@ -286,7 +334,15 @@ def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]
             built = _value(hints[name], value, key, where, problems)
             low, high = known[name].metadata.get("limits", (-math.inf, math.inf))
             if isinstance(built, int | float) and not low <= built <= high:
-                problems.append(say("config.range", where=where(key), key=key, value=built, bounds=f"{low} … {high}"))
+                problems.append(
+                    say(
+                        "config.range",
+                        where=where(key),
+                        key=key,
+                        value=built,
+                        bounds=f"{low} … {high}",
+                    )
+                )
             values[name] = built
     return kind(**values)
 
@@ -295,7 +351,15 @@ def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> 
     if hint == tuple[Source, ...]:
         rows = [{"path": value}] if isinstance(value, str) else value
         if not isinstance(rows, list):
-            problems.append(say("config.type", where=where(key), key=key, expected="string or [[tables]]", found=repr(value)))
+            problems.append(
+                say(
+                    "config.type",
+                    where=where(key),
+                    key=key,
+                    expected="string or [[tables]]",
+                    found=repr(value),
+                )
+            )
             return ()
         tables = [{"path": row} if isinstance(row, str) else row for row in rows]
         return tuple(_section(Source, row, key, where, problems) for row in tables)
@@ -304,8 +368,12 @@ def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> 
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
     fits = value in choices if choices else _fits(hint, value)
     if not fits:
-        expected = " | ".join(map(repr, choices)) if choices else getattr(hint, "__name__", str(hint))
-        problems.append(say("config.type", where=where(key), key=key, expected=expected, found=repr(value)))
+        expected = (
+            " | ".join(map(repr, choices)) if choices else getattr(hint, "__name__", str(hint))
+        )
+        problems.append(
+            say("config.type", where=where(key), key=key, expected=expected, found=repr(value))
+        )
     return value
 
 
@@ -316,14 +384,21 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+        )
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:
     """`section.key` -> "old -> new" for every setting that differs."""
     old, new = dataclasses.asdict(before), dataclasses.asdict(after)
-    return {f"{s}.{k}": f"{old[s][k]!r} -> {value!r}" for s in new for k, value in new[s].items() if old[s][k] != value}
+    return {
+        f"{s}.{k}": f"{old[s][k]!r} -> {value!r}"
+        for s in new
+        for k, value in new[s].items()
+        if old[s][k] != value
+    }
 
 
 def to_toml(config: Config) -> str:
@@ -331,16 +406,24 @@ def to_toml(config: Config) -> str:
     parts = []
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
-        lines = [f"{item.name} = {_toml(getattr(values, item.name))}" for item in dataclasses.fields(values)]
+        lines = [
+            f"{item.name} = {_toml(getattr(values, item.name))}"
+            for item in dataclasses.fields(values)
+        ]
         parts.append("\n".join([f"[{section.name}]", *lines, ""]))
     return "\n".join(parts)
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, bool | str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one character that only TOML escapes
+        # the one character that only TOML escapes
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
+        return (
+            "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+            if value
+            else "{}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, Source):

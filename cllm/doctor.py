@@ -1,6 +1,8 @@
-"""`python -m cllm.bench --doctor`: what of this machine helps or hinders a training, each finding with the command that mends it.
+"""`python -m cllm.bench --doctor`: what of this machine helps or hinders a training, each finding
+with the command that mends it.
 
-Needs nothing but the standard library to start, so that it answers before torch is installed (`python tools/doctor.py`).
+Needs nothing but the standard library to start, so that it answers before torch is installed
+(`python tools/doctor.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +31,23 @@ HUBS = {
     "hf-mirror": "https://hf-mirror.com",
     "ModelScope": "https://modelscope.cn",
 }
-PACKAGES = ("transformers", "safetensors", "sentencepiece", "numpy", "jieba", "gradio", "matplotlib", "gguf")
+PACKAGES = (
+    "transformers",
+    "safetensors",
+    "sentencepiece",
+    "numpy",
+    "jieba",
+    "gradio",
+    "matplotlib",
+    "gguf",
+)
 MARKS = {"ok": "✓", "note": "·", "bad": "✗"}
 
 
 class Finding(NamedTuple):
-    """`state`: "ok", "note" (slower or narrower than it could be) or "bad" (something will not work); `mend` is a command or ""."""
+    """`state`: "ok", "note" (slower or narrower than it could be) or "bad" (something will not
+    work); `mend` is a command or "".
+    """
 
     topic: str
     state: str
@@ -51,15 +64,31 @@ def _python() -> Iterator[Finding]:
     supported = (3, 10) <= sys.version_info < (3, 14)
     yield _judge("python", supported, platform.python_version(), say("doctor.python"), worst="bad")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    names = ", ".join(missing or (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
-    yield _judge("packages", not missing, say("doctor.missing", names=names) if missing else names, "pip install -e .", worst="bad")
+    names = ", ".join(
+        missing or (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    )
+    yield _judge(
+        "packages",
+        not missing,
+        say("doctor.missing", names=names) if missing else names,
+        "pip install -e .",
+        worst="bad",
+    )
 
 
 def _driver() -> str:
     """The NVIDIA driver's version and its card, if it answers."""
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip().replace("\n", "; ")
+        command = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,name,memory.total",
+            "--format=csv,noheader",
+        ]
+        return (
+            subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            .stdout.strip()
+            .replace("\n", "; ")
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -69,29 +98,62 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of it does not load
-        yield Finding("torch", "bad", f"{type(error).__name__}: {error}", "pip install torch==2.13.0")
+        yield Finding(
+            "torch", "bad", f"{type(error).__name__}: {error}", "pip install torch==2.13.0"
+        )
         return
-    build = f"{torch.__version__}, CUDA {torch.version.cuda}" if torch.version.cuda else f"{torch.__version__}, CPU"
+    build = (
+        f"{torch.__version__}, CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"{torch.__version__}, CPU"
+    )
     if torch.cuda.is_available():
         yield Finding("torch", "ok", build)
         yield from _cards(torch, driver)
     elif driver and torch.version.cuda:
-        yield Finding("torch", "bad", say("doctor.old_driver", build=build, driver=driver), say("doctor.old_driver.mend"))
+        yield Finding(
+            "torch",
+            "bad",
+            say("doctor.old_driver", build=build, driver=driver),
+            say("doctor.old_driver.mend"),
+        )
     elif driver:
-        yield Finding("torch", "bad", say("doctor.cpu_build", build=build, driver=driver), say("doctor.cpu_build.mend"))
+        yield Finding(
+            "torch",
+            "bad",
+            say("doctor.cpu_build", build=build, driver=driver),
+            say("doctor.cpu_build.mend"),
+        )
     else:
-        wsl = "microsoft" in platform.release().lower() and not Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
-        yield Finding("torch", "note", say("doctor.no_gpu", build=build), say("doctor.wsl") if wsl else "")
+        wsl = (
+            "microsoft" in platform.release().lower()
+            and not Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
+        )
+        yield Finding(
+            "torch", "note", say("doctor.no_gpu", build=build), say("doctor.wsl") if wsl else ""
+        )
 
 
 def _cards(torch: Any, driver: str) -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
-        card, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if index == torch.cuda.current_device() else card.major >= 8
+        card, (free, total) = (
+            torch.cuda.get_device_properties(index),
+            torch.cuda.mem_get_info(index),
+        )
+        bf16 = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if index == torch.cuda.current_device()
+            else card.major >= 8
+        )
         found = say(
-            "doctor.card", name=card.name, total=f"{total / GIB:.1f}", free=f"{free / GIB:.1f}", capability=f"{card.major}.{card.minor}",
-            precision="bf16" if bf16 else "fp16", driver=driver.split(",")[0] or "?",
-        )  # fmt: skip
+            "doctor.card",
+            name=card.name,
+            total=f"{total / GIB:.1f}",
+            free=f"{free / GIB:.1f}",
+            capability=f"{card.major}.{card.minor}",
+            precision="bf16" if bf16 else "fp16",
+            driver=driver.split(",")[0] or "?",
+        )
         yield _judge(f"cuda:{index}", total - free <= GIB, found, say("doctor.crowded"))
     if sys.platform == "win32":
         yield Finding("windows", "note", say("doctor.spill"), say("doctor.spill.mend"))
@@ -101,8 +163,14 @@ def _bitsandbytes() -> Iterator[Finding]:
     try:
         module = importlib.import_module("bitsandbytes")
         yield Finding("bitsandbytes", "ok", module.__version__)
-    except Exception as error:  # a driver, a missing library, a wrong build: it raises what it likes
-        yield Finding("bitsandbytes", "note", f"{type(error).__name__}: {error}".split("\n")[0][:200], say("doctor.bitsandbytes"))
+    # a driver, a missing library, a wrong build: it raises what it likes
+    except Exception as error:
+        yield Finding(
+            "bitsandbytes",
+            "note",
+            f"{type(error).__name__}: {error}".split("\n")[0][:200],
+            say("doctor.bitsandbytes"),
+        )
 
 
 def _machine() -> Iterator[Finding]:
@@ -113,7 +181,9 @@ def _machine() -> Iterator[Finding]:
     encoding = (sys.stdout.encoding or "?").lower()
     readable = encoding.replace("-", "").startswith(("utf", "gb", "cp936"))
     mend = "set PYTHONUTF8=1" if sys.platform == "win32" else "export PYTHONUTF8=1 LANG=C.UTF-8"
-    yield _judge("console", readable, say("doctor.console", encoding=encoding, language=language()), mend)
+    yield _judge(
+        "console", readable, say("doctor.console", encoding=encoding, language=language()), mend
+    )
 
 
 def _reach(url: str) -> str:
@@ -134,12 +204,25 @@ def _hubs() -> Iterator[Finding]:
         return
     with ThreadPoolExecutor() as pool:
         reasons = dict(zip(HUBS, pool.map(_reach, HUBS.values()), strict=True))
-    mirror = say("doctor.hub") if reasons["hf-mirror"] else "export HF_ENDPOINT=https://hf-mirror.com"
+    mirror = (
+        say("doctor.hub") if reasons["hf-mirror"] else "export HF_ENDPOINT=https://hf-mirror.com"
+    )
     for name, reason in reasons.items():
-        yield _judge(name, not reason, f"{HUBS[name]} {reason}".strip(), mirror if name == "Hugging Face" else "")
+        yield _judge(
+            name,
+            not reason,
+            f"{HUBS[name]} {reason}".strip(),
+            mirror if name == "Hugging Face" else "",
+        )
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _bitsandbytes, _machine, _hubs)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _python,
+    _torch,
+    _bitsandbytes,
+    _machine,
+    _hubs,
+)
 
 
 def examine() -> list[Finding]:

@@ -1,9 +1,11 @@
-"""`python -m cllm.eval RUN|MODEL --data FILE`: what a model answers, scored against the references, before and after the adapter.
+"""`python -m cllm.eval RUN|MODEL --data FILE`: what a model answers, scored against the references,
+before and after the adapter.
 
-Loss, the perplexity of general Chinese texts (what training made forget), corpus BLEU (sacrebleu's `zh`), ROUGE-L over characters, the
-numbers of the LLaMA-Factory and ChatGLM scripts (jieba ROUGE, character BLEU-4) and exact match, with confidence intervals, beside two
-baselines that need no model: copying the question, and the most frequent training answer. `--task mmlu-csv` sits a multiple-choice exam
-instead, `--votes` sums up the votes of the chat page.
+Loss, the perplexity of general Chinese texts (what training made forget), corpus BLEU (sacrebleu's
+`zh`), ROUGE-L over characters, the numbers of the LLaMA-Factory and ChatGLM scripts (jieba ROUGE,
+character BLEU-4) and exact match, with confidence intervals, beside two baselines that need no
+model: copying the question, and the most frequent training answer. `--task mmlu-csv` sits a
+multiple-choice exam instead, `--votes` sums up the votes of the chat page.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ EXAM_SHOTS = 5
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cllm.eval", description=say("eval.help"))
     parser.add_argument("model", metavar="RUN|MODEL", help=say("eval.help.model"))
-    parser.add_argument("--data", action="append", default=[], metavar="FILE", help=say("eval.help.data"))
-    parser.add_argument("--columns", default="", metavar="user=0,assistant=1", help=say("eval.help.columns"))
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="FILE", help=say("eval.help.data")
+    )
+    parser.add_argument(
+        "--columns", default="", metavar="user=0,assistant=1", help=say("eval.help.columns")
+    )
     parser.add_argument("--base", action="store_true", help=say("eval.help.base"))
     parser.add_argument("--limit", type=int, default=0, metavar="N", help=say("eval.help.limit"))
     parser.add_argument("--shots", type=int, metavar="N", help=say("eval.help.shots"))
@@ -43,7 +49,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate a run (base and adapter, one copy of the weights) or a bare model; prints tables, then one JSON line."""
+    """Evaluate a run (base and adapter, one copy of the weights) or a bare model; prints tables,
+    then one JSON line.
+    """
     arguments = _arguments(argv)
     run = Path(arguments.model)
     is_run = (run / "config.toml").is_file()
@@ -52,8 +60,17 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"model": arguments.model, "votes": _votes(run)}, ensure_ascii=False))
         return 0
     shots = EXAM_SHOTS if arguments.shots is None else arguments.shots
-    sets = {data: _exam(data, shots, arguments.limit) if arguments.task else _read(data, config, arguments) for data in arguments.data}
-    train = _training_set(config) if is_run and config.data.kind == "chat" and not arguments.task else []
+    sets = {
+        data: _exam(data, shots, arguments.limit)
+        if arguments.task
+        else _read(data, config, arguments)
+        for data in arguments.data
+    }
+    train = (
+        _training_set(config)
+        if is_run and config.data.kind == "chat" and not arguments.task
+        else []
+    )
     from cllm.evaluate.report import report, write_results
     from cllm.learn.snapshot import new_run
     from cllm.serve import open_model
@@ -62,11 +79,23 @@ def main(argv: list[str]) -> int:
 
     summary: dict[str, Any] = {}
     for data, rows in sets.items():
-        results, samples = _sit(loaded, rows) if arguments.task else _compare(loaded, data, rows, train, config, arguments)
-        folder = new_run(run / f"eval-{Path(data).stem}" if is_run else Path("runs") / f"eval-{run.stem}-{Path(data).stem}")
+        results, samples = (
+            _sit(loaded, rows)
+            if arguments.task
+            else _compare(loaded, data, rows, train, config, arguments)
+        )
+        folder = new_run(
+            run / f"eval-{Path(data).stem}"
+            if is_run
+            else Path("runs") / f"eval-{run.stem}-{Path(data).stem}"
+        )
         write_results(folder, results, samples)
         print(f"\n{data}\n{report(results)}\n\n{say('eval.written', path=folder / 'report.html')}")
-        summary[data] = {"results": results, "rows": len(samples) or len(rows), "folder": str(folder)}
+        summary[data] = {
+            "results": results,
+            "rows": len(samples) or len(rows),
+            "folder": str(folder),
+        }
     print(json.dumps({"model": arguments.model, "eval": summary}, ensure_ascii=False))
     return 0
 
@@ -87,7 +116,11 @@ def _exam(data: str, shots: int, limit: int) -> list[Any]:
     from cllm.evaluate.choice import read_subjects
 
     subjects = read_subjects(data, shots, limit)
-    note("eval.exam", count=sum(len(subject.questions) for subject in subjects), subjects=len(subjects))
+    note(
+        "eval.exam",
+        count=sum(len(subject.questions) for subject in subjects),
+        subjects=len(subjects),
+    )
     return subjects
 
 
@@ -99,21 +132,31 @@ def _sit(loaded: Loaded, subjects: list[Any]) -> tuple[Results, Samples]:
 
 
 def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conversation]:
-    """The file's conversations that end with an answer (texts, for a run that was trained on texts)."""
+    """The file's conversations that end with an answer (texts, for a run that was trained on
+    texts).
+    """
     from cllm.data import read_conversations
     from cllm.data.sources import BUILT_IN
 
-    columns = dict(pair.split("=", 1) for pair in arguments.columns.split(",") if "=" in pair) or config.data.columns or None
+    columns = (
+        dict(pair.split("=", 1) for pair in arguments.columns.split(",") if "=" in pair)
+        or config.data.columns
+        or None
+    )
     found, rejects = read_conversations(BUILT_IN.get(data, data), columns, config.data.kind)
     text = config.data.kind == "text"
-    usable = [c for c in found if text or (c.messages[-1].role == "assistant" and len(c.messages) > 1)]
+    usable = [
+        c for c in found if text or (c.messages[-1].role == "assistant" and len(c.messages) > 1)
+    ]
     if not usable:
         raise UserError("eval.empty", path=data, rejects=len(rejects))
     return usable[: arguments.limit or None]
 
 
 def _training_set(config: Config) -> list[Conversation]:
-    """What the run was trained on, for the baselines; nothing, and a note, where those files are gone."""
+    """What the run was trained on, for the baselines; nothing, and a note, where those files are
+    gone.
+    """
     from cllm.data.sources import prepare
 
     try:
@@ -124,7 +167,12 @@ def _training_set(config: Config) -> list[Conversation]:
 
 
 def _compare(
-    loaded: Loaded, data: str, conversations: list[Conversation], train: list[Conversation], config: Config, arguments: argparse.Namespace
+    loaded: Loaded,
+    data: str,
+    conversations: list[Conversation],
+    train: list[Conversation],
+    config: Config,
+    arguments: argparse.Namespace,
 ) -> tuple[Results, Samples]:
     """Losses and answers of base and adapter on one file."""
     from cllm.data.encode import encode_set
@@ -140,12 +188,22 @@ def _compare(
         raise UserError("eval.empty", path=data, rejects=left_out)
     note("eval.start", path=data, count=len(kept))
     chunk_bytes = config.memory.chunk_mib * 2**20
-    held_out = functools.partial(example_nll, model, examples, loaded.precision, chunk_bytes, config.train.row_tokens)
+    held_out = functools.partial(
+        example_nll, model, examples, loaded.precision, chunk_bytes, config.train.row_tokens
+    )
     asked = kept if config.data.kind == "chat" else []
     results, samples, measured = compare(
-        engine, tokenizer, asked, held_out, loaded.precision, chunk_bytes, train=train, shots=arguments.shots or 0,
-        max_new_tokens=arguments.max_new_tokens, progress=Progress(),
-    )  # fmt: skip
+        engine,
+        tokenizer,
+        asked,
+        held_out,
+        loaded.precision,
+        chunk_bytes,
+        train=train,
+        shots=arguments.shots or 0,
+        max_new_tokens=arguments.max_new_tokens,
+        progress=Progress(),
+    )
     for i, sample in enumerate(samples):
         for system, its in measured.items():
             nats, tokens = its["loss"][i]

@@ -1,9 +1,12 @@
-"""Bytes of everything that lives on the device while an adapter is trained, from config.json alone: no torch, no weights.
+"""Bytes of everything that lives on the device while an adapter is trained, from config.json alone:
+no torch, no weights.
 
-Describes what `cllm.train` does: a frozen base (NF4 linears, or all of it in 16 or 32 bits), float32 LoRA with AdamW, decoder layers
-recomputed in the backward (all, some or none), the loss in chunks. The peak is the largest of three moments: the loss, the backward
-through a kept layer, the backward through a recomputed layer. What autograd keeps of a layer was counted tensor by tensor;
-tests/test_memory.py holds the sums against a storage census of real steps. Context and fragmentation are on paper: no card measured them.
+Describes what `cllm.train` does: a frozen base (NF4 linears, or all of it in 16 or 32 bits),
+float32 LoRA with AdamW, decoder layers recomputed in the backward (all, some or none), the loss in
+chunks. The peak is the largest of three moments: the loss, the backward through a kept layer, the
+backward through a recomputed layer. What autograd keeps of a layer was counted tensor by tensor;
+tests/test_memory.py holds the sums against a storage census of real steps. Context and
+fragmentation are on paper: no card measured them.
 """
 
 from __future__ import annotations
@@ -30,13 +33,19 @@ _PIECE = 2**22  # cllm.model.lora makes so many elements of a gated MLP's produc
 _HEAD_TILE = 2**25  # cllm.learn.loss dequantizes so many weights of a quantized head at a time
 _INT8_PIECE = 2**21  # cllm.model.int8 makes so many of them in float32 first
 
-# How native architectures differ from Llama, as far as bytes go; "tied" is what an absent tie_word_embeddings means.
+# How native architectures differ from Llama, as far as bytes go; "tied" is what an absent
+# tie_word_embeddings means.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {}, "qwen2": {"biased": "qkv"}, "qwen3": {"qk_norm": True}, "gemma": {"tied": True},
     "gemma3_text": {"norms": 4, "qk_norm": True, "tied": True}, "glm": {"fused_mlp": True}, "glm4": {"norms": 4, "fused_mlp": True},
     "gpt2": {"gated": False, "tied": True}, "qwen3_5_text": {"qk_norm": True, "gated_query": True, "tied": False},
 }  # fmt: skip
-_GPT2_KEYS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_inner": "intermediate_size"}
+_GPT2_KEYS = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +70,9 @@ class Shape:
     fused_mlp: bool = False
     """Gate and up are one matrix."""
     gated: bool = True
-    """SwiGLU and RMS norms; else GPT-2: learned positions, one matrix for q, k, v, biases everywhere, never quantized."""
+    """SwiGLU and RMS norms; else GPT-2: learned positions, one matrix for q, k, v, biases
+    everywhere, never quantized.
+    """
     positions: int = 0
     window: int = 0
     alibi: bool = False
@@ -73,43 +84,88 @@ class Shape:
     """Of these: key heads, value heads, sizes of a key and a value head."""
 
     def linears(self, *, recurrent: bool = False) -> dict[str, tuple[int, int]]:
-        """Name -> (in, out) of the linears of one decoder layer, with attention or a gated delta rule."""
-        d, f, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        """Name -> (in, out) of the linears of one decoder layer, with attention or a gated delta
+        rule.
+        """
+        d, f, q, kv = (
+            self.hidden,
+            self.intermediate,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        )
         if not self.gated:
-            return {"c_attn": (d, 3 * d), "attn.c_proj": (d, d), "c_fc": (d, f), "mlp.c_proj": (f, d)}
-        mlp = {"gate_up_proj": (d, 2 * f)} if self.fused_mlp else {"gate_proj": (d, f), "up_proj": (d, f)}
+            return {
+                "c_attn": (d, 3 * d),
+                "attn.c_proj": (d, d),
+                "c_fc": (d, f),
+                "mlp.c_proj": (f, d),
+            }
+        mlp = (
+            {"gate_up_proj": (d, 2 * f)}
+            if self.fused_mlp
+            else {"gate_proj": (d, f), "up_proj": (d, f)}
+        )
         if recurrent:
             keys, values, key_dim, value_dim = self.mixer
             wide = values * value_dim
-            mixer = {"in_proj_qkv": (d, 2 * keys * key_dim + wide), "in_proj_z": (d, wide), "in_proj_b": (d, values)}
+            mixer = {
+                "in_proj_qkv": (d, 2 * keys * key_dim + wide),
+                "in_proj_z": (d, wide),
+                "in_proj_b": (d, values),
+            }
             mixer |= {"in_proj_a": (d, values), "out_proj": (wide, d)}
         else:
-            mixer = {"q_proj": (d, q * (1 + self.gated_query)), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+            mixer = {
+                "q_proj": (d, q * (1 + self.gated_query)),
+                "k_proj": (d, kv),
+                "v_proj": (d, kv),
+                "o_proj": (q, d),
+            }
         return {**mixer, **mlp, "down_proj": (f, d)}
 
     def unquantized(self) -> int:
         """Parameters of all norms, biases and convolutions."""
         norm = self.hidden if self.gated else 2 * self.hidden  # LayerNorm has a bias
-        biases = sum(out for name, (_, out) in self.linears().items() if not self.gated or (name[0] in self.biased and name[1] == "_"))
+        biases = sum(
+            out
+            for name, (_, out) in self.linears().items()
+            if not self.gated or (name[0] in self.biased and name[1] == "_")
+        )
         keys, values, key_dim, value_dim = self.mixer
-        recurrent = 4 * (2 * keys * key_dim + values * value_dim) + 2 * values + value_dim  # the convolution first
-        mixers = self.recurrent * recurrent + (self.layers - self.recurrent) * 2 * self.head_dim * self.qk_norm
+        # the convolution first
+        recurrent = 4 * (2 * keys * key_dim + values * value_dim) + 2 * values + value_dim
+        mixers = (
+            self.recurrent * recurrent
+            + (self.layers - self.recurrent) * 2 * self.head_dim * self.qk_norm
+        )
         return self.layers * (self.norms * norm + biases) + mixers + norm
 
 
 def shape_of(config: Mapping[str, Any], name: str = "") -> Shape:
     """The shape behind a config.json, original (ChatGLM, Qwen 1, Baichuan, InternLM, Yi) or native.
 
-    Raises UserError for an architecture whose bytes are not known here (mixtures of experts among them) and for missing sizes.
+    Raises UserError for an architecture whose bytes are not known here (mixtures of experts among
+    them) and for missing sizes.
     """
     family = families.family_of(config)
     native: Mapping[str, Any] = config.get("text_config", config)
     kind = str(native.get("model_type", "")).replace("llama_alibi", "llama")
     if family is not None and family.config is not None:
-        kind, native = family.architecture.removesuffix("ForCausalLM").lower(), family.config(config)
+        kind, native = (
+            family.architecture.removesuffix("ForCausalLM").lower(),
+            family.config(config),
+        )
     if kind not in ARCHITECTURES:
-        raise UserError("memory.architecture", name=name or kind, kind=kind or "?", known=", ".join(ARCHITECTURES))
-    sizes: dict[str, Any] = {**native, **{ours: native[gpt2] for gpt2, ours in _GPT2_KEYS.items() if native.get(gpt2)}}
+        raise UserError(
+            "memory.architecture",
+            name=name or kind,
+            kind=kind or "?",
+            known=", ".join(ARCHITECTURES),
+        )
+    sizes: dict[str, Any] = {
+        **native,
+        **{ours: native[gpt2] for gpt2, ours in _GPT2_KEYS.items() if native.get(gpt2)},
+    }
     get = sizes.get
     keys = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
     if missing := [key for key in keys if not isinstance(get(key), int)]:
@@ -118,21 +174,35 @@ def shape_of(config: Mapping[str, Any], name: str = "") -> Shape:
     traits = ARCHITECTURES[kind]
     common: dict[str, Any] = {
         "tied": get("tie_word_embeddings", traits.get("tied", False)),
-        "biased": ("qkv" if kind.startswith("glm") else "qkvo") if get("attention_bias") else traits.get("biased", ""),
+        "biased": ("qkv" if kind.startswith("glm") else "qkvo")
+        if get("attention_bias")
+        else traits.get("biased", ""),
         "window": get("sliding_window") or 0 if get("use_sliding_window", True) else 0,
         "positions": get("n_positions") or 0,
         "alibi": family is not None and family.alibi,
         "recurrent": list(get("layer_types") or ()).count("linear_attention"),
-        "mixer": tuple(get(f"linear_{key}") or 0 for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")),
+        "mixer": tuple(
+            get(f"linear_{key}") or 0
+            for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+        ),
     }
     return Shape(
-        name=name or kind, layers=layers, hidden=hidden, vocab=vocab, heads=heads, intermediate=get("intermediate_size") or 4 * hidden,
-        kv_heads=get("num_key_value_heads") or heads, head_dim=get("head_dim") or hidden // heads, **{**traits, **common},
-    )  # fmt: skip
+        name=name or kind,
+        layers=layers,
+        hidden=hidden,
+        vocab=vocab,
+        heads=heads,
+        intermediate=get("intermediate_size") or 4 * hidden,
+        kv_heads=get("num_key_value_heads") or heads,
+        head_dim=get("head_dim") or hidden // heads,
+        **{**traits, **common},
+    )
 
 
 def find_config(name: str) -> tuple[str, dict[str, Any]]:
-    """(name, config) of a checkpoint directory or config.json, or of a published model by its name, whoever its owner."""
+    """(name, config) of a checkpoint directory or config.json, or of a published model by its name,
+    whoever its owner.
+    """
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
     if file.suffix == ".json" and file.is_file():
@@ -177,12 +247,18 @@ class Settings:
     mlp_tile_tokens: int = 0
     embedding: str = "auto"
     fused: bool = True
-    """LoRA linears and gated MLPs run as the autograd functions of cllm.model.lora (not with dropout or DoRA)."""
+    """LoRA linears and gated MLPs run as the autograd functions of cllm.model.lora (not with
+    dropout or DoRA).
+    """
 
     def adapts(self, name: str) -> bool:
-        """Whether a linear called `name` gets an adapter; of a dotted name or a glob the last part decides: rather too many than none."""
+        """Whether a linear called `name` gets an adapter; of a dotted name or a glob the last part
+        decides: rather too many than none.
+        """
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
-        return self.targets == "all-linear" or any(fnmatchcase(name, "*" + target.rpartition(".")[2]) for target in targets)
+        return self.targets == "all-linear" or any(
+            fnmatchcase(name, "*" + target.rpartition(".")[2]) for target in targets
+        )
 
     @property
     def width(self) -> int:
@@ -197,7 +273,9 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class VramEstimate:
-    """Bytes by item at the peak; `moment` says which one that is: "loss", "kept_layer" or "recomputed_layer"."""
+    """Bytes by item at the peak; `moment` says which one that is: "loss", "kept_layer" or
+    "recomputed_layer".
+    """
 
     items: dict[str, int]
     moment: str
@@ -216,31 +294,45 @@ class VramEstimate:
 
     def table(self) -> str:
         """One line per item in MiB, and the total."""
-        mebibytes = {name: f"{size / MIB:>10,.1f}" for name, size in {**self.items, "total": self.total}.items()}
+        mebibytes = {
+            name: f"{size / MIB:>10,.1f}"
+            for name, size in {**self.items, "total": self.total}.items()
+        }
         return say("memory.table", **mebibytes, moment=self.moment)
 
 
 def streamed_layers(layers: int, count: int) -> list[int]:
-    """Which `count` of `layers` are streamed: spread evenly, so that a copy hides behind as many resident layers as there are."""
+    """Which `count` of `layers` are streamed: spread evenly, so that a copy hides behind as many
+    resident layers as there are.
+    """
     count = min(count, layers)
     return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
 def _recomputed(shape: Shape, s: Settings) -> set[int]:
-    """Indices of the layers recomputed in the backward: the first `checkpoint_layers`, and those that are streamed."""
+    """Indices of the layers recomputed in the backward: the first `checkpoint_layers`, and those
+    that are streamed.
+    """
     first = range(shape.layers)[: shape.layers if s.checkpoint_layers < 0 else s.checkpoint_layers]
     return {*first, *streamed_layers(shape.layers, s.stream_layers)}
 
 
 def conversion_bytes(shape: Shape) -> int:
-    """Anonymous host memory that `tools/convert.py` (or loading) needs of a 16-bit original beyond its imports: the largest tensor as it is
-    stored, where q, k and v or gate and up may be one, and what a streamed write takes (bench/results/convert_memory.json)."""
-    heads, fused = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, 2 * shape.intermediate if shape.fused_mlp else shape.intermediate
+    """Anonymous host memory that `tools/convert.py` (or loading) needs of a 16-bit original beyond
+    its imports: the largest tensor as it is stored, where q, k and v or gate and up may be one, and
+    what a streamed write takes (bench/results/convert_memory.json).
+    """
+    heads, fused = (
+        (shape.heads + 2 * shape.kv_heads) * shape.head_dim,
+        2 * shape.intermediate if shape.fused_mlp else shape.intermediate,
+    )
     return 2 * shape.hidden * max(shape.vocab, heads, fused) + CONVERSION_BYTES
 
 
 def nf4_parts(weights: int) -> tuple[int, ...]:
-    """Bytes of the tensors of an NF4 weight: 4 bits a value; an 8-bit scale per 64 values; a float per 256 of those, and their mean."""
+    """Bytes of the tensors of an NF4 weight: 4 bits a value; an 8-bit scale per 64 values; a float
+    per 256 of those, and their mean.
+    """
     blocks = -(-weights // 64)
     return -(-weights // 2), blocks, 4 * (-(-blocks // 256) + 1)
 
@@ -255,20 +347,34 @@ def _stored(shape: Shape, s: Settings, weights: int) -> tuple[int, ...]:
 
 
 def _moment_bytes(s: Settings, count: int) -> int:
-    """AdamW's two moments of a parameter of `count` values; in 8 bits in blocks of 256 with a float each, small ones in float32."""
+    """AdamW's two moments of a parameter of `count` values; in 8 bits in blocks of 256 with a float
+    each, small ones in float32.
+    """
     blocks = -(-count // 256)
-    return 8 * count if s.optimizer == "adamw" else 2 * blocks * (256 * 4 if count < 4096 else 256 + 4)
+    return (
+        8 * count if s.optimizer == "adamw" else 2 * blocks * (256 * 4 if count < 4096 else 256 + 4)
+    )
 
 
 def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
-    """Bytes at the peak of a training step on rows of `row_tokens` tokens, all of them supervised."""
+    """Bytes at the peak of a training step on rows of `row_tokens` tokens, all of them
+    supervised.
+    """
     s, linears, matrix = settings, shape.linears(), shape.vocab * shape.hidden
     nf4, cuda = _quantized(shape, s), s.device.startswith("cuda")
-    kinds = ((shape.layers - shape.recurrent, linears), (shape.recurrent, shape.linears(recurrent=True)))
+    kinds = (
+        (shape.layers - shape.recurrent, linears),
+        (shape.recurrent, shape.linears(recurrent=True)),
+    )
     every = [(count, name, *size) for count, kind in kinds for name, size in kind.items()]
-    weights, streamed = sum(count * sum(_stored(shape, s, i * o)) for count, _, i, o in every), min(s.stream_layers, shape.layers)
+    weights, streamed = (
+        sum(count * sum(_stored(shape, s, i * o)) for count, _, i, o in every),
+        min(s.stream_layers, shape.layers),
+    )
     # A streamed layer's tensors are aligned in one buffer.
-    packed = sum(-(-size // 256) * 256 for i, o in linears.values() for size in _stored(shape, s, i * o))
+    packed = sum(
+        -(-size // 256) * 256 for i, o in linears.values() for size in _stored(shape, s, i * o)
+    )
     adapted = [(count, i, o) for count, name, i, o in every if s.adapts(name)]
     lora = 4 * s.rank * sum(count * (i + o) for count, i, o in adapted)
     recomputed = len(_recomputed(shape, s))
@@ -285,13 +391,18 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
         "norms": shape.unquantized() * s.width,
         "lora": lora,
         "gradients": lora,
-        "optimizer": sum(count * (_moment_bytes(s, i * s.rank) + _moment_bytes(s, o * s.rank)) for count, i, o in adapted),
+        "optimizer": sum(
+            count * (_moment_bytes(s, i * s.rank) + _moment_bytes(s, o * s.rank))
+            for count, i, o in adapted
+        ),
         "layer_inputs": (recomputed - offloaded + min(2, offloaded)) * layer_input,
         "activations": moments[moment],
         "context": CONTEXT_BYTES if cuda else 0,
         "fragmentation": FRAGMENTATION_BYTES if cuda else 0,
     }
-    return VramEstimate(items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input)
+    return VramEstimate(
+        items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input
+    )
 
 
 def _head_bytes(shape: Shape, s: Settings, away: bool) -> int:
@@ -302,71 +413,134 @@ def _head_bytes(shape: Shape, s: Settings, away: bool) -> int:
 
 
 def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[str, int]:
-    """Moment -> bytes alive then beyond parameters, their gradients and the recomputed layers' inputs."""
+    """Moment -> bytes alive then beyond parameters, their gradients and the recomputed layers'
+    inputs.
+    """
     hidden, mlp = s.row_tokens * shape.hidden, s.row_tokens * shape.intermediate * s.width
     before_mlp, in_mlp, product = _kept(shape, s, adapted)
     tiled = 0 < s.mlp_tile_tokens < s.row_tokens
     if tiled:  # of the MLP one tile lives at a time, beside the gradients of the tiles' inputs
-        mlp, in_mlp, product = (size * s.mlp_tile_tokens // s.row_tokens for size in (mlp, in_mlp, product))
-    own_input = 0 if shape.gated and s.residual < 4 else s.residual * hidden  # the float32 copy stands for it in bf16
-    recomputed, layer = _recomputed(shape, s), before_mlp + (0 if tiled else in_mlp + product) + own_input
+        mlp, in_mlp, product = (
+            size * s.mlp_tile_tokens // s.row_tokens for size in (mlp, in_mlp, product)
+        )
+    # the float32 copy stands for it in bf16
+    own_input = 0 if shape.gated and s.residual < 4 else s.residual * hidden
+    recomputed, layer = (
+        _recomputed(shape, s),
+        before_mlp + (0 if tiled else in_mlp + product) + own_input,
+    )
     kept = (shape.layers - len(recomputed)) * layer
-    kept -= 0 if recomputed else 4 * hidden  # the embedding needs no gradient, so the first norm keeps nothing
+    # the embedding needs no gradient, so the first norm keeps nothing
+    kept -= 0 if recomputed else 4 * hidden
     moments = {"loss": kept + 4 * hidden + max(_loss(shape, s), 20 * hidden * shape.gated)}
-    # Backward of the MLP's last linear: gradients of gate and up with pieces of the product (plain autograd: a third of their size), or its
-    # input's with the dequantized weight. Of its first: gradients of gate and up, and the weight. Of a norm behind the MLP: five float32
-    # temporaries while all of the layer is still there.
+    # Backward of the MLP's last linear: gradients of gate and up with pieces of the product (plain
+    # autograd: a third of their size), or its input's with the dequantized weight. Of its first:
+    # gradients of gate and up, and the weight. Of a norm behind the MLP: five float32 temporaries
+    # while all of the layer is still there.
     dense = shape.hidden * shape.intermediate * s.width if _quantized(shape, s) else 0
-    last = 2 * mlp + max(dense, mlp) if product else max(mlp + dense, 2 * mlp + 3 * min(mlp, _PIECE * s.width))
+    last = (
+        2 * mlp + max(dense, mlp)
+        if product
+        else max(mlp + dense, 2 * mlp + 3 * min(mlp, _PIECE * s.width))
+    )
     first = 2 * mlp + dense * (1 + shape.fused_mlp) + 2 * s.width * hidden // (1 + tiled) - in_mlp
-    gradient = (s.residual + s.width * tiled) * hidden + max(last, first, product + 20 * hidden if shape.norms > 2 else 0)
-    gradient = max(gradient, s.residual * hidden + 20 * hidden * shape.gated - in_mlp)  # the norm before the MLP, when that is done
+    gradient = (s.residual + s.width * tiled) * hidden + max(
+        last, first, product + 20 * hidden if shape.norms > 2 else 0
+    )
+    # the norm before the MLP, when that is done
+    gradient = max(gradient, s.residual * hidden + 20 * hidden * shape.gated - in_mlp)
     if len(recomputed) < shape.layers:
         moments["kept_layer"] = kept - (0 if tiled else product) + tiled * in_mlp + gradient
     if recomputed:
-        below = max(recomputed) + 1 - len(recomputed)  # kept layers below the uppermost recomputed one
-        moments["recomputed_layer"] = below * layer + before_mlp + in_mlp + s.residual * hidden + gradient
+        # kept layers below the uppermost recomputed one
+        below = max(recomputed) + 1 - len(recomputed)
+        moments["recomputed_layer"] = (
+            below * layer + before_mlp + in_mlp + s.residual * hidden + gradient
+        )
     return moments
 
 
 def _loss(shape: Shape, s: Settings) -> int:
-    """The last norm's output, the supervised part of that and its gradient, the chunk of logits and float32 pieces of it; or, with a
-    quantized head, two dense tiles of that and a sum of products in float32."""
+    """The last norm's output, the supervised part of that and its gradient, the chunk of logits and
+    float32 pieces of it; or, with a quantized head, two dense tiles of that and a sum of products
+    in float32.
+    """
     rows = max(1, min(s.row_tokens, s.chunk_bytes // (s.width * shape.vocab)))
     block = max(1, min(rows, _LOSS_FP32_BYTES // (4 * shape.vocab)))
-    pieces, following = (0, 0) if s.width == 4 else (4 * shape.vocab * block, 4 * shape.vocab * min(block, rows - block))
+    pieces, following = (
+        (0, 0)
+        if s.width == 4
+        else (4 * shape.vocab * block, 4 * shape.vocab * min(block, rows - block))
+    )
     matrix = shape.vocab * shape.hidden
-    tiles = min(matrix, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden if s.head != "16bit" else 0
+    tiles = (
+        min(matrix, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden if s.head != "16bit" else 0
+    )
     tiles += 4 * min(matrix, _INT8_PIECE) if s.head == "int8" else 0
-    logits = rows * s.width * (shape.vocab + shape.hidden) + pieces + max(following, tiles)  # a piece is made before the last one goes
+    # a piece is made before the last one goes
+    logits = rows * s.width * (shape.vocab + shape.hidden) + pieces + max(following, tiles)
     return 3 * s.residual * s.row_tokens * shape.hidden + logits
 
 
 def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int, int]:
-    """Bytes that autograd keeps of one layer: up to the MLP, in it, and its last product, freed early in the backward."""
-    hidden, q, kv = s.row_tokens * shape.hidden, s.row_tokens * shape.heads * shape.head_dim, s.row_tokens * shape.kv_heads * shape.head_dim
-    # An RMS norm keeps a float32 copy of its input, if that is not float32 anyway; LayerNorm keeps the input as it is.
-    norms = (4 * hidden if s.residual < 4 else 0) + 4 * (shape.norms - 1) * hidden if shape.gated else s.residual * hidden
+    """Bytes that autograd keeps of one layer: up to the MLP, in it, and its last product, freed
+    early in the backward.
+    """
+    hidden, q, kv = (
+        s.row_tokens * shape.hidden,
+        s.row_tokens * shape.heads * shape.head_dim,
+        s.row_tokens * shape.kv_heads * shape.head_dim,
+    )
+    # An RMS norm keeps a float32 copy of its input, if that is not float32 anyway; LayerNorm keeps
+    # the input as it is.
+    norms = (
+        (4 * hidden if s.residual < 4 else 0) + 4 * (shape.norms - 1) * hidden
+        if shape.gated
+        else s.residual * hidden
+    )
     norms += 4 * (q + kv) * shape.qk_norm
-    # The norms' outputs, once for q, k, v and once for gate and up; under autocast plain autograd keeps a cast for each linear.
-    casts = 2 * s.residual if s.fused else s.width * ((5 - shape.fused_mlp) if s.precision == "fp16" else 2)
+    # The norms' outputs, once for q, k, v and once for gate and up; under autocast plain autograd
+    # keeps a cast for each linear.
+    casts = (
+        2 * s.residual
+        if s.fused
+        else s.width * ((5 - shape.fused_mlp) if s.precision == "fp16" else 2)
+    )
     attention = s.width * (3 * q + 2 * kv) + 4 * s.row_tokens * shape.heads
-    attention += s.width * 4 * 8 * s.row_tokens * shape.heads * shape.alibi  # ALiBi rides in eight more channels of each head
+    # ALiBi rides in eight more channels of each head
+    attention += s.width * 4 * 8 * s.row_tokens * shape.heads * shape.alibi
     masks = 0 < shape.window < s.row_tokens
-    lora = s.rank * s.width * (s.row_tokens * len(adapted) + sum(i + o for i, o in adapted) * (s.width < 4 and not s.fused))
+    lora = (
+        s.rank
+        * s.width
+        * (
+            s.row_tokens * len(adapted)
+            + sum(i + o for i, o in adapted) * (s.width < 4 and not s.fused)
+        )
+    )
     wide = s.row_tokens * shape.intermediate * s.width
     lean = s.fused and shape.gated and (shape.intermediate, shape.hidden) in adapted
-    gates = 2 * wide if lean else (3 if shape.gated else 4) * wide  # gate, up (and silu); or what GELU's formula keeps
-    if shape.recurrent:  # the delta rule in float32 and plain PyTorch, in chunks of 64 with a state each: fitted to storage censuses
+    # gate, up (and silu); or what GELU's formula keeps
+    gates = 2 * wide if lean else (3 if shape.gated else 4) * wide
+    # the delta rule in float32 and plain PyTorch, in chunks of 64 with a state each: fitted to
+    # storage censuses
+    if shape.recurrent:
         _, heads, key_dim, value_dim = shape.mixer
         chunked = 7.6 * key_dim + 9.5 * value_dim + 5.8 * 64 + 2.1 * key_dim * value_dim / 64
         peak = int(4 * s.row_tokens * heads * chunked)
-        attention = max(attention, peak * 80 // 100, peak - 2 * gates)  # beside the MLP's backward, or in its own when the MLP is done
-    return norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora, gates, 0 if lean else wide
+        # beside the MLP's backward, or in its own when the MLP is done
+        attention = max(attention, peak * 80 // 100, peak - 2 * gates)
+    return (
+        norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora,
+        gates,
+        0 if lean else wide,
+    )
 
 
 class Hardware(NamedTuple):
-    """Rates that a roofline needs; the defaults are an 8 GB desktop card's, sustained: nobody's measurement."""
+    """Rates that a roofline needs; the defaults are an 8 GB desktop card's, sustained: nobody's
+    measurement.
+    """
 
     flops: float = 30e12
     """16-bit operations per second."""
@@ -380,33 +554,60 @@ PAPER = Hardware()
 
 
 def row_flops(shape: Shape, s: Settings) -> float:
-    """Operations of one row: 2 per weight and token in the forward, in the gradient of the input and where a layer is recomputed; the head
-    twice (its gradient is formed in the forward); causal attention half of 4 T^2 per query channel, 2.5 times that in its backward."""
+    """Operations of one row: 2 per weight and token in the forward, in the gradient of the input
+    and where a layer is recomputed; the head twice (its gradient is formed in the forward); causal
+    attention half of 4 T^2 per query channel, 2.5 times that in its backward.
+    """
     passes = 2 + len(_recomputed(shape, s)) / shape.layers
     weights = sum(i * o for i, o in shape.linears().values())
-    attention = 2 * s.row_tokens * min(shape.window or s.row_tokens, s.row_tokens) * shape.heads * shape.head_dim * (passes + 1.5)
-    tiled = shape.layers * 3 * shape.hidden * shape.intermediate * (0 < s.mlp_tile_tokens < s.row_tokens)  # one more forward
+    attention = (
+        2
+        * s.row_tokens
+        * min(shape.window or s.row_tokens, s.row_tokens)
+        * shape.heads
+        * shape.head_dim
+        * (passes + 1.5)
+    )
+    # one more forward
+    tiled = (
+        shape.layers
+        * 3
+        * shape.hidden
+        * shape.intermediate
+        * (0 < s.mlp_tile_tokens < s.row_tokens)
+    )
     head = (4 if s.head == "16bit" else 6) * shape.vocab * shape.hidden
-    return shape.layers * attention + s.row_tokens * (2 * passes * shape.layers * weights + 2 * tiled + head)
+    return shape.layers * attention + s.row_tokens * (
+        2 * passes * shape.layers * weights + 2 * tiled + head
+    )
 
 
 def crossing_bytes(shape: Shape, s: Settings) -> int:
-    """What crosses between host and device per row: streamed weights and offloaded layer inputs twice, embedding rows not counted."""
+    """What crosses between host and device per row: streamed weights and offloaded layer inputs
+    twice, embedding rows not counted.
+    """
     resident = estimate_vram(shape, replace(s, stream_layers=0, offload_inputs=False))
     return 2 * (estimate_vram(shape, s).host - resident.host)
 
 
 def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
-    """Roofline estimate of one row: operations at full rate, then bytes that are only moved; no launch overhead.
+    """Roofline estimate of one row: operations at full rate, then bytes that are only moved; no
+    launch overhead.
 
-    NF4 weights are read, and written and read again in 16 bits, in every pass; what autograd keeps of a layer is written and read. What
-    waits in host memory crosses the link twice, hidden behind the computation as far as that lasts.
+    NF4 weights are read, and written and read again in 16 bits, in every pass; what autograd keeps
+    of a layer is written and read. What waits in host memory crosses the link twice, hidden behind
+    the computation as far as that lasts.
     """
     linears = list(shape.linears().values())
     weights = sum(i * o for i, o in linears)
     stored = sum(_stored(shape, s, weights)) + 2 * s.width * weights * _quantized(shape, s)
-    moved = (2 * shape.layers + len(_recomputed(shape, s))) * (stored + 2 * sum(_kept(shape, s, linears)))
-    computed = row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2) + moved / hardware.bandwidth
+    moved = (2 * shape.layers + len(_recomputed(shape, s))) * (
+        stored + 2 * sum(_kept(shape, s, linears))
+    )
+    computed = (
+        row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2)
+        + moved / hardware.bandwidth
+    )
     return max(computed, crossing_bytes(shape, s) / hardware.link)
 
 
@@ -448,22 +649,40 @@ def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
         found = 0
         while low < high:
             middle = (low + high + 1) // 2
-            found, low, high = (middle, middle, high) if fits(row_tokens=middle * ROW_STEP) else (found, low, middle - 1)
+            found, low, high = (
+                (middle, middle, high)
+                if fits(row_tokens=middle * ROW_STEP)
+                else (found, low, middle - 1)
+            )
         return found
 
-    tile = settings.mlp_tile_tokens // ROW_STEP  # from there on rows are cut in tiles, and need less again
+    # from there on rows are cut in tiles, and need less again
+    tile = settings.mlp_tile_tokens // ROW_STEP
     row = ROW_STEP * (longest(tile, 2**20 // ROW_STEP) or longest(0, tile))
     fewest = next((count for count in range(shape.layers + 1) if fits(checkpoint_layers=count)), -1)
-    chosen = settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=fewest)
-    return Plan(estimate_vram(shape, settings), fits(), row, fewest, chosen, list(_ladder(shape, settings, budget)))
+    chosen = (
+        settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=fewest)
+    )
+    return Plan(
+        estimate_vram(shape, settings),
+        fits(),
+        row,
+        fewest,
+        chosen,
+        list(_ladder(shape, settings, budget)),
+    )
 
 
 def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
-    """`settings` as they are, then every change that saves bytes, cheapest first, each on top of those before."""
+    """`settings` as they are, then every change that saves bytes, cheapest first, each on top of
+    those before.
+    """
     counts = range(3, shape.layers + 1)  # of streamed layers; two slots hold two anyway
 
     def stream(old: Settings) -> dict[str, int]:
-        fitting = (n for n in counts if estimate_vram(shape, replace(old, stream_layers=n)).total <= budget)
+        fitting = (
+            n for n in counts if estimate_vram(shape, replace(old, stream_layers=n)).total <= budget
+        )
         return {"stream_layers": next(fitting, shape.layers) if total > budget else shape.layers}
 
     changes: list[tuple[str, Any]] = [
@@ -480,7 +699,12 @@ def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
         changed = replace(settings, **values)
         if (new := estimate_vram(shape, changed).total) < total:
             settings, total = changed, new
-            yield Step(change.format(*values.values()), settings, total, row_seconds(shape, settings) / pace)
+            yield Step(
+                change.format(*values.values()),
+                settings,
+                total,
+                row_seconds(shape, settings) / pace,
+            )
 
 
 def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
@@ -494,7 +718,12 @@ def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
     for tokens in (n for n in (4096, 2048, 1024, 512, 256) if n < settings.row_tokens):
         shorter = replace(step.settings, row_tokens=tokens)
         total = estimate_vram(shape, shorter).total
-        yield Step(f"train.row_tokens={tokens}", shorter, total, row_seconds(shape, shorter) / tokens / pace)
+        yield Step(
+            f"train.row_tokens={tokens}",
+            shorter,
+            total,
+            row_seconds(shape, shorter) / tokens / pace,
+        )
         if total <= budget:
             return
 
@@ -507,16 +736,32 @@ def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
     plan = make_plan(shape, settings, budget / GIB)
     if plan.fits:
         return plan.settings
-    values = {"name": shape.name, "need": f"{plan.estimate.total / GIB:.2f}", "budget": f"{budget / GIB:.2f}"}
+    values = {
+        "name": shape.name,
+        "need": f"{plan.estimate.total / GIB:.2f}",
+        "budget": f"{budget / GIB:.2f}",
+    }
     least = plan.ladder[-1].total if plan.ladder else plan.estimate.total
     if least > budget:
         raise UserError("memory.hopeless", least=f"{least / GIB:.2f}", **values)
-    changes = " ".join({step.change.partition("=")[0]: step.change for step in plan.ladder}.values())
-    raise UserError("memory.too_big", changes=changes, total=f"{least / GIB:.2f}", longest=plan.longest_row, **values)
+    changes = " ".join(
+        {step.change.partition("=")[0]: step.change for step in plan.ladder}.values()
+    )
+    raise UserError(
+        "memory.too_big",
+        changes=changes,
+        total=f"{least / GIB:.2f}",
+        longest=plan.longest_row,
+        **values,
+    )
 
 
-def plan_run(original: Mapping[str, Any], name: str, settings: Settings, budget: int) -> tuple[Settings, VramEstimate | None]:
-    """What a run is to use: `fit` with a line about it; no estimate without a budget, or for an architecture without a known shape."""
+def plan_run(
+    original: Mapping[str, Any], name: str, settings: Settings, budget: int
+) -> tuple[Settings, VramEstimate | None]:
+    """What a run is to use: `fit` with a line about it; no estimate without a budget, or for an
+    architecture without a known shape.
+    """
     if not budget:
         return settings, None
     try:
@@ -525,6 +770,14 @@ def plan_run(original: Mapping[str, Any], name: str, settings: Settings, budget:
         note("memory.unplanned", reason=error.args[0])
         return settings, None
     settings = fit(shape, settings, budget)
-    estimate, sizes = estimate_vram(shape, settings), {"budget": f"{budget / GIB:.2f}", "row": settings.row_tokens, "layers": shape.layers}
-    note("memory.plan", total=f"{estimate.total / GIB:.2f}", recomputed=len(_recomputed(shape, settings)), **sizes)
+    estimate, sizes = (
+        estimate_vram(shape, settings),
+        {"budget": f"{budget / GIB:.2f}", "row": settings.row_tokens, "layers": shape.layers},
+    )
+    note(
+        "memory.plan",
+        total=f"{estimate.total / GIB:.2f}",
+        recomputed=len(_recomputed(shape, settings)),
+        **sizes,
+    )
     return settings, estimate

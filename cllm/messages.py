@@ -1,6 +1,7 @@
 """What is said to people: one table, English and Chinese, with stable codes.
 
-The language follows `CLLM_LANG` (`zh` or `en`), else the locale. Log keys and JSON are not here: they are English, for programs.
+The language follows `CLLM_LANG` (`zh` or `en`), else the locale. Log keys and JSON are not here:
+they are English, for programs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def messages() -> dict[str, tuple[str, str]]:
-    """Code -> (English, Chinese), both str.format templates with the same fields; read from assets/messages.toml when first needed."""
+    """Code -> (English, Chinese), both str.format templates with the same fields; read from
+    assets/messages.toml when first needed.
+    """
     found: dict[str, tuple[str, str]] = {}
 
     def collect(prefix: str, tree: dict[str, Any]) -> None:
@@ -43,20 +46,27 @@ def messages() -> dict[str, tuple[str, str]]:
 
 
 def language() -> str:
-    """`zh` or `en`: `CLLM_LANG` if set, else whether the locale (LC_ALL, LC_MESSAGES, LANG, Windows' setting) is Chinese."""
+    """`zh` or `en`: `CLLM_LANG` if set, else whether the locale (LC_ALL, LC_MESSAGES, LANG,
+    Windows' setting) is Chinese.
+    """
     chosen = os.environ.get("CLLM_LANG") or next(
-        (os.environ[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(key)), locale.getlocale()[0] or ""
+        (os.environ[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(key)),
+        locale.getlocale()[0] or "",
     )
     return "zh" if chosen.lower().startswith(("zh", "chinese")) else "en"
 
 
 def say(code: str, /, **values: object) -> str:
-    """The message `code` in the user's language with its fields filled in. Raises KeyError for an unknown code."""
+    """The message `code` in the user's language with its fields filled in. Raises KeyError for an
+    unknown code.
+    """
     return messages()[code][language() == "zh"].format(**values)
 
 
 def note(code: str, /, **values: object) -> None:
-    """Print the message `code` to stderr, where progress and status go; of several ranks under torchrun only the first speaks."""
+    """Print the message `code` to stderr, where progress and status go; of several ranks under
+    torchrun only the first speaks.
+    """
     if os.environ.get("RANK", "0") == "0":
         print(say(code, **values), file=sys.stderr, flush=True)
 
@@ -71,12 +81,18 @@ def table(rows: list[list[str]]) -> str:
     padded = []
     for row in rows:
         cells = [" " * (columns[i] - width(cell)) for i, cell in enumerate(row)]
-        padded.append("  ".join(c + s if i == 0 else s + c for i, (c, s) in enumerate(zip(row, cells, strict=True))).rstrip())
+        padded.append(
+            "  ".join(
+                c + s if i == 0 else s + c for i, (c, s) in enumerate(zip(row, cells, strict=True))
+            ).rstrip()
+        )
     return "\n".join(padded)
 
 
 class UserError(Exception):
-    """The user's mistake or circumstance: what, where and how to mend it, in one line. Programs print it and exit with 2."""
+    """The user's mistake or circumstance: what, where and how to mend it, in one line. Programs
+    print it and exit with 2.
+    """
 
     def __init__(self, code: str, /, **values: object) -> None:
         super().__init__(say(code, **values))

@@ -1,4 +1,6 @@
-"""`python -m cllm.train cllm.toml`: from a config to an adapter. The loop reads top to bottom in `Training.loop`."""
+"""`python -m cllm.train cllm.toml`: from a config to an adapter. The loop reads top to bottom in
+`Training.loop`.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,22 @@ STATE_SECTIONS = ("model", "lora", "data", "train")
 """Settings that decide what the next step does: a resumed run must agree on them."""
 
 PROGRESS = ("step", "evaluated", "best", "stale", "bad")
-"""Of a Training: steps done, the last one evaluated, the best held-out loss, evaluations since, steps skipped in a row."""
+"""Of a Training: steps done, the last one evaluated, the best held-out loss, evaluations since,
+steps skipped in a row.
+"""
 
 
 class Training(Prepared):
     """One run: what was read and loaded, and the loop over it."""
 
-    def __init__(self, config: Config, *, accept_rejects: bool = False, allow_changes: bool = False, resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        accept_rejects: bool = False,
+        allow_changes: bool = False,
+        resume: Path | None = None,
+    ) -> None:
         super().__init__(config, accept_rejects=accept_rejects)
         self.allow_changes = allow_changes
         self._plan_steps()
@@ -46,15 +57,27 @@ class Training(Prepared):
 
     def _plan_steps(self) -> None:
         train = self.config.train
-        self.total = train.steps or max(1, round(train.epochs * len(self.rows) / self.rows_per_step))
+        self.total = train.steps or max(
+            1, round(train.epochs * len(self.rows) / self.rows_per_step)
+        )
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every
         if len(self.rows) < self.rows_per_step:
             note("train.small", rows=len(self.rows), step=self.rows_per_step, steps=self.total)
 
     def _open_run(self, resume: Path | None, resources: contextlib.ExitStack) -> None:
-        """A new run with its config and manifest, or the newest whole snapshot of an old one; rank 0 writes, all agree."""
-        from cllm.learn.snapshot import adapter_fingerprint, base_fingerprint, changes_since, locked, manifest_of, new_run, replace_file
+        """A new run with its config and manifest, or the newest whole snapshot of an old one; rank
+        0 writes, all agree.
+        """
+        from cllm.learn.snapshot import (
+            adapter_fingerprint,
+            base_fingerprint,
+            changes_since,
+            locked,
+            manifest_of,
+            new_run,
+            replace_file,
+        )
 
         hashes = {"data_sha256": self.data_hash, "base_sha256": base_fingerprint(self.base)}
         self.untrained = adapter_fingerprint(self.model)
@@ -68,12 +91,20 @@ class Training(Prepared):
             changes: list[str] = []
             if resume:
                 found = differences(load_config(self.run / "config.toml"), self.config)
-                changes = changes_since(self.run, found, hashes, vital=STATE_SECTIONS, allow=self.allow_changes)
+                changes = changes_since(
+                    self.run, found, hashes, vital=STATE_SECTIONS, allow=self.allow_changes
+                )
             if changes or not resume:
                 manifest = manifest_of(
-                    self.device, ranks=self.world.size, seed=self.config.train.seed, steps=self.total, precision=self.precision.name,
-                    template=self.tokenizer.template.name, changes=changes, **hashes,
-                )  # fmt: skip
+                    self.device,
+                    ranks=self.world.size,
+                    seed=self.config.train.seed,
+                    steps=self.total,
+                    precision=self.precision.name,
+                    template=self.tokenizer.template.name,
+                    changes=changes,
+                    **hashes,
+                )
                 replace_file(self.run / "config.toml", to_toml(self.config).encode())
                 replace_file(self.run / "manifest.json", manifest)
         if resume:
@@ -89,10 +120,17 @@ class Training(Prepared):
         from cllm.learn.ladder import Ladder
         from cllm.learn.snapshot import load_snapshot, replace_file, restore
 
-        state_json, tensors, metrics = map(self.world.share, load_snapshot(self.run) if self.world.rank == 0 else [b"", b"", b""])
+        state_json, tensors, metrics = map(
+            self.world.share, load_snapshot(self.run) if self.world.rank == 0 else [b"", b"", b""]
+        )
         state = json.loads(state_json)
         try:
-            ladder = Ladder(**{name: type(value)(state["ladder"][name]) for name, value in asdict(self.ladder).items()})
+            ladder = Ladder(
+                **{
+                    name: type(value)(state["ladder"][name])
+                    for name, value in asdict(self.ladder).items()
+                }
+            )
             for name in PROGRESS:
                 setattr(self, name, type(getattr(self, name))(state[name]))
             epoch, row = map(int, state["rows"])
@@ -100,8 +138,17 @@ class Training(Prepared):
             self.scaler.load_state_dict(state["scaler"])
             self.apply(ladder)
             self.rows.seek(epoch, row)
-        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
-            raise UserError("snapshot.foreign", count=1, problems=f"{type(error).__name__}: {error}") from error
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            OverflowError,
+            AttributeError,
+        ) as error:
+            raise UserError(
+                "snapshot.foreign", count=1, problems=f"{type(error).__name__}: {error}"
+            ) from error
         restore(self.model, self.optimizer, load(tensors))
         if self.world.rank == 0:
             replace_file(self.run / "metrics.jsonl", metrics)
@@ -109,7 +156,9 @@ class Training(Prepared):
     # ------------------------------------------------------------------ the loop
 
     def loop(self) -> float:
-        """Train to the last step, an early stop or an interruption; returns the last training loss."""
+        """Train to the last step, an early stop or an interruption; returns the last training
+        loss.
+        """
         from cllm.learn.dist import stop_on_signal
         from cllm.learn.log import RunLog, open_tracker, peak_memory_bytes
         from cllm.learn.snapshot import writing
@@ -131,10 +180,13 @@ class Training(Prepared):
                 if stats is not None:
                     loss = loss if stats.skipped else stats.loss
                     row = {
-                        "step": self.step, "lr": self.rate, **stats._asdict(),
+                        "step": self.step,
+                        "lr": self.rate,
+                        **stats._asdict(),
                         "tokens_per_second": stats.tokens / (time.perf_counter() - began),
-                        "peak_memory_bytes": peak_memory_bytes(self.device), "seconds": time.perf_counter() - start,
-                    }  # fmt: skip
+                        "peak_memory_bytes": peak_memory_bytes(self.device),
+                        "seconds": time.perf_counter() - start,
+                    }
                     if self.world.rank == 0:
                         with writing(self.log.path):
                             self.log.step(row)
@@ -144,7 +196,9 @@ class Training(Prepared):
         return loss
 
     def _prove(self) -> None:
-        """The plan on the longest row, before anything is learned; what does not fit steps down as any step does."""
+        """The plan on the longest row, before anything is learned; what does not fit steps down as
+        any step does.
+        """
         from cllm.learn.optim import StepOutOfMemoryError
         from cllm.learn.proof import prove
 
@@ -152,28 +206,53 @@ class Training(Prepared):
             rows = [self.rows.longest()] * min(2, self.rows_per_step)
             try:
                 prove(
-                    self.model, rows, self.objective, self.optimizer, precision=self.precision, scaler=self.scaler,
-                    max_norm=self.config.train.max_norm, plan=self.planned, budget=self.budget, micro_tokens=self.ladder.micro_tokens,
-                )  # fmt: skip
+                    self.model,
+                    rows,
+                    self.objective,
+                    self.optimizer,
+                    precision=self.precision,
+                    scaler=self.scaler,
+                    max_norm=self.config.train.max_norm,
+                    plan=self.planned,
+                    budget=self.budget,
+                    micro_tokens=self.ladder.micro_tokens,
+                )
                 return
             except StepOutOfMemoryError as error:
                 detail = str(error)
             self._step_down(rows, detail)
 
     def _step(self) -> StepStats | None:
-        """One optimizer step. None if memory ran out: the state is as before (or at the last snapshot), and less will be used."""
-        from cllm.learn.optim import StepOutOfMemoryError, learning_rate, set_learning_rate, train_step
+        """One optimizer step. None if memory ran out: the state is as before (or at the last
+        snapshot), and less will be used.
+        """
+        from cllm.learn.optim import (
+            StepOutOfMemoryError,
+            learning_rate,
+            set_learning_rate,
+            train_step,
+        )
 
         train, position = self.config.train, self.rows.state
         warmup = round(train.warmup * self.total)
-        self.rate = learning_rate(self.step + 1, self.total, train.learning_rate, schedule=train.schedule, warmup=warmup)
+        self.rate = learning_rate(
+            self.step + 1, self.total, train.learning_rate, schedule=train.schedule, warmup=warmup
+        )
         set_learning_rate(self.optimizer, self.rate)
         batches = self.rows.take(self.rows_per_step)
         try:
             stats = train_step(
-                self.model, batches, self.objective, self.optimizer, precision=self.precision, scaler=self.scaler,
-                max_norm=train.max_norm, world=self.world, seed=f"{train.seed}/{self.step}", micro_tokens=self.ladder.micro_tokens,
-            )  # fmt: skip
+                self.model,
+                batches,
+                self.objective,
+                self.optimizer,
+                precision=self.precision,
+                scaler=self.scaler,
+                max_norm=train.max_norm,
+                world=self.world,
+                seed=f"{train.seed}/{self.step}",
+                micro_tokens=self.ladder.micro_tokens,
+            )
         except StepOutOfMemoryError as error:
             detail, altered = str(error), error.altered
         else:
@@ -195,7 +274,12 @@ class Training(Prepared):
         ladder = self.ladder.down(rows, shorten=self.allow_changes)
         if ladder is None:
             raise UserError("train.memory", detail=detail)
-        note("train.step_down", step=self.step + 1, detail=detail, ladder=", ".join(f"{k} {v}" for k, v in asdict(ladder).items()))
+        note(
+            "train.step_down",
+            step=self.step + 1,
+            detail=detail,
+            ladder=", ".join(f"{k} {v}" for k, v in asdict(ladder).items()),
+        )
         self.apply(ladder)
         self._snapshot()
 
@@ -216,28 +300,58 @@ class Training(Prepared):
     def _refuse_nonfinite(self, batches: Sequence[PackedBatch]) -> None:
         from cllm.learn.optim import first_nonfinite
 
-        names = (first_nonfinite(self.model, batch, self.objective, self.precision) for batch in batches)
+        names = (
+            first_nonfinite(self.model, batch, self.objective, self.precision) for batch in batches
+        )
         module = next((name for name in names if name), "?")
-        raise UserError("train.nonfinite", step=self.step, bad=self.bad, module=module, precision=self.precision.name)
+        raise UserError(
+            "train.nonfinite",
+            step=self.step,
+            bad=self.bad,
+            module=module,
+            precision=self.precision.name,
+        )
 
     def _snapshot(self) -> None:
         from cllm.learn.snapshot import capture, save_snapshot
 
         self.saved_at = time.monotonic()
-        state = {"rows": self.rows.state, "scaler": self.scaler.state_dict(), "ladder": asdict(self.ladder)}
+        state = {
+            "rows": self.rows.state,
+            "scaler": self.scaler.state_dict(),
+            "ladder": asdict(self.ladder),
+        }
         state |= {name: getattr(self, name) for name in PROGRESS}
         if self.world.rank == 0:
-            save_snapshot(self.run, self.step, capture(self.model, self.optimizer), state, keep=self.config.run.keep)
+            save_snapshot(
+                self.run,
+                self.step,
+                capture(self.model, self.optimizer),
+                state,
+                keep=self.config.run.keep,
+            )
 
     def _evaluate(self) -> None:
         """Held-out loss (on rank 0, for all), the best adapter so far, one answer to look at."""
-        from cllm.evaluate.answers import answer_of, generate, held_out_loss, question_of, unless_memory_is_short
+        from cllm.evaluate.answers import (
+            answer_of,
+            generate,
+            held_out_loss,
+            question_of,
+            unless_memory_is_short,
+        )
         from cllm.learn.snapshot import writing
 
-        own = held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes) if self.world.rank == 0 else 0.0
+        own = (
+            held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
+            if self.world.rank == 0
+            else 0.0
+        )
         loss = float(self.world.share(repr(own).encode()))
         improved = loss < self.best
-        self.best, self.stale, self.evaluated = (loss, 0, self.step) if improved else (self.best, self.stale + 1, self.step)
+        self.best, self.stale, self.evaluated = (
+            (loss, 0, self.step) if improved else (self.best, self.stale + 1, self.step)
+        )
         if self.world.rank:
             return
         if improved and self.step:
@@ -249,12 +363,23 @@ class Training(Prepared):
         if self.config.data.kind == "chat":
             shown = self.held_set[(self.step // self.eval_every) % len(self.held_set)]
             with unless_memory_is_short(self.engine):
-                answer = generate(self.engine, self.tokenizer, [question_of(shown)], adapter=True, max_new_tokens=48)[0]
-                texts = [text.replace("\n", " ")[:60] for text in (question_of(shown)[-1].content, answer, answer_of(shown))]
+                answer = generate(
+                    self.engine,
+                    self.tokenizer,
+                    [question_of(shown)],
+                    adapter=True,
+                    max_new_tokens=48,
+                )[0]
+                texts = [
+                    text.replace("\n", " ")[:60]
+                    for text in (question_of(shown)[-1].content, answer, answer_of(shown))
+                ]
                 note("train.eval", question=texts[0], answer=texts[1], reference=texts[2])
 
     def save_adapter(self) -> None:
-        """adapter/: PEFT's two files, the tokenizer and the template; complete before it replaces the one before."""
+        """adapter/: PEFT's two files, the tokenizer and the template; complete before it replaces
+        the one before.
+        """
         from cllm.learn.snapshot import replace_files, writing
         from cllm.model.lora import save_adapter
 
@@ -266,7 +391,9 @@ class Training(Prepared):
     # ------------------------------------------------------------------ after the last step
 
     def finish(self) -> dict[str, Any]:
-        """Put the best adapter back, answer the held-out questions with and without it, write and return the scores."""
+        """Put the best adapter back, answer the held-out questions with and without it, write and
+        return the scores.
+        """
         from safetensors.torch import load_file
 
         from cllm.evaluate.answers import compare, sequence_nll
@@ -292,11 +419,22 @@ class Training(Prepared):
         asked = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0]
         if asked:
             note("train.answering", count=len(asked))
-        held_out = functools.partial(sequence_nll, self.model, self.held_rows, self.precision, self.chunk_bytes)
+        held_out = functools.partial(
+            sequence_nll, self.model, self.held_rows, self.precision, self.chunk_bytes
+        )
         results, samples, _ = compare(
-            self.engine, self.tokenizer, asked, held_out, self.precision, self.chunk_bytes, train=list(self.train_set),
-            shots=settings.shots, max_new_tokens=settings.max_new_tokens, seed=self.config.train.seed, progress=Progress(),
-        )  # fmt: skip
+            self.engine,
+            self.tokenizer,
+            asked,
+            held_out,
+            self.precision,
+            self.chunk_bytes,
+            train=list(self.train_set),
+            shots=settings.shots,
+            max_new_tokens=settings.max_new_tokens,
+            seed=self.config.train.seed,
+            progress=Progress(),
+        )
         with writing(self.run / "eval.json"):
             write_results(self.run, results, samples)
         print(report(results))
@@ -306,15 +444,23 @@ class Training(Prepared):
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cllm.train", description=say("train.help"))
     parser.add_argument("config", metavar="CONFIG|preset:NAME", help=say("train.help.config"))
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=say("train.help.overrides"))
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help=say("train.help.overrides")
+    )
     parser.add_argument("--resume", action="store_true", help=say("train.help.resume"))
-    parser.add_argument("--accept-rejects", action="store_true", help=say("train.help.accept_rejects"))
-    parser.add_argument("--allow-changes", action="store_true", help=say("train.help.allow_changes"))
+    parser.add_argument(
+        "--accept-rejects", action="store_true", help=say("train.help.accept_rejects")
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help=say("train.help.allow_changes")
+    )
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    """Train as the config says; the last line on stdout is {"run", "steps", "loss", "eval"}. Under torchrun rank 0 speaks."""
+    """Train as the config says; the last line on stdout is {"run", "steps", "loss", "eval"}. Under
+    torchrun rank 0 speaks.
+    """
     arguments = _arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     resume = None
@@ -322,7 +468,12 @@ def main(argv: list[str]) -> int:
         from cllm.learn.snapshot import last_run
 
         resume = last_run(config.run.dir)
-    training = Training(config, accept_rejects=arguments.accept_rejects, allow_changes=arguments.allow_changes, resume=resume)
+    training = Training(
+        config,
+        accept_rejects=arguments.accept_rejects,
+        allow_changes=arguments.allow_changes,
+        resume=resume,
+    )
     with contextlib.closing(training):
         loss = training.loop()
         training.world.leave()
@@ -330,11 +481,21 @@ def main(argv: list[str]) -> int:
             return 130 if training.interrupted else 0
         if training.interrupted:
             training.log.close()
-            note("train.interrupted", step=training.step, total=training.total, command=f"python -m cllm.train {arguments.config} --resume")
+            note(
+                "train.interrupted",
+                step=training.step,
+                total=training.total,
+                command=f"python -m cllm.train {arguments.config} --resume",
+            )
             return 130
         results = training.finish()
         note("train.done", run=training.run)
-        print(json.dumps({"run": str(training.run), "steps": training.step, "loss": loss, "eval": results}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"run": str(training.run), "steps": training.step, "loss": loss, "eval": results},
+                ensure_ascii=False,
+            )
+        )
         return 0
 
 

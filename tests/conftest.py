@@ -1,4 +1,6 @@
-"""Tiny random models of several architectures, built once per session, and the path of the shared oracles."""
+"""Tiny random models of several architectures, built once per session, and the path of the shared
+oracles.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import os
 
 os.environ.setdefault("CLLM_LANG", "en")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads would only wait for each other
+# a worker for each core: more threads would only wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CLLM_DATA_CACHE"] = ""  # tests that are about the cache set their own
 
@@ -21,13 +24,27 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 NATIVE = (
-    *("llama", "llama-tied", "llama3-rope", "qwen2", "qwen3", "qwen3.5", "glm", "glm4", "gemma2", "gemma3", "gpt2"),
+    *(
+        "llama",
+        "llama-tied",
+        "llama3-rope",
+        "qwen2",
+        "qwen3",
+        "qwen3.5",
+        "glm",
+        "glm4",
+        "gemma2",
+        "gemma3",
+        "gpt2",
+    ),
     *("internlm3", "hunyuan", "minicpm3"),
 )
 
 
 def tiny_config(architecture: str) -> Any:
-    """A config of a few thousand parameters: 2 layers, hidden 32, 4 heads, vocabulary 96. Skips what this Transformers lacks."""
+    """A config of a few thousand parameters: 2 layers, hidden 32, 4 heads, vocabulary 96. Skips
+    what this Transformers lacks.
+    """
     import transformers as t
 
     llama = {
@@ -42,28 +59,55 @@ def tiny_config(architecture: str) -> Any:
         "eos_token_id": 1,
         "bos_token_id": 2,
     }
-    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    low_rank = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
-    stretched = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    linear = {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    low_rank = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    stretched = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     table: dict[str, Callable[[], object]] = {
         "internlm3": lambda: t.CONFIG_MAPPING["internlm3"](**llama, head_dim=8),
         "hunyuan": lambda: t.CONFIG_MAPPING["hunyuan_v1_dense"](**llama, head_dim=8),
-        "minicpm3": lambda: t.CONFIG_MAPPING["minicpm3"](**llama | {"num_key_value_heads": 4}, **low_rank),
+        "minicpm3": lambda: t.CONFIG_MAPPING["minicpm3"](
+            **llama | {"num_key_value_heads": 4}, **low_rank
+        ),
         "bloom": lambda: t.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
         "glm4": lambda: t.Glm4Config(**llama, head_dim=8),
         "qwen3.5": lambda: t.CONFIG_MAPPING["qwen3_5_text"](
             **llama, head_dim=8, layer_types=["linear_attention", "full_attention"], **linear
         ),
         "llama-tied": lambda: t.LlamaConfig(**llama, tie_word_embeddings=True),
-        "llama3-rope": lambda: t.LlamaConfig(**llama, rope_parameters={**stretched, "original_max_position_embeddings": 64}),
+        "llama3-rope": lambda: t.LlamaConfig(
+            **llama, rope_parameters={**stretched, "original_max_position_embeddings": 64}
+        ),
         "llama": lambda: t.LlamaConfig(**llama),
         "qwen2": lambda: t.Qwen2Config(**llama),
         "qwen3": lambda: t.Qwen3Config(**llama, head_dim=8),
         "glm": lambda: t.GlmConfig(**llama, head_dim=8, attention_bias=True),
         "gemma3": lambda: t.Gemma3TextConfig(
-            **llama, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+            **llama,
+            head_dim=8,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            query_pre_attn_scalar=8,
         ),
-        "gemma2": lambda: t.Gemma2Config(**llama, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+        "gemma2": lambda: t.Gemma2Config(
+            **llama, head_dim=8, sliding_window=8, query_pre_attn_scalar=8
+        ),
         "gpt2": lambda: t.GPT2Config(
             vocab_size=96,
             n_embd=32,
@@ -92,8 +136,11 @@ def tiny_model(architecture: str, seed: int = 0, attention: str = "cllm"):  # ty
 
     register()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation=attention)
-    with torch.no_grad():  # larger weights than the default 0.02, so that differences between tokens are visible
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(architecture), attn_implementation=attention
+    )
+    # larger weights than the default 0.02, so that differences between tokens are visible
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5)
@@ -109,7 +156,9 @@ def shared() -> Path:
 
 
 def byte_checkpoint(directory: Path) -> Path:
-    """A random two-layer Llama with a byte-level tokenizer and ChatML tokens, as a native checkpoint directory."""
+    """A random two-layer Llama with a byte-level tokenizer and ChatML tokens, as a native
+    checkpoint directory.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,7 +172,11 @@ def byte_checkpoint(directory: Path) -> Path:
     tokenizer.add_special_tokens(specials)
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    names = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -151,7 +204,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_rows(count: int = 40) -> list[dict[str, str]]:
     """Numbers spelled digit by digit, in two categories."""
     digits = "零一二三四五六七八九"
-    return [{"instruction": f"写出数字{n}", "output": "".join(digits[int(d)] for d in str(n)), "task": "AB"[n % 2]} for n in range(count)]
+    return [
+        {
+            "instruction": f"写出数字{n}",
+            "output": "".join(digits[int(d)] for d in str(n)),
+            "task": "AB"[n % 2],
+        }
+        for n in range(count)
+    ]
 
 
 @pytest.fixture
@@ -162,7 +222,9 @@ def config(tmp_path: Path, checkpoint: Path) -> Path:
 
 def write_config(folder: Path, checkpoint: Path, rows: list[dict[str, str]]) -> Path:
     """run.toml in `folder`, beside its data."""
-    (folder / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (folder / "data.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     path = folder / "run.toml"
     path.write_text(
         f"""

@@ -46,34 +46,59 @@ def build(request: pytest.FixtureRequest) -> Any:
 
 def test_assets_are_small() -> None:
     assert sum(path.stat().st_size for path in (ASSETS / "tiny-zh").iterdir()) <= 12_000_000
-    assert sum((ASSETS / name).stat().st_size for name in ("demo.jsonl", "demo-test.jsonl")) < 1_000_000
+    assert (
+        sum((ASSETS / name).stat().st_size for name in ("demo.jsonl", "demo-test.jsonl"))
+        < 1_000_000
+    )
 
 
 def test_model_is_a_small_bf16_llama(model: Any) -> None:
     config = json.loads((ASSETS / "tiny-zh" / "config.json").read_text(encoding="utf-8"))
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "bfloat16" and "auto_map" not in config
-    assert 3_000_000 <= model.num_parameters() <= 5_500_000 and 2_000 <= config["vocab_size"] <= 4_000
+    assert (
+        config["architectures"] == ["LlamaForCausalLM"]
+        and config["dtype"] == "bfloat16"
+        and "auto_map" not in config
+    )
+    assert (
+        3_000_000 <= model.num_parameters() <= 5_500_000 and 2_000 <= config["vocab_size"] <= 4_000
+    )
 
 
 def test_vocabulary_spells_every_text(tokenizer: Any, model: Any) -> None:
     assert len(tokenizer) == model.config.vocab_size
-    texts = [asked(row) + row["output"] for name in ("demo.jsonl", "demo-test.jsonl") for row in rows(name)]
+    texts = [
+        asked(row) + row["output"]
+        for name in ("demo.jsonl", "demo-test.jsonl")
+        for row in rows(name)
+    ]
     for text in [*texts, "龘 Ωß\t🙂\r\n  两个空格", "它说：“cllm”。"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     # The demo's own text needs no byte pieces: every token is whole characters.
-    assert all("\ufffd" not in tokenizer.decode([i]) for text in texts[::20] for i in tokenizer.encode(text))
+    assert all(
+        "\ufffd" not in tokenizer.decode([i])
+        for text in texts[::20]
+        for i in tokenizer.encode(text)
+    )
 
 
 def test_chat_tokens_and_template(tokenizer: Any) -> None:
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    assert [tokenizer.encode(token) for token in tokens] == [[0], [1], [2]] and tokenizer.eos_token == "<|im_end|>"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True)
+    assert [tokenizer.encode(token) for token in tokens] == [
+        [0],
+        [1],
+        [2],
+    ] and tokenizer.eos_token == "<|im_end|>"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True
+    )
     assert text == "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
     assert len(tokenizer.encode("user")) == len(tokenizer.encode("assistant")) == 1
 
 
 def test_base_knows_its_world(tokenizer: Any, model: Any, build: Any) -> None:
-    """Facts of held-out entities, in a statement: far below log V nats per token, and the value is likelier than others."""
+    """Facts of held-out entities, in a statement: far below log V nats per token, and the value is
+    likelier than others.
+    """
     world = build.World(build.SEED)
     people = [e for e in world.entities if e.held_out and e.kind == "person"]
     losses, known = [], 0
@@ -92,7 +117,9 @@ def test_every_task_is_present() -> None:
     assert {row["task"] for row in train} == {row["task"] for row in test} == TASKS
     assert 1_500 <= len(train) <= 4_000 and 200 <= len(test) <= 300
     sentiment = [row["output"] for row in test if row["task"] == "sentiment"]
-    assert set(sentiment) == {"正面", "负面", "中性"} and max(map(sentiment.count, sentiment)) <= 0.5 * len(sentiment)
+    assert set(sentiment) == {"正面", "负面", "中性"} and max(
+        map(sentiment.count, sentiment)
+    ) <= 0.5 * len(sentiment)
 
 
 def test_no_test_question_is_in_the_training_rows() -> None:
@@ -101,14 +128,18 @@ def test_no_test_question_is_in_the_training_rows() -> None:
     for key in ("input", "output"):
         numbers = [{row[key] for row in part if row["task"] == "numeral"} for part in (train, test)]
         assert not numbers[0] & numbers[1]
-    requests = [{row["output"] for row in part if row["task"] == "polite"} for part in (train, test)]
+    requests = [
+        {row["output"] for row in part if row["task"] == "polite"} for part in (train, test)
+    ]
     assert not requests[0] & requests[1]
     facts = [{row["output"] for row in part if row["task"] == "fact"} for part in (train, test)]
     assert not facts[0] & facts[1]
 
 
 def test_rows_are_what_the_script_builds(build: Any) -> None:
-    """The committed files come from the script, and its stricter checks (entities, persons) hold for them."""
+    """The committed files come from the script, and its stricter checks (entities, persons) hold
+    for them.
+    """
     world = build.World(build.SEED)
     train, test = build.instruction_rows(world, build.TRAIN_ROWS, build.TEST_ROWS)
     build.check_rows(world, train, test)
@@ -123,7 +154,14 @@ def test_pretraining_documents_hold_no_instruction_and_no_test_item(build: Any) 
 
     world = build.World(build.SEED)
     _, test = build.instruction_rows(world, build.TRAIN_ROWS, build.TEST_ROWS)
-    texts = [text for text, _ in zip(build.documents(world, test, build.SEED + 1, build.PRACTICE_DOCUMENTS), range(3_000), strict=False)]
+    texts = [
+        text
+        for text, _ in zip(
+            build.documents(world, test, build.SEED + 1, build.PRACTICE_DOCUMENTS),
+            range(3_000),
+            strict=False,
+        )
+    ]
     corpus = "\n".join(texts)
     assert "<|im_" not in corpus
     questions = {asked(row).strip() for row in test if row["task"] != "persona"}

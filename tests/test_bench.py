@@ -20,19 +20,47 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 def test_plan_needs_no_torch_and_ends_with_json() -> None:
     code = "import sys; from cllm.bench import main; main(['--plan', 'Qwen/Qwen3-8B']); print('torch' in sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True
+    )
     plan = json.loads(done.stdout.splitlines()[-1])["plans"][0]
     assert done.stderr.strip() == "False"
-    assert plan["model"] == "Qwen/Qwen3-8B" and plan["total"] == sum(plan["items"].values()) and plan["quantize"] == "nf4"
+    assert (
+        plan["model"] == "Qwen/Qwen3-8B"
+        and plan["total"] == sum(plan["items"].values())
+        and plan["quantize"] == "nf4"
+    )
     assert "MiB" in done.stdout
 
 
-def test_plan_of_a_config_follows_its_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_a_config_follows_its_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "a.toml"
-    file.write_text('[model]\npath = "THUDM/chatglm3-6b"\n[lora]\nrank = 4\n[train]\nrow_tokens = 4096\n', encoding="utf-8")
-    assert bench.main(["--plan", str(file), "model.quantize=nf4", "memory.budget_gib=5", "train.tokens_per_step=4096"]) == 0
+    file.write_text(
+        '[model]\npath = "THUDM/chatglm3-6b"\n[lora]\nrank = 4\n[train]\nrow_tokens = 4096\n',
+        encoding="utf-8",
+    )
+    assert (
+        bench.main(
+            [
+                "--plan",
+                str(file),
+                "model.quantize=nf4",
+                "memory.budget_gib=5",
+                "train.tokens_per_step=4096",
+            ]
+        )
+        == 0
+    )
     plan = last_json(capsys)["plans"][0]  # type: ignore[index]
-    assert (plan["rank"], plan["row_tokens"], plan["quantize"], plan["budget_gib"], plan["fits"]) == (4, 4096, "nf4", 5.0, False)
+    assert (
+        plan["rank"],
+        plan["row_tokens"],
+        plan["quantize"],
+        plan["budget_gib"],
+        plan["fits"],
+    ) == (4, 4096, "nf4", 5.0, False)
     assert plan["ladder"][-1]["total"] <= 5 * 2**30
 
 
@@ -41,19 +69,30 @@ def test_plan_of_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_json(capsys)["plans"][0]["fits"] is True  # type: ignore[index]
 
 
-@pytest.mark.parametrize("subjects", [["nobody/nothing"], ["tiny-zh", "model.quantise=nf4"], ["missing.toml"]])
+@pytest.mark.parametrize(
+    "subjects", [["nobody/nothing"], ["tiny-zh", "model.quantise=nf4"], ["missing.toml"]]
+)
 def test_mistakes_are_one_line(subjects: list[str]) -> None:
     with pytest.raises(UserError):
         bench.main(["--plan", *subjects])
 
 
 def test_plan_tells_time_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the base at hand: its tokens and its pace on this device; without: characters and a roofline."""
+    """With the base at hand: its tokens and its pace on this device; without: characters and a
+    roofline.
+    """
     data = tmp_path / "a.jsonl"
-    rows = [{"instruction": f"第{i}个问题是什么？", "output": "答案在这里。" * 4} for i in range(40)]
-    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    rows = [
+        {"instruction": f"第{i}个问题是什么？", "output": "答案在这里。" * 4} for i in range(40)
+    ]
+    data.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     file = tmp_path / "a.toml"
-    text = "[train]\nrow_tokens = 64\ntokens_per_step = 128\nepochs = 2.0\n[data]\nheld_out = 0.0\ntrain = " + json.dumps(str(data))
+    text = (
+        "[train]\nrow_tokens = 64\ntokens_per_step = 128\nepochs = 2.0\n[data]\nheld_out = 0.0\ntrain = "
+        + json.dumps(str(data))
+    )
     file.write_text(text, encoding="utf-8")
     assert bench.main(["--plan", str(file)]) == 0
     time = last_json(capsys)["plans"][0]["time"]  # type: ignore[index]
@@ -61,25 +100,42 @@ def test_plan_tells_time_from_the_data(tmp_path: Path, capsys: pytest.CaptureFix
     assert time["tokens"] / 128 <= time["steps"] <= 1.5 * time["tokens"] / 128
     assert bench.main(["--plan", str(file), "model.path=Qwen/Qwen3-8B"]) == 0
     guess = last_json(capsys)["plans"][0]["time"]  # type: ignore[index]
-    assert not guess["measured"] and not guess["exact_tokens"] and 0.3 < guess["tokens"] / time["tokens"] < 2
+    assert (
+        not guess["measured"]
+        and not guess["exact_tokens"]
+        and 0.3 < guess["tokens"] / time["tokens"] < 2
+    )
 
 
-def test_measured_step_is_near_its_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measured_step_is_near_its_estimate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "report.json"
     settings = ["--out", str(out), "model.precision=bf16", "model.device=cpu", "lora.rank=4"]
-    assert bench.main(["tiny-zh", "--layers", "1", "--rows", "32,64", "--steps", "1", *settings]) == 0
+    assert (
+        bench.main(["tiny-zh", "--layers", "1", "--rows", "32,64", "--steps", "1", *settings]) == 0
+    )
     report = last_json(capsys)
-    assert json.loads(out.read_text(encoding="utf-8")) == report and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(out.read_text(encoding="utf-8")) == report and out.with_suffix(
+        ".png"
+    ).read_bytes().startswith(b"\x89PNG")
     assert [r["row_tokens"] for r in report["results"]] == [32, 64]  # type: ignore[attr-defined]
     for result in report["results"]:  # type: ignore[attr-defined]
-        assert result["layers"] == 1 and result["quantize"] == "nf4" and result["precision"] == "bf16"
+        assert (
+            result["layers"] == 1 and result["quantize"] == "nf4" and result["precision"] == "bf16"
+        )
         assert result["estimate_ratio"] == pytest.approx(1, abs=0.05)
         assert result["mfu"] > 0
-        assert result["tokens_per_second"] == pytest.approx(2 * result["row_tokens"] / result["step_seconds"])
+        assert result["tokens_per_second"] == pytest.approx(
+            2 * result["row_tokens"] / result["step_seconds"]
+        )
 
 
 def test_what_is_measured_is_what_the_trainer_would_make() -> None:
-    config = bench._config("tiny-zh", ["model.quantize=none", "model.device=cpu", "train.optimizer=adamw8bit", "lora.dora=true"])
+    config = bench._config(
+        "tiny-zh",
+        ["model.quantize=none", "model.device=cpu", "train.optimizer=adamw8bit", "lora.dora=true"],
+    )
     subject = bench.Subject(config, *bench._original(config, 1))
     assert type(subject.optimizer).__name__ == "AdamW8bit"
     assert all(layer.magnitude is not None for layer in lora_layers(subject.model).values())
@@ -98,7 +154,9 @@ def test_peer_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         bench.main(["tiny-zh", "--against", "peft"])
 
 
-def test_readme_tables_are_what_the_plan_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_tables_are_what_the_plan_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """tools/readme_table.py rewrites them."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
     import readme_table
@@ -108,13 +166,18 @@ def test_readme_tables_are_what_the_plan_says(monkeypatch: pytest.MonkeyPatch, c
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon")
-def test_loading_into_nf4_never_holds_the_checkpoint_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_into_nf4_never_holds_the_checkpoint_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """bench/load_memory.py at a twentieth of ChatGLM3-6B: model + 3 x largest tensor + 0.1 GiB."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import load_memory
 
     result = load_memory.run(20)
-    assert result["checkpoint_bytes"] > 6e8 and result["above_bytes"] < result["bound_bytes"] < result["checkpoint_bytes"]
+    assert (
+        result["checkpoint_bytes"] > 6e8
+        and result["above_bytes"] < result["bound_bytes"] < result["checkpoint_bytes"]
+    )
 
 
 def test_gpu_script_says_in_one_line_that_there_is_no_gpu() -> None:
@@ -123,5 +186,10 @@ def test_gpu_script_says_in_one_line_that_there_is_no_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     script = Path(__file__).parents[1] / "bench" / "gpu.sh"
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        ["bash", str(script)],
+        capture_output=True,
+        text=True,
+        env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""

@@ -36,7 +36,9 @@ def engine(loaded: Loaded) -> Iterator[Engine]:
     made.close()
 
 
-def talk(loaded: Loaded, engine: Engine, *lines: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Terminal, str]:
+def talk(
+    loaded: Loaded, engine: Engine, *lines: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Terminal, str]:
     monkeypatch.setattr("cllm.serve.answer.chat_sampling", lambda: Sampling(max_new_tokens=16))
     written: list[str] = []
     terminal = Terminal(loaded, engine, written.append)
@@ -52,14 +54,31 @@ def talk(loaded: Loaded, engine: Engine, *lines: str, monkeypatch: pytest.Monkey
     return terminal, "".join(written)
 
 
-def test_terminal_remembers_switches_and_forgets(loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_terminal_remembers_switches_and_forgets(
+    loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     saved = tmp_path / "talk.jsonl"
-    lines = ("你好", "再见", f"/save {saved}", "/base", "你好", "/nonsense", "/system 短一点", "/adapter", "", "你好", "/quit", "unheard")
+    lines = (
+        "你好",
+        "再见",
+        f"/save {saved}",
+        "/base",
+        "你好",
+        "/nonsense",
+        "/system 短一点",
+        "/adapter",
+        "",
+        "你好",
+        "/quit",
+        "unheard",
+    )
     terminal, out = talk(loaded, engine, *lines, monkeypatch=monkeypatch)
 
     def answer(messages: list[tuple[str, str]], *, adapter: bool = True) -> str:
         prompt = loaded.tokenizer.encode_chat([Message(*m) for m in messages])
-        return loaded.tokenizer.decode(loaded.engine().generate([prompt], Sampling(max_new_tokens=16), adapter)[0])
+        return loaded.tokenizer.decode(
+            loaded.engine().generate([prompt], Sampling(max_new_tokens=16), adapter)[0]
+        )
 
     first = answer([("user", "你好")])
     dialogue = [("user", "你好"), ("assistant", first), ("user", "再见")]
@@ -68,13 +87,18 @@ def test_terminal_remembers_switches_and_forgets(loaded: Loaded, engine: Engine,
     assert [(m["role"], m["content"]) for m in row["messages"]] == dialogue
     base = answer([*dialogue, ("user", "你好")], adapter=False)
     last = answer([("system", "短一点"), ("user", "你好")])
-    assert terminal.messages == [Message("user", "你好"), Message("assistant", last)] and terminal.turns == 4
+    assert (
+        terminal.messages == [Message("user", "你好"), Message("assistant", last)]
+        and terminal.turns == 4
+    )
     positions = [out.find(text) for text in (first, base, "/system TEXT", last)]
     assert -1 not in positions and "unheard" not in out and "tok/s" in out
     from cllm.data import read_conversations
 
     read = read_conversations(saved)[0][0]  # what was said can be trained on
-    assert [m.role for m in read] == [role for role, _ in dialogue] and read.messages[2].content == "再见"
+    assert [m.role for m in read] == [role for role, _ in dialogue] and read.messages[
+        2
+    ].content == "再见"
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(loaded: Loaded, engine: Engine) -> None:
@@ -92,9 +116,23 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(loaded: Loaded, engine: E
     assert told and 3 <= int(told[1]) < 512 and int(told[2]) < 10**6
 
 
-def test_terminal_shows_mistakes_and_goes_on(loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal, out = talk(loaded._replace(home=None), engine, "/adapter", "字" * 2000, "/reset", monkeypatch=monkeypatch)
-    assert "chat.no_adapter" in out and "serve.context" in out and terminal.turns == 0 and terminal.name == "base"
+def test_terminal_shows_mistakes_and_goes_on(
+    loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, out = talk(
+        loaded._replace(home=None),
+        engine,
+        "/adapter",
+        "字" * 2000,
+        "/reset",
+        monkeypatch=monkeypatch,
+    )
+    assert (
+        "chat.no_adapter" in out
+        and "serve.context" in out
+        and terminal.turns == 0
+        and terminal.name == "base"
+    )
 
 
 def test_open_model_names_what_is_missing(loaded: Loaded, tmp_path: Path) -> None:
@@ -103,24 +141,36 @@ def test_open_model_names_what_is_missing(loaded: Loaded, tmp_path: Path) -> Non
     (run / "config.toml").write_text("[model]\npath = 'tiny-zh'\n", encoding="utf-8")
     with pytest.raises(UserError, match="no adapter yet"):
         open_model(run)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}', encoding="utf-8")
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 8}', encoding="utf-8"
+    )
     with pytest.raises(UserError, match="base_model_name_or_path"):
         open_model(tmp_path)
     assert loaded.home is not None
     bare = open_model(loaded.base_name, device="cpu")
     assert bare.adapter_name is None and bare.home is None
     alone = open_model(loaded.home / "adapter", device="cpu")
-    assert alone.adapter_name == loaded.adapter_name == "demo" and alone.tokenizer.template == loaded.tokenizer.template
+    assert (
+        alone.adapter_name == loaded.adapter_name == "demo"
+        and alone.tokenizer.template == loaded.tokenizer.template
+    )
 
 
-def test_a_run_is_opened_with_the_head_that_it_was_trained_with(loaded: Loaded, tmp_path: Path) -> None:
+def test_a_run_is_opened_with_the_head_that_it_was_trained_with(
+    loaded: Loaded, tmp_path: Path
+) -> None:
     from cllm.model.nf4 import NF4Linear
 
     run = tmp_path / "run"
     assert loaded.home is not None
     shutil.copytree(loaded.home, run)
-    (run / "config.toml").write_text(f"[model]\npath = {json.dumps(loaded.base_name)}\nhead = 'nf4'\n", encoding="utf-8")
-    heads = [open_model(run, device="cpu", quantize=quantize).model.get_output_embeddings() for quantize in ("", "none")]  # type: ignore[operator]
+    (run / "config.toml").write_text(
+        f"[model]\npath = {json.dumps(loaded.base_name)}\nhead = 'nf4'\n", encoding="utf-8"
+    )
+    heads = [
+        open_model(run, device="cpu", quantize=quantize).model.get_output_embeddings()
+        for quantize in ("", "none")
+    ]  # type: ignore[operator]
     assert [type(head) for head in heads] == [NF4Linear, torch.nn.Linear]
 
 
@@ -129,8 +179,22 @@ def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     assert loaded.home is not None
-    command = [sys.executable, "-m", "cllm.chat", str(loaded.home), "--host", "0.0.0.0", "--port", str(port)]
-    environment = {**os.environ, "CLLM_LANG": "en", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "cllm.chat",
+        str(loaded.home),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        str(port),
+    ]
+    environment = {
+        **os.environ,
+        "CLLM_LANG": "en",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONUNBUFFERED": "1",
+    }
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, encoding="utf-8")
     try:
         assert process.stderr is not None
@@ -151,7 +215,10 @@ def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded
             raise AssertionError("the server did not come up")
 
         assert status("/health", {}) == 200
-        assert [status(path, {}) for path in ("/", "/v1/models", "/gradio_api/info", "/config", "/?key=x")] == [401] * 5
+        assert [
+            status(path, {})
+            for path in ("/", "/v1/models", "/gradio_api/info", "/config", "/?key=x")
+        ] == [401] * 5
         assert status(f"/?key={key[1]}", {}) == 303
         assert status("/", {"Cookie": f"cllm_key={key[1]}", "Host": "box.lan:7860"}) == 200
         assert status("/v1/models", {"Authorization": f"Bearer {key[1]}"}) == 200
@@ -161,7 +228,9 @@ def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded
 
 
 def test_the_adapters_files_are_what_vllm_documents(tmp_path: Path) -> None:
-    """docs/serving.md: one r and alpha, bias none, no modules_to_save, no DoRA, PEFT's tensor names, and prompts of the training's ids."""
+    """docs/serving.md: one r and alpha, bias none, no modules_to_save, no DoRA, PEFT's tensor
+    names, and prompts of the training's ids.
+    """
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
@@ -172,10 +241,16 @@ def test_the_adapters_files_are_what_vllm_documents(tmp_path: Path) -> None:
     save_adapter(model, tmp_path, base="tiny-zh")
     tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    assert {"r", "lora_alpha", "target_modules"} <= set(config) and isinstance(config["target_modules"], list)  # what vLLM requires
+    # what vLLM requires
+    assert {"r", "lora_alpha", "target_modules"} <= set(config) and isinstance(
+        config["target_modules"], list
+    )
     assert config["bias"] == "none" and config["modules_to_save"] is None and not config["use_dora"]
     assert not config.get("rank_pattern") and not config.get("alpha_pattern")
-    told = re.search(r"--max-lora-rank (\d+)", (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8"))
+    told = re.search(
+        r"--max-lora-rank (\d+)",
+        (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8"),
+    )
     assert told is not None and config["r"] <= int(told[1])
     modules = dict(model.named_modules())
     for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
@@ -184,7 +259,12 @@ def test_the_adapters_files_are_what_vllm_documents(tmp_path: Path) -> None:
         assert tensor.shape[0 if part == "A" else 1] == config["r"]
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     jinja = (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
-    for turns in ([("user", "你好")], [("system", "短一点"), ("user", "你好"), ("assistant", "您好"), ("user", "再见")]):
+    for turns in (
+        [("user", "你好")],
+        [("system", "短一点"), ("user", "你好"), ("assistant", "您好"), ("user", "再见")],
+    ):
         messages = [{"role": role, "content": content} for role, content in turns]
-        ids = theirs.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)["input_ids"]
+        ids = theirs.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)[
+            "input_ids"
+        ]
         assert ids == tokenizer.encode_chat([Message(*turn) for turn in turns])

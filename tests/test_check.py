@@ -1,4 +1,6 @@
-"""`python -m cllm.check`: what is printed, the JSON line, and the files it writes; with a byte-level tokenizer made on the spot."""
+"""`python -m cllm.check`: what is printed, the JSON line, and the files it writes; with a
+byte-level tokenizer made on the spot.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     bad = ['{"instruction": "断', '{"instruction": "空", "output": ""}', *['{"foo": 1}'] * 5]
-    path.write_text("\n".join([*(json.dumps(row, ensure_ascii=False) for row in [*ROWS, ROWS[0]]), *bad]), encoding="utf-8")
+    path.write_text(
+        "\n".join([*(json.dumps(row, ensure_ascii=False) for row in [*ROWS, ROWS[0]]), *bad]),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -38,7 +43,9 @@ def account(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, dic
     return "\n".join(lines[:-1]), json.loads(lines[-1])
 
 
-def test_bad_rows_are_located_explained_and_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_located_explained_and_counted(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, found = account(capsys, data, "model.path=/nowhere/at/all")
     assert (found["rows"], found["valid"], found["rejected"]) == (20, 13, 7)
     assert {reason: entry["count"] for reason, entry in found["rejects"].items()} == {
@@ -53,51 +60,82 @@ def test_bad_rows_are_located_explained_and_counted(data: Path, capsys: pytest.C
     assert "tokens" not in found
 
 
-def test_the_samples_show_what_is_trained(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text, found = account(capsys, data, f"model.path={base}", "model.template=chatml", "train.row_tokens=40")
+def test_the_samples_show_what_is_trained(
+    base: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, found = account(
+        capsys, data, f"model.path={base}", "model.template=chatml", "train.row_tokens=40"
+    )
     sample = next(line for line in text.split("\n") if "⟦" in line and "|im_start|" in line)
     trained = "".join(part.split("⟧")[0] for part in sample.split("⟦")[1:])
     assert "<|im_end|>" in trained and "<|im_start|>" not in trained
     assert found["end_token_trained"] is True and found["template"] == "chatml"
-    assert found["limit"] == 40 and found["over_limit"] == 13 and "13 (100.0%) are longer than train.row_tokens = 40" in text
+    assert (
+        found["limit"] == 40
+        and found["over_limit"] == 13
+        and "13 (100.0%) are longer than train.row_tokens = 40" in text
+    )
     assert "characters per conversation: min" in text and "tokens per conversation: min" in text
     assert 0 < found["supervised_tokens"] < found["total_tokens"]
 
 
-def test_bytes_of_one_character_are_shown_as_the_character(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bytes_of_one_character_are_shown_as_the_character(
+    base: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, _ = account(capsys, data, f"model.path={base}", "model.template=chatml")
     assert "第·0·个·回·答·。" in text and "\ufffd" not in text
 
 
-def test_long_names_of_a_file_without_header_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "own.tsv").write_text("".join(f"{'原文' * 200}{n}\t译文{n}\n" for n in range(3)), encoding="utf-8")
+def test_long_names_of_a_file_without_header_are_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.tsv").write_text(
+        "".join(f"{'原文' * 200}{n}\t译文{n}\n" for n in range(3)), encoding="utf-8"
+    )
     text, found = account(capsys, tmp_path / "own.tsv", "model.path=/nowhere")
     assert found["rejected"] == 2 and max(map(len, text.split("\n"))) < 300
 
 
-def test_questions_of_the_eval_file_in_the_training_set_are_counted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_of_the_eval_file_in_the_training_set_are_counted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     test = tmp_path / "test.jsonl"
-    test.write_text("".join(json.dumps({**row, "output": "别的"}, ensure_ascii=False) + "\n" for row in ROWS[:3]), encoding="utf-8")
+    test.write_text(
+        "".join(
+            json.dumps({**row, "output": "别的"}, ensure_ascii=False) + "\n" for row in ROWS[:3]
+        ),
+        encoding="utf-8",
+    )
     text, found = account(capsys, data, "model.path=/nowhere", f"data.eval={test}")
     assert found["leaks"] == 3 and "3 held-out questions are in the training set too" in text
 
 
-def test_nothing_is_downloaded_to_look_at_data(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_downloaded_to_look_at_data(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("the network was asked"))
     text, found = account(capsys, data, "model.path=some/model")
     assert "tokens" not in found and "characters per conversation" in text
 
 
-def test_the_cleaned_set_is_written(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cleaned_set_is_written(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, found = account(capsys, data, "model.path=/nowhere", "--write", tmp_path / "clean.jsonl")
     conversations, rejects = read_conversations(tmp_path / "clean.jsonl")
     assert found["written"] == len(conversations) == 12 and rejects == []
 
 
-def test_a_config_is_written_that_trains_on_this_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_is_written_that_trains_on_this_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "own.csv"
-    path.write_text("id,Frage,Antwort der Expertin\n" + "".join(f"{n},这是第{n}个问题？,这是回答\n" for n in range(5)), encoding="utf-8")
+    path.write_text(
+        "id,Frage,Antwort der Expertin\n"
+        + "".join(f"{n},这是第{n}个问题？,这是回答\n" for n in range(5)),
+        encoding="utf-8",
+    )
     _, found = account(capsys, path, "model.path=/nowhere", "--init", tmp_path / "my.toml")
     assert found["valid"] == 0
     config = load_config(tmp_path / "my.toml")
@@ -108,12 +146,23 @@ def test_a_config_is_written_that_trains_on_this_file(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in PRESETS.glob("*.toml")))
-def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "my.csv"
-    path.write_text("question,answer\n" + "".join(f"{n},这是第{n}个回答\n" for n in range(5)), encoding="utf-8")
+    path.write_text(
+        "question,answer\n" + "".join(f"{n},这是第{n}个回答\n" for n in range(5)), encoding="utf-8"
+    )
     preset = load_config(f"preset:{name}", [f"data.train={path}"])
     assert preset.data.train[0].path == str(path)
-    _, found = account(capsys, f"preset:{name}", f"data.train={path}", 'data.eval=""', "--init", tmp_path / "my.toml")
+    _, found = account(
+        capsys,
+        f"preset:{name}",
+        f"data.train={path}",
+        'data.eval=""',
+        "--init",
+        tmp_path / "my.toml",
+    )
     copied = load_config(tmp_path / "my.toml")
     assert found["valid"] == 5 and copied.data.train == preset.data.train
     assert (copied.model.path, copied.model.quantize) == (preset.model.path, preset.model.quantize)
@@ -122,8 +171,14 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(name: str, tmp_path
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        ("id\tMy Question\tsource\tGold Answer", {"user": "My Question", "assistant": "Gold Answer"}),
-        ("甲的原文足够长足够长足够长足够长足够长足够长\t乙的译文足够长足够长足够长足够长足够长足够长", {"user": "0", "assistant": "1"}),
+        (
+            "id\tMy Question\tsource\tGold Answer",
+            {"user": "My Question", "assistant": "Gold Answer"},
+        ),
+        (
+            "甲的原文足够长足够长足够长足够长足够长足够长\t乙的译文足够长足够长足够长足够长足够长足够长",
+            {"user": "0", "assistant": "1"},
+        ),
         ("a\tb\tc", {"user": "b", "assistant": "c"}),
         ("only", {}),
     ],
@@ -131,7 +186,11 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(name: str, tmp_path
 def test_columns_are_guessed(tmp_path: Path, header: str, expected: dict[str, str]) -> None:
     width = header.count("\t") + 1
     body = "".join(
-        "\t".join([str(n), f"第{n}行的原文很长很长", f"第{n}行的译文很长"][-width:] + ["x"] * (width - 3)) + "\n" for n in range(9)
+        "\t".join(
+            [str(n), f"第{n}行的原文很长很长", f"第{n}行的译文很长"][-width:] + ["x"] * (width - 3)
+        )
+        + "\n"
+        for n in range(9)
     )
     (tmp_path / "own.tsv").write_text(f"{header}\n{body}", encoding="utf-8")
     assert _guess_columns(str(tmp_path / "own.tsv")) == expected
@@ -144,21 +203,27 @@ def test_the_largest_preset_that_fits_is_proposed() -> None:
     assert _fitting(2**20) is None
 
 
-def test_the_report_is_one_page(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_is_one_page(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     account(capsys, data, "model.path=/nowhere", "--report", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page and "parse_error" in page and "http" not in page
     assert (tmp_path / "lengths.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_files_are_not_overwritten_and_missing_ones_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_not_overwritten_and_missing_ones_are_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("check", [str(data), "--write", str(data)]) == 2
     assert run("check", [str(tmp_path / "nowhere.jsonl")]) == 2
     error = capsys.readouterr().err
     assert "exists already" in error and "nowhere.jsonl" in error
 
 
-def test_an_empty_file_has_an_account_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_file_has_an_account_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
     _, found = account(capsys, tmp_path / "empty.json", "model.path=/nowhere")
     assert found["rows"] == 0
@@ -167,7 +232,12 @@ def test_an_empty_file_has_an_account_too(tmp_path: Path, capsys: pytest.Capture
 def test_output_that_nobody_reads_any_more_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "问", "output": "答"}\n', encoding="utf-8")
-    with subprocess.Popen([sys.executable, "-m", "cllm.check", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+    with subprocess.Popen(
+        [sys.executable, "-m", "cllm.check", path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
         assert program.stdout and program.stderr
         program.stdout.close()
         said = program.stderr.read()

@@ -1,4 +1,6 @@
-"""The config: cllm.toml shows every key, round trip, and every mistake reported at once with file and line."""
+"""The config: cllm.toml shows every key, round trip, and every mistake reported at once with file
+and line.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def test_cllm_toml_names_every_key() -> None:
     for section in dataclasses.fields(Config):
         block = text.split(f"\n[{section.name}]\n", 1)[1].split("\n[", 1)[0]
         for key in dataclasses.fields(getattr(Config(), section.name)):
-            assert f"\n{key.name} = " in "\n" + block or f"\n# {key.name} = " in block, f"cllm.toml lacks {section.name}.{key.name}"
+            assert f"\n{key.name} = " in "\n" + block or f"\n# {key.name} = " in block, (
+                f"cllm.toml lacks {section.name}.{key.name}"
+            )
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.toml")), ids=lambda p: p.stem)
@@ -47,7 +51,8 @@ def test_effective_config_reads_back_equal(tmp_path: Path) -> None:
 def test_every_mistake_at_once_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(
-        "[model]\npath = 3\n[lora]\nrnk = 8\ndropout = 1.5\n[train]\nepochs = true\nschedule = 'cosin'\n[trian]\nx = 1\n", encoding="utf-8"
+        "[model]\npath = 3\n[lora]\nrnk = 8\ndropout = 1.5\n[train]\nepochs = true\nschedule = 'cosin'\n[trian]\nx = 1\n",
+        encoding="utf-8",
     )
     with pytest.raises(UserError) as caught:
         load_config(path, ["eval.everyy=3", "nonsense", "memory.budget_gib=-1"])

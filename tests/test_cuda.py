@@ -11,12 +11,21 @@ from cllm.memory import Settings, estimate_vram, shape_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CONFIG = {
-    "model_type": "qwen3", "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
 
 
-def step_of(quantize: str, precision_name: str, rows: int, tokens: int = 1024) -> tuple[Any, Any, Any]:
+def step_of(
+    quantize: str, precision_name: str, rows: int, tokens: int = 1024
+) -> tuple[Any, Any, Any]:
     """(model, run one step -> StepStats, settings) as the trainer makes them."""
     from cllm.bench import random_row
     from cllm.learn.loss import sft_loss
@@ -27,12 +36,26 @@ def step_of(quantize: str, precision_name: str, rows: int, tokens: int = 1024) -
 
     torch.manual_seed(0)
     precision = Precision.choose(precision_name, "cuda")
-    model: Any = random_model(CONFIG, dtype=precision.weights, device="cuda", quantize=None if quantize == "none" else quantize).train()
+    model: Any = random_model(
+        CONFIG,
+        dtype=precision.weights,
+        device="cuda",
+        quantize=None if quantize == "none" else quantize,
+    ).train()
     inject_lora(model, rank=16, alpha=32)
     precision.prepare(model)
     checkpoint_layers(model)
-    optimizer, scaler, batches = make_optimizer(model, 1e-3), precision.scaler(), [random_row(tokens, 4096)] * rows
-    run = lambda: train_step(model, batches, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0)  # noqa: E731
+    optimizer, scaler, batches = (
+        make_optimizer(model, 1e-3),
+        precision.scaler(),
+        [random_row(tokens, 4096)] * rows,
+    )
+
+    def run():
+        return train_step(
+            model, batches, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
+        )
+
     return model, run, Settings(tokens, quantize, precision.name)
 
 
@@ -72,7 +95,9 @@ def test_fp16_follows_fp32() -> None:
     losses = {}
     for precision in ("fp32", "fp16"):
         _, run, _ = step_of("none", precision, rows=1, tokens=256)
-        losses[precision] = next(stats.loss for stats in (run() for _ in range(16)) if not stats.skipped)
+        losses[precision] = next(
+            stats.loss for stats in (run() for _ in range(16)) if not stats.skipped
+        )
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
@@ -86,7 +111,9 @@ def test_peak_is_within_five_percent_of_the_estimate(quantize: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     run()
     estimate = estimate_vram(shape_of(CONFIG), settings)
-    assert estimate.allocated / (torch.cuda.max_memory_allocated() - before) == pytest.approx(1, abs=0.05)
+    assert estimate.allocated / (torch.cuda.max_memory_allocated() - before) == pytest.approx(
+        1, abs=0.05
+    )
 
 
 def test_packed_attention_equals_the_cpu() -> None:
@@ -115,14 +142,23 @@ def test_what_a_capped_card_cannot_take_whole_it_takes_in_parts() -> None:
     def run(micro_tokens: int) -> tuple[float, int]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        how: dict[str, Any] = {"precision": precision, "scaler": precision.scaler(), "max_norm": 0.0, "micro_tokens": micro_tokens}
-        return train_step(model, [row], sft_loss, optimizer, **how).loss, torch.cuda.max_memory_reserved()
+        how: dict[str, Any] = {
+            "precision": precision,
+            "scaler": precision.scaler(),
+            "max_norm": 0.0,
+            "micro_tokens": micro_tokens,
+        }
+        return train_step(
+            model, [row], sft_loss, optimizer, **how
+        ).loss, torch.cuda.max_memory_reserved()
 
     run(512)  # makes the moments
     (whole, needed), (parts, less) = run(4096), run(512)
     assert parts == pytest.approx(whole, abs=1e-5) and less < needed
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((less + needed) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        (less + needed) / 2 / torch.cuda.get_device_properties(0).total_memory
+    )
     try:
         with pytest.raises(StepOutOfMemoryError):
             run(4096)
@@ -141,14 +177,22 @@ def test_streamed_offloaded_and_on_the_cpu_equal_resident_bit_for_bit() -> None:
     row, results = random_row(512, 4096).to("cuda"), []
     for hosted in (False, True):
         torch.manual_seed(0)
-        model: Any = random_model(CONFIG, dtype=torch.float16, device="cuda", quantize="nf4", stream_layers=4 if hosted else 0).train()
+        model: Any = random_model(
+            CONFIG,
+            dtype=torch.float16,
+            device="cuda",
+            quantize="nf4",
+            stream_layers=4 if hosted else 0,
+        ).train()
         inject_lora(model, rank=8, alpha=16)
         checkpoint_layers(model, offload=hosted)
         if hosted:
             stream_layers(model, 4, "cuda")
             embedding_on_cpu(model, "cuda")
             weights = model.model.layers[0].forward.weights[0]
-            assert all(host.is_pinned() for host in weights.hosts) and {slot.device.type for slot in weights.slots} == {"cuda"}
+            assert all(host.is_pinned() for host in weights.hosts) and {
+                slot.device.type for slot in weights.slots
+            } == {"cuda"}
         generator = torch.Generator().manual_seed(1)
         for value in adapter_tensors(model).values():
             value.data.copy_(0.05 * torch.randn(value.shape, generator=generator))

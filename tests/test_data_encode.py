@@ -1,4 +1,6 @@
-"""The length policy and the invariant: every kept example's last supervised token is the end token."""
+"""The length policy and the invariant: every kept example's last supervised token is the end
+token.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,12 @@ class Characters:
 
 def conversation(*words: str, system: str = "") -> Conversation:
     start = [Message("system", system)] if system else []
-    return Conversation(messages=(*start, *(Message("assistant" if i % 2 else "user", word) for i, word in enumerate(words))))
+    return Conversation(
+        messages=(
+            *start,
+            *(Message("assistant" if i % 2 else "user", word) for i, word in enumerate(words)),
+        )
+    )
 
 
 def kept(result: Example | str) -> Example:
@@ -53,8 +60,15 @@ def kept(result: Example | str) -> Example:
 
 def test_labels_are_the_answer_and_its_end() -> None:
     example = kept(encode(conversation("问", "答案"), Characters(), max_tokens=100))
-    assert [label for label in example.labels if label != IGNORE_INDEX] == [ord("答"), ord("案"), END]
-    assert all(label in (IGNORE_INDEX, id) for id, label in zip(example.input_ids, example.labels, strict=True))
+    assert [label for label in example.labels if label != IGNORE_INDEX] == [
+        ord("答"),
+        ord("案"),
+        END,
+    ]
+    assert all(
+        label in (IGNORE_INDEX, id)
+        for id, label in zip(example.input_ids, example.labels, strict=True)
+    )
 
 
 def test_exactly_the_limit_is_kept_and_one_more_is_dropped() -> None:
@@ -73,12 +87,22 @@ def test_truncating_leaves_out_the_oldest_rounds_first_but_not_the_system_text()
 def test_truncating_cuts_the_start_of_the_last_question() -> None:
     tokenizer = Characters()
     whole = kept(encode(conversation("0123456789", "答"), tokenizer, max_tokens=500))
-    shorter = kept(encode(conversation("0123456789", "答"), tokenizer, max_tokens=len(whole.input_ids) - 4, truncate="prompt"))
+    shorter = kept(
+        encode(
+            conversation("0123456789", "答"),
+            tokenizer,
+            max_tokens=len(whole.input_ids) - 4,
+            truncate="prompt",
+        )
+    )
     assert tokenizer.text(shorter) == tokenizer.text(whole).replace("0123456789", "456789")
 
 
 def test_an_answer_that_does_not_fit_is_too_long_all_the_same() -> None:
-    assert encode(conversation("问", "答" * 80), Characters(), max_tokens=60, truncate="prompt") == "too_long"
+    assert (
+        encode(conversation("问", "答" * 80), Characters(), max_tokens=60, truncate="prompt")
+        == "too_long"
+    )
 
 
 def test_nothing_to_train_is_a_reason() -> None:
@@ -88,7 +112,15 @@ def test_nothing_to_train_is_a_reason() -> None:
 
 def test_a_question_is_never_cut_to_nothing() -> None:
     bare = kept(encode(conversation("", "答"), Characters(), max_tokens=500))
-    assert encode(conversation("问题", "答"), Characters(), max_tokens=len(bare.input_ids), truncate="prompt") == "too_long"
+    assert (
+        encode(
+            conversation("问题", "答"),
+            Characters(),
+            max_tokens=len(bare.input_ids),
+            truncate="prompt",
+        )
+        == "too_long"
+    )
 
 
 def test_a_document_is_split_into_rows_that_hold_all_of_it() -> None:
@@ -107,8 +139,12 @@ def test_many_are_encoded_in_order() -> None:
 
 @pytest.mark.parametrize("truncate", ["drop", "prompt"])
 @settings(max_examples=60, deadline=None)
-@given(words=st.lists(st.text("好x", max_size=30), min_size=1, max_size=3), limit=st.integers(20, 200))
-def test_a_kept_example_fits_and_ends_with_the_end_token(truncate: Literal["drop", "prompt"], words: list[str], limit: int) -> None:
+@given(
+    words=st.lists(st.text("好x", max_size=30), min_size=1, max_size=3), limit=st.integers(20, 200)
+)
+def test_a_kept_example_fits_and_ends_with_the_end_token(
+    truncate: Literal["drop", "prompt"], words: list[str], limit: int
+) -> None:
     turns = [part for word in words for part in (word, word + "答")]
     result = encode(conversation(*turns), Characters(), max_tokens=limit, truncate=truncate)
     if not isinstance(result, str):

@@ -1,4 +1,6 @@
-"""Packed rows: nothing lost, nothing split, order from the seed alone, a position that continues exactly."""
+"""Packed rows: nothing lost, nothing split, order from the seed alone, a position that continues
+exactly.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def test_best_fit_keeps_every_item_once_within_capacity(lengths: list[int]) -> N
     rows = best_fit(lengths, 50)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= 50 for row in rows)
-    assert sum(sum(lengths[i] for i in row) <= 25 for row in rows) <= 1  # two half-empty rows would have been joined
+    # two half-empty rows would have been joined
+    assert sum(sum(lengths[i] for i in row) <= 25 for row in rows) <= 1
 
 
 def test_best_fit_is_tight_and_refuses_what_cannot_fit() -> None:
@@ -36,7 +39,12 @@ def test_best_fit_is_tight_and_refuses_what_cannot_fit() -> None:
 
 
 def stream(seed: int = 0, single: bool = False) -> PackedRows:
-    return PackedRows([Example([i] * (1 + i % 7), [i] * (1 + i % 7)) for i in range(40)], 16, seed=seed, single=single)
+    return PackedRows(
+        [Example([i] * (1 + i % 7), [i] * (1 + i % 7)) for i in range(40)],
+        16,
+        seed=seed,
+        single=single,
+    )
 
 
 def test_an_epoch_holds_every_sequence_once_and_epochs_differ() -> None:
@@ -57,7 +65,9 @@ def test_the_order_depends_on_the_seed_and_a_saved_state_continues_exactly() -> 
     second.state = first.state
     left, right = first.take(20), second.take(20)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(left, right, strict=True))
-    assert [b.input_ids.tolist() for b in stream(1).take(5)] != [b.input_ids.tolist() for b in stream(0).take(5)]
+    assert [b.input_ids.tolist() for b in stream(1).take(5)] != [
+        b.input_ids.tolist() for b in stream(0).take(5)
+    ]
 
 
 def test_single_rows_for_recurrent_models_and_the_longest_row() -> None:

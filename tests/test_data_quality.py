@@ -9,11 +9,23 @@ from pathlib import Path
 import pytest
 
 from cllm.data import Conversation, Message, Reject
-from cllm.data.quality import deduplicate, histogram, language, leaks, near_duplicates, percentiles, plot_lengths, quality, split_held_out
+from cllm.data.quality import (
+    deduplicate,
+    histogram,
+    language,
+    leaks,
+    near_duplicates,
+    percentiles,
+    plot_lengths,
+    quality,
+    split_held_out,
+)
 
 
 def talk(ask: str, reply: str = "好的。", line: int = 0, **more: str) -> Conversation:
-    return Conversation((Message("user", ask), Message("assistant", reply)), file="own.json", line=line, **more)
+    return Conversation(
+        (Message("user", ask), Message("assistant", reply)), file="own.json", line=line, **more
+    )
 
 
 MANY = [talk(f"第{n}个问题", f"第{n}个回答", n) for n in range(2000)]
@@ -25,7 +37,13 @@ def sentence(seed: int, size: int = 60) -> str:
 
 
 def test_exact_duplicates_keep_the_first() -> None:
-    rows = [talk("甲", line=1), talk("乙", line=2), talk("甲", line=3), talk("甲", "不", line=4), talk("甲", line=5, tools="[1]")]
+    rows = [
+        talk("甲", line=1),
+        talk("乙", line=2),
+        talk("甲", line=3),
+        talk("甲", "不", line=4),
+        talk("甲", line=5, tools="[1]"),
+    ]
     assert [row.line for row in deduplicate(rows)] == [1, 2, 4, 5]
 
 
@@ -65,7 +83,11 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
     changed = texts[7][:30] + "改" + texts[7][31:]
     spaced = " ".join(texts[11])
     cut = texts[13][:30]
-    assert near_duplicates([*texts, changed, spaced, cut, texts[3]]) == [(300, 7), (301, 11), (303, 3)]
+    assert near_duplicates([*texts, changed, spaced, cut, texts[3]]) == [
+        (300, 7),
+        (301, 11),
+        (303, 3),
+    ]
 
 
 def test_near_duplicates_of_short_and_empty_texts() -> None:
@@ -80,7 +102,12 @@ def test_the_threshold_is_the_jaccard_similarity_of_trigrams() -> None:
 
 def test_leaks_name_the_training_row() -> None:
     train = [talk(sentence(n), line=n) for n in range(50)]
-    test = [talk(sentence(900)), talk(sentence(20), "另一个回答"), talk(sentence(30)[:-1] + "了"), talk(sentence(900))]
+    test = [
+        talk(sentence(900)),
+        talk(sentence(20), "另一个回答"),
+        talk(sentence(30)[:-1] + "了"),
+        talk(sentence(900)),
+    ]
     assert leaks(train, test) == [(1, 20), (2, 30)]
 
 
@@ -101,7 +128,14 @@ def test_languages(text: str, expected: str) -> None:
 
 def test_percentiles_and_histogram() -> None:
     values = list(range(1, 101))
-    assert percentiles(values) == {"min": 1, "p50": 51, "p90": 91, "p99": 100, "max": 100, "mean": 50.5}
+    assert percentiles(values) == {
+        "min": 1,
+        "p50": 51,
+        "p90": 91,
+        "p99": 100,
+        "max": 100,
+        "mean": 50.5,
+    }
     lines = histogram(values)
     assert sum(int(line.split()[-1]) for line in lines) == 100
     assert histogram([]) == [] and percentiles([]) == {}
@@ -115,12 +149,20 @@ def test_the_account() -> None:
         talk("你是谁", "作为一个人工智能语言模型，我没有名字。", 3),
         talk("Who wrote this?", "An engineer \ufffd wrote it.", 4),
     ]
-    rejects = [Reject("own.json", n, "parse_error", "断了") for n in range(5, 10)] + [Reject("own.json", 10, "empty_user", "空")]
-    account = quality(rows, rejects, token_lengths=[len(row.messages[1].content) for row in rows], max_tokens=16)
+    rejects = [Reject("own.json", n, "parse_error", "断了") for n in range(5, 10)] + [
+        Reject("own.json", 10, "empty_user", "空")
+    ]
+    account = quality(
+        rows, rejects, token_lengths=[len(row.messages[1].content) for row in rows], max_tokens=16
+    )
     assert (account["rows"], account["valid"], account["rejected"]) == (10, 4, 6)
     assert list(account["rejects"]) == ["parse_error", "empty_user"]
     assert account["rejects"]["parse_error"]["count"] == 5
-    assert [example["line"] for example in account["rejects"]["parse_error"]["examples"]] == [5, 6, 7]
+    assert [example["line"] for example in account["rejects"]["parse_error"]["examples"]] == [
+        5,
+        6,
+        7,
+    ]
     assert account["duplicates"] == {"exact": 1, "near": 0}
     assert account["languages"] == {"simplified": 3, "english": 1}
     assert account["boilerplate"] == {"count": 2, "examples": ["own.json:2", "own.json:3"]}

@@ -1,4 +1,6 @@
-"""Files: containers, encodings, compression and everything that can be broken about them, made here in small; then the dev files."""
+"""Files: containers, encodings, compression and everything that can be broken about them, made here
+in small; then the dev files.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,23 @@ from typing import Any
 
 import pytest
 
-from cllm.data import Conversation, Message, Reject, TextOptions, iter_conversations, read_conversations, write_conversations
+from cllm.data import (
+    Conversation,
+    Message,
+    Reject,
+    TextOptions,
+    iter_conversations,
+    read_conversations,
+    write_conversations,
+)
 from cllm.data.encoding import sniff_encoding
 from cllm.messages import UserError
 
 DEV = Path(__file__).resolve().parents[2] / "shared" / "data" / "dev"
-ROWS = [{"instruction": f"第{n}个问题是什么？", "input": "", "output": f"这是第{n}个回答，没有别的。"} for n in range(1, 6)]
+ROWS = [
+    {"instruction": f"第{n}个问题是什么？", "input": "", "output": f"这是第{n}个回答，没有别的。"}
+    for n in range(1, 6)
+]
 TRADITIONAL = "這個問題應該這樣說：我們可以從歷史裡學到很多東西，時間會給大家一個答案。"
 SIMPLIFIED = "这个问题应该这样说：我们可以从历史里学到很多东西，时间会给大家一个答案。"
 Save = Callable[..., Path]
@@ -47,7 +60,9 @@ def asks(conversations: list[Conversation]) -> list[str]:
 
 ALL = [row["instruction"] for row in ROWS]
 COLUMNS = {key: [row[key] for row in ROWS] for key in ROWS[0]}
-CSV = "instruction,input,output\n" + "".join(f"{row['instruction']},,{row['output']}\n" for row in ROWS)
+CSV = "instruction,input,output\n" + "".join(
+    f"{row['instruction']},,{row['output']}\n" for row in ROWS
+)
 
 
 JSON_FORMS = [
@@ -82,7 +97,10 @@ TABLE_FORMS = [
 
 
 def test_what_a_turn_says_besides_makes_it_no_row(save: Save) -> None:
-    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "reference": "文件三", "summary": "短"}]
+    turns = [
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "答", "reference": "文件三", "summary": "短"},
+    ]
     for text, name in ((dump(turns), "rows.json"), (lines([turns]), "rows.jsonl")):
         assert [len(c.messages) for c in read_conversations(save(text, name))[0]] == [2]
 
@@ -92,7 +110,9 @@ def test_what_a_turn_says_besides_makes_it_no_row(save: Save) -> None:
     [(content, ("rows.json", "rows.jsonl", "rows.csv", "rows")) for content in JSON_FORMS]
     + [(content, ("rows.csv", "rows.tsv", "rows.txt", "rows")) for content in TABLE_FORMS],
 )
-def test_containers_are_known_by_their_content(save: Save, content: str, names: tuple[str, ...]) -> None:
+def test_containers_are_known_by_their_content(
+    save: Save, content: str, names: tuple[str, ...]
+) -> None:
     for name in names:
         for path in (save(content, name), save(gzip.compress(content.encode()), name + ".gz")):
             conversations, rejects = read_conversations(path)
@@ -109,7 +129,11 @@ def test_encodings(save: Save, encoding: str, form: Callable[[Any], str]) -> Non
 
 def test_four_byte_gb18030(save: Save) -> None:
     rows = [
-        {"instruction": f"㐀字和𠮷字有什么不同？我们来看第{n}个例子。", "output": "这是生僻字，在旧编码里要用四个字节。"} for n in range(20)
+        {
+            "instruction": f"㐀字和𠮷字有什么不同？我们来看第{n}个例子。",
+            "output": "这是生僻字，在旧编码里要用四个字节。",
+        }
+        for n in range(20)
     ]
     conversations, rejects = read_conversations(save(lines(rows).encode("gb18030")))
     assert rejects == [] and asks(conversations) == [row["instruction"] for row in rows]
@@ -131,13 +155,22 @@ def test_traditional_text_in_gb18030_stays_gb18030() -> None:
 
 @pytest.mark.parametrize(("encoding", "text"), [("gb18030", SIMPLIFIED), ("big5", TRADITIONAL)])
 def test_one_line_in_another_encoding_is_mended(save: Save, encoding: str, text: str) -> None:
-    content = lines(ROWS).encode() + dump({"instruction": text, "output": text}).encode(encoding) + b"\n" + lines(ROWS).encode()
+    content = (
+        lines(ROWS).encode()
+        + dump({"instruction": text, "output": text}).encode(encoding)
+        + b"\n"
+        + lines(ROWS).encode()
+    )
     conversations, rejects = read_conversations(save(content))
     assert rejects == [] and asks(conversations) == [*ALL, text, *ALL]
 
 
 def test_a_utf8_line_in_a_gb18030_file_is_mended(save: Save) -> None:
-    content = lines(ROWS).encode("gb18030") + dump({"instruction": SIMPLIFIED, "output": SIMPLIFIED}).encode() + b"\n"
+    content = (
+        lines(ROWS).encode("gb18030")
+        + dump({"instruction": SIMPLIFIED, "output": SIMPLIFIED}).encode()
+        + b"\n"
+    )
     conversations, rejects = read_conversations(save(content))
     assert rejects == [] and asks(conversations) == [*ALL, SIMPLIFIED]
 
@@ -164,11 +197,17 @@ BAD_LINES = [
 
 @pytest.mark.parametrize("bad", BAD_LINES)
 @pytest.mark.parametrize("position", [0, 2, 5])
-def test_bad_lines_are_rejected_one_by_one_with_their_number(save: Save, bad: str, position: int) -> None:
+def test_bad_lines_are_rejected_one_by_one_with_their_number(
+    save: Save, bad: str, position: int
+) -> None:
     good = [dump(row) for row in ROWS]
-    conversations, rejects = read_conversations(save("\n".join([*good[:position], bad, *good[position:]])))
+    conversations, rejects = read_conversations(
+        save("\n".join([*good[:position], bad, *good[position:]]))
+    )
     assert asks(conversations) == ALL
-    assert [(reject.line, reject.reason in ("parse_error", "not_an_object")) for reject in rejects] == [(position + 1, True)]
+    assert [
+        (reject.line, reject.reason in ("parse_error", "not_an_object")) for reject in rejects
+    ] == [(position + 1, True)]
     assert rejects[0].detail and rejects[0].file.endswith("rows.json")
 
 
@@ -185,7 +224,9 @@ def test_lines_break_at_line_feeds_only(save: Save) -> None:
 
 
 @pytest.mark.parametrize("indent", [None, 1, 2])
-def test_broken_arrays_yield_every_complete_row_and_one_reject(save: Save, indent: int | None) -> None:
+def test_broken_arrays_yield_every_complete_row_and_one_reject(
+    save: Save, indent: int | None
+) -> None:
     whole = dump(ROWS, indent=indent)
     for broken in (
         whole[:-1].rstrip() + ",\n]",
@@ -202,7 +243,9 @@ def test_broken_arrays_yield_every_complete_row_and_one_reject(save: Save, inden
         conversations, rejects = read_conversations(save(whole[:cut]))
         assert asks(conversations) == ALL[: len(conversations)] and len(conversations) in (2, 3, 4)
         assert len(rejects) == 1 and rejects[0].reason == "parse_error"
-        assert rejects[0].line in ((1,) if indent is None else (1 + 5 * len(conversations), 2 + 5 * len(conversations)))
+        assert rejects[0].line in (
+            (1,) if indent is None else (1 + 5 * len(conversations), 2 + 5 * len(conversations))
+        )
 
 
 def test_a_broken_element_costs_itself_only_when_rows_have_lines_of_their_own(save: Save) -> None:
@@ -220,23 +263,35 @@ def test_a_cut_wrapper_and_a_cut_object_by_key(save: Save) -> None:
 
 
 def test_an_array_of_turns_is_one_conversation(save: Save) -> None:
-    turns = [{"role": "client", "content": "甲", "annotation": []}, {"role": "counselor", "content": "乙"}]
+    turns = [
+        {"role": "client", "content": "甲", "annotation": []},
+        {"role": "counselor", "content": "乙"},
+    ]
     for indent in (None, 2):
         conversations, rejects = read_conversations(save(dump(turns, indent=indent)))
         assert asks(conversations) == ["甲"] and rejects == []
     conversations, rejects = read_conversations(save(dump([*turns, *ROWS])))
-    assert asks(conversations) == ALL and [reject.reason for reject in rejects] == ["unknown_schema"] * 2
+    assert (
+        asks(conversations) == ALL
+        and [reject.reason for reject in rejects] == ["unknown_schema"] * 2
+    )
     conversations, rejects = read_conversations(save(lines([turns, turns])))
     assert asks(conversations) == ["甲", "甲"] and rejects == []
 
 
 def test_a_single_object_is_one_row(save: Save) -> None:
-    for row in (ROWS[0], {"input": ["甲", "丙"], "output": ["乙", "丁"]}, {"messages": [{"message": "甲"}, {"message": "乙"}]}):
+    for row in (
+        ROWS[0],
+        {"input": ["甲", "丙"], "output": ["乙", "丁"]},
+        {"messages": [{"message": "甲"}, {"message": "乙"}]},
+    ):
         conversations, rejects = read_conversations(save(dump(row, indent=2)))
         assert len(conversations) == 1 and rejects == []
 
 
-def test_a_reject_speaks_the_language_of_its_reader(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reject_speaks_the_language_of_its_reader(
+    save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = [
         '{"instruction": "问", "output": ""}',
         '{"messages": [{"role": "老师", "content": "x"}]}',
@@ -244,12 +299,16 @@ def test_a_reject_speaks_the_language_of_its_reader(save: Save, monkeypatch: pyt
         '{"x": 1}',
         '{"instruction": "坏',
     ]
-    file = save("\n".join(bad) + "\n" + '{"messages": [{"role": "user", "content": "y"}]}', "rows.jsonl")
+    file = save(
+        "\n".join(bad) + "\n" + '{"messages": [{"role": "user", "content": "y"}]}', "rows.jsonl"
+    )
     english = [reject.detail for reject in read_conversations(file)[1]]
     monkeypatch.setenv("CLLM_LANG", "zh")
     chinese = [reject.detail for reject in read_conversations(file)[1]]
     assert len(english) == len(chinese) == 6 and not any("expected" in detail for detail in chinese)
-    assert all("expected" in detail for detail in english) and all("应" in detail for detail in chinese)
+    assert all("expected" in detail for detail in english) and all(
+        "应" in detail for detail in chinese
+    )
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "[]", "\ufeff"])
@@ -271,21 +330,38 @@ def test_csv_quotes_newlines_and_stray_quotes(save: Save) -> None:
         (4, '5" 的管子', "乙"),
         (6, "丁", "戊"),
     ]
-    assert [(reject.line, reject.reason) for reject in rejects] == [(5, "parse_error"), (7, "empty_assistant"), (8, "parse_error")]
+    assert [(reject.line, reject.reason) for reject in rejects] == [
+        (5, "parse_error"),
+        (7, "empty_assistant"),
+        (8, "parse_error"),
+    ]
 
 
 def test_tsv_without_header_and_with_raw_quotes(save: Save) -> None:
     content = '"甲"说\t乙\n"丙\t丁\n"他说""好"""\t己\n'
-    conversations, rejects = read_conversations(save(content, "rows.tsv"), {"user": "0", "assistant": "1"})
+    conversations, rejects = read_conversations(
+        save(content, "rows.tsv"), {"user": "0", "assistant": "1"}
+    )
     assert rejects == []
-    assert [tuple(message.content for message in asked) for asked in conversations] == [('"甲"说', "乙"), ('"丙', "丁"), ('他说"好"', "己")]
+    assert [tuple(message.content for message in asked) for asked in conversations] == [
+        ('"甲"说', "乙"),
+        ('"丙', "丁"),
+        ('他说"好"', "己"),
+    ]
 
 
 def test_column_template_over_csv(save: Save) -> None:
-    path = save(",Question,A,B,Answer\n0,哪个是水果,苹果,石头,A\n1,哪个是石头,苹果,花岗岩,B\n", "rows.csv")
-    conversations, rejects = read_conversations(path, {"user": "{Question}\nA. {A}\nB. {B}", "assistant": "Answer"})
+    path = save(
+        ",Question,A,B,Answer\n0,哪个是水果,苹果,石头,A\n1,哪个是石头,苹果,花岗岩,B\n", "rows.csv"
+    )
+    conversations, rejects = read_conversations(
+        path, {"user": "{Question}\nA. {A}\nB. {B}", "assistant": "Answer"}
+    )
     assert rejects == []
-    assert conversations[1].messages == (Message("user", "哪个是石头\nA. 苹果\nB. 花岗岩"), Message("assistant", "B"))
+    assert conversations[1].messages == (
+        Message("user", "哪个是石头\nA. 苹果\nB. 花岗岩"),
+        Message("assistant", "B"),
+    )
 
 
 def test_concatenated_files(save: Save) -> None:
@@ -296,29 +372,41 @@ def test_concatenated_files(save: Save) -> None:
 
 
 def test_duplicate_keys_nan_and_escapes(save: Save) -> None:
-    content = (
-        '{"instruction": "甲", "instruction": "乙", "input": NaN, "output": "\\ud83d\\ude00"}\n{"instruction": "甲", "output": "\\ud83d"}\n'
+    content = '{"instruction": "甲", "instruction": "乙", "input": NaN, "output": "\\ud83d\\ude00"}\n{"instruction": "甲", "output": "\\ud83d"}\n'
+    conversations, rejects = read_conversations(
+        save(content + '{"instruction": "甲", "output": ' + "9" * 5000 + "}\n")
     )
-    conversations, rejects = read_conversations(save(content + '{"instruction": "甲", "output": ' + "9" * 5000 + "}\n"))
     assert conversations[0].messages == (Message("user", "乙"), Message("assistant", "😀"))
     assert [reject.reason for reject in rejects] == ["invalid_text", "parse_error"]
 
 
 def test_raw_control_characters_in_strings_are_accepted(save: Save) -> None:
-    conversations, rejects = read_conversations(save('{"instruction": "甲\t乙\x01", "output": "丙"}\n' + lines(ROWS)))
+    conversations, rejects = read_conversations(
+        save('{"instruction": "甲\t乙\x01", "output": "丙"}\n' + lines(ROWS))
+    )
     assert rejects == [] and conversations[0].messages[0].content == "甲\t乙"
 
 
 def test_deep_nesting_is_one_reject(save: Save) -> None:
-    for content in ("[" * 100_000, '{"a":' * 100_000, '{"instruction": ' + "[" * 600 + "]" * 600 + ', "output": "好"}'):
+    for content in (
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"instruction": ' + "[" * 600 + "]" * 600 + ', "output": "好"}',
+    ):
         conversations, rejects = read_conversations(save(content))
         assert conversations == [] and len(rejects) == 1
 
 
 def test_a_cut_gzip_keeps_the_rows_before_the_cut(save: Save) -> None:
     for size, least in ((2000, 1000), (40, 20)):
-        content = gzip.compress("".join(dump({**ROWS[0], "id": random.Random(n).random()}) + "\n" for n in range(size)).encode())
-        conversations, rejects = read_conversations(save(content[: len(content) * 3 // 4], "rows.jsonl.gz"))
+        content = gzip.compress(
+            "".join(
+                dump({**ROWS[0], "id": random.Random(n).random()}) + "\n" for n in range(size)
+            ).encode()
+        )
+        conversations, rejects = read_conversations(
+            save(content[: len(content) * 3 // 4], "rows.jsonl.gz")
+        )
         assert len(conversations) >= least
         assert [reject.reason for reject in rejects][-1] == "decode_error" and len(rejects) <= 2
 
@@ -342,7 +430,10 @@ def test_missing_files_are_one_clear_error(tmp_path: Path) -> None:
     assert caught.value.code == "data.empty_directory"
 
 
-@pytest.mark.parametrize(("magic", "word"), [(b"PK\x03\x04\x14", "Excel"), (b"BZh91AY", "bzip2"), (b"PAR1\x15\x04", "Parquet")])
+@pytest.mark.parametrize(
+    ("magic", "word"),
+    [(b"PK\x03\x04\x14", "Excel"), (b"BZh91AY", "bzip2"), (b"PAR1\x15\x04", "Parquet")],
+)
 def test_binary_files_say_what_they_are(save: Save, magic: bytes, word: str) -> None:
     conversations, rejects = read_conversations(save(magic + bytes(range(256)) * 40, "rows.csv"))
     assert conversations == [] and len(rejects) == 1
@@ -367,7 +458,10 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_pieces_of_any_size_give_the_same_rows(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, escapes and characters cut by a chunk's end must be put together again."""
-    rows = [{"instruction": "长" * random.Random(n).randrange(1, 400), "output": f'好{n}\\"\n', "n": n} for n in range(200)]
+    rows = [
+        {"instruction": "长" * random.Random(n).randrange(1, 400), "output": f'好{n}\\"\n', "n": n}
+        for n in range(200)
+    ]
     forms = {
         "lines": lines(rows),
         "array": dump(rows),
@@ -393,21 +487,39 @@ def test_writing_and_reading_is_the_identity(tmp_path: Path, save: Save) -> None
     tool = {
         "conversations": [
             {"from": f, "value": v}
-            for f, v in (("system", "短"), ("human", "甲"), ("function_call", "{}"), ("observation", "乙"), ("gpt", "丙"))
+            for f, v in (
+                ("system", "短"),
+                ("human", "甲"),
+                ("function_call", "{}"),
+                ("observation", "乙"),
+                ("gpt", "丙"),
+            )
         ],
         "tools": "[ ]",
     }
     conversations, _ = read_conversations(
-        save(lines([*ROWS, tool, {"question": "Human: 甲 Assistant: 乙", "answer": "丁", "class": "类"}]))
+        save(
+            lines(
+                [
+                    *ROWS,
+                    tool,
+                    {"question": "Human: 甲 Assistant: 乙", "answer": "丁", "class": "类"},
+                ]
+            )
+        )
     )
     assert write_conversations(conversations, tmp_path / "clean.jsonl") == len(conversations) == 7
     again, rejects = read_conversations(tmp_path / "clean.jsonl")
     assert rejects == []
-    assert [(c.messages, c.category, c.tools) for c in again] == [(c.messages, c.category, c.tools) for c in conversations]
+    assert [(c.messages, c.category, c.tools) for c in again] == [
+        (c.messages, c.category, c.tools) for c in conversations
+    ]
 
 
 def test_options_reach_the_rows(save: Save) -> None:
-    conversations, _ = read_conversations(save(lines([{"instruction": "ＡＢ", "output": "好"}])), options=TextOptions(fold_width=True))
+    conversations, _ = read_conversations(
+        save(lines([{"instruction": "ＡＢ", "output": "好"}])), options=TextOptions(fold_width=True)
+    )
     assert asks(conversations) == ["AB"]
 
 
@@ -438,9 +550,13 @@ def test_every_dev_file_is_read_with_the_counts_of_its_readme() -> None:
         name = entry["path"]
         if "wmt22" in name:  # plain text for the metrics
             continue
-        columns = next((mapping for start, mapping in MAPPED.items() if name.startswith(start)), None)
+        columns = next(
+            (mapping for start, mapping in MAPPED.items() if name.startswith(start)), None
+        )
         conversations, rejects = read_conversations(DEV / name, columns)
         assert Counter(reject.reason for reject in rejects) == COUNTS.get(name, {}), name
         assert len(conversations) + len(rejects) == entry["rows"], name
-    poems, rejects = read_conversations(DEV / "poetry/song_ci_300.json", {"assistant": "paragraphs"}, kind="text")
+    poems, rejects = read_conversations(
+        DEV / "poetry/song_ci_300.json", {"assistant": "paragraphs"}, kind="text"
+    )
     assert (len(poems), rejects) == (280, [])

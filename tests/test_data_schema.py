@@ -15,7 +15,9 @@ Q, A = "海水为什么是咸的？", "因为河流把盐分带进了海里。"
 QA = [("user", Q), ("assistant", A)]
 
 
-def read(row: Any, columns: dict[str, str] | None = None, kind: str = "chat", **options: Any) -> Conversation | Reject:
+def read(
+    row: Any, columns: dict[str, str] | None = None, kind: str = "chat", **options: Any
+) -> Conversation | Reject:
     return Normalizer(columns, kind, TextOptions(**options))(row, "own.json", 3)
 
 
@@ -39,7 +41,11 @@ def sharegpt(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def xtuner(*turns: tuple[str | None, str, str]) -> dict[str, Any]:
-    return {"conversation": [{"system": system, "input": ask, "output": reply} for system, ask, reply in turns]}
+    return {
+        "conversation": [
+            {"system": system, "input": ask, "output": reply} for system, ask, reply in turns
+        ]
+    }
 
 
 def openai(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
@@ -129,11 +135,15 @@ FOUR = [("user", "甲"), ("assistant", "乙"), ("user", "丙"), ("assistant", "�
         ({"instruction": ["写诗", "要押韵"], "output": A}, [("user", "写诗\n要押韵"), QA[1]]),
     ],
 )  # fmt: skip
-def test_every_family_becomes_the_same_conversation(row: Any, expected: list[tuple[str, str]]) -> None:
+def test_every_family_becomes_the_same_conversation(
+    row: Any, expected: list[tuple[str, str]]
+) -> None:
     assert turns(row) == expected
 
 
-@pytest.mark.parametrize("word", "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split())
+@pytest.mark.parametrize(
+    "word", "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
+)
 def test_no_input_words_count_as_empty(word: str) -> None:
     assert turns({"instruction": Q, "input": f" {word}\n", "output": A}) == QA
     assert reason({"instruction": "", "input": word, "output": A}) == "empty_user"
@@ -165,7 +175,8 @@ def test_nested_values_and_numbers(value: object, expected: str) -> None:
 def test_a_whole_row_inside_instruction_is_the_row() -> None:
     assert turns({"instruction": {"instruction": Q, "input": "", "output": A}}) == QA
     assert turns({"instruction": [{"instruction": Q, "output": A}], "output": ""}) == QA
-    assert turns({"instruction": {"instruction": Q, "text": "x"}, "output": A}) == QA  # not a row: its text
+    # not a row: its text
+    assert turns({"instruction": {"instruction": Q, "text": "x"}, "output": A}) == QA
 
 
 @pytest.mark.parametrize(
@@ -220,14 +231,20 @@ def test_every_reason(row: Any, expected: str) -> None:
 
 
 def test_turns_after_the_last_answer_are_trimmed() -> None:
-    said = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}, {"from": "human", "value": "谢谢"}]
+    said = [
+        {"from": "human", "value": Q},
+        {"from": "gpt", "value": A},
+        {"from": "human", "value": "谢谢"},
+    ]
     assert turns({"conversations": said}) == QA
 
 
 def test_tool_turns_and_tools_stay_verbatim() -> None:
     call, tools = '{"name": "weather", "arguments": {"city": "青岛"}}', '[{"name": "weather"}]'
     said = [("human", Q), ("function_call", call), ("observation", '{"t": 21}'), ("gpt", A)]
-    result = read({"conversations": [{"from": who, "value": what} for who, what in said], "tools": tools})
+    result = read(
+        {"conversations": [{"from": who, "value": what} for who, what in said], "tools": tools}
+    )
     assert isinstance(result, Conversation)
     assert result.tools == tools
     assert [message.role for message in result] == ["user", "assistant", "tool", "assistant"]
@@ -260,7 +277,10 @@ def test_sys_beside_usr_answers() -> None:
 def test_prompts_that_quote_a_dialogue_stay_as_they_are() -> None:
     quoted = "Human: 你好\nAssistant: 你好！\n总结上面的对话"
     assert turns({"instruction": quoted, "output": A}) == [("user", quoted), ("assistant", A)]
-    assert turns({"instruction": "问：1+1=？\n答：", "output": "2"})[0] == ("user", "问：1+1=？\n答：")
+    assert turns({"instruction": "问：1+1=？\n答：", "output": "2"})[0] == (
+        "user",
+        "问：1+1=？\n答：",
+    )
     assert turns({"instruction": "[任务] 写诗", "output": A})[0] == ("user", "[任务] 写诗")
 
 
@@ -277,11 +297,19 @@ def test_prompts_that_quote_a_dialogue_stay_as_they_are() -> None:
 )
 def test_what_is_removed_and_what_stays(dirty: str, expected: str) -> None:
     assert turns({"instruction": dirty, "output": A})[0][1] == expected
-    assert turns({"messages": [{"role": "user", "content": dirty}, {"role": "assistant", "content": A}]})[0][1] == expected
+    assert (
+        turns(
+            {"messages": [{"role": "user", "content": dirty}, {"role": "assistant", "content": A}]}
+        )[0][1]
+        == expected
+    )
 
 
 def test_options_are_off_by_default_and_work_when_asked_for() -> None:
-    row = {"instruction": "ＡＢＣ　１&lt;2", "output": "邮箱 li@example.com 电话 13800138000 证件 110101199003074258"}
+    row = {
+        "instruction": "ＡＢＣ　１&lt;2",
+        "output": "邮箱 li@example.com 电话 13800138000 证件 110101199003074258",
+    }
     assert turns(row)[0][1] == "ＡＢＣ　１&lt;2"
     rewritten = turns(row, unescape_html=True, fold_width=True, mask_personal=True)
     assert rewritten == [("user", "ABC 1<2"), ("assistant", "邮箱 [EMAIL] 电话 [PHONE] 证件 [ID]")]
@@ -302,13 +330,16 @@ def test_category_is_the_rows_own() -> None:
 
 def test_columns_by_name_index_and_template() -> None:
     row = {"Question": Q, "A": "盐", "B": 2, "Answer": "A", "dept": "海洋"}
-    result = read(row, {"user": "{Question}\nA. {A}\nB. {B}", "assistant": "Answer", "category": "dept"})
+    result = read(
+        row, {"user": "{Question}\nA. {A}\nB. {B}", "assistant": "Answer", "category": "dept"}
+    )
     assert isinstance(result, Conversation)
     assert result.messages == (Message("user", f"{Q}\nA. 盐\nB. 2"), Message("assistant", "A"))
     assert result.category == "海洋"
     assert turns([Q, A], {"user": "0", "assistant": "1"}) == QA
     assert turns(
-        {"q": "丙", "a": "丁", "h": [["甲", "乙"]], "s": "短"}, {"user": "q", "assistant": "a", "history": "h", "system": "s"}
+        {"q": "丙", "a": "丁", "h": [["甲", "乙"]], "s": "短"},
+        {"user": "q", "assistant": "a", "history": "h", "system": "s"},
     ) == [("system", "短"), *FOUR]
     assert reason({"q": Q}, {"user": "q", "assistant": "a"}) == "unknown_schema"
     assert reason({"q": "", "a": A}, {"user": "{q}", "assistant": "a"}) == "empty_user"
@@ -341,7 +372,9 @@ def test_deep_nesting_is_a_reject() -> None:
 
 
 def test_the_short_way_gives_what_the_long_way_gives() -> None:
-    """`_plain` is a shortcut; a row with an extra `history` key takes the long way and must come out the same."""
+    """`_plain` is a shortcut; a row with an extra `history` key takes the long way and must come
+    out the same.
+    """
     for ask in (Q, " \u200b甲\r\n", "", "Human: 甲\nAssistant:", "[客户] 甲 [律师] 乙"):
         for extra in ("", "无", "乙", ask):
             for reply in (A, " ", "\ufeff丁"):
@@ -352,6 +385,8 @@ def test_the_short_way_gives_what_the_long_way_gives() -> None:
 
 
 def test_to_row_reads_back_as_the_same() -> None:
-    result = read({"instruction": Q, "output": A, "category": "常识", "system": "短", "tools": "[]"})
+    result = read(
+        {"instruction": Q, "output": A, "category": "常识", "system": "短", "tools": "[]"}
+    )
     assert isinstance(result, Conversation)
     assert read(json.loads(json.dumps(to_row(result)))) == result

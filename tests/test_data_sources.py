@@ -1,4 +1,6 @@
-"""The mixture: weights, columns, duplicates, the held-out side, leakage; and the cache that makes a second start tokenize nothing."""
+"""The mixture: weights, columns, duplicates, the held-out side, leakage; and the cache that makes a
+second start tokenize nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Write = Callable[..., str]
 def write(tmp_path: Path) -> Write:
     def write(name: str, rows: list[Any]) -> str:
         path = tmp_path / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
         return str(path)
 
     return write
@@ -46,7 +50,9 @@ def asked(side: Any) -> list[str]:
 
 def test_weights_multiply_the_training_side_only(write: Write) -> None:
     big, small = write("big.jsonl", rows(0, 100)), write("small.jsonl", rows(100, 140))
-    found = prepare(config(Source(path=big, weight=0.5), Source(path=small, weight=2.5), held_out=0.2))
+    found = prepare(
+        config(Source(path=big, weight=0.5), Source(path=small, weight=2.5), held_out=0.2)
+    )
     held = asked(found.held_out)
     assert len(set(held)) == len(held) and set(held).isdisjoint(asked(found.train))
     left = 100 - sum(name in held for name in asked(prepare(config(big)).train))
@@ -58,9 +64,18 @@ def test_weights_multiply_the_training_side_only(write: Write) -> None:
 
 
 def test_every_file_has_its_own_columns(write: Write) -> None:
-    one = Source(path=write("one.jsonl", [{"Q": "甲", "A": "乙"}]), columns={"user": "Q", "assistant": "A"})
-    two = Source(path=write("two.jsonl", [{"ask me": "丙", "say": "丁"}]), columns={"user": "ask me", "assistant": "say"})
-    assert asked(prepare(config(one, two, write("three.jsonl", rows(0, 1)))).train) == ["甲", "丙", "第0个问题"]
+    one = Source(
+        path=write("one.jsonl", [{"Q": "甲", "A": "乙"}]), columns={"user": "Q", "assistant": "A"}
+    )
+    two = Source(
+        path=write("two.jsonl", [{"ask me": "丙", "say": "丁"}]),
+        columns={"user": "ask me", "assistant": "say"},
+    )
+    assert asked(prepare(config(one, two, write("three.jsonl", rows(0, 1)))).train) == [
+        "甲",
+        "丙",
+        "第0个问题",
+    ]
 
 
 def test_duplicates_are_dropped_across_files_and_counted(write: Write) -> None:
@@ -72,13 +87,17 @@ def test_duplicates_are_dropped_across_files_and_counted(write: Write) -> None:
 
 
 @pytest.mark.parametrize("dedup", [True, False])
-def test_the_held_out_side_is_stable_and_duplicates_never_straddle_it(write: Write, dedup: bool) -> None:
+def test_the_held_out_side_is_stable_and_duplicates_never_straddle_it(
+    write: Write, dedup: bool
+) -> None:
     before = prepare(config(write("a.jsonl", rows(0, 300)), held_out=0.1, dedup=dedup))
     more = [*rows(300, 500), *rows(0, 300)[::-1], *rows(0, 40)]
     after = prepare(config(write("b.jsonl", more), held_out=0.1, dedup=dedup))
     assert set(asked(before.held_out)) <= set(asked(after.held_out))
     assert set(asked(before.train)) <= set(asked(after.train))
-    assert set(asked(after.train)).isdisjoint(asked(after.held_out)) and 20 < len(before.held_out) < 45
+    assert (
+        set(asked(after.train)).isdisjoint(asked(after.held_out)) and 20 < len(before.held_out) < 45
+    )
 
 
 def test_the_only_conversation_is_trained_on(write: Write) -> None:
@@ -89,7 +108,10 @@ def test_the_only_conversation_is_trained_on(write: Write) -> None:
 
 def test_an_eval_file_is_the_held_out_side_and_leaks_are_counted(write: Write) -> None:
     train = write("train.jsonl", [*rows(0, 20), {"instruction": "只有这里", "output": ""}])
-    test = write("test.jsonl", [*rows(18, 24), {"instruction": " 第3个 问题", "output": "别的回答"}, {"foo": 1}])
+    test = write(
+        "test.jsonl",
+        [*rows(18, 24), {"instruction": " 第3个 问题", "output": "别的回答"}, {"foo": 1}],
+    )
     found = prepare(config(train, eval=test, held_out=0.5))
     assert (len(found.train), len(found.held_out), found.leaked, found.rows) == (20, 7, 3, 29)
     assert [reject.reason for reject in found.rejects] == ["empty_assistant", "unknown_schema"]
@@ -100,7 +122,10 @@ def test_an_eval_file_is_the_held_out_side_and_leaks_are_counted(write: Write) -
 
 def test_the_options_of_the_config_rewrite_the_texts(write: Write) -> None:
     path = write("rows.jsonl", [{"instruction": "ＡＢ&lt;c", "output": "写信给 li@example.com"}])
-    assert [m.content for m in prepare(config(path)).train[0]] == ["ＡＢ&lt;c", "写信给 li@example.com"]
+    assert [m.content for m in prepare(config(path)).train[0]] == [
+        "ＡＢ&lt;c",
+        "写信给 li@example.com",
+    ]
     found = prepare(config(path, fold_width=True, unescape_html=True, mask_personal=True))
     assert [m.content for m in found.train[0]] == ["AB<c", "写信给 [EMAIL]"]
 
@@ -145,7 +170,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def started(data: DataConfig, tokenizer: Fitted, **more: Any) -> tuple[Data, list[Any], list[Conversation], dict[str, int]]:
+def started(
+    data: DataConfig, tokenizer: Fitted, **more: Any
+) -> tuple[Data, list[Any], list[Conversation], dict[str, int]]:
     """The data stage of a run, as plain values."""
     found = prepare(data)
     how = {"kind": "chat", "max_tokens": 150, "truncate": "drop", **more}
@@ -154,13 +181,25 @@ def started(data: DataConfig, tokenizer: Fitted, **more: Any) -> tuple[Data, lis
     return plain, list(examples), list(kept), dict(refused)
 
 
-def test_a_second_start_reads_and_tokenizes_nothing(write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_reads_and_tokenizes_nothing(
+    write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = [{"foo": 1}, {"instruction": "长" * 300, "output": "好"}]
-    data, tokenizer = config(write("rows.jsonl", rows(0, 30) + rows(0, 3) + bad), held_out=0.2), Fitted()
+    data, tokenizer = (
+        config(write("rows.jsonl", rows(0, 30) + rows(0, 3) + bad), held_out=0.2),
+        Fitted(),
+    )
     cold = started(data, tokenizer)
-    assert tokenizer.encoded == len(cold[0].train) and cold[3] == {"too_long": 1} and cold[0].duplicates == 3
-    assert sorted(file.suffix for file in folder.iterdir()) == [".safetensors"] * 2  # nothing half-written is left
-    monkeypatch.setattr(sources, "read_conversations", lambda *_: pytest.fail("a file was read again"))
+    assert (
+        tokenizer.encoded == len(cold[0].train)
+        and cold[3] == {"too_long": 1}
+        and cold[0].duplicates == 3
+    )
+    # nothing half-written is left
+    assert sorted(file.suffix for file in folder.iterdir()) == [".safetensors"] * 2
+    monkeypatch.setattr(
+        sources, "read_conversations", lambda *_: pytest.fail("a file was read again")
+    )
     fresh = Fitted()
     assert started(data, fresh) == cold and fresh.encoded == 0
     monkeypatch.setenv("CLLM_DATA_CACHE", "")
@@ -176,7 +215,11 @@ def test_whatever_decides_the_result_makes_it_anew(write: Write, folder: Path) -
         (config(path), "chatml", {"truncate": "prompt"}),
         (config(path), "plain", {}),
         (config(path, fold_width=True), "chatml", {}),
-        (config(Source(path=path, columns={"user": "output", "assistant": "instruction"})), "chatml", {}),
+        (
+            config(Source(path=path, columns={"user": "output", "assistant": "instruction"})),
+            "chatml",
+            {},
+        ),
         (config(Source(path=path, weight=2.0)), "chatml", {}),
         (config(path, held_out=0.3), "chatml", {}),
     ):
@@ -185,7 +228,10 @@ def test_whatever_decides_the_result_makes_it_anew(write: Write, folder: Path) -
         assert tokenizer.encoded > 0, (data, more)
     write("rows.jsonl", [*rows(0, 8), {"instruction": "第8个问题", "output": "第8个回复"}])
     tokenizer = Fitted()
-    assert started(config(path), tokenizer)[0].train[8].messages[1].content == "第8个回复" and tokenizer.encoded == 9
+    assert (
+        started(config(path), tokenizer)[0].train[8].messages[1].content == "第8个回复"
+        and tokenizer.encoded == 9
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "foreign"])
@@ -196,7 +242,12 @@ def test_damaged_entries_are_made_again(write: Write, folder: Path, damage: str)
         content = bytearray(file.read_bytes())
         spot = len(content) * 3 // 4
         content[spot] ^= 1
-        damaged = {"cut": content[:spot], "flipped": content, "emptied": b"", "foreign": b"{}" * 50}[damage]
+        damaged = {
+            "cut": content[:spot],
+            "flipped": content,
+            "emptied": b"",
+            "foreign": b"{}" * 50,
+        }[damage]
         file.write_bytes(damaged)
     tokenizer = Fitted()
     assert started(data, tokenizer) == cold and tokenizer.encoded == 30
@@ -204,7 +255,10 @@ def test_damaged_entries_are_made_again(write: Write, folder: Path, damage: str)
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    write: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("CLLM_DATA_CACHE", write("file", []) + "/inside")
     assert len(started(config(write("rows.jsonl", rows(0, 5))), Fitted())[1]) == 5
@@ -222,6 +276,9 @@ def test_the_oldest_entries_make_room(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_slices_are_a_sequence(write: Write) -> None:
     train = prepare(config(write("rows.jsonl", rows(0, 5)))).train
-    assert asked(train[1:3]) == ["第1个问题", "第2个问题"] and asked(train)[-1] == asked([train[-1]])[0]
+    assert (
+        asked(train[1:3]) == ["第1个问题", "第2个问题"]
+        and asked(train)[-1] == asked([train[-1]])[0]
+    )
     with pytest.raises(IndexError):
         train[5]

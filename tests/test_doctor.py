@@ -1,4 +1,6 @@
-"""The doctor: every finding is made on this machine; cards, drivers and hubs that it lacks are played."""
+"""The doctor: every finding is made on this machine; cards, drivers and hubs that it lacks are
+played.
+"""
 
 from __future__ import annotations
 
@@ -24,54 +26,99 @@ def english(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_runs_before_anything_is_installed() -> None:
     # -S: no site-packages, so no torch and no other package is there.
-    done = subprocess.run([sys.executable, "-S", str(ROOT / "tools" / "doctor.py")], capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "tools" / "doctor.py")],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     if sys.version_info < (3, 11):
         return  # tomli is a package there
     assert done.returncode == 0, done.stderr
     findings = {f["topic"]: f for f in json.loads(done.stdout.splitlines()[-1])["findings"]}
-    assert findings["torch"]["state"] == "bad" and findings["torch"]["mend"] == "pip install torch==2.13.0"
-    assert findings["packages"]["mend"] == "pip install -e ." and findings["hubs"]["state"] == "note"
+    assert (
+        findings["torch"]["state"] == "bad"
+        and findings["torch"]["mend"] == "pip install torch==2.13.0"
+    )
+    assert (
+        findings["packages"]["mend"] == "pip install -e ." and findings["hubs"]["state"] == "note"
+    )
 
 
 def test_here_nothing_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     findings = {f.topic: f for f in doctor.examine()}
-    assert findings["packages"].state == findings["python"].state == "ok" and findings["torch"].state != "bad"
-    assert len(capsys.readouterr().out.splitlines()) == len(findings) + sum(bool(f.mend) for f in findings.values())
+    assert (
+        findings["packages"].state == findings["python"].state == "ok"
+        and findings["torch"].state != "bad"
+    )
+    assert len(capsys.readouterr().out.splitlines()) == len(findings) + sum(
+        bool(f.mend) for f in findings.values()
+    )
 
 
 def fake_torch(*, cuda: str | None, available: bool, free: int = 7, capability: int = 8) -> Any:
     card = SimpleNamespace(name="RTX 4060", major=capability, minor=9)
     return SimpleNamespace(
-        __version__="2.13.0", version=SimpleNamespace(cuda=cuda),
+        __version__="2.13.0",
+        version=SimpleNamespace(cuda=cuda),
         cuda=SimpleNamespace(
-            is_available=lambda: available, device_count=lambda: 1, get_device_properties=lambda _: card, current_device=lambda: 0,
-            mem_get_info=lambda _: (free * doctor.GIB, 8 * doctor.GIB), is_bf16_supported=lambda including_emulation: capability >= 8,
+            is_available=lambda: available,
+            device_count=lambda: 1,
+            get_device_properties=lambda _: card,
+            current_device=lambda: 0,
+            mem_get_info=lambda _: (free * doctor.GIB, 8 * doctor.GIB),
+            is_bf16_supported=lambda including_emulation: capability >= 8,
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
     ("torch", "driver", "state", "words"),
     [
         (fake_torch(cuda=None, available=False), "", "note", "no NVIDIA card"),
-        (fake_torch(cuda=None, available=False), "580.1, RTX 4060, 8188 MiB", "bad", "pip uninstall -y torch"),
-        (fake_torch(cuda="13.0", available=False), "470.1, RTX 4060, 8188 MiB", "bad", "update the NVIDIA driver"),
+        (
+            fake_torch(cuda=None, available=False),
+            "580.1, RTX 4060, 8188 MiB",
+            "bad",
+            "pip uninstall -y torch",
+        ),
+        (
+            fake_torch(cuda="13.0", available=False),
+            "470.1, RTX 4060, 8188 MiB",
+            "bad",
+            "update the NVIDIA driver",
+        ),
     ],
 )
-def test_a_card_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, torch: Any, driver: str, state: str, words: str) -> None:
+def test_a_card_that_torch_cannot_use(
+    monkeypatch: pytest.MonkeyPatch, torch: Any, driver: str, state: str, words: str
+) -> None:
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     (finding,) = doctor._torch()
     assert finding.state == state and words in finding.found + finding.mend
 
 
-@pytest.mark.parametrize(("free", "capability", "state", "precision"), [(7.5, 8, "ok", "bf16"), (5, 7, "note", "fp16")])
-def test_a_card(monkeypatch: pytest.MonkeyPatch, free: int, capability: int, state: str, precision: str) -> None:
-    monkeypatch.setitem(sys.modules, "torch", fake_torch(cuda="13.0", available=True, free=free, capability=capability))
+@pytest.mark.parametrize(
+    ("free", "capability", "state", "precision"), [(7.5, 8, "ok", "bf16"), (5, 7, "note", "fp16")]
+)
+def test_a_card(
+    monkeypatch: pytest.MonkeyPatch, free: int, capability: int, state: str, precision: str
+) -> None:
+    monkeypatch.setitem(
+        sys.modules,
+        "torch",
+        fake_torch(cuda="13.0", available=True, free=free, capability=capability),
+    )
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1, RTX 4060, 8188 MiB")
     monkeypatch.setattr(sys, "platform", "win32")
     build, card, windows = doctor._torch()
-    assert build.state == "ok" and card.state == state and precision in card.found and "580.1" in card.found
+    assert (
+        build.state == "ok"
+        and card.state == state
+        and precision in card.found
+        and "580.1" in card.found
+    )
     assert "Sysmem Fallback" in windows.mend
 
 
@@ -80,7 +127,10 @@ def test_hubs_name_who_failed_and_the_way_round(monkeypatch: pytest.MonkeyPatch)
     assert "refused" in doctor._reach("http://127.0.0.1:9")
     monkeypatch.setattr(doctor, "_reach", lambda url: "timed out" if "huggingface" in url else "")
     found = {f.topic: f for f in doctor._hubs()}
-    assert found["Hugging Face"].mend.startswith("export HF_ENDPOINT=") and "timed out" in found["Hugging Face"].found
+    assert (
+        found["Hugging Face"].mend.startswith("export HF_ENDPOINT=")
+        and "timed out" in found["Hugging Face"].found
+    )
     assert found["ModelScope"].state == "ok" and not found["ModelScope"].mend
 
 
@@ -88,4 +138,8 @@ def test_a_full_disk_and_an_ascii_console(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * doctor.GIB))
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="ascii"))
     disk, cache, console = doctor._machine()
-    assert disk.state == cache.state == console.state == "note" and "CLLM_CACHE" in disk.mend and "PYTHONUTF8" in console.mend
+    assert (
+        disk.state == cache.state == console.state == "note"
+        and "CLLM_CACHE" in disk.mend
+        and "PYTHONUTF8" in console.mend
+    )

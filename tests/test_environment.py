@@ -1,4 +1,6 @@
-"""The doors to the same environment agree: pyproject, conda, Nix, README, and what the CI script installs."""
+"""The doors to the same environment agree: pyproject, conda, Nix, README, and what the CI script
+installs.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 def test_torch_is_pinned_and_tomli_is_for_old_pythons_only() -> None:
     dependencies = {re.split(r"[\s=<>;!~\[]", d)[0]: d for d in PROJECT["dependencies"]}
     assert dependencies["torch"] == "torch==2.13.0"
-    assert "python_version < '3.11'" in dependencies["tomli"] and "Darwin" in dependencies["bitsandbytes"]
+    assert (
+        "python_version < '3.11'" in dependencies["tomli"]
+        and "Darwin" in dependencies["bitsandbytes"]
+    )
     for name in ("transformers", "safetensors", "sentencepiece", "numpy", "jieba", "gradio"):
         assert name in dependencies
     assert not {"peft", "accelerate", "trl", "datasets"} & set(dependencies)
@@ -29,7 +34,11 @@ def test_torch_is_pinned_and_tomli_is_for_old_pythons_only() -> None:
 
 def pins(name: str) -> dict[tuple[str, str], str]:
     """(package, marker) -> version of every requirement in the file."""
-    lines = [line.rstrip(" \\") for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if re.match(r"[a-z0-9]", line)]
+    lines = [
+        line.rstrip(" \\")
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+        if re.match(r"[a-z0-9]", line)
+    ]
     found = {}
     for line in lines:
         requirement, _, marker = line.partition(" ; ")
@@ -60,8 +69,14 @@ def test_the_lock_is_what_pyproject_allows() -> None:
     ):
         locked = pins(name)
         for dependency in map(requirements.Requirement, wanted):
-            versions = [version for (package, _), version in locked.items() if package == dependency.name.lower()]
-            assert versions and all(dependency.specifier.contains(version) for version in versions), (name, str(dependency), versions)
+            versions = [
+                version
+                for (package, _), version in locked.items()
+                if package == dependency.name.lower()
+            ]
+            assert versions and all(
+                dependency.specifier.contains(version) for version in versions
+            ), (name, str(dependency), versions)
 
 
 def test_conda_gives_python_and_pip_gives_the_rest() -> None:
@@ -74,16 +89,32 @@ def test_conda_gives_python_and_pip_gives_the_rest() -> None:
 
 def test_nix_and_docker_install_the_lock() -> None:
     flake = (ROOT / "flake.nix").read_text(encoding="utf-8")
-    locked = json.loads((ROOT / "flake.lock").read_text(encoding="utf-8"))["nodes"]["nixpkgs"]["locked"]
-    assert f"github:NixOS/nixpkgs/{locked['rev']}" in flake and locked["narHash"].startswith("sha256-")
-    assert "python312" in flake and "--require-hashes -r requirements.lock" in flake and "-c constraints.txt -e '.[test]'" in flake
+    locked = json.loads((ROOT / "flake.lock").read_text(encoding="utf-8"))["nodes"]["nixpkgs"][
+        "locked"
+    ]
+    assert f"github:NixOS/nixpkgs/{locked['rev']}" in flake and locked["narHash"].startswith(
+        "sha256-"
+    )
+    assert (
+        "python312" in flake
+        and "--require-hashes -r requirements.lock" in flake
+        and "-c constraints.txt -e '.[test]'" in flake
+    )
     docker = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
-    assert "FROM python:3.12-slim" in docker and "--require-hashes -r chosen.lock" in docker and "torch==2.13.0" in docker
+    assert (
+        "FROM python:3.12-slim" in docker
+        and "--require-hashes -r chosen.lock" in docker
+        and "torch==2.13.0" in docker
+    )
 
 
 def test_docker_copies_only_what_its_context_holds() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    copied = re.findall(
+        r"^COPY (.+) \S+$",
+        (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     for name in " ".join(copied).split():
         assert f"!{name}" in ignored and (ROOT / name).exists(), name
 

@@ -1,4 +1,6 @@
-"""`cllm.eval`: base and adapter on the same questions, losses, intervals, multiple choice, votes, the report; nothing overwritten."""
+"""`cllm.eval`: base and adapter on the same questions, losses, intervals, multiple choice, votes,
+the report; nothing overwritten.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import collate
 from cllm.data.schema import Conversation, Message
 from cllm.evaluate import answers as module
-from cllm.evaluate.answers import GENERAL, evaluate, example_nll, few_shot, held_out_loss, majority, sequence_nll
+from cllm.evaluate.answers import (
+    GENERAL,
+    evaluate,
+    example_nll,
+    few_shot,
+    held_out_loss,
+    majority,
+    sequence_nll,
+)
 from cllm.evaluate.choice import LETTERS, letter_ids, log_likelihoods, read_subjects
 from cllm.evaluate.report import report, write_results
 from cllm.evaluate.votes import summarise
@@ -44,37 +54,70 @@ def trained(config: Path, tmp_path: Path) -> Path:
     return tmp_path / "runs" / "a"
 
 
-def test_a_run_is_evaluated_before_and_after(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_is_evaluated_before_and_after(
+    trained: Path, tmp_path: Path, capsys: Capture
+) -> None:
     in_training = json.loads((trained / "eval.json").read_text(encoding="utf-8"))
     assert set(in_training["adapter"]) == {"loss", "general-ppl", "interval", "versus_base"}
     data = str(tmp_path / "data.jsonl")
-    arguments = [str(trained), "--data", data, "--limit", "6", "--max-new-tokens", "4", "--shots", "2"]
+    arguments = [
+        str(trained),
+        "--data",
+        data,
+        "--limit",
+        "6",
+        "--max-new-tokens",
+        "4",
+        "--shots",
+        "2",
+    ]
     assert run("eval", arguments) == 0
     out = capsys.readouterr().out
     summary = json.loads(out.strip().split("\n")[-1])["eval"][data]
     results, folder = summary["results"], Path(summary["folder"])
-    assert summary["rows"] == 6 and set(results) == {"copy", "majority", "base", "base 2-shot", "adapter"}
+    assert summary["rows"] == 6 and set(results) == {
+        "copy",
+        "majority",
+        "base",
+        "base 2-shot",
+        "adapter",
+    }
     assert "adapter - base" in out and "95 % interval" in out
     gap = results["adapter"]["versus_base"]["loss"]
-    assert gap["difference"] == pytest.approx(results["adapter"]["loss"] - results["base"]["loss"]) and gap["low"] < gap["high"] < 0
+    assert (
+        gap["difference"] == pytest.approx(results["adapter"]["loss"] - results["base"]["loss"])
+        and gap["low"] < gap["high"] < 0
+    )
     low, high = results["adapter"]["interval"]["general-ppl"]
     assert low < results["adapter"]["general-ppl"] < high
     assert [group["answers"] for group in results["base"]["by_category"].values()] == [3, 3]
-    assert folder.parent == trained and json.loads((folder / "eval.json").read_text(encoding="utf-8")) == results
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (
+        folder.parent == trained
+        and json.loads((folder / "eval.json").read_text(encoding="utf-8")) == results
+    )
+    samples = [
+        json.loads(line)
+        for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert len(samples) == 6 and set(samples[0]["scores"]) == {"base", "base 2-shot", "adapter"}
     assert {"rouge-l-char", "bleu-4", "exact", "loss"} <= samples[0]["scores"]["adapter"].keys()
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2 and samples[0]["reference"] in page
-    assert not re.search(r"(src|href)=\"(?!data:)|<script|https?:", page), "the page needs nothing but itself"
+    assert not re.search(r"(src|href)=\"(?!data:)|<script|https?:", page), (
+        "the page needs nothing but itself"
+    )
     assert json.loads((trained / "eval.json").read_text(encoding="utf-8")) == in_training
     assert run("eval", [*arguments, "--base"]) == 0
     again = last_line(capsys)["eval"][data]
     assert again["folder"] == f"{folder}-2" and "adapter" not in again["results"]
-    assert again["results"]["base"] == results["base"], "alone, the base answers as it does in one batch with the adapter"
+    assert again["results"]["base"] == results["base"], (
+        "alone, the base answers as it does in one batch with the adapter"
+    )
 
 
-def test_mistakes_are_one_line(config: Path, tmp_path: Path, checkpoint: Path, capsys: Capture) -> None:
+def test_mistakes_are_one_line(
+    config: Path, tmp_path: Path, checkpoint: Path, capsys: Capture
+) -> None:
     (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
     assert run("eval", [str(checkpoint), "--data", str(tmp_path / "empty.json")]) == 2
     assert "no conversation that ends with an answer" in capsys.readouterr().err
@@ -87,29 +130,69 @@ def test_mistakes_are_one_line(config: Path, tmp_path: Path, checkpoint: Path, c
     assert "--data FILE, or --votes" in capsys.readouterr().err
 
 
-def test_data_that_was_trained_on_may_be_gone(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_data_that_was_trained_on_may_be_gone(
+    trained: Path, tmp_path: Path, capsys: Capture
+) -> None:
     (tmp_path / "data.jsonl").rename(tmp_path / "moved.jsonl")
-    assert run("eval", [str(trained), "--data", str(tmp_path / "moved.jsonl"), "--limit", "2", "--max-new-tokens", "2"]) == 0
+    assert (
+        run(
+            "eval",
+            [
+                str(trained),
+                "--data",
+                str(tmp_path / "moved.jsonl"),
+                "--limit",
+                "2",
+                "--max-new-tokens",
+                "2",
+            ],
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     assert "no majority baseline" in captured.err and "majority" not in captured.out
 
 
 def examples() -> list[Example]:
     generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(3, 96, (length,), generator=generator).tolist() for length in (5, 30, 2, 17)]
-    return [Example(ids, [IGNORE_INDEX, *ids[1:]] if len(ids) > 5 else [IGNORE_INDEX] * (len(ids) - 1) + ids[-1:]) for ids in rows]
+    rows = [
+        torch.randint(3, 96, (length,), generator=generator).tolist() for length in (5, 30, 2, 17)
+    ]
+    return [
+        Example(
+            ids,
+            [IGNORE_INDEX, *ids[1:]]
+            if len(ids) > 5
+            else [IGNORE_INDEX] * (len(ids) - 1) + ids[-1:],
+        )
+        for ids in rows
+    ]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_losses_equal_full_logits_in_chunks_and_when_memory_ends(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, reference = tiny_model(architecture), tiny_model(architecture, attention="eager").requires_grad_(False)
+def test_losses_equal_full_logits_in_chunks_and_when_memory_ends(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reference = (
+        tiny_model(architecture),
+        tiny_model(architecture, attention="eager").requires_grad_(False),
+    )
     expected = []
     for ids, labels in examples():
         logits = reference(input_ids=torch.tensor([ids])).logits[0, :-1].double()
         target = torch.tensor(labels[1:])
-        expected.append([float(F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")), int((target >= 0).sum())])
+        expected.append(
+            [
+                float(F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")),
+                int((target >= 0).sum()),
+            ]
+        )
     for chunk_bytes in (2**20, 1000):  # 1000 bytes: two positions at a time
-        assert torch.allclose(torch.tensor(example_nll(model, examples(), CPU, chunk_bytes)), torch.tensor(expected), atol=1e-4)
+        assert torch.allclose(
+            torch.tensor(example_nll(model, examples(), CPU, chunk_bytes)),
+            torch.tensor(expected),
+            atol=1e-4,
+        )
     row = collate(examples())
     mean = sum(nats for nats, _ in expected) / sum(tokens for _, tokens in expected)
     assert held_out_loss(model, [row], CPU, 2**20) == pytest.approx(mean, abs=1e-5)
@@ -123,7 +206,9 @@ def test_losses_equal_full_logits_in_chunks_and_when_memory_ends(architecture: s
     monkeypatch.setattr(module, "row_nll", small_machine)
     split = sequence_nll(model.train(), [row], CPU, 2**20)
     assert model.training and split[1] == [0.0, 0.0], "the sequence of 30 tokens fits no more"
-    assert torch.allclose(torch.tensor(split[:1] + split[2:]), torch.tensor(expected[:1] + expected[2:]), atol=1e-4)
+    assert torch.allclose(
+        torch.tensor(split[:1] + split[2:]), torch.tensor(expected[:1] + expected[2:]), atol=1e-4
+    )
     monkeypatch.setattr(module, "row_nll", lambda *_: [][0])
     with pytest.raises(IndexError):
         sequence_nll(model, [row], CPU, 2**20)
@@ -136,37 +221,78 @@ def test_general_texts() -> None:
 
 
 def test_scores_groups_baselines_and_tables() -> None:
-    train = [conversation("甲", "好", "x"), conversation("乙", "好", "x"), conversation("丙", "坏", "x"), conversation("丁", "三", "y")]
-    test = [conversation("戊", "好", "x"), conversation("己", "四", "y"), conversation("庚", "？", "z")]
+    train = [
+        conversation("甲", "好", "x"),
+        conversation("乙", "好", "x"),
+        conversation("丙", "坏", "x"),
+        conversation("丁", "三", "y"),
+    ]
+    test = [
+        conversation("戊", "好", "x"),
+        conversation("己", "四", "y"),
+        conversation("庚", "？", "z"),
+    ]
     assert majority(train, test) == ["好", "三", ""]
     prompt = few_shot(train, test[0], 2, seed=0)
-    assert len(prompt) == 5 and prompt[-1].content == "戊" and {m.content for m in prompt[1:4:2]} <= {"好", "坏"}
-    asked = [conversation("一", "今天天气很好。", "x"), conversation("二", "我们去公园吧。" * 3, "y")]
+    assert (
+        len(prompt) == 5
+        and prompt[-1].content == "戊"
+        and {m.content for m in prompt[1:4:2]} <= {"好", "坏"}
+    )
+    asked = [
+        conversation("一", "今天天气很好。", "x"),
+        conversation("二", "我们去公园吧。" * 3, "y"),
+    ]
     systems = {"base": ["今天", ""], "adapter": ["今天天气很好。", "我们去公园吧。"]}
-    losses = {"base": {"loss": [[4.0, 2.0], [8.0, 2.0]]}, "adapter": {"loss": [[2.0, 2.0], [2.0, 2.0]]}}
+    losses = {
+        "base": {"loss": [[4.0, 2.0], [8.0, 2.0]]},
+        "adapter": {"loss": [[2.0, 2.0], [2.0, 2.0]]},
+    }
     results, samples = evaluate(asked, systems, losses)
-    assert results["base"]["loss"] == 3 and results["adapter"]["versus_base"]["loss"]["difference"] == -2
+    assert (
+        results["base"]["loss"] == 3
+        and results["adapter"]["versus_base"]["loss"]["difference"] == -2
+    )
     assert results["adapter"]["exact"] == 50 and results["base"]["exact"] == 0
-    assert {key: its["exact"] for key, its in results["adapter"]["by_length"].items()} == {"5-8": 100, "17-32": 0}
-    assert {key: its["exact"] for key, its in results["adapter"]["by_category"].items()} == {"x": 100, "y": 0}
-    assert samples[0]["scores"]["adapter"]["rouge-l-char"] == 100 and samples[1]["scores"]["base"]["bleu-4"] == 0
+    assert {key: its["exact"] for key, its in results["adapter"]["by_length"].items()} == {
+        "5-8": 100,
+        "17-32": 0,
+    }
+    assert {key: its["exact"] for key, its in results["adapter"]["by_category"].items()} == {
+        "x": 100,
+        "y": 0,
+    }
+    assert (
+        samples[0]["scores"]["adapter"]["rouge-l-char"] == 100
+        and samples[1]["scores"]["base"]["bleu-4"] == 0
+    )
     text = report(results)
-    assert all(part in text for part in ("adapter - base", "-2.000", "50.0", "5-8 (1)", "exact by category"))
+    assert all(
+        part in text
+        for part in ("adapter - base", "-2.000", "50.0", "5-8 (1)", "exact by category")
+    )
 
 
 def test_the_report_escapes_what_models_and_data_say(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>&$tables 汉字"
-    results, samples = evaluate([conversation(evil, evil, evil), conversation("一", "二")], {"base": [evil, ""]}, {})
+    results, samples = evaluate(
+        [conversation(evil, evil, evil), conversation("一", "二")], {"base": [evil, ""]}, {}
+    )
     write_results(tmp_path, results, samples)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;$tables 汉字") >= 4
+    assert (
+        "<script" not in page
+        and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;$tables 汉字") >= 4
+    )
     assert "The 1 worst answers" in page and "The 1 best answers" in page
 
 
 # --- Multiple choice
 def exam(root: Path, style: str, questions: int = 3) -> Path:
     """Two subjects as C-Eval or CMMLU lay them out."""
-    head = {"ceval": "id,question,A,B,C,D,answer,explanation", "cmmlu": ",Question,A,B,C,D,Answer"}[style]
+    head = {"ceval": "id,question,A,B,C,D,answer,explanation", "cmmlu": ",Question,A,B,C,D,Answer"}[
+        style
+    ]
     for split, count in (("dev", 5), ("val" if style == "ceval" else "test", questions)):
         (root / split).mkdir(parents=True)
         for subject in ("college_physics", "my_own") if style == "ceval" else ("anatomy", "my_own"):
@@ -176,39 +302,86 @@ def exam(root: Path, style: str, questions: int = 3) -> Path:
                 + (",略" if style == "ceval" else "")
                 for i in range(count)
             ]
-            (root / split / name).write_text("\ufeff" + "\n".join([head, *rows]) + "\n", encoding="utf-8")
+            (root / split / name).write_text(
+                "\ufeff" + "\n".join([head, *rows]) + "\n", encoding="utf-8"
+            )
     if style == "ceval":  # its test answers are not published
         (root / "test").mkdir()
-        (root / "test" / "my_own_test.csv").write_text("id,question,A,B,C,D\n0,问,甲,乙,丙,丁\n", encoding="utf-8")
+        (root / "test" / "my_own_test.csv").write_text(
+            "id,question,A,B,C,D\n0,问,甲,乙,丙,丁\n", encoding="utf-8"
+        )
     return root
 
 
 def test_the_prompts_are_the_official_ones(tmp_path: Path) -> None:
     ceval, own = read_subjects(exam(tmp_path / "ceval", "ceval"), 5)
-    assert ceval.header == "以下是中国关于大学物理考试的单项选择题，请选出其中的正确答案。\n\n" and own.name in own.header
-    assert ceval.shots[1] == "devc第1问，请选出最合适的一项\nA. 甲1\nB. 乙\nC. 丙\nD. 丁\n答案：B\n\n" and len(ceval.shots) == 5
-    assert ceval.questions[2] == "valc第2问，请选出最合适的一项\nA. 甲2\nB. 乙\nC. 丙\nD. 丁\n答案：" and ceval.answers == ["A", "B", "C"]
+    assert (
+        ceval.header == "以下是中国关于大学物理考试的单项选择题，请选出其中的正确答案。\n\n"
+        and own.name in own.header
+    )
+    assert (
+        ceval.shots[1] == "devc第1问，请选出最合适的一项\nA. 甲1\nB. 乙\nC. 丙\nD. 丁\n答案：B\n\n"
+        and len(ceval.shots) == 5
+    )
+    assert ceval.questions[
+        2
+    ] == "valc第2问，请选出最合适的一项\nA. 甲2\nB. 乙\nC. 丙\nD. 丁\n答案：" and ceval.answers == [
+        "A",
+        "B",
+        "C",
+    ]
     cmmlu, _ = read_subjects(exam(tmp_path / "cmmlu", "cmmlu"), 2, limit=1)
-    assert cmmlu.header == "以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n" and len(cmmlu.shots) == 2
-    assert cmmlu.questions == ["题目：testa第0问，请选出最合适的一项\nA. 甲0\nB. 乙\nC. 丙\nD. 丁\n答案是："]
-    (tmp_path / "cmmlu" / "test" / "anatomy.csv").write_text(",Question,A,B,C,D,Answer\n0,问,甲,乙,丙,丁,E\n", encoding="utf-8")
-    for shots, message in [(5, "answer = 'E'"), (6, "has 5 solved examples for anatomy, 6 are needed")]:
+    assert (
+        cmmlu.header == "以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n"
+        and len(cmmlu.shots) == 2
+    )
+    assert cmmlu.questions == [
+        "题目：testa第0问，请选出最合适的一项\nA. 甲0\nB. 乙\nC. 丙\nD. 丁\n答案是："
+    ]
+    (tmp_path / "cmmlu" / "test" / "anatomy.csv").write_text(
+        ",Question,A,B,C,D,Answer\n0,问,甲,乙,丙,丁,E\n", encoding="utf-8"
+    )
+    for shots, message in [
+        (5, "answer = 'E'"),
+        (6, "has 5 solved examples for anatomy, 6 are needed"),
+    ]:
         with pytest.raises(Exception, match=message):
             read_subjects(tmp_path / "cmmlu", shots)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "glm"])
-def test_log_likelihoods_equal_transformers_forward(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, reference = Engine(tiny_model(architecture), kv_tokens=100_000), tiny_model(architecture, attention="eager")
+def test_log_likelihoods_equal_transformers_forward(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reference = (
+        Engine(tiny_model(architecture), kv_tokens=100_000),
+        tiny_model(architecture, attention="eager"),
+    )
     generator = torch.Generator().manual_seed(2)
     start = torch.randint(3, 96, (40,), generator=generator).tolist()
-    prompts = [start + torch.randint(3, 96, (length,), generator=generator).tolist() for length in (9, 1, 14, 5, 9)]
+    prompts = [
+        start + torch.randint(3, 96, (length,), generator=generator).tolist()
+        for length in (9, 1, 14, 5, 9)
+    ]
     letters = [10, 20, 30, 40]
-    expected = [reference(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)[letters].tolist() for ids in prompts]
-    assert torch.allclose(torch.tensor(log_likelihoods(engine, prompts, letters)), torch.tensor(expected), atol=1e-4)
+    expected = [
+        reference(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)[letters].tolist()
+        for ids in prompts
+    ]
+    assert torch.allclose(
+        torch.tensor(log_likelihoods(engine, prompts, letters)), torch.tensor(expected), atol=1e-4
+    )
     engine.kv_tokens = 1  # one at a time
-    assert torch.allclose(torch.tensor(log_likelihoods(engine, prompts[::-1], letters)), torch.tensor(expected[::-1]), atol=1e-4)
-    assert torch.allclose(torch.tensor(log_likelihoods(engine, prompts[1:2], letters)), torch.tensor(expected[1:2]), atol=1e-4)
+    assert torch.allclose(
+        torch.tensor(log_likelihoods(engine, prompts[::-1], letters)),
+        torch.tensor(expected[::-1]),
+        atol=1e-4,
+    )
+    assert torch.allclose(
+        torch.tensor(log_likelihoods(engine, prompts[1:2], letters)),
+        torch.tensor(expected[1:2]),
+        atol=1e-4,
+    )
 
 
 def test_out_of_memory_halves_the_batch_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,47 +397,108 @@ def test_out_of_memory_halves_the_batch_of_questions(monkeypatch: pytest.MonkeyP
         return whole(engine, rows, cache)
 
     monkeypatch.setattr(choice, "_hidden", small_machine)
-    assert torch.allclose(torch.tensor(log_likelihoods(engine, prompts, [10, 20, 30, 40])), torch.tensor(expected), atol=1e-5)
+    assert torch.allclose(
+        torch.tensor(log_likelihoods(engine, prompts, [10, 20, 30, 40])),
+        torch.tensor(expected),
+        atol=1e-5,
+    )
 
 
-def test_a_run_sits_an_exam(trained: Path, tmp_path: Path, checkpoint: Path, capsys: Capture) -> None:
+def test_a_run_sits_an_exam(
+    trained: Path, tmp_path: Path, checkpoint: Path, capsys: Capture
+) -> None:
     data = exam(tmp_path / "cmmlu", "cmmlu")
     assert run("eval", [str(trained), "--task", "mmlu-csv", "--data", str(data)]) == 0
     summary = last_line(capsys)["eval"][str(data)]
     base, adapter = summary["results"]["base"], summary["results"]["adapter"]
-    assert base["questions"] == 6 and set(base["subjects"]) == {"anatomy", "my_own"} and "accuracy" in adapter["versus_base"]
-    assert base["macro"] == pytest.approx(sum(its["accuracy"] for its in base["subjects"].values()) / 2)
-    assert base["interval"][0] <= base["accuracy"] <= base["interval"][1] and base["macro_interval"][0] <= base["macro"]
+    assert (
+        base["questions"] == 6
+        and set(base["subjects"]) == {"anatomy", "my_own"}
+        and "accuracy" in adapter["versus_base"]
+    )
+    assert base["macro"] == pytest.approx(
+        sum(its["accuracy"] for its in base["subjects"].values()) / 2
+    )
+    assert (
+        base["interval"][0] <= base["accuracy"] <= base["interval"][1]
+        and base["macro_interval"][0] <= base["macro"]
+    )
     shots = base["subjects"]["anatomy"]["shots"]
     assert 0 < shots < 5, "512 positions do not hold five shots of three bytes a character"
-    samples = [json.loads(line) for line in (Path(summary["folder"]) / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert "mean of subjects (macro)" in (Path(summary["folder"]) / "report.html").read_text(encoding="utf-8")
-    right = sum(max(row["log_likelihoods"]["base"], key=row["log_likelihoods"]["base"].get) == row["answer"] for row in samples)
+    samples = [
+        json.loads(line)
+        for line in (Path(summary["folder"]) / "samples.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
+    assert "mean of subjects (macro)" in (Path(summary["folder"]) / "report.html").read_text(
+        encoding="utf-8"
+    )
+    right = sum(
+        max(row["log_likelihoods"]["base"], key=row["log_likelihoods"]["base"].get) == row["answer"]
+        for row in samples
+    )
     assert 100 * right / 6 == pytest.approx(base["accuracy"])
     subject = read_subjects(data, shots)[0]
     tokenizer, model = load_tokenizer(checkpoint, template="text"), load_model(checkpoint)
-    ids = tokenizer.encode_chat([Message("user", subject.header + "".join(subject.shots) + subject.questions[0])])
-    expected = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)[letter_ids(tokenizer, "答案是：")]
-    assert samples[0]["log_likelihoods"]["base"] == pytest.approx(dict(zip(LETTERS, expected.tolist(), strict=True)), abs=1e-4)
+    ids = tokenizer.encode_chat(
+        [Message("user", subject.header + "".join(subject.shots) + subject.questions[0])]
+    )
+    expected = (
+        model(input_ids=torch.tensor([ids]))
+        .logits[0, -1]
+        .log_softmax(-1)[letter_ids(tokenizer, "答案是：")]
+    )
+    assert samples[0]["log_likelihoods"]["base"] == pytest.approx(
+        dict(zip(LETTERS, expected.tolist(), strict=True)), abs=1e-4
+    )
     assert samples[0]["log_likelihoods"]["adapter"] != samples[0]["log_likelihoods"]["base"]
 
 
 # --- Votes
 def test_votes_are_counted_per_pair_of_models(tmp_path: Path, capsys: Capture) -> None:
-    votes = [("a", "r", "base", "x"), ("b", "base", "r", "x"), ("b", "r", "base", "y"), ("tie", "r", "base", ""), ("bad", "base", "r", "y")]
-    votes += [("a", "s", "r", "x"), ("b", "r", "s", "x"), ("a", "r", "s", "z"), ("tie", "s", "r", "z")]
-    rows = [{"vote": vote, "models": [a, b], "category": category} for vote, a, b, category in votes]
-    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn', encoding="utf-8")
+    votes = [
+        ("a", "r", "base", "x"),
+        ("b", "base", "r", "x"),
+        ("b", "r", "base", "y"),
+        ("tie", "r", "base", ""),
+        ("bad", "base", "r", "y"),
+    ]
+    votes += [
+        ("a", "s", "r", "x"),
+        ("b", "r", "s", "x"),
+        ("a", "r", "s", "z"),
+        ("tie", "s", "r", "z"),
+    ]
+    rows = [
+        {"vote": vote, "models": [a, b], "category": category} for vote, a, b, category in votes
+    ]
+    (tmp_path / "votes.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"torn', encoding="utf-8"
+    )
     assert run("eval", [str(tmp_path), "--votes"]) == 0
     against_base, adapters = last_line(capsys)["votes"]
     assert against_base["models"] == ["r", "base"] and adapters["models"] == ["r", "s"]
     assert [against_base[key] for key in ("wins", "losses", "ties", "both_bad")] == [2, 1, 1, 1]
-    assert against_base["win_rate"] == pytest.approx(2 / 3) and 0.2 < against_base["low"] < 0.3 and 0.9 < against_base["high"] < 1
+    assert (
+        against_base["win_rate"] == pytest.approx(2 / 3)
+        and 0.2 < against_base["low"] < 0.3
+        and 0.9 < against_base["high"] < 1
+    )
     assert [against_base["by_category"][key]["wins"] for key in "xy"] == [2, 0]
     # An adapter can lose against another one; the base takes no part in that.
     assert [adapters[key] for key in ("wins", "losses", "ties", "both_bad")] == [1, 2, 1, 0]
-    assert [(adapters["by_category"][key]["wins"], adapters["by_category"][key]["losses"]) for key in "xz"] == [(0, 2), (1, 0)]
+    assert [
+        (adapters["by_category"][key]["wins"], adapters["by_category"][key]["losses"])
+        for key in "xz"
+    ] == [(0, 2), (1, 0)]
     first, then = summarise(list(reversed(rows)))
-    assert (first, then) == (against_base, adapters), "the order of the votes and of A and B does not matter"
+    assert (first, then) == (against_base, adapters), (
+        "the order of the votes and of A and B does not matter"
+    )
     (undecided,) = summarise([{"vote": "tie", "models": ["base", "r"]}])
-    assert undecided["ties"] == 1 and (undecided["low"], undecided["high"]) == (0, 1) and not math.isnan(undecided["win_rate"])
+    assert (
+        undecided["ties"] == 1
+        and (undecided["low"], undecided["high"]) == (0, 1)
+        and not math.isnan(undecided["win_rate"])
+    )

@@ -1,4 +1,6 @@
-"""On the tiny model of every family, dense and NF4: packed rows, LoRA on every linear, a training step, merging, exact resume."""
+"""On the tiny model of every family, dense and NF4: packed rows, LoRA on every linear, a training
+step, merging, exact resume.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ ORIGINALS = (
     *("chatglm2", "chatglm3", "chatglm3_32k", "glm4_9b", "baichuan2_7b", "baichuan2_13b"),
     *("qwen", "internlm", "internlm2", "yi", "gpt2"),
 )
-CASES = [(name, quantize) for name in (*(f"original-{family}" for family in ORIGINALS), *NATIVE) for quantize in (None, "nf4")]
+CASES = [
+    (name, quantize)
+    for name in (*(f"original-{family}" for family in ORIGINALS), *NATIVE)
+    for quantize in (None, "nf4")
+]
 IDS = torch.arange(3, 20)[None]
 
 
@@ -41,12 +47,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def find(name: str, home: Path) -> Path:
-    """The directory of a golden checkpoint in its original layout, or of a native one with random weights."""
+    """The directory of a golden checkpoint in its original layout, or of a native one with random
+    weights.
+    """
     family = name.removeprefix("original-")
     if family == "glm4_9b":  # ChatGLM3's layout with another rotary base and three end tokens
         return glm4(home / name)
     if family != name:
-        found = next((path for path in (LOCAL / family, SHARED / "golden" / family / "dev") if path.is_dir()), None)
+        found = next(
+            (
+                path
+                for path in (LOCAL / family, SHARED / "golden" / family / "dev")
+                if path.is_dir()
+            ),
+            None,
+        )
         return found or pytest.skip("needs ../shared")
     config = tiny_config(name)
     if not (home / name).is_dir():
@@ -54,7 +69,8 @@ def find(name: str, home: Path) -> Path:
 
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():  # larger than the default 0.02, so that differences between tokens are visible
+        # larger than the default 0.02, so that differences between tokens are visible
+        with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(5)
@@ -67,7 +83,9 @@ def glm4(path: Path) -> Path:
     config = json.loads((LOCAL / "chatglm3" / "config.json").read_text(encoding="utf-8"))
     config |= {"rope_ratio": 500, "eos_token_id": [2, 3, 4], "architectures": ["ChatGLMModel"]}
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (path / "model.safetensors").write_bytes((LOCAL / "chatglm3" / "model.safetensors").read_bytes())
+    (path / "model.safetensors").write_bytes(
+        (LOCAL / "chatglm3" / "model.safetensors").read_bytes()
+    )
     return path
 
 
@@ -79,7 +97,10 @@ def adapted(path: Path, quantize: str | None, *, filled: bool = False) -> Any:
     layers = inject_lora(model, rank=2, alpha=4.0)
     assert len(layers) == linears - 1  # all but the head
     if quantize and any(type(m) is nn.Linear for m in model.modules()):
-        assert any(type(layer.base).__name__ == "NF4Linear" for layer in layers.values()) or "GPT2" in type(model).__name__
+        assert (
+            any(type(layer.base).__name__ == "NF4Linear" for layer in layers.values())
+            or "GPT2" in type(model).__name__
+        )
     with torch.no_grad():
         for layer in layers.values() if filled else ():
             layer.lora_B.normal_(std=0.05)
@@ -97,7 +118,9 @@ def test_fp16_with_a_float32_residual_stream_follows_float32(name: str, home: Pa
         precision.prepare(model)
         optimizer, scaler = make_optimizer(model, 1e-3), precision.scaler()
         for _ in range(16):  # the scaler may have to find its scale first
-            stats = train_step(model, rows, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0)
+            stats = train_step(
+                model, rows, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
+            )
             losses.setdefault(kind, stats.loss)
             if not stats.skipped:
                 break
@@ -105,8 +128,12 @@ def test_fp16_with_a_float32_residual_stream_follows_float32(name: str, home: Pa
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
-def test_a_recurrent_model_trains_on_rows_of_one_sequence(config: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """cllm.train end to end on a tiny Qwen3.5: every row holds one sequence, a step as many as its tokens ask for, and it learns."""
+def test_a_recurrent_model_trains_on_rows_of_one_sequence(
+    config: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """cllm.train end to end on a tiny Qwen3.5: every row holds one sequence, a step as many as its
+    tokens ask for, and it learns.
+    """
     import shutil
 
     from transformers import AutoModelForCausalLM
@@ -119,9 +146,15 @@ def test_a_recurrent_model_trains_on_rows_of_one_sequence(config: Path, checkpoi
     AutoModelForCausalLM.from_config(hybrid).save_pretrained(tmp_path / "hybrid")
     for file in checkpoint.glob("tokenizer*"):
         shutil.copyfile(file, tmp_path / "hybrid" / file.name)
-    training = Training(load_config(config, [f"model.path={tmp_path / 'hybrid'}", "train.steps=3", "eval.samples=0"]))
+    training = Training(
+        load_config(
+            config, [f"model.path={tmp_path / 'hybrid'}", "train.steps=3", "eval.samples=0"]
+        )
+    )
     with contextlib.closing(training):
-        assert all(len(row.cu_seqlens) == 2 for row in [*training.rows.take(8), *training.held_rows])
+        assert all(
+            len(row.cu_seqlens) == 2 for row in [*training.rows.take(8), *training.held_rows]
+        )
         mean = sum(len(example.input_ids) for example in training.examples) / len(training.examples)
         assert training.rows_per_step == max(1, int(256 // mean)) > 2
         training.rows.state = (0, 0)
@@ -143,7 +176,9 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("name", "quantize"), CASES)
 def test_packed_rows_loss_and_merge(name: str, quantize: str | None, home: Path) -> None:
-    """A packed row equals its sequences apart, the loss is that of the model's own logits, merging keeps the logits to 1e-5."""
+    """A packed row equals its sequences apart, the loss is that of the model's own logits, merging
+    keeps the logits to 1e-5.
+    """
     model = adapted(find(name, home), quantize, filled=True)
     first, second = IDS[:, :6], IDS[:, 6:]
     apart = [logits(model, first), logits(model, second)]
@@ -156,25 +191,43 @@ def test_packed_rows_loss_and_merge(name: str, quantize: str | None, home: Path)
     rows = PackedRows(examples, 64, single=not packs(model))
     assert len(rows) == 1 + (name in RECURRENT)
     ours = sum(row_nll(model, row).sum() for row in rows.take(len(rows)))
-    theirs = sum(F.cross_entropy(out[:-1], ids[0, 1:], reduction="sum") for out, ids in zip(apart, (first, second), strict=True))
+    theirs = sum(
+        F.cross_entropy(out[:-1], ids[0, 1:], reduction="sum")
+        for out, ids in zip(apart, (first, second), strict=True)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     close(logits(merge_lora(model), first), apart[0], 1e-5)
 
 
 @pytest.mark.parametrize(("name", "quantize"), CASES)
-def test_a_step_learns_and_a_resumed_one_is_the_same(name: str, quantize: str | None, home: Path, tmp_path: Path) -> None:
+def test_a_step_learns_and_a_resumed_one_is_the_same(
+    name: str, quantize: str | None, home: Path, tmp_path: Path
+) -> None:
     path = find(name, home)
     precision = Precision.choose("fp32", "cpu")
 
     def start() -> tuple[Any, Any, PackedRows]:
         model = adapted(path, quantize)
         checkpoint_layers(model, 1)
-        examples = [Example(list(range(n, n + 9)), [-100] * 3 + list(range(n + 3, n + 9))) for n in range(3, 43, 10)]
-        return model.train(), make_optimizer(model, 5e-3), PackedRows(examples, 20, single=not packs(model))
+        examples = [
+            Example(list(range(n, n + 9)), [-100] * 3 + list(range(n + 3, n + 9)))
+            for n in range(3, 43, 10)
+        ]
+        return (
+            model.train(),
+            make_optimizer(model, 5e-3),
+            PackedRows(examples, 20, single=not packs(model)),
+        )
 
     def step(model: Any, optimizer: Any, rows: PackedRows) -> float:
         return train_step(
-            model, rows.take(len(rows)), sft_loss, optimizer, precision=precision, scaler=precision.scaler(), max_norm=1.0
+            model,
+            rows.take(len(rows)),
+            sft_loss,
+            optimizer,
+            precision=precision,
+            scaler=precision.scaler(),
+            max_norm=1.0,
         ).loss
 
     model, optimizer, rows = start()

@@ -1,4 +1,6 @@
-"""Exports read back by others: Transformers, PEFT, the GGUF reader; what is refused; nothing half written, nothing overwritten."""
+"""Exports read back by others: Transformers, PEFT, the GGUF reader; what is refused; nothing half
+written, nothing overwritten.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,34 @@ from cllm.model.merge import open_merge, write_merged
 from cllm.model.tokenizer import load_tokenizer
 
 LOCAL = Path(__file__).parent / "golden"
-FAMILIES = ("chatglm2", "chatglm3", "chatglm3_32k", "baichuan2_7b", "qwen", "internlm", "internlm2", "yi", "gpt2")
+FAMILIES = (
+    "chatglm2",
+    "chatglm3",
+    "chatglm3_32k",
+    "baichuan2_7b",
+    "qwen",
+    "internlm",
+    "internlm2",
+    "yi",
+    "gpt2",
+)
 CASES = [pytest.param(LOCAL / name, id=name) for name in ("chatglm3", "baichuan2_7b", "qwen")]
 for family in FAMILIES:
     recorded = SHARED / "golden" / family / "dev"
-    CASES.append(pytest.param(recorded, id=f"shared-{family}", marks=pytest.mark.skipif(not recorded.is_dir(), reason="needs ../shared")))
+    CASES.append(
+        pytest.param(
+            recorded,
+            id=f"shared-{family}",
+            marks=pytest.mark.skipif(not recorded.is_dir(), reason="needs ../shared"),
+        )
+    )
 NATIVE = ("llama", "qwen2", "qwen3", "glm", "gemma2", "gemma3", "gpt2")
 IDS = torch.arange(3, 20)[None]
-VARIANTS: dict[str, dict[str, bool]] = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
+VARIANTS: dict[str, dict[str, bool]] = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -74,13 +96,22 @@ def merged(base: Path, adapter: Path, out: Path, **options: Any) -> nn.Module:
 def test_every_family_merged_equals_the_adapter_in_transformers(path: Path, tmp_path: Path) -> None:
     expected = logits(adapted(load_model(path), tmp_path / "adapter"))
     assert (expected - logits(load_model(path))).abs().max() > 1e-3
-    assert (logits(merged(path, tmp_path / "adapter", tmp_path / "out")) - expected).abs().max() < 1e-5
+    assert (
+        logits(merged(path, tmp_path / "adapter", tmp_path / "out")) - expected
+    ).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("name", "variant"), [*((name, "lora") for name in NATIVE), *product(("llama", "gpt2"), ("rslora", "dora"))])
-def test_native_models_in_shards_rslora_dora_conv1d_and_tied_heads(name: str, variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [*((name, "lora") for name in NATIVE), *product(("llama", "gpt2"), ("rslora", "dora"))],
+)
+def test_native_models_in_shards_rslora_dora_conv1d_and_tied_heads(
+    name: str, variant: str, tmp_path: Path
+) -> None:
     tiny_model(name).save_pretrained(tmp_path / "base")
-    expected = logits(adapted(load_model(tmp_path / "base"), tmp_path / "adapter", **VARIANTS[variant]))
+    expected = logits(
+        adapted(load_model(tmp_path / "base"), tmp_path / "adapter", **VARIANTS[variant])
+    )
     out = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", shard_bytes=40_000)
     assert (logits(out) - expected).abs().max() < 1e-5
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
@@ -88,7 +119,9 @@ def test_native_models_in_shards_rslora_dora_conv1d_and_tied_heads(name: str, va
 
 
 def test_merged_into_the_weights_that_qlora_trained_on(tmp_path: Path) -> None:
-    """Dequantized NF4 in bf16 is what an NF4 run computes with, up to one rounding; the 16-bit base is further away."""
+    """Dequantized NF4 in bf16 is what an NF4 run computes with, up to one rounding; the 16-bit base
+    is further away.
+    """
     path = LOCAL / "qwen"
     trained = adapted(load_model(path, quantize="nf4"), tmp_path / "adapter")
     plain = merged(path, tmp_path / "adapter", tmp_path / "plain")
@@ -102,7 +135,10 @@ def test_norm_head_and_a_half_precision_base_stay_in_their_type(tmp_path: Path) 
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(LOCAL / "baichuan2_7b", tmp_path / "base")
-    stored = {k: v.to(torch.bfloat16) for k, v in load_file(tmp_path / "base" / "model.safetensors").items()}
+    stored = {
+        k: v.to(torch.bfloat16)
+        for k, v in load_file(tmp_path / "base" / "model.safetensors").items()
+    }
     save_file(stored, tmp_path / "base" / "model.safetensors")
     expected = logits(adapted(load_model(tmp_path / "base"), tmp_path / "adapter"))
     out = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
@@ -134,26 +170,39 @@ def test_peft_reads_the_export_and_rslora_is_baked_into_alpha(tmp_path: Path) ->
 
 
 FUSED: dict[str, tuple[str, Callable[[str], list[str]]]] = {
-    "baichuan2_7b": ("model.layers.{}.self_attn.W_pack", lambda i: [f"model.layers.{i}.self_attn.{p}_proj" for p in "qkv"]),
+    "baichuan2_7b": (
+        "model.layers.{}.self_attn.W_pack",
+        lambda i: [f"model.layers.{i}.self_attn.{p}_proj" for p in "qkv"],
+    ),
     "chatglm3": (
         "transformer.encoder.layers.{}.self_attention.query_key_value",
         lambda i: [f"model.layers.{i}.self_attn.{p}_proj" for p in "qkv"],
     ),
-    "qwen": ("transformer.h.{}.attn.c_attn", lambda i: [f"model.layers.{i}.self_attn.{p}_proj" for p in "qkv"]),
+    "qwen": (
+        "transformer.h.{}.attn.c_attn",
+        lambda i: [f"model.layers.{i}.self_attn.{p}_proj" for p in "qkv"],
+    ),
 }
 
 
 def fused_adapter(name: str, tmp_path: Path, dora: bool = False) -> int:
-    """A random adapter on the fused names, in `tmp_path`/adapter, and the checkpoint that it makes, in changed; returns the layers."""
+    """A random adapter on the fused names, in `tmp_path`/adapter, and the checkpoint that it makes,
+    in changed; returns the layers.
+    """
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(LOCAL / name, tmp_path / "changed")
     stored = load_file(LOCAL / name / "model.safetensors")
     torch.manual_seed(2)
     layers: dict[str, dict[str, Tensor]] = {}
-    for fused in (fused for i in range(9) if f"{(fused := FUSED[name][0].format(i))}.weight" in stored):
+    for fused in (
+        fused for i in range(9) if f"{(fused := FUSED[name][0].format(i))}.weight" in stored
+    ):
         weight = stored[f"{fused}.weight"].float()
-        parts = {"lora_A": torch.randn(4, weight.shape[1]) * 0.1, "lora_B": torch.randn(weight.shape[0], 4) * 0.1}
+        parts = {
+            "lora_A": torch.randn(4, weight.shape[1]) * 0.1,
+            "lora_B": torch.randn(weight.shape[0], 4) * 0.1,
+        }
         summed = weight + 1.5 * parts["lora_B"] @ parts["lora_A"]
         if dora:
             parts["magnitude"] = weight.norm(dim=1) * 1.2
@@ -161,7 +210,13 @@ def fused_adapter(name: str, tmp_path: Path, dora: bool = False) -> int:
         stored[f"{fused}.weight"] = summed
         layers[fused] = parts
     save_file(stored, tmp_path / "changed" / "model.safetensors")
-    settings = {"base_model_name_or_path": str(LOCAL / name), "r": 4, "lora_alpha": 6.0, "use_rslora": False, "use_dora": dora}
+    settings = {
+        "base_model_name_or_path": str(LOCAL / name),
+        "r": 4,
+        "lora_alpha": 6.0,
+        "use_rslora": False,
+        "use_dora": dora,
+    }
     write_adapter(_named(layers), tmp_path / "adapter", layers, settings)
     return len(layers)
 
@@ -169,17 +224,24 @@ def fused_adapter(name: str, tmp_path: Path, dora: bool = False) -> int:
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", FUSED)
 def test_an_adapter_on_fused_names_loads_split(name: str, dora: bool, tmp_path: Path) -> None:
-    """W' = W + s B A on the fused rows, computed on the original checkpoint's own tensors, against the adapter on the native model."""
+    """W' = W + s B A on the fused rows, computed on the original checkpoint's own tensors, against
+    the adapter on the native model.
+    """
     count, native = fused_adapter(name, tmp_path, dora), load_model(LOCAL / name)
-    loaded = load_adapter(native, tmp_path / "adapter", split=split_rows(open_checkpoint(LOCAL / name)))
+    loaded = load_adapter(
+        native, tmp_path / "adapter", split=split_rows(open_checkpoint(LOCAL / name))
+    )
     assert count == len(native.model.layers)  # type: ignore[union-attr, arg-type]
     assert set(loaded) == {n for i in range(count) for n in FUSED[name][1](str(i))}
     assert (logits(native) - logits(load_model(tmp_path / "changed"))).abs().max() < 1e-4
-    out = merged(LOCAL / name, tmp_path / "adapter", tmp_path / "out")  # in float64: how a processor rounds is no part of it
+    # in float64: how a processor rounds is no part of it
+    out = merged(LOCAL / name, tmp_path / "adapter", tmp_path / "out")
     assert (logits(out.double()) - logits(native.double())).abs().max() < 1e-5
 
 
-def test_training_goes_on_from_an_adapter_on_fused_names(config: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_training_goes_on_from_an_adapter_on_fused_names(
+    config: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     from cllm.config import load_config
     from cllm.train import Training
 
@@ -187,14 +249,22 @@ def test_training_goes_on_from_an_adapter_on_fused_names(config: Path, checkpoin
     base = Path(shutil.copytree(LOCAL / "qwen", tmp_path / "base"))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoint / file, base)
-    training = Training(load_config(config, [f"model.path={base}", f"lora.init_from={tmp_path / 'adapter'}"]))
-    assert (logits(training.model.eval()) - logits(load_model(tmp_path / "changed"))).abs().max() < 1e-4
+    training = Training(
+        load_config(config, [f"model.path={base}", f"lora.init_from={tmp_path / 'adapter'}"])
+    )
+    assert (
+        logits(training.model.eval()) - logits(load_model(tmp_path / "changed"))
+    ).abs().max() < 1e-4
     first = training.model.model.layers[0].self_attn
-    assert torch.equal(first.q_proj.lora_A, first.v_proj.lora_A) and first.q_proj.lora_A.requires_grad
+    assert (
+        torch.equal(first.q_proj.lora_A, first.v_proj.lora_A) and first.q_proj.lora_A.requires_grad
+    )
 
 
 def _named(layers: dict[str, dict[str, Tensor]]) -> nn.Module:
-    """A module tree with a linear layer under each name, which is all that writing an adapter looks at."""
+    """A module tree with a linear layer under each name, which is all that writing an adapter looks
+    at.
+    """
     root = nn.Module()
     for name, parts in layers.items():
         owner, (*path, leaf) = root, name.split(".")
@@ -202,21 +272,43 @@ def _named(layers: dict[str, dict[str, Tensor]]) -> nn.Module:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        owner.add_module(leaf, nn.Linear(parts["lora_A"].shape[1], parts["lora_B"].shape[0], bias=False, device="meta"))
+        owner.add_module(
+            leaf,
+            nn.Linear(
+                parts["lora_A"].shape[1], parts["lora_B"].shape[0], bias=False, device="meta"
+            ),
+        )
     return root
 
 
 # --- GGUF
-@pytest.mark.parametrize(("name", "kind"), [("llama", "f32"), ("qwen2", "f32"), ("qwen3", "f16"), ("glm", "f32"), ("llama", "q8_0")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama", "f32"), ("qwen2", "f32"), ("qwen3", "f16"), ("glm", "f32"), ("llama", "q8_0")],
+)
 def test_gguf_read_back(name: str, kind: str, tmp_path: Path) -> None:
-    """From a base in bf16: what is summed must not be rounded to its type on the way to a finer one."""
+    """From a base in bf16: what is summed must not be rounded to its type on the way to a finer
+    one.
+    """
     from cllm.model.gguf import write_gguf
 
     tiny_model(name).bfloat16().save_pretrained(tmp_path / "base")
     expected = logits(adapted(load_model(tmp_path / "base"), tmp_path / "adapter"))
     merge = open_merge(tmp_path / "base", tmp_path / "adapter")
-    keys = {"ggml.tokens": ["a"], "ggml.eos_token_id": 1, "ggml.bos_token_id": 2, "ggml.padding_token_id": 0}
-    write_gguf(tmp_path / "x.gguf", merge.checkpoint.config, merge.layout, merge.tensors(torch.float32), kind, keys)
+    keys = {
+        "ggml.tokens": ["a"],
+        "ggml.eos_token_id": 1,
+        "ggml.bos_token_id": 2,
+        "ggml.padding_token_id": 0,
+    }
+    write_gguf(
+        tmp_path / "x.gguf",
+        merge.checkpoint.config,
+        merge.layout,
+        merge.tensors(torch.float32),
+        kind,
+        keys,
+    )
     error = (logits(load_model(tmp_path / "x.gguf")) - expected).abs().max()
     assert error < {"f32": 1e-5, "f16": 2e-2, "q8_0": 0.5}[kind]
 
@@ -256,17 +348,24 @@ def prompt_behind_api(loaded: Any, talk: list[Message]) -> list[int]:
 
     engine, seen = loaded.engine(), []
     submit = engine.submit
-    engine.submit = lambda prompt, *rest, **named: [seen.append(prompt), submit(prompt, *rest, **named)][1]
+    engine.submit = lambda prompt, *rest, **named: [
+        seen.append(prompt),
+        submit(prompt, *rest, **named),
+    ][1]
     try:
         body = {"messages": [message._asdict() for message in talk], "max_tokens": 2}
-        answer = TestClient(build_app(loaded, engine), base_url="http://127.0.0.1").post("/v1/chat/completions", json=body)
+        answer = TestClient(build_app(loaded, engine), base_url="http://127.0.0.1").post(
+            "/v1/chat/completions", json=body
+        )
         assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == len(seen[0])
     finally:
         engine.close()
     return list(seen[0])
 
 
-def test_merged_program_checks_and_the_template_contract_holds(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merged_program_checks_and_the_template_contract_holds(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     from cllm.serve import open_model
@@ -276,25 +375,43 @@ def test_merged_program_checks_and_the_template_contract_holds(trained: Path, tm
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
     assert report["passed"] and report["top1_agreement"] >= 0.99 and report["mean_kl"] < 1e-3
     assert report["prompts_equal"] == report["prompts"] == 16
-    assert json.loads((out / "fidelity.json").read_text(encoding="utf-8"))["positions"] == report["positions"] > 100
+    assert (
+        json.loads((out / "fidelity.json").read_text(encoding="utf-8"))["positions"]
+        == report["positions"]
+        > 100
+    )
     tokenizer, talk = (
         load_tokenizer(trained),
-        [Message("system", "短"), Message("user", "你好"), Message("assistant", "好"), Message("user", "再见")],
+        [
+            Message("system", "短"),
+            Message("user", "你好"),
+            Message("assistant", "好"),
+            Message("user", "再见"),
+        ],
     )
-    fed, labels = tokenizer.encode_segments(tokenizer.segments([*talk, Message("assistant", "再见")]))
+    fed, labels = tokenizer.encode_segments(
+        tokenizer.segments([*talk, Message("assistant", "再见")])
+    )
     loaded = open_model(out)
     served = loaded.tokenizer.encode_chat(talk)
     assert prompt_behind_api(loaded, talk) == served
     assert fed[: len(served)] == served and labels[len(served)] >= 0
     theirs = AutoTokenizer.from_pretrained(out)
-    assert theirs.apply_chat_template([m._asdict() for m in talk], add_generation_prompt=True, return_dict=False) == served
+    assert (
+        theirs.apply_chat_template(
+            [m._asdict() for m in talk], add_generation_prompt=True, return_dict=False
+        )
+        == served
+    )
     assert set(GenerationConfig.from_pretrained(out).eos_token_id) == tokenizer.stop_ids
     with pytest.raises(UserError, match="not overwritten"):
         run(trained, "merged", out)
 
 
 @pytest.mark.parametrize("to", ["gguf", "ollama"])
-def test_gguf_program(trained: Path, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gguf_program(
+    trained: Path, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(trained, to, tmp_path / "out") == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
     assert report["passed"] and report["prompts_equal"] == 16
@@ -303,11 +420,16 @@ def test_gguf_program(trained: Path, to: str, tmp_path: Path, capsys: pytest.Cap
     assert back.encode(text) == ours.encode(text) and back.stop_ids == ours.stop_ids
     if to == "ollama":
         modelfile = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
-        assert modelfile.startswith("FROM ./model.gguf\nTEMPLATE") and 'PARAMETER stop "<|im_end|>"' in modelfile
+        assert (
+            modelfile.startswith("FROM ./model.gguf\nTEMPLATE")
+            and 'PARAMETER stop "<|im_end|>"' in modelfile
+        )
 
 
 @pytest.mark.parametrize("to", ["merged", "peft"])
-def test_a_half_precision_run_is_checked_in_the_numbers_it_was_trained_in(to: str, tmp_path: Path) -> None:
+def test_a_half_precision_run_is_checked_in_the_numbers_it_was_trained_in(
+    to: str, tmp_path: Path
+) -> None:
     source = tiny_run(tmp_path)
     with (source / "config.toml").open("a", encoding="utf-8") as file:
         file.write("precision = 'fp16'\n")
@@ -316,10 +438,13 @@ def test_a_half_precision_run_is_checked_in_the_numbers_it_was_trained_in(to: st
     assert report["passed"] and len(report["samples"]) == 3
 
 
-def test_an_export_beyond_the_limits_is_not_kept(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_beyond_the_limits_is_not_kept(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from cllm.model import merge
 
-    monkeypatch.setattr(merge, "adapter_scaling", lambda config: 40.0)  # a merge that scales the adapter wrongly
+    # a merge that scales the adapter wrongly
+    monkeypatch.setattr(merge, "adapter_scaling", lambda config: 40.0)
     with pytest.raises(UserError, match="differs from the trained model") as caught:
         run(trained, "merged", tmp_path / "out")
     assert caught.value.code == "export.differs"
@@ -329,21 +454,34 @@ def test_an_export_beyond_the_limits_is_not_kept(trained: Path, tmp_path: Path, 
 
 @pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE")
 def test_a_full_disk_leaves_nothing(trained: Path, tmp_path: Path) -> None:
-    """A limit on the size of a file stands for the disk: the write fails midway, in the real code, in a process of its own."""
+    """A limit on the size of a file stands for the disk: the write fails midway, in the real code,
+    in a process of its own.
+    """
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))\n"
         "from cllm.__main__ import run; sys.exit(run('export', sys.argv[1:]))"
     )
     for to in ("merged", "gguf"):
-        command = [sys.executable, "-c", code, str(trained), "--to", to, str(tmp_path / "out"), "--no-check"]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            str(trained),
+            "--to",
+            to,
+            str(tmp_path / "out"),
+            "--no-check",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
         assert list(tmp_path.iterdir()) == []
 
 
 def test_alibi_and_a_run_without_an_adapter_are_refused(tmp_path: Path) -> None:
-    adapted(load_model(LOCAL / "baichuan2_13b"), tmp_path / "adapter", base=str(LOCAL / "baichuan2_13b"))
+    adapted(
+        load_model(LOCAL / "baichuan2_13b"), tmp_path / "adapter", base=str(LOCAL / "baichuan2_13b")
+    )
     load_tokenizer(Path(export.__file__).parent / "assets" / "tiny-zh").save(tmp_path / "adapter")
     with pytest.raises(UserError, match="ALiBi"):
         run(tmp_path / "adapter", "merged", tmp_path / "out", "--no-check")
@@ -354,7 +492,12 @@ def test_alibi_and_a_run_without_an_adapter_are_refused(tmp_path: Path) -> None:
 # --- Templates in other languages
 TALKS = [
     [Message("user", "你好")],
-    [Message("system", "短 "), Message("user", " 你好\n"), Message("assistant", "好"), Message("user", "再见")],
+    [
+        Message("system", "短 "),
+        Message("user", " 你好\n"),
+        Message("assistant", "好"),
+        Message("user", "再见"),
+    ],
     [Message("system", ""), Message("user", "a")],
     [
         Message("user", "a"),
@@ -363,7 +506,12 @@ TALKS = [
         Message("assistant", "<think>\n想\n</think>\n\n答"),
     ],
     [Message("system", "s"), Message("user", "a"), Message("system", "t"), Message("user", "b")],
-    [Message("system", "s"), Message("assistant", "hi"), Message("assistant", ""), Message("user", "x")],
+    [
+        Message("system", "s"),
+        Message("assistant", "hi"),
+        Message("assistant", ""),
+        Message("user", "x"),
+    ],
 ]
 
 
@@ -372,15 +520,25 @@ def test_jinja_renders_what_training_rendered(name: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = TEMPLATES[name]
-    for variant in [replace(template, thinking=mode) for mode in ("off", "keep")] if template.thinking else [template]:
+    for variant in (
+        [replace(template, thinking=mode) for mode in ("off", "keep")]
+        if template.thinking
+        else [template]
+    ):
         for talk, opened in product(TALKS, (True, False)):
             ours = "".join(segment.text for segment in render(talk, variant, open_turn=opened))
-            given = {"conversations": [[m._asdict() for m in talk]], "chat_template": jinja(variant), "add_generation_prompt": opened}
+            given = {
+                "conversations": [[m._asdict() for m in talk]],
+                "chat_template": jinja(variant),
+                "add_generation_prompt": opened,
+            }
             assert render_jinja_template(**given)[0][0] == ours
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
-@pytest.mark.parametrize("name", ["baichuan2", "chatglm3", "glm4", "internlm2", "qwen", "qwen25", "yi"])
+@pytest.mark.parametrize(
+    "name", ["baichuan2", "chatglm3", "glm4", "internlm2", "qwen", "qwen25", "yi"]
+)
 def test_published_tokenizers_give_the_same_ids_in_transformers(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -391,10 +549,17 @@ def test_published_tokenizers_give_the_same_ids_in_transformers(name: str, tmp_p
     portable(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in ("你好，世界 2024", "Hello  world 123\n\n x", "  a"):
-        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text) == load_tokenizer(tmp_path).encode(text)
-    assert bool(tokenizer.chat_template) == (name != "chatglm3")  # which encodes words apart from markup
+        assert (
+            theirs.encode(text, add_special_tokens=False)
+            == tokenizer.encode(text)
+            == load_tokenizer(tmp_path).encode(text)
+        )
+    # which encodes words apart from markup
+    assert bool(tokenizer.chat_template) == (name != "chatglm3")
     for talk in TALKS[:2] if tokenizer.chat_template else []:
-        ids = theirs.apply_chat_template([m._asdict() for m in talk], add_generation_prompt=True, return_dict=False)
+        ids = theirs.apply_chat_template(
+            [m._asdict() for m in talk], add_generation_prompt=True, return_dict=False
+        )
         assert ids == tokenizer.encode_chat(talk)
 
 
@@ -408,10 +573,20 @@ def test_ollama_refuses_numbered_rounds() -> None:
 def test_llama_cpp_generates_the_same_tokens(trained: Path, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     assert run(trained, "gguf", tmp_path / "out", "--no-check", "--type", "f32") == 0
-    tokenizer, model = load_tokenizer(trained), load_model(Path(export.__file__).parent / "assets" / "tiny-zh")
+    tokenizer, model = (
+        load_tokenizer(trained),
+        load_model(Path(export.__file__).parent / "assets" / "tiny-zh"),
+    )
     load_adapter(model, trained)
     prompt = tokenizer.encode_chat([Message("user", "姜静琳住在哪里？")])
-    theirs = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=128, n_threads=1, verbose=False, type_k=0, type_v=0)
+    theirs = llama_cpp.Llama(
+        str(tmp_path / "out" / "model.gguf"),
+        n_ctx=128,
+        n_threads=1,
+        verbose=False,
+        type_k=0,
+        type_v=0,
+    )
     text = "姜静琳住在渔歌市，2024 年 Hello!\n"
     assert theirs.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
     got = []
@@ -422,13 +597,17 @@ def test_llama_cpp_generates_the_same_tokens(trained: Path, tmp_path: Path) -> N
     ids = torch.tensor([prompt])
     with torch.no_grad():
         while ids.shape[1] < len(prompt) + 32:
-            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            ids = torch.cat(
+                [ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1
+            )
     assert got == ids[0, len(prompt) :].tolist()
 
 
 # --- Memory: the short version of bench/export_memory.py
 @pytest.mark.skipif(os.name == "nt", reason="reads the peak from the kernel by resource")
-def test_merging_stays_near_the_largest_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_stays_near_the_largest_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import export_memory  # type: ignore[import-not-found]
 

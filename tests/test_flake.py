@@ -1,6 +1,8 @@
-"""The flake, offline: it parses, agrees with its lock, evaluates and opens its shell on a stub of nixpkgs (tests/nix-stub).
+"""The flake, offline: it parses, agrees with its lock, evaluates and opens its shell on a stub of
+nixpkgs (tests/nix-stub).
 
-That the pinned nixpkgs itself evaluates is not proven here: it cannot be fetched. Skipped where there is no `nix`.
+That the pinned nixpkgs itself evaluates is not proven here: it cannot be fetched. Skipped where
+there is no `nix`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,16 @@ pytestmark = pytest.mark.skipif(shutil.which("nix") is None, reason="needs nix (
 
 def nix(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     settings = "experimental-features = nix-command flakes\nbuild-users-group =\nsandbox = false\nsubstituters ="
-    command = [arguments[0]] if arguments[0] == "nix-instantiate" else ["nix", "--offline", arguments[0]]
-    return subprocess.run([*command, *arguments[1:]], cwd=cwd, capture_output=True, text=True, env={**os.environ, "NIX_CONFIG": settings})
+    command = (
+        [arguments[0]] if arguments[0] == "nix-instantiate" else ["nix", "--offline", arguments[0]]
+    )
+    return subprocess.run(
+        [*command, *arguments[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NIX_CONFIG": settings},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,15 @@ def flake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "tests" / "nix-stub", folder / "stub")
     (folder / "cllm").mkdir()
     shutil.copy(ROOT / "flake.nix", folder / "cllm")
-    locked = nix("flake", "lock", "--override-input", "nixpkgs", f"path:{folder}/stub", f"path:{folder}/cllm", cwd=folder)
+    locked = nix(
+        "flake",
+        "lock",
+        "--override-input",
+        "nixpkgs",
+        f"path:{folder}/stub",
+        f"path:{folder}/cllm",
+        cwd=folder,
+    )
     assert locked.returncode == 0, locked.stderr
     return folder / "cllm"
 
@@ -42,8 +60,15 @@ def test_it_parses_and_agrees_with_its_lock(tmp_path: Path) -> None:
     agreed = nix("flake", "metadata", "--no-update-lock-file", f"path:{tmp_path}", cwd=tmp_path)
     assert agreed.returncode == 0, agreed.stderr
     text = (tmp_path / "flake.nix").read_text(encoding="utf-8")
-    (tmp_path / "flake.nix").write_text(text.replace("nixpkgs/f5c0", "nixpkgs/f5c1"), encoding="utf-8")
-    assert nix("flake", "metadata", "--no-update-lock-file", f"path:{tmp_path}", cwd=tmp_path).returncode != 0
+    (tmp_path / "flake.nix").write_text(
+        text.replace("nixpkgs/f5c0", "nixpkgs/f5c1"), encoding="utf-8"
+    )
+    assert (
+        nix(
+            "flake", "metadata", "--no-update-lock-file", f"path:{tmp_path}", cwd=tmp_path
+        ).returncode
+        != 0
+    )
 
 
 def test_every_system_evaluates(flake: Path) -> None:
@@ -57,13 +82,22 @@ def test_every_system_evaluates(flake: Path) -> None:
 def test_a_misspelling_fails(flake: Path, tmp_path: Path) -> None:
     shutil.copytree(flake, tmp_path / "cllm")
     text = (flake / "flake.nix").read_text(encoding="utf-8")
-    (tmp_path / "cllm" / "flake.nix").write_text(text.replace("pkgs.python312", "pkgs.pyhton312"), encoding="utf-8")
-    failed = nix("eval", "--raw", f"path:{tmp_path}/cllm#devShells.x86_64-linux.default.drvPath", cwd=tmp_path)
+    (tmp_path / "cllm" / "flake.nix").write_text(
+        text.replace("pkgs.python312", "pkgs.pyhton312"), encoding="utf-8"
+    )
+    failed = nix(
+        "eval",
+        "--raw",
+        f"path:{tmp_path}/cllm#devShells.x86_64-linux.default.drvPath",
+        cwd=tmp_path,
+    )
     assert failed.returncode != 0 and "pyhton312" in failed.stderr
 
 
 def test_the_shell_opens_and_makes_the_environment(flake: Path, tmp_path: Path) -> None:
-    hook = nix("eval", "--raw", f"path:{flake}#devShells.x86_64-linux.default.shellHook", cwd=flake).stdout
+    hook = nix(
+        "eval", "--raw", f"path:{flake}#devShells.x86_64-linux.default.shellHook", cwd=flake
+    ).stdout
     (tmp_path / "hook.sh").write_text(hook, encoding="utf-8")
     if shutil.which("shellcheck"):
         assert subprocess.run(["shellcheck", "-s", "bash", tmp_path / "hook.sh"]).returncode == 0
@@ -71,12 +105,20 @@ def test_the_shell_opens_and_makes_the_environment(flake: Path, tmp_path: Path) 
         shutil.copy(ROOT / name, tmp_path)
     # A uv that writes down how it was called stands in for the real one, which would fetch 5 GB.
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "uv").write_text('#!/bin/bash\necho "$@" >> calls\nmkdir -p .venv\n', encoding="utf-8")
+    (tmp_path / "bin" / "uv").write_text(
+        '#!/bin/bash\necho "$@" >> calls\nmkdir -p .venv\n', encoding="utf-8"
+    )
     (tmp_path / "bin" / "uv").chmod(0o755)
     command = f'export PATH="{tmp_path}/bin:$PATH"\n{hook}\necho "$LD_LIBRARY_PATH"'
     for _ in range(2):  # the second time the lock is the same, so nothing is made
         shell = nix("develop", f"path:{flake}", "-c", "bash", "-c", command, cwd=tmp_path)
         assert shell.returncode == 0 and "/run/opengl-driver/lib" in shell.stdout, shell.stderr
     calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
-    assert [call.split()[:2] for call in calls] == [["venv", "--clear"], ["pip", "install"], ["pip", "install"]]
-    assert "--require-hashes -r requirements.lock" in calls[1] and calls[2].endswith("-c constraints.txt -e .[test]")
+    assert [call.split()[:2] for call in calls] == [
+        ["venv", "--clear"],
+        ["pip", "install"],
+        ["pip", "install"],
+    ]
+    assert "--require-hashes -r requirements.lock" in calls[1] and calls[2].endswith(
+        "-c constraints.txt -e .[test]"
+    )

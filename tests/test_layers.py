@@ -1,4 +1,6 @@
-"""The architecture as a test: layers, what a light import may load, no remote code, the line budget."""
+"""The architecture as a test: layers, what a light import may load, no remote code, the line
+budget.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,21 @@ LAYER_2 = {
     "learn.ladder",
 }
 PROGRAMS = {"doctor", "train", "eval", "bench", "chat", "check", "export", "serve.api", "serve.ui"}
-HEAVY = {"torch", "transformers", "gradio", "fastapi", "uvicorn", "matplotlib", "jieba", "numpy", "safetensors", "sentencepiece", "gguf"}
-MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 9350, 400, 60  # docs/architecture.md says why not the planned 6,000
+HEAVY = {
+    "torch",
+    "transformers",
+    "gradio",
+    "fastapi",
+    "uvicorn",
+    "matplotlib",
+    "jieba",
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "gguf",
+}
+# docs/architecture.md says why not the planned 6,000
+MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 9350, 400, 60
 
 
 def modules() -> dict[str, Path]:
@@ -82,8 +97,12 @@ def imports(path: Path, *, top_level: bool) -> set[str]:
             if isinstance(child, ast.Import):
                 found.update(alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                found.update({child.module or ""} | {f"{child.module}.{alias.name}" for alias in child.names})
-            elif top_level and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                found.update(
+                    {child.module or ""} | {f"{child.module}.{alias.name}" for alias in child.names}
+                )
+            elif top_level and isinstance(
+                child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+            ):
                 continue
             visit(child)
 
@@ -93,16 +112,24 @@ def imports(path: Path, *, top_level: bool) -> set[str]:
 
 def inner(path: Path) -> set[str]:
     known = modules()
-    return {name[5:] for name in imports(path, top_level=False) if name.startswith("cllm.") and name[5:] in known}
+    return {
+        name[5:]
+        for name in imports(path, top_level=False)
+        if name.startswith("cllm.") and name[5:] in known
+    }
 
 
 @pytest.mark.parametrize("name", modules())
 def test_imports_point_upwards_only(name: str) -> None:
     for other in inner(modules()[name]):
-        assert layer(other) <= layer(name), f"{name} (layer {layer(name)}) imports {other} (layer {layer(other)})"
+        assert layer(other) <= layer(name), (
+            f"{name} (layer {layer(name)}) imports {other} (layer {layer(other)})"
+        )
 
 
-@pytest.mark.parametrize("name", [n for n in modules() if n.split(".")[0] in ("data", "model", "learn")])
+@pytest.mark.parametrize(
+    "name", [n for n in modules() if n.split(".")[0] in ("data", "model", "learn")]
+)
 def test_rooms_meet_in_the_programs_only(name: str) -> None:
     room = name.split(".")[0]
     allowed = (
@@ -112,7 +139,11 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
         if name == "model.tokenizer"
         else set()
     )
-    others = {other for other in inner(modules()[name]) if other.split(".")[0] in {"data", "model", "learn"} - {room} and "." in other}
+    others = {
+        other
+        for other in inner(modules()[name])
+        if other.split(".")[0] in {"data", "model", "learn"} - {room} and "." in other
+    }
     assert others <= allowed, f"{name} imports {others - allowed}"
 
 
@@ -124,8 +155,13 @@ def test_the_data_cache_knows_all_code_that_decides_ids() -> None:
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        waiting += [other for other in inner(modules()[name]) - reached if other.startswith(("data.", "model."))]
-    reading = {"model", "data", "model.gguf", "model.families", "model.shards"}  # where the vocabulary's bytes come from: hashed as saved
+        waiting += [
+            other
+            for other in inner(modules()[name]) - reached
+            if other.startswith(("data.", "model."))
+        ]
+    # where the vocabulary's bytes come from: hashed as saved
+    reading = {"model", "data", "model.gguf", "model.families", "model.shards"}
     assert {modules()[name] for name in reached - reading} <= hashed
 
 
@@ -142,15 +178,20 @@ def test_light_modules_import_nothing_heavy_at_the_top(name: str) -> None:
 
 
 def test_help_answers_quickly_and_without_torch() -> None:
-    code = (
-        "import sys, cllm.train, cllm.config, cllm.data.schema, cllm.metrics; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, cllm.train, cllm.config, cllm.data.schema, cllm.metrics; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", PROGRAM_NAMES)
 def test_every_program_runs_as_a_module(name: str) -> None:
-    done = subprocess.run([sys.executable, "-m", f"cllm.{name}", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", f"cllm.{name}", "--help"], capture_output=True, text=True, check=True
+    )
     assert f"usage: cllm.{name}" in done.stdout
 
 
@@ -158,13 +199,22 @@ def test_no_remote_code_no_pickle_no_trainer() -> None:
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code=True" not in text and "import pickle" not in text, path.name
-        assert not {n.split(".")[0] for n in imports(path, top_level=False)} & {"peft", "accelerate", "datasets", "trl"}, path.name
+        assert not {n.split(".")[0] for n in imports(path, top_level=False)} & {
+            "peft",
+            "accelerate",
+            "datasets",
+            "trl",
+        }, path.name
 
 
 @pytest.mark.parametrize("name", modules())
 def test_what_is_public_is_documented(name: str) -> None:
     tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
-    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    public = [
+        n
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")
+    ]
     undocumented = [node.name for node in public if not ast.get_docstring(node)]
     assert ast.get_docstring(tree) and not undocumented, undocumented
 
@@ -175,9 +225,20 @@ def code_lines(text: str) -> int:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 skipped |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    drop = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    drop = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
     kept: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in drop:
@@ -186,7 +247,9 @@ def code_lines(text: str) -> int:
 
 
 def test_line_budget() -> None:
-    counts = {name: code_lines(path.read_text(encoding="utf-8")) for name, path in modules().items()}
+    counts = {
+        name: code_lines(path.read_text(encoding="utf-8")) for name, path in modules().items()
+    }
     assert not {n: c for n, c in counts.items() if c > MAX_FILE}
     assert sum(counts.values()) <= MAX_PACKAGE, f"{sum(counts.values())} lines of code"
     for name, path in modules().items():

@@ -1,4 +1,6 @@
-"""Two processes with gloo on the CPU: the same curve as one, snapshots for any number of ranks, a clean end when one dies."""
+"""Two processes with gloo on the CPU: the same curve as one, snapshots for any number of ranks, a
+clean end when one dies.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +28,33 @@ def start(arguments: list[str], **environment: str) -> list[subprocess.Popen[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {**os.environ, "CLLM_LANG": "en", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = {
+        **os.environ,
+        "CLLM_LANG": "en",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-m", "cllm.train", *arguments],
-            cwd=ROOT, text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=ROOT,
+            text=True,
+            encoding="utf-8",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
         )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
 
 
 def curve(directory: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"] if "loss" in row else row["eval_loss"]) for row in read_metrics(directory / "metrics.jsonl")]
+    return [
+        (row["step"], row["loss"] if "loss" in row else row["eval_loss"])
+        for row in read_metrics(directory / "metrics.jsonl")
+    ]
 
 
 def assert_same(found: Path, expected: Path) -> None:
@@ -46,18 +62,33 @@ def assert_same(found: Path, expected: Path) -> None:
     assert [step for step, _ in a] == [step for step, _ in b]
     worst = max(abs(x - y) for (_, x), (_, y) in zip(a, b, strict=True))
     assert worst < 1e-5, worst
-    one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (found, expected))
+    one, two = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (found, expected)
+    )
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
 
 
-def test_two_ranks_follow_one_and_their_snapshot_goes_on_with_one(config: Path, tmp_path: Path) -> None:
-    options = ["model.quantize=nf4", "train.tokens_per_step=384", "eval.samples=0", "run.snapshot_every=1", "run.keep=9"]  # dropout is on
+def test_two_ranks_follow_one_and_their_snapshot_goes_on_with_one(
+    config: Path, tmp_path: Path
+) -> None:
+    # dropout is on
+    options = [
+        "model.quantize=nf4",
+        "train.tokens_per_step=384",
+        "eval.samples=0",
+        "run.snapshot_every=1",
+        "run.keep=9",
+    ]
     assert run("train", [str(config), *options]) == 0
     twice = tmp_path / "runs" / "twice"
     ranks = start([str(config), *options, f"run.dir={twice}"])
     (out, err), (silent_out, silent_err) = (rank.communicate(timeout=300) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], err + silent_err
-    assert json.loads(out.splitlines()[-1])["steps"] == 6 and "cllm" not in silent_out and "step" not in silent_err
+    assert (
+        json.loads(out.splitlines()[-1])["steps"] == 6
+        and "cllm" not in silent_out
+        and "step" not in silent_err
+    )
     assert_same(twice, tmp_path / "runs" / "a")
     for step in (4, 5, 6):
         for file in (twice / "snapshots" / f"step-{step:06d}").iterdir():
@@ -81,11 +112,19 @@ def test_when_a_rank_dies_the_other_says_so_and_ends(config: Path) -> None:
 
 def test_launchers_that_shard_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP is set, but parameters are not sharded here"):
+    with pytest.raises(
+        UserError, match="ACCELERATE_USE_FSDP is set, but parameters are not sharded here"
+    ):
         World.join("cpu")
 
 
 def test_a_world_of_one_waits_for_nobody() -> None:
     world = World.join("cpu")
     world.sum_([])
-    assert (world.rank, world.size, world.share(b"x"), world.any(True), world.any(False)) == (0, 1, b"x", True, False)
+    assert (world.rank, world.size, world.share(b"x"), world.any(True), world.any(False)) == (
+        0,
+        1,
+        b"x",
+        True,
+        False,
+    )

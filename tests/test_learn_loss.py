@@ -1,4 +1,6 @@
-"""token_nll against full logits; checkpointing against plain autograd; accumulation 1 x 8 against 8 x 1; fp16 AMP against fp32."""
+"""token_nll against full logits; checkpointing against plain autograd; accumulation 1 x 8 against 8
+x 1; fp16 AMP against fp32.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import PackedRows, collate
 from cllm.learn import loss
 from cllm.learn.loss import check_head, row_nll, sft_loss, token_nll
-from cllm.learn.optim import Precision, first_nonfinite, learning_rate, make_optimizer, set_learning_rate, train_step
+from cllm.learn.optim import (
+    Precision,
+    first_nonfinite,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    train_step,
+)
 from cllm.messages import UserError
 from cllm.model.int8 import Int8Linear
 from cllm.model.lora import adapter_tensors, inject_lora
@@ -25,7 +34,10 @@ from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import checkpoint_layers
 
 FP32 = Precision.choose("fp32", "cpu")
-QUANTIZED: dict[str, Callable[[nn.Linear], NF4Linear | Int8Linear]] = {"nf4": NF4Linear.from_linear, "int8": Int8Linear}
+QUANTIZED: dict[str, Callable[[nn.Linear], NF4Linear | Int8Linear]] = {
+    "nf4": NF4Linear.from_linear,
+    "int8": Int8Linear,
+}
 
 
 def examples(count: int, seed: int = 0, vocabulary: int = 96) -> list[Example]:
@@ -60,13 +72,17 @@ def test_a_head_that_does_more_than_is_known_is_refused() -> None:
     check_head(tiny_model("gemma2"))  # a soft cap is known
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: output * 1.5)
     check_head(model)  # part of the head itself
-    model.register_forward_hook(lambda _module, _inputs, output: setattr(output, "logits", output.logits * 1.5))
+    model.register_forward_hook(
+        lambda _module, _inputs, output: setattr(output, "logits", output.logits * 1.5)
+    )
     with pytest.raises(UserError, match=r"train\.head.*LlamaForCausalLM"):
         check_head(model)
 
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen-head", "trained-head"])
-@pytest.mark.parametrize("chunk_bytes", [1, 3 * 4 * 50, 2**27], ids=["row-by-row", "3-rows", "one-chunk"])
+@pytest.mark.parametrize(
+    "chunk_bytes", [1, 3 * 4 * 50, 2**27], ids=["row-by-row", "3-rows", "one-chunk"]
+)
 def test_chunked_equals_full_in_value_and_gradient(trainable: bool, chunk_bytes: int) -> None:
     torch.manual_seed(0)
     head = nn.Linear(16, 50)
@@ -76,9 +92,13 @@ def test_chunked_equals_full_in_value_and_gradient(trainable: bool, chunk_bytes:
     labels[[0, 4, 10]] = IGNORE_INDEX
     weights = torch.rand(11)  # another objective than the sum: every position has its own weight
     full = F.cross_entropy(head(hidden), labels, reduction="none", ignore_index=IGNORE_INDEX)
-    wanted = torch.autograd.grad((full * weights).sum(), [hidden, *([head.weight] if trainable else [])])
+    wanted = torch.autograd.grad(
+        (full * weights).sum(), [hidden, *([head.weight] if trainable else [])]
+    )
     ours = token_nll(hidden, head, labels, chunk_bytes)
-    found = torch.autograd.grad((ours * weights).sum(), [hidden, *([head.weight] if trainable else [])])
+    found = torch.autograd.grad(
+        (ours * weights).sum(), [hidden, *([head.weight] if trainable else [])]
+    )
     torch.testing.assert_close(ours, full, rtol=1e-6, atol=1e-6)
     for left, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
@@ -91,7 +111,9 @@ def test_chunked_equals_full_in_value_and_gradient(trainable: bool, chunk_bytes:
 def test_a_quantized_head_equals_its_dense_twin(
     kind: str, dtype: torch.dtype, tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,000 x 96: NF4's tiles end where a group of 16,384 weights does; 30 rows of logits at a time."""
+    """1,000 x 96: NF4's tiles end where a group of 16,384 weights does; 30 rows of logits at a
+    time.
+    """
     torch.manual_seed(0)
     head = QUANTIZED[kind](nn.Linear(96, 1000, bias=bias, dtype=dtype))
     dense = nn.Linear(96, 1000, bias=bias, dtype=dtype).requires_grad_(False)
@@ -99,14 +121,18 @@ def test_a_quantized_head_equals_its_dense_twin(
     if bias:
         dense.bias.copy_(head.bias)
     monkeypatch.setattr(loss, "_TILE", tile)
-    assert [len(weight) for _, weight, _ in head.tiles(dtype, tile)] == ([512, 488] if tile < 2**25 else [1000])
+    assert [len(weight) for _, weight, _ in head.tiles(dtype, tile)] == (
+        [512, 488] if tile < 2**25 else [1000]
+    )
     hidden, labels, found = torch.randn(70, 96, dtype=dtype), torch.randint(0, 1000, (70,)), []
     for module in (dense, head):
         inputs = hidden.clone().requires_grad_()
         nll = token_nll(inputs, module, labels, 30 * 1000 * dtype.itemsize)
         (nll * torch.arange(70)).sum().backward()
         found.append((nll.detach(), inputs.grad))
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 5e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 5e-2}
+    )
     torch.testing.assert_close(found[1][0], found[0][0], **tolerance)
     torch.testing.assert_close(found[1][1], found[0][1], **tolerance)
     one_call = head(hidden)
@@ -116,13 +142,18 @@ def test_a_quantized_head_equals_its_dense_twin(
     inputs = hidden.clone().requires_grad_()
     head(inputs).sum().backward()
     torch.testing.assert_close(
-        inputs.grad, dense.weight.sum(0).expand_as(hidden), rtol=2e-2, atol=1e-1 if dtype == torch.bfloat16 else 1e-4
+        inputs.grad,
+        dense.weight.sum(0).expand_as(hidden),
+        rtol=2e-2,
+        atol=1e-1 if dtype == torch.bfloat16 else 1e-4,
     )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gemma2"])
-def test_a_model_with_a_quantized_head_trains_to_the_dense_twins_gradients(architecture: str, kind: str) -> None:
+def test_a_model_with_a_quantized_head_trains_to_the_dense_twins_gradients(
+    architecture: str, kind: str
+) -> None:
     results = []
     for quantized in (True, False):
         model = adapted(architecture)
@@ -169,7 +200,9 @@ def test_row_nll_equals_the_models_own_logits(architecture: str) -> None:
         ours = row_nll(model, row)
         for start, end in pairwise(bounds):
             logits = model(row.input_ids[None, start:end], use_cache=False).logits[0]
-            full = F.cross_entropy(logits, row.labels[start:end], reduction="none", ignore_index=IGNORE_INDEX)
+            full = F.cross_entropy(
+                logits, row.labels[start:end], reduction="none", ignore_index=IGNORE_INDEX
+            )
             torch.testing.assert_close(ours[start:end], full, rtol=1e-4, atol=1e-4)
 
 
@@ -200,7 +233,9 @@ def test_checkpointing_equals_torch_and_keeps_the_random_stream() -> None:
         else:
             for layer in model.model.layers:
                 forward = layer.forward
-                layer.forward = lambda *a, _f=forward, **k: checkpoint(_f, *a, use_reentrant=False, **k)
+                layer.forward = lambda *a, _f=forward, **k: checkpoint(
+                    _f, *a, use_reentrant=False, **k
+                )
         torch.manual_seed(7)
         sft_loss(model, collate(examples(4))).backward()
         states.append((gradients(model), torch.rand(3)))
@@ -216,12 +251,24 @@ def test_accumulation_1x8_equals_8x1() -> None:
         optimizer = make_optimizer(model, 1e-2)
         set_learning_rate(optimizer, 1e-2)
         losses = [
-            train_step(model, [collate(g) for g in groups], sft_loss, optimizer, precision=FP32, scaler=FP32.scaler(), max_norm=1.0)
+            train_step(
+                model,
+                [collate(g) for g in groups],
+                sft_loss,
+                optimizer,
+                precision=FP32,
+                scaler=FP32.scaler(),
+                max_norm=1.0,
+            )
             for _ in range(3)
         ]
-        results.append((losses, torch.cat([v.detach().flatten() for v in adapter_tensors(model).values()])))
+        results.append(
+            (losses, torch.cat([v.detach().flatten() for v in adapter_tensors(model).values()]))
+        )
     for one, eight in zip(results[0][0], results[1][0], strict=True):
-        assert math.isclose(one.loss, eight.loss, rel_tol=1e-5) and math.isclose(one.grad_norm, eight.grad_norm, rel_tol=1e-4)
+        assert math.isclose(one.loss, eight.loss, rel_tol=1e-5) and math.isclose(
+            one.grad_norm, eight.grad_norm, rel_tol=1e-4
+        )
         assert one.supervised_tokens == eight.supervised_tokens and one.tokens == eight.tokens
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
 
@@ -236,7 +283,16 @@ def curve(name: str, steps: int = 25) -> list[float]:
     set_learning_rate(optimizer, 5e-3)
     rows = PackedRows(examples(12), 64)
     return [
-        train_step(model, rows.take(2), sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0).loss for _ in range(steps)
+        train_step(
+            model,
+            rows.take(2),
+            sft_loss,
+            optimizer,
+            precision=precision,
+            scaler=scaler,
+            max_norm=1.0,
+        ).loss
+        for _ in range(steps)
     ]
 
 
@@ -258,12 +314,18 @@ def test_an_inf_skips_the_step_lowers_the_scale_and_is_named() -> None:
     model.model.layers[1].mlp.down_proj.base.weight.data[0, 0] = float("inf")
     before = copy.deepcopy([v.detach() for v in adapter_tensors(model).values()])
     scale = scaler.get_scale()
-    stats = train_step(model, [row], sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0)
+    stats = train_step(
+        model, [row], sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
+    )
     assert stats.skipped and scaler.get_scale() == scale / 2
-    assert all(torch.equal(a, b) for a, b in zip(before, adapter_tensors(model).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, adapter_tensors(model).values(), strict=True)
+    )
     assert first_nonfinite(model, row, sft_loss, precision) == "model.layers.1.mlp.down_proj"
     model.model.layers[1].mlp.down_proj.base.weight.data[0, 0] = 0
-    assert not train_step(model, [row], sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0).skipped
+    assert not train_step(
+        model, [row], sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
+    ).skipped
     assert first_nonfinite(model, row, sft_loss, precision) == ""
 
 

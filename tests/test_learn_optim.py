@@ -1,4 +1,6 @@
-"""8-bit AdamW: against bitsandbytes, against float32 AdamW on a real objective, its bytes, and exact resume."""
+"""8-bit AdamW: against bitsandbytes, against float32 AdamW on a real objective, its bytes, and
+exact resume.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,29 @@ from cllm.learn.snapshot import capture, restore
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_map_is_bitsandbytes(signed: bool) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert torch.equal(_dynamic_map(torch.device("cpu"), signed), functional.create_dynamic_map(signed=signed))
+    assert torch.equal(
+        _dynamic_map(torch.device("cpu"), signed), functional.create_dynamic_map(signed=signed)
+    )
 
 
 def test_thirty_steps_against_bitsandbytes_and_float32() -> None:
-    """From bitsandbytes' own state a step equals its step to 1e-6; over thirty steps ours stays nearer to float32 AdamW than it does.
+    """From bitsandbytes' own state a step equals its step to 1e-6; over thirty steps ours stays
+    nearer to float32 AdamW than it does.
 
-    (Its CPU kernel rounds moments to 65,536 even steps before it looks for the nearest code.) Parameters of 64 x 130 (a short last
-    block), 4,096 and 4,095 values (float32 moments there as here), with weight decay.
+    (Its CPU kernel rounds moments to 65,536 even steps before it looks for the nearest code.)
+    Parameters of 64 x 130 (a short last block), 4,096 and 4,095 values (float32 moments there as
+    here), with weight decay.
     """
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     start = [torch.randn(64, 130), torch.randn(4096), torch.randn(4095)]
     ours, theirs, exact = ([nn.Parameter(t.clone()) for t in start] for _ in range(3))
     how: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
-    mine, other, truth = AdamW8bit(ours, **how), bnb.optim.AdamW8bit(theirs, **how), torch.optim.AdamW(exact, **how)
+    mine, other, truth = (
+        AdamW8bit(ours, **how),
+        bnb.optim.AdamW8bit(theirs, **how),
+        torch.optim.AdamW(exact, **how),
+    )
     for _ in range(30):
         for p, q, r in zip(ours, theirs, exact, strict=True):
             p.grad = torch.randn_like(p) * torch.rand(p.shape) ** 2
@@ -41,10 +51,15 @@ def test_thirty_steps_against_bitsandbytes_and_float32() -> None:
             optimizer.step()
     for p, q, r, begin in zip(ours, theirs, exact, start, strict=True):
         length = (r - begin).norm()
-        assert (p - r).norm() / length < (0.025 if p.numel() >= 4096 else 1e-6) and (p - r).norm() <= (q - r).norm()
+        assert (p - r).norm() / length < (0.025 if p.numel() >= 4096 else 1e-6) and (
+            p - r
+        ).norm() <= (q - r).norm()
     for p, q in zip(ours, theirs, strict=True):
         state, reference = mine.state[p], other.state[q]
-        for name, code, scale in (("exp_avg", "state1", "absmax1"), ("exp_avg_sq", "state2", "absmax2")):
+        for name, code, scale in (
+            ("exp_avg", "state1", "absmax1"),
+            ("exp_avg_sq", "state2", "absmax2"),
+        ):
             flat = nn.functional.pad(reference[code].flatten(), (0, -p.numel() % 256))
             state[name] = flat.view(-1, 256)
             if scale in reference:
@@ -70,7 +85,10 @@ def test_a_moment_takes_its_nearest_code_and_never_becomes_zero() -> None:
         moment[5, 0] = 1e-12
         AdamW8bit._keep(state, name, moment, exact=False)
         back = AdamW8bit._moment(state, name, moment)
-        scale, table = moment.abs().amax(1, keepdim=True), _dynamic_map(torch.device("cpu"), signed=name == "exp_avg")
+        scale, table = (
+            moment.abs().amax(1, keepdim=True),
+            _dynamic_map(torch.device("cpu"), signed=name == "exp_avg"),
+        )
         nearest = (moment[..., None] - scale[..., None] * table).abs().amin(-1)
         assert ((back - moment).abs() <= nearest + 1e-6 * scale).all()
         assert torch.equal(back[moment == 0], torch.zeros_like(back[moment == 0]))
@@ -87,11 +105,17 @@ def trained(name: str, steps: int) -> tuple[Any, torch.optim.Optimizer, list[flo
 
 def run(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
     row = [collate(examples(6))]
-    return [train_step(model, row, sft_loss, optimizer, precision=FP32, scaler=FP32.scaler(), max_norm=1.0).loss for _ in range(steps)]
+    return [
+        train_step(
+            model, row, sft_loss, optimizer, precision=FP32, scaler=FP32.scaler(), max_norm=1.0
+        ).loss
+        for _ in range(steps)
+    ]
 
 
 def test_it_learns_as_float32_adamw_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdamW8bit, "SMALL", 0)  # the tiny model's adapters would keep float32 moments
+    # the tiny model's adapters would keep float32 moments
+    monkeypatch.setattr(AdamW8bit, "SMALL", 0)
     exact, ours = trained("adamw", 30)[2], trained("adamw8bit", 30)[2]
     assert exact[-1] < 0.7 * exact[0]
     assert max(abs(a - b) / b for a, b in zip(ours, exact, strict=True)) < 0.01

@@ -1,4 +1,6 @@
-"""Snapshots: whole or refused with the reason, one writer, nothing lost to a full disk, and nothing a hostile file can reach."""
+"""Snapshots: whole or refused with the reason, one writer, nothing lost to a full disk, and nothing
+a hostile file can reach.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from torch import Tensor, nn
 
 from cllm.learn import snapshot
 from cllm.learn.optim import make_optimizer
-from cllm.learn.snapshot import base_fingerprint, capture, load_snapshot, locked, restore, save_snapshot, snapshots
+from cllm.learn.snapshot import (
+    base_fingerprint,
+    capture,
+    load_snapshot,
+    locked,
+    restore,
+    save_snapshot,
+    snapshots,
+)
 from cllm.messages import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +67,9 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     twin, twin_optimizer = trained(3)
     assert torch.equal(drawn, torch.rand(3))
     found, expected = capture(model, optimizer), capture(twin, twin_optimizer)
-    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found if not k.startswith("rng/"))
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[k], expected[k]) for k in found if not k.startswith("rng/")
+    )
 
 
 def test_old_damaged_and_half_written_snapshots_go_and_the_valid_ones_stay(tmp_path: Path) -> None:
@@ -65,14 +77,19 @@ def test_old_damaged_and_half_written_snapshots_go_and_the_valid_ones_stay(tmp_p
     assert names(tmp_path) == ["step-000009", "step-000010"]
     (tmp_path / "snapshots" / "step-000010" / "state.json").write_text("{}", encoding="utf-8")
     (tmp_path / "snapshots" / ".step-000011.tmp").mkdir()
-    save_steps(tmp_path, 9, keep=1)  # the run came back to step 9: the damaged step 10 must not be the one that is kept
+    # the run came back to step 9: the damaged step 10 must not be the one that is kept
+    save_steps(tmp_path, 9, keep=1)
     assert names(tmp_path) == ["step-000009"]
     save_steps(tmp_path, 999_999, 1_000_000, keep=1)
     assert names(tmp_path) == ["step-1000000"]
 
 
-@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "metrics.jsonl", "manifest.json"])
-def test_one_flipped_bit_anywhere_is_named_and_skipped(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "file", ["state.safetensors", "state.json", "metrics.jsonl", "manifest.json"]
+)
+def test_one_flipped_bit_anywhere_is_named_and_skipped(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_steps(tmp_path, 1, 2)
     path = tmp_path / "snapshots" / "step-000002" / file
     for position in range(0, path.stat().st_size, max(1, path.stat().st_size // 12)):
@@ -88,7 +105,9 @@ def test_one_flipped_bit_anywhere_is_named_and_skipped(file: str, tmp_path: Path
 
 
 def rewrite(folder: Path, **files: bytes) -> None:
-    """Give a snapshot these contents and the manifest that fits them, as somebody who forges one would."""
+    """Give a snapshot these contents and the manifest that fits them, as somebody who forges one
+    would.
+    """
     for name, data in files.items():
         (folder / name.replace("__", ".")).write_bytes(data)
     entries = {}
@@ -117,7 +136,9 @@ class Bomb:
         {"state__json": b'{"step": 1e999}'},
     ],
 )
-def test_forged_files_are_named_and_skipped(files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forged_files_are_named_and_skipped(
+    files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_steps(tmp_path, 1, 2)
     rewrite(tmp_path / "snapshots" / "step-000002", **files)
     assert json.loads(load_snapshot(tmp_path)[0])["step"] == 1
@@ -128,7 +149,13 @@ def test_forged_files_are_named_and_skipped(files: dict[str, bytes], tmp_path: P
 def test_a_manifest_leads_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_steps(tmp_path, 1)
     folder = tmp_path / "snapshots" / "step-000001"
-    for text in ('{"../../secret": {"bytes": 1, "sha256": ""}}', "[]", "null", '{"state.json": 3}', " " * 20_000):
+    for text in (
+        '{"../../secret": {"bytes": 1, "sha256": ""}}',
+        "[]",
+        "null",
+        '{"state.json": 3}',
+        " " * 20_000,
+    ):
         (folder / "manifest.json").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=r"no usable snapshot"):
             load_snapshot(tmp_path)
@@ -147,17 +174,34 @@ def changed(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda t: t.update({"parameter/0.weight": torch.zeros(4, 3)}), r"parameter/0.weight has shape \(4, 3\), not \(3, 4\)"),
+        (
+            lambda t: t.update({"parameter/0.weight": torch.zeros(4, 3)}),
+            r"parameter/0.weight has shape \(4, 3\), not \(3, 4\)",
+        ),
         (lambda t: t.pop("parameter/1.bias"), "parameter/1.bias is missing"),
-        (lambda t: t.update({"parameter/../../evil": torch.zeros(1)}), "unexpected tensor parameter/../../evil"),
-        (lambda t: t.update({"optimizer/99/exp_avg": torch.zeros(1)}), "optimizer/99/exp_avg of shape"),
-        (lambda t: t.update({"optimizer/0/exp_avg": torch.zeros(4, 3)}), "optimizer/0/exp_avg of shape"),
-        (lambda t: t.update({"optimizer/0/exp_avg": torch.zeros(999)}), "optimizer/0/exp_avg of shape"),
+        (
+            lambda t: t.update({"parameter/../../evil": torch.zeros(1)}),
+            "unexpected tensor parameter/../../evil",
+        ),
+        (
+            lambda t: t.update({"optimizer/99/exp_avg": torch.zeros(1)}),
+            "optimizer/99/exp_avg of shape",
+        ),
+        (
+            lambda t: t.update({"optimizer/0/exp_avg": torch.zeros(4, 3)}),
+            "optimizer/0/exp_avg of shape",
+        ),
+        (
+            lambda t: t.update({"optimizer/0/exp_avg": torch.zeros(999)}),
+            "optimizer/0/exp_avg of shape",
+        ),
         (lambda t: t.update({"rng/cpu": torch.zeros(3, dtype=torch.uint8)}), "rng/cpu has shape"),
         (lambda t: t.clear(), "5 differences"),
     ],
 )
-def test_tensors_of_another_model_are_refused_and_nothing_changes(change: Callable[[dict[str, Tensor]], Any], reason: str) -> None:
+def test_tensors_of_another_model_are_refused_and_nothing_changes(
+    change: Callable[[dict[str, Tensor]], Any], reason: str
+) -> None:
     model, optimizer = trained(5)
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(UserError, match=reason) as error:
@@ -166,7 +210,9 @@ def test_tensors_of_another_model_are_refused_and_nothing_changes(change: Callab
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
-def test_a_full_disk_costs_the_snapshot_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_the_snapshot_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_steps(tmp_path, 1)
     for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
 
@@ -183,7 +229,11 @@ def test_a_full_disk_costs_the_snapshot_only(tmp_path: Path, monkeypatch: pytest
 
 
 def test_one_run_one_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with locked(tmp_path), pytest.raises(UserError, match=rf"another process \(pid {os.getpid()} on "), locked(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(UserError, match=rf"another process \(pid {os.getpid()} on "),
+        locked(tmp_path),
+    ):
         pass
     with locked(tmp_path):
         pass
@@ -219,9 +269,13 @@ def test_another_base_of_the_same_size_is_noticed(tmp_path: Path) -> None:
 
 
 def test_no_other_generator_decides_anything() -> None:
-    """Snapshots hold PyTorch's generators only: nobody may draw from Python's or NumPy's global ones."""
+    """Snapshots hold PyTorch's generators only: nobody may draw from Python's or NumPy's global
+    ones.
+    """
     import re
 
     for path in (ROOT / "cllm").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"(?<![\w.])random\.(?!Random\b)[a-z]\w*\(|(np|numpy)\.random\.(?!default_rng\()", text), path
+        assert not re.search(
+            r"(?<![\w.])random\.(?!Random\b)[a-z]\w*\(|(np|numpy)\.random\.(?!default_rng\()", text
+        ), path

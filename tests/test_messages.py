@@ -1,4 +1,6 @@
-"""One table of messages: both languages complete, same fields, every code used, every used code there."""
+"""One table of messages: both languages complete, same fields, every code used, every used code
+there.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def test_both_languages_say_the_same_fields(code: str) -> None:
     assert fields(english) == fields(chinese)
     assert english and chinese and not re.search("[\u4e00-\u9fff]", english)
     words = re.sub(r"\{[^}]*\}", "", english)  # some are fields and punctuation only
-    assert re.search("[\u4e00-\u9fff]", chinese) or not re.search("[A-Za-z]", words), f"{code} is not translated"
+    assert re.search("[\u4e00-\u9fff]", chinese) or not re.search("[A-Za-z]", words), (
+        f"{code} is not translated"
+    )
 
 
 def used_codes() -> dict[str, set[str]]:
@@ -32,21 +36,35 @@ def used_codes() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("say", "note", "UserError"):
+            if isinstance(node, ast.Call) and getattr(
+                node.func, "id", getattr(node.func, "attr", "")
+            ) in ("say", "note", "UserError"):
                 for constant in ast.walk(node.args[0]) if node.args else ():
                     if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
                         named = {k.arg or "**" for k in node.keywords}
                         if "**" not in named and isinstance(node.args[0], ast.Constant):
-                            assert named == fields(messages()[constant.value][0]), f"{path.name}:{node.lineno} {constant.value}"
+                            assert named == fields(messages()[constant.value][0]), (
+                                f"{path.name}:{node.lineno} {constant.value}"
+                            )
                         found[constant.value] = named
     return found
 
 
 def test_every_call_fills_its_fields_and_no_message_is_dead() -> None:
     codes = used_codes()
-    sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "messages.py")
-    made = set(re.findall(r'"([a-z_]+\.(?:[a-z_]+\.)*)(?=["{])', sources))  # f"check.mend.{reason}": the codes with this beginning
-    said = lambda code: code in codes or f'"{code}"' in sources or any(code.startswith(start) for start in made)  # noqa: E731
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "messages.py"
+    )
+    # f"check.mend.{reason}": the codes with this beginning
+    made = set(re.findall(r'"([a-z_]+\.(?:[a-z_]+\.)*)(?=["{])', sources))
+
+    def said(code):
+        return (
+            code in codes or f'"{code}"' in sources or any(code.startswith(start) for start in made)
+        )
+
     dead = [code for code in messages() if not said(code) and code != "error"]
     assert not dead, f"nobody says: {dead}"
 
@@ -55,7 +73,10 @@ def test_language_follows_the_setting_then_the_locale(monkeypatch: pytest.Monkey
     monkeypatch.setenv("CLLM_LANG", "zh")
     assert language() == "zh" and "配置" in say("config.unreadable", path="x", detail="y")
     monkeypatch.setenv("CLLM_LANG", "en")
-    assert str(UserError("config.syntax", path="x", detail="y")) == "error [config.syntax]: x is not valid TOML: y"
+    assert (
+        str(UserError("config.syntax", path="x", detail="y"))
+        == "error [config.syntax]: x is not valid TOML: y"
+    )
     monkeypatch.delenv("CLLM_LANG")
     for key in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(key, raising=False)

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from cllm.metrics import TOKENIZERS, Score, corpus_bleu, corpus_chrf, generation_scores, rouge, sentence_bleu, sentence_chrf
+from cllm.metrics import (
+    TOKENIZERS,
+    Score,
+    corpus_bleu,
+    corpus_chrf,
+    generation_scores,
+    rouge,
+    sentence_bleu,
+    sentence_chrf,
+)
 from cllm.metrics.score import VERSION
 
 EFFECTIVE = {"effective_order": True}
@@ -67,7 +76,10 @@ def triples(scores: dict[str, Score]) -> Iterator[list[float]]:
 def test_bleu(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         for name, expected in row["oracle"]["sacrebleu"].items():
-            check_bleu(sentence_bleu(row["hyp"], row["refs"], **{"effective_order": False, **BLEU[name]}), expected)
+            check_bleu(
+                sentence_bleu(row["hyp"], row["refs"], **{"effective_order": False, **BLEU[name]}),
+                expected,
+            )
 
 
 def test_nltk_and_chatglm3(rows: list[dict[str, Any]]) -> None:
@@ -75,14 +87,18 @@ def test_nltk_and_chatglm3(rows: list[dict[str, Any]]) -> None:
         for unit in ("char", "jieba"):
             score = sentence_bleu(row["hyp"], row["refs"], tokenize=unit, smooth="method3")
             assert score.value / 100 == near(row["oracle"]["nltk"][f"{unit}_method3"])
-        score = sentence_bleu(row["hyp"].strip(), [row["refs"][0].strip()], tokenize="jieba", smooth="method3")
+        score = sentence_bleu(
+            row["hyp"].strip(), [row["refs"][0].strip()], tokenize="jieba", smooth="method3"
+        )
         assert score.value / 100 == near(row["oracle"]["chatglm3_finetune"]["bleu-4"])
 
 
 def test_chrf(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         for name, options in CHRF.items():
-            assert sentence_chrf(row["hyp"], row["refs"], **options).value == near(row["oracle"]["chrf"][name]), name
+            assert sentence_chrf(row["hyp"], row["refs"], **options).value == near(
+                row["oracle"]["chrf"][name]
+            ), name
 
 
 def test_tokens(rows: list[dict[str, Any]]) -> None:
@@ -102,7 +118,9 @@ def test_rouge_score(rows: list[dict[str, Any]]) -> None:
                 assert ours[kind] == near(expected), kind
         lines = row["oracle"]["rouge_score"].get("char_zhsent")
         if lines:
-            hypothesis, *references = (re.sub(r"([。！？])(?!\n)", r"\1\n", text) for text in (row["hyp"], *row["refs"]))
+            hypothesis, *references = (
+                re.sub(r"([。！？])(?!\n)", r"\1\n", text) for text in (row["hyp"], *row["refs"])
+            )
             scores = rouge(hypothesis, references, tokenize="char")
             assert next(triples({"rougeLsum": scores["rougeLsum"]})) == near(lines["rougeLsum"])
 
@@ -112,13 +130,19 @@ def test_rouge_chinese(rows: list[dict[str, Any]]) -> None:
         for unit in row["oracle"]["rouge_chinese"].keys() & {"char", "jieba"}:
             expected = row["oracle"]["rouge_chinese"][unit]
             scores = rouge(row["hyp"], row["refs"][:1], tokenize=unit, counts="set")
-            want = [[0.0] * 3] * 3 if "error" in expected else [expected[kind] for kind in ("rouge-1", "rouge-2", "rouge-l")]
+            want = (
+                [[0.0] * 3] * 3
+                if "error" in expected
+                else [expected[kind] for kind in ("rouge-1", "rouge-2", "rouge-l")]
+            )
             assert list(triples(scores)) == [near(triple) for triple in want]
 
 
 def test_llama_factory(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        assert generation_scores(row["hyp"], row["refs"][0]) == row["oracle"]["llamafactory"], row["id"]
+        assert generation_scores(row["hyp"], row["refs"][0]) == row["oracle"]["llamafactory"], row[
+            "id"
+        ]
 
 
 def test_corpora(rows: list[dict[str, Any]], shared: Path) -> None:
@@ -128,7 +152,9 @@ def test_corpora(rows: list[dict[str, Any]], shared: Path) -> None:
         hypotheses = [pair["hyp"] for pair in pairs]
         if corpus["mode"] == "llamafactory-mean":
             scores = [generation_scores(pair["hyp"], pair["refs"][0]) for pair in pairs]
-            assert {kind: sum(score[kind] for score in scores) / len(scores) for kind in scores[0]} == near(corpus["mean"])
+            assert {
+                kind: sum(score[kind] for score in scores) / len(scores) for kind in scores[0]
+            } == near(corpus["mean"])
             continue
         depth = 1 if corpus["mode"] == "first-ref" else max(len(pair["refs"]) for pair in pairs)
         streams = [[dict(enumerate(pair["refs"])).get(k) for pair in pairs] for k in range(depth)]
@@ -139,4 +165,7 @@ def test_corpora(rows: list[dict[str, Any]], shared: Path) -> None:
         for name, options in CHRF.items():
             score = corpus_chrf(hypotheses, streams, **options)
             assert score.value == near(corpus["chrf"][name]["score"])
-            assert score.signature.replace(VERSION, "version:2.6.0") == corpus["chrf"][name]["signature"]
+            assert (
+                score.signature.replace(VERSION, "version:2.6.0")
+                == corpus["chrf"][name]["signature"]
+            )

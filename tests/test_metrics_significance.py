@@ -7,7 +7,14 @@ import time
 
 import pytest
 
-from cllm.metrics import BLEU, ROUGE, corpus_bleu, corpus_statistics, paired_bootstrap, wilson_interval
+from cllm.metrics import (
+    BLEU,
+    ROUGE,
+    corpus_bleu,
+    corpus_statistics,
+    paired_bootstrap,
+    wilson_interval,
+)
 
 WORDS = "今天 天气 很好 我们 一起 去 公园 散步 然后 回家 做饭 ， 。".split()
 
@@ -16,12 +23,18 @@ def texts(number: int, seed: int, noise: float) -> list[str]:
     """The same `number` sentences for every seed, with a share of the words replaced."""
     common, own = random.Random(0), random.Random(seed)
     sentences = [[common.choice(WORDS) for _ in range(15)] for _ in range(number)]
-    return ["".join(own.choice(WORDS) if own.random() < noise else word for word in sentence) for sentence in sentences]
+    return [
+        "".join(own.choice(WORDS) if own.random() < noise else word for word in sentence)
+        for sentence in sentences
+    ]
 
 
 def test_a_real_difference_is_significant_and_no_difference_is_not() -> None:
     references, metric = [texts(100, 1, 0)], BLEU()
-    worse, better, same = (corpus_statistics(metric, texts(100, seed, noise), references) for seed, noise in [(2, 0.5), (3, 0.2), (4, 0.2)])
+    worse, better, same = (
+        corpus_statistics(metric, texts(100, seed, noise), references)
+        for seed, noise in [(2, 0.5), (3, 0.2), (4, 0.2)]
+    )
     comparison = paired_bootstrap(metric.score, worse, better)
     assert comparison.a.value == pytest.approx(corpus_bleu(texts(100, 2, 0.5), references).value)
     for interval in comparison[:3]:
@@ -54,7 +67,10 @@ def test_the_interval_of_a_mean_is_near_the_normal_one() -> None:
 
 def test_1000_resamples_of_1000_pairs_take_under_a_second() -> None:
     rng = random.Random(6)
-    rows = [[20, 20, *(rng.randint(1, 20 - n) for n in range(4)), *range(20, 16, -1)] for _ in range(1000)]
+    rows = [
+        [20, 20, *(rng.randint(1, 20 - n) for n in range(4)), *range(20, 16, -1)]
+        for _ in range(1000)
+    ]
     start = time.process_time()
     paired_bootstrap(BLEU().score, rows, rows[::-1], resamples=1000)
     assert time.process_time() - start < 1
@@ -76,6 +92,8 @@ def test_wilson_interval() -> None:
         rate, low, high = wilson_interval(wins, total)
         assert rate == wins / total
         for p in (low, high):
-            assert (rate - p) ** 2 == pytest.approx(1.959963984540054**2 * p * (1 - p) / total, abs=1e-12)
+            assert (rate - p) ** 2 == pytest.approx(
+                1.959963984540054**2 * p * (1 - p) / total, abs=1e-12
+            )
         assert 0 <= low <= rate <= high <= 1
     assert wilson_interval(0, 0)[1:] == (0, 1)

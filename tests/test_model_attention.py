@@ -1,4 +1,6 @@
-"""Packed rows: the logits of each sequence are those it has alone, per architecture; masks equal SDPA's and eager's."""
+"""Packed rows: the logits of each sequence are those it has alone, per architecture; masks equal
+SDPA's and eager's.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_packed_equals_separate(architecture: str) -> None:
         for start, end in zip(row["cu_seqlens"][:-1], row["cu_seqlens"][1:], strict=True):
             alone = reference(row["input_ids"][:, start:end], use_cache=False).logits[0]
             difference = (together[start:end] - alone).abs().max().item()
-            assert difference < 1e-4, f"{architecture}: sequence at {start} differs by {difference:.1e}"
+            assert difference < 1e-4, (
+                f"{architecture}: sequence at {start} differs by {difference:.1e}"
+            )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -41,21 +45,35 @@ def test_padded_batch_and_cached_decoding_equal_eager(architecture: str) -> None
         ours = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
         theirs = reference(ids, attention_mask=mask, position_ids=positions, use_cache=True)
         assert ((ours.logits - theirs.logits) * mask[:, :, None]).abs().max() < 1e-4
-        step = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], 1), "position_ids": positions[:, -1:] + 1}
+        step = {
+            "input_ids": ids[:, :1],
+            "attention_mask": torch.cat([mask, mask[:, -1:]], 1),
+            "position_ids": positions[:, -1:] + 1,
+        }
         next_ours = model(**step, past_key_values=ours.past_key_values).logits
         next_theirs = reference(**step, past_key_values=theirs.past_key_values).logits
         assert (next_ours - next_theirs).abs().max() < 1e-4
 
 
 def test_what_lets_sequences_see_each_other_is_noticed() -> None:
-    """Attention of its own (Bloom), a recurrent layer (Qwen3.5), attention that forgets the bounds: rows of one sequence."""
+    """Attention of its own (Bloom), a recurrent layer (Qwen3.5), attention that forgets the bounds:
+    rows of one sequence.
+    """
     from cllm.model.attention import packs
 
-    for architecture, expected in (("llama", True), ("gpt2", True), ("gemma3", True), ("bloom", False), ("qwen3.5", False)):
+    for architecture, expected in (
+        ("llama", True),
+        ("gpt2", True),
+        ("gemma3", True),
+        ("bloom", False),
+        ("qwen3.5", False),
+    ):
         assert packs(tiny_model(architecture)) is expected, architecture
     model = tiny_model("llama").train()
     for layer in model.model.layers:
-        layer.self_attn.register_forward_pre_hook(lambda _module, _args, given: (_args, given | {"cu_seqlens": None}), with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(
+            lambda _module, _args, given: (_args, given | {"cu_seqlens": None}), with_kwargs=True
+        )
     assert packs(model) is False and model.training
 
 
@@ -72,13 +90,17 @@ def test_alibi_slopes_add_slope_times_distance() -> None:
     plain = packed_attention(module, query, key, value, scaling=0.5)[0].transpose(1, 2)
     torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-6)
     bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
-    row = packed_attention(module, query, key, value, scaling=0.5, cu_seqlens=bounds)[0].transpose(1, 2)
+    row = packed_attention(module, query, key, value, scaling=0.5, cu_seqlens=bounds)[0].transpose(
+        1, 2
+    )
     torch.testing.assert_close(row[:, :, :2], expected[:, :, :2], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_alibi_is_exact_over_a_long_row_and_keeps_nothing_of_its_square(dtype: torch.dtype) -> None:
-    """600 positions, slopes of 5 heads (no powers of two among them): output and gradients against float64 with the bias written out."""
+    """600 positions, slopes of 5 heads (no powers of two among them): output and gradients against
+    float64 with the bias written out.
+    """
     from cllm.model.attention import packed_attention
     from cllm.model.checkpoint import alibi_slopes
 
@@ -93,9 +115,13 @@ def test_alibi_is_exact_over_a_long_row_and_keeps_nothing_of_its_square(dtype: t
     for exact in (True, False):
         q, k, v = (x.clone().to(torch.float64 if exact else dtype).requires_grad_() for x in inputs)
         kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t
+        ):
             if exact:
-                scores = (q @ k.transpose(-1, -2) * 0.25 + bias).masked_fill(distance > 0, float("-inf"))
+                scores = (q @ k.transpose(-1, -2) * 0.25 + bias).masked_fill(
+                    distance > 0, float("-inf")
+                )
                 out = torch.softmax(scores, -1) @ v
             else:
                 out = packed_attention(module, q, k, v, scaling=0.25)[0].transpose(1, 2)

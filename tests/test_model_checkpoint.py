@@ -1,4 +1,6 @@
-"""Every checkpoint family against its authors' recorded numbers, native ones against Transformers, and what is refused."""
+"""Every checkpoint family against its authors' recorded numbers, native ones against Transformers,
+and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,23 @@ from cllm.model.nf4 import NF4Linear
 from cllm.model.shards import stored_tensors, write_safetensors
 
 LOCAL = Path(__file__).parent / "golden"
-FAMILIES = (*("chatglm2", "chatglm3", "chatglm3_32k", "baichuan2_7b", "baichuan2_13b"), *("qwen", "internlm", "internlm2", "yi", "gpt2"))
-CASES = [pytest.param(LOCAL / name, LOCAL / name / "golden.npz", id=name) for name in sorted(p.name for p in LOCAL.glob("*/"))]
+FAMILIES = (
+    *("chatglm2", "chatglm3", "chatglm3_32k", "baichuan2_7b", "baichuan2_13b"),
+    *("qwen", "internlm", "internlm2", "yi", "gpt2"),
+)
+CASES = [
+    pytest.param(LOCAL / name, LOCAL / name / "golden.npz", id=name)
+    for name in sorted(p.name for p in LOCAL.glob("*/"))
+]
 for family in FAMILIES:
     recorded = SHARED / "golden" / family / "dev"
     skip = pytest.mark.skipif(not recorded.is_dir(), reason="needs ../shared")
     CASES.append(pytest.param(recorded, recorded / "golden.npz", id=f"shared-{family}", marks=skip))
-    CASES.append(pytest.param(recorded / "bin", recorded / "golden.npz", id=f"shared-{family}-bin", marks=skip))
+    CASES.append(
+        pytest.param(
+            recorded / "bin", recorded / "golden.npz", id=f"shared-{family}-bin", marks=skip
+        )
+    )
 
 
 def logits(model: nn.Module, **inputs: Tensor) -> Tensor:
@@ -54,11 +66,19 @@ def test_golden(path: Path, arrays: Path) -> None:
     for side in ("left", "right"):
         if f"{side}pad_input_ids" in golden:
             mask, positions = golden[f"{side}pad_attention_mask"], golden[f"{side}pad_position_ids"]
-            out = logits(model, input_ids=golden[f"{side}pad_input_ids"], attention_mask=mask, position_ids=positions)
+            out = logits(
+                model,
+                input_ids=golden[f"{side}pad_input_ids"],
+                attention_mask=mask,
+                position_ids=positions,
+            )
             close(out * mask[..., None], golden[f"{side}pad_logits_masked"])
     if "long_input_ids" in golden:
         close(logits(model, input_ids=golden["long_input_ids"]), golden["long_logits_train"])
-    assert torch.equal(greedy(model, golden["greedy_prompt_ids"], golden["greedy_ids"].shape[1]), golden["greedy_ids"])
+    assert torch.equal(
+        greedy(model, golden["greedy_prompt_ids"], golden["greedy_ids"].shape[1]),
+        golden["greedy_ids"],
+    )
 
 
 def greedy(model: nn.Module, ids: Tensor, length: int) -> Tensor:
@@ -87,19 +107,30 @@ def test_native_equals_transformers(name: str, tmp_path: Path) -> None:
     ours = load_model(tmp_path)
     ids = torch.randint(3, 96, (2, 19))
     assert (logits(ours, input_ids=ids) - logits(theirs, input_ids=ids)).abs().max() < 1e-6
-    assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()  # the same weights are tied
+    # the same weights are tied
+    assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
     assert all(p.device.type == "cpu" and p.requires_grad for p in ours.parameters())
     assert not any(b.is_meta for b in ours.buffers())
 
 
 def test_text_part_of_multimodal(tmp_path: Path) -> None:
-    """A published Qwen3.5 holds a vision tower and prefixes: only its language model is loaded, and computes the same."""
+    """A published Qwen3.5 holds a vision tower and prefixes: only its language model is loaded, and
+    computes the same.
+    """
     import transformers as t
 
     torch.manual_seed(0)
     text = tiny_config("qwen3.5").to_dict()
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    whole = t.Qwen3_5ForConditionalGeneration(t.Qwen3_5Config(text_config=text, vision_config=vision)).eval()
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+    }
+    whole = t.Qwen3_5ForConditionalGeneration(
+        t.Qwen3_5Config(text_config=text, vision_config=vision)
+    ).eval()
     whole.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
     assert type(ours).__name__ == "Qwen3_5ForCausalLM"
@@ -108,7 +139,9 @@ def test_text_part_of_multimodal(tmp_path: Path) -> None:
 
 
 def test_dtype_and_base_prefix(tmp_path: Path) -> None:
-    """bf16 as stored and cast to float32; a checkpoint saved from the base model lacks `model.` and its tied head."""
+    """bf16 as stored and cast to float32; a checkpoint saved from the base model lacks `model.` and
+    its tied head.
+    """
     import transformers as t
 
     torch.manual_seed(0)
@@ -128,7 +161,10 @@ def edited(name: str, out: Path, change: dict[str, Any], tensors: dict[str, Tens
     config = json.loads((LOCAL / name / "config.json").read_text(encoding="utf-8"))
     (out / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     stored = load_file(LOCAL / name / "model.safetensors") | tensors
-    save_file({key: tensor for key, tensor in stored.items() if tensor is not None}, out / "model.safetensors")
+    save_file(
+        {key: tensor for key, tensor in stored.items() if tensor is not None},
+        out / "model.safetensors",
+    )
     return out
 
 
@@ -136,19 +172,32 @@ def test_tied_head(tmp_path: Path) -> None:
     stored = load_file(LOCAL / "qwen" / "model.safetensors")
     embedding = stored["transformer.wte.weight"]
     untied = edited("qwen", tmp_path / "untied", {}, {"lm_head.weight": embedding.clone()})
-    absent = load_model(edited("qwen", tmp_path / "absent", {"tie_word_embeddings": True}, {"lm_head.weight": None}))
+    absent = load_model(
+        edited("qwen", tmp_path / "absent", {"tie_word_embeddings": True}, {"lm_head.weight": None})
+    )
     close(logits(absent, input_ids=IDS), logits(load_model(untied), input_ids=IDS))
     assert absent.lm_head.weight is absent.model.embed_tokens.weight
-    differing = load_model(edited("qwen", tmp_path / "differing", {"tie_word_embeddings": True}, {}))
+    differing = load_model(
+        edited("qwen", tmp_path / "differing", {"tie_word_embeddings": True}, {})
+    )
     close(logits(differing, input_ids=IDS), logits(load_model(LOCAL / "qwen"), input_ids=IDS))
     assert differing.config.tie_word_embeddings is False
 
 
 def test_tied_norm_head(tmp_path: Path) -> None:
     """Baichuan2's head is normalised even if it shares the embedding's weight, which is not."""
-    model = load_model(edited("baichuan2_7b", tmp_path / "tied", {"tie_word_embeddings": True}, {"lm_head.weight": None}))
+    model = load_model(
+        edited(
+            "baichuan2_7b",
+            tmp_path / "tied",
+            {"tie_word_embeddings": True},
+            {"lm_head.weight": None},
+        )
+    )
     embedding = model.model.embed_tokens.weight
-    assert torch.allclose(model.lm_head.weight, embedding / embedding.norm(dim=1, keepdim=True), atol=1e-6)
+    assert torch.allclose(
+        model.lm_head.weight, embedding / embedding.norm(dim=1, keepdim=True), atol=1e-6
+    )
 
 
 def test_scaled_rotary_of_internlm2(tmp_path: Path) -> None:
@@ -163,13 +212,17 @@ def test_scaled_rotary_of_internlm2(tmp_path: Path) -> None:
     plain, scaled = (logits(load_model(path), input_ids=IDS) for path in (source, tmp_path))
     assert (plain - scaled).abs().max() > 1e-2  # 17 tokens are beyond 8
     short = IDS[:, :8]
-    close(logits(load_model(tmp_path), input_ids=short), logits(load_model(source), input_ids=short))
+    close(
+        logits(load_model(tmp_path), input_ids=short), logits(load_model(source), input_ids=short)
+    )
 
 
 def test_alibi_slopes() -> None:
     assert torch.equal(alibi_slopes(8), torch.tensor([2.0**-i for i in range(1, 9)]))
     # 40 heads (Baichuan2-13B): the 32 of a power of two, then every second one of 64
-    forty = [2 ** (-8 * i / 32) for i in range(1, 33)] + [2 ** (-8 * i / 64) for i in range(1, 17, 2)]
+    forty = [2 ** (-8 * i / 32) for i in range(1, 33)] + [
+        2 ** (-8 * i / 64) for i in range(1, 17, 2)
+    ]
     assert torch.allclose(alibi_slopes(40), torch.tensor(forty))
 
 
@@ -198,29 +251,59 @@ def test_converted_once(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="llama-alibi"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     else:
-        close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native"), input_ids=IDS), expected)
+        close(
+            logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native"), input_ids=IDS),
+            expected,
+        )
     with pytest.raises(UserError, match="exists"):
         convert_checkpoint(LOCAL / name, tmp_path / "native")
     convert_checkpoint(LOCAL / name, tmp_path / "half", dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {
+        tensor.dtype for tensor in load_file(tmp_path / "half" / "model.safetensors").values()
+    } == {torch.bfloat16}
 
 
 def test_write_safetensors(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16), "empty": torch.ones(0, 4)}
+    tensors = {
+        "a": torch.arange(6).reshape(2, 3),
+        "b": torch.ones(5, dtype=torch.bfloat16),
+        "empty": torch.ones(0, 4),
+    }
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     write_safetensors(tmp_path / "x.safetensors", layout, reversed(tensors.items()))
     read = load_file(tmp_path / "x.safetensors")
-    assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in read)
+    assert read.keys() == tensors.keys() and all(
+        torch.equal(read[name], tensors[name]) for name in read
+    )
     stored = {item.name: item.read() for item in stored_tensors(tmp_path / "x.safetensors")}
     assert all(torch.equal(stored[name], tensors[name]) for name in tensors)
 
 
 # --- GGUF
 GGUF_NAMES = {
-    **{"embed_tokens": "token_embd", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"},
-    **{"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
-    **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "lm_head": "output", "model.norm": "output_norm"},
-    **{"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "pre_feedforward_layernorm": "ffn_norm"},
+    **{
+        "embed_tokens": "token_embd",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+    },
+    **{
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    },
+    **{
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "lm_head": "output",
+        "model.norm": "output_norm",
+    },
+    **{
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+    },
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 
@@ -228,7 +311,11 @@ GGUF_NAMES = {
 def gguf_name(name: str, architecture: str) -> str:
     *prefix, _ = name.rsplit(".", 1)[0].split(".")
     layer = f"blk.{prefix[2]}." if "layers" in prefix else ""
-    stem = next(original for native, original in GGUF_NAMES.items() if name.rsplit(".", 1)[0].endswith(native))
+    stem = next(
+        original
+        for native, original in GGUF_NAMES.items()
+        if name.rsplit(".", 1)[0].endswith(native)
+    )
     if architecture == "gemma3" and "post_attention_layernorm" in name:
         stem = "post_attention_norm"
     return f"{layer}{stem}.{name.rsplit('.', 1)[1]}"
@@ -236,21 +323,34 @@ def gguf_name(name: str, architecture: str) -> str:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_gguf(architecture: str, tmp_path: Path) -> None:
-    """A GGUF file as llama.cpp's converter writes it (permuted q and k, norms of Gemma plus one) gives the native model."""
+    """A GGUF file as llama.cpp's converter writes it (permuted q and k, norms of Gemma plus one)
+    gives the native model.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
     model = tiny_model(architecture)
     config = model.config
     writer = GGUFWriter(tmp_path / "tiny.gguf", architecture)
     for key, value in {
-        **{"block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings},
+        **{
+            "block_count": config.num_hidden_layers,
+            "context_length": config.max_position_embeddings,
+        },
         **{"embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size},
-        **{"attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads},
-        **{"attention.key_length": 8, "attention.sliding_window": getattr(config, "sliding_window", None) or 8},
+        **{
+            "attention.head_count": config.num_attention_heads,
+            "attention.head_count_kv": config.num_key_value_heads,
+        },
+        **{
+            "attention.key_length": 8,
+            "attention.sliding_window": getattr(config, "sliding_window", None) or 8,
+        },
     }.items():
         writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_float32(f"{architecture}.rope.freq_base", 1000000.0 if architecture == "gemma3" else 10000.0)
+    writer.add_float32(
+        f"{architecture}.rope.freq_base", 1000000.0 if architecture == "gemma3" else 10000.0
+    )
     writer.add_array("tokenizer.ggml.tokens", ["<a>", "字"])
     if architecture == "gemma3":  # llama.cpp knows five sliding layers, then one full one
         config.layer_types = ["sliding_attention", "sliding_attention"]
@@ -263,11 +363,21 @@ def test_gguf(architecture: str, tmp_path: Path) -> None:
                 continue
             value = tensor.clone()
             if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
-                heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
-                value = value.reshape(heads, 2, -1, value.shape[-1]).transpose(1, 2).reshape(value.shape)
+                heads = (
+                    config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
+                )
+                value = (
+                    value.reshape(heads, 2, -1, value.shape[-1])
+                    .transpose(1, 2)
+                    .reshape(value.shape)
+                )
             if "norm" in name and architecture == "gemma3":
                 value += 1
-            kind = GGMLQuantizationType.Q8_0 if "v_proj.weight" in name or "up_proj" in name else GGMLQuantizationType.F32
+            kind = (
+                GGMLQuantizationType.Q8_0
+                if "v_proj.weight" in name or "up_proj" in name
+                else GGMLQuantizationType.F32
+            )
             data = quantize(value.numpy(), kind)
             writer.add_tensor(gguf_name(name, architecture), data, raw_dtype=kind)
             if kind == GGMLQuantizationType.Q8_0:
@@ -292,7 +402,13 @@ def test_gguf_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no GGUF magic"):
         load_model(tmp_path / "x.gguf")
     key, value = b"general.architecture", b"mamba"
-    header = struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
+    header = (
+        struct.pack("<IQQ", 3, 0, 1)
+        + struct.pack("<Q", len(key))
+        + key
+        + struct.pack("<IQ", 8, len(value))
+        + value
+    )
     (tmp_path / "y.gguf").write_bytes(b"GGUF" + header)
     with pytest.raises(UserError, match=r"mamba.*llama, qwen2, qwen3, gemma3"):
         load_model(tmp_path / "y.gguf")
@@ -336,10 +452,22 @@ def test_all_tensor_problems_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"model_type": "mixformer", "architectures": ["MixFormerForCausalLM"]}, "model.unsupported", "MixFormerForCausalLM.*chatglm"),
+        (
+            {"model_type": "mixformer", "architectures": ["MixFormerForCausalLM"]},
+            "model.unsupported",
+            "MixFormerForCausalLM.*chatglm",
+        ),
         ({"model_type": "t5"}, "model.unsupported", "qwen"),
-        ({"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "x--modeling_x.OtherLM"}}, "model.unsupported", "OtherLM.*qwen"),
-        ({"pre_seq_len": 128, "quantization_bit": 4}, "model.config_refused", "pre_seq_len = 128, quantization_bit = 4"),
+        (
+            {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "x--modeling_x.OtherLM"}},
+            "model.unsupported",
+            "OtherLM.*qwen",
+        ),
+        (
+            {"pre_seq_len": 128, "quantization_bit": 4},
+            "model.config_refused",
+            "pre_seq_len = 128, quantization_bit = 4",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "model.quantized", "gptq"),
         ({"num_attention_heads": "four"}, "model.damaged", "num_attention_heads"),
         ({"padded_vocab_size": None}, "model.damaged", "configuration"),
@@ -354,7 +482,9 @@ def test_config_refused(change: dict[str, Any], code: str, words: str, tmp_path:
 def test_config_incomplete(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         load_model(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "chatglm", "num_layers": 2}', encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "chatglm", "num_layers": 2}', encoding="utf-8"
+    )
     with pytest.raises(UserError, match="ffn_hidden_size, hidden_size, kv_channels"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
@@ -375,7 +505,10 @@ def test_bin_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(tmp_path)
     file, tensors = tmp_path / "pytorch_model.bin", load_file(LOCAL / "qwen" / "model.safetensors")
     torch.save(tensors, file)
-    close(logits(load_model(tmp_path), input_ids=IDS), logits(load_model(LOCAL / "qwen"), input_ids=IDS))
+    close(
+        logits(load_model(tmp_path), input_ids=IDS),
+        logits(load_model(LOCAL / "qwen"), input_ids=IDS),
+    )
     torch.save(tensors, file, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="zip") as caught:
         load_model(tmp_path)
@@ -412,7 +545,9 @@ def test_truncated_shards(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../evil.bin", "/etc/passwd", "..", "a/b.bin", "C:evil.bin", "a\\b.bin", ""])
+@pytest.mark.parametrize(
+    "name", ["../evil.bin", "/etc/passwd", "..", "a/b.bin", "C:evil.bin", "a\\b.bin", ""]
+)
 def test_shard_names_are_plain(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((LOCAL / "qwen" / "config.json").read_bytes())
     index = tmp_path / "model.safetensors.index.json"
@@ -425,7 +560,9 @@ def test_shard_names_are_plain(name: str, tmp_path: Path) -> None:
 def test_missing_shards_and_damaged_index(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((LOCAL / "qwen" / "config.json").read_bytes())
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}', encoding="utf-8")
+    index.write_text(
+        '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}', encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"1\.safetensors, 2\.safetensors"):
         load_model(tmp_path)
     index.write_text('{"weight_map": []}', encoding="utf-8")

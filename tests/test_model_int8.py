@@ -23,17 +23,25 @@ def linear(weight: torch.Tensor) -> nn.Linear:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_codes_and_values_equal_bitsandbytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_and_values_equal_bitsandbytes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     monkeypatch.setattr(int8, "CHUNK", 7 * 96)  # 50 rows in pieces of seven
-    weight = (torch.randn(50, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 50)[:, None]).to(dtype)
+    weight = (
+        torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-4, 2, 50)[:, None]
+    ).to(dtype)
     weight[3] = 1e-3
     codes, largest, _ = functional.int8_vectorwise_quant(weight.float())
     head = Int8Linear(linear(weight))
     assert torch.equal(head.codes, codes)
     wanted = codes * (largest / 127)[:, None]
-    assert torch.equal(head.dequantize(), wanted) and torch.equal(head.dequantize(dtype), wanted.to(dtype))
-    assert (head.dequantize() - weight.float()).abs().amax(1).le(largest / 253).all()  # half a step, and float32's rounding
+    assert torch.equal(head.dequantize(), wanted) and torch.equal(
+        head.dequantize(dtype), wanted.to(dtype)
+    )
+    # half a step, and float32's rounding
+    assert (head.dequantize() - weight.float()).abs().amax(1).le(largest / 253).all()
 
 
 def test_a_row_of_zeros_stays_zero_and_nan_is_refused() -> None:
@@ -51,9 +59,16 @@ def test_it_keeps_its_values_when_the_model_changes_its_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("damaged", "how"), [("lm_head", {"head": "int8"}), ("lm_head", {"head": "nf4"}), ("gate_proj", {"quantize": "nf4"})]
+    ("damaged", "how"),
+    [
+        ("lm_head", {"head": "int8"}),
+        ("lm_head", {"head": "nf4"}),
+        ("gate_proj", {"quantize": "nf4"}),
+    ],
 )
-def test_a_checkpoint_with_nan_is_refused_in_one_line(damaged: str, how: dict[str, str], tmp_path: Path) -> None:
+def test_a_checkpoint_with_nan_is_refused_in_one_line(
+    damaged: str, how: dict[str, str], tmp_path: Path
+) -> None:
     file = byte_checkpoint(tmp_path / "base") / "model.safetensors"
     tensors = load_file(file)
     for name in tensors:

@@ -1,4 +1,6 @@
-"""LoRA against PEFT: forward, gradients, AdamW states, files both ways; gate, merge, DoRA, rsLoRA."""
+"""LoRA against PEFT: forward, gradients, AdamW states, files both ways; gate, merge, DoRA,
+rsLoRA.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,11 @@ def pair(architecture: str, **options):  # type: ignore[no-untyped-def]
     )
     theirs = get_peft_model(theirs, config)
     torch.manual_seed(1)
-    values = {key: torch.randn_like(value) * 0.1 for key, value in adapter_tensors(ours).items() if "magnitude" not in key}
+    values = {
+        key: torch.randn_like(value) * 0.1
+        for key, value in adapter_tensors(ours).items()
+        if "magnitude" not in key
+    }
     with torch.no_grad():
         for key, value in adapter_tensors(ours).items():
             if key in values:
@@ -56,16 +62,29 @@ def pair(architecture: str, **options):  # type: ignore[no-untyped-def]
 
 
 def peft_key(key: str) -> str:
-    return key.replace(".weight", ".default.weight") if "magnitude" not in key else key + ".default.weight"
+    return (
+        key.replace(".weight", ".default.weight")
+        if "magnitude" not in key
+        else key + ".default.weight"
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize(
+    "options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"]
+)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_forward_gradients_and_five_adamw_steps_equal_peft(architecture: str, options: dict, dtype: torch.dtype) -> None:
+def test_forward_gradients_and_five_adamw_steps_equal_peft(
+    architecture: str, options: dict, dtype: torch.dtype
+) -> None:
     ours, theirs = (model.to(dtype) for model in pair(architecture, **options))
     limit = 1e-5 if dtype == torch.float32 else 1e-11
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01) for m in (ours, theirs)]
+    optimizers = [
+        torch.optim.AdamW(
+            [p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01
+        )
+        for m in (ours, theirs)
+    ]
     for step in range(5):
         losses = [m(input_ids=IDS, labels=IDS).loss for m in (ours, theirs)]
         for loss in losses:
@@ -75,7 +94,8 @@ def test_forward_gradients_and_five_adamw_steps_equal_peft(architecture: str, op
         for key, value in adapter_tensors(ours).items():
             expected = reference[peft_key(key)].grad
             error = (value.grad - expected).norm() / expected.norm()
-            # AdamW's first steps have the gradients' signs only: what a processor rounds otherwise grows from step to step.
+            # AdamW's first steps have the gradients' signs only: what a processor rounds otherwise
+            # grows from step to step.
             assert error < limit * (1 + step), f"step {step}: gradient of {key} is {error:.1e} off"
         for optimizer in optimizers:
             optimizer.step()
@@ -86,7 +106,9 @@ def test_forward_gradients_and_five_adamw_steps_equal_peft(architecture: str, op
         assert (value - expected).norm() / expected.norm() < limit, f"{key} after 5 steps"
 
 
-@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize(
+    "options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"]
+)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_files_go_both_ways(architecture: str, options: dict, tmp_path) -> None:  # type: ignore[no-untyped-def]
     ours, theirs = pair(architecture, **options)
@@ -137,7 +159,11 @@ def test_all_linear_leaves_out_the_head_and_base_is_frozen() -> None:
 
 
 def test_targets_by_name_and_glob_and_a_miss_is_one_error_with_all_of_them() -> None:
-    assert set(inject_lora(tiny_model("llama"), rank=2, alpha=4, targets=["q_proj", "model.layers.1.mlp.*"])) == {
+    assert set(
+        inject_lora(
+            tiny_model("llama"), rank=2, alpha=4, targets=["q_proj", "model.layers.1.mlp.*"]
+        )
+    ) == {
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.mlp.gate_proj",
@@ -173,12 +199,24 @@ def test_hostile_adapter_files_are_refused_with_the_reason(tmp_path: Path) -> No
 
     for tensors, reason in (
         ({**good, first: good[first].T.contiguous()}, "has shape"),
-        ({**good, "base_model.model.lm_head.weight": torch.zeros(2)}, "unexpected tensor base_model.model.lm_head.weight"),
         (
-            {**good, **{f"base_model.model.../../etc/passwd.{n}.weight": torch.zeros(2, 2) for n in ("lora_A", "lora_B")}},
+            {**good, "base_model.model.lm_head.weight": torch.zeros(2)},
+            "unexpected tensor base_model.model.lm_head.weight",
+        ),
+        (
+            {
+                **good,
+                **{
+                    f"base_model.model.../../etc/passwd.{n}.weight": torch.zeros(2, 2)
+                    for n in ("lora_A", "lora_B")
+                },
+            },
             r"no linear layer \.\./\.\./etc/passwd",
         ),
-        ({key: value for key, value in good.items() if key != first}, "tensors lora_B, expected lora_A, lora_B"),
+        (
+            {key: value for key, value in good.items() if key != first},
+            "tensors lora_B, expected lora_A, lora_B",
+        ),
         ({}, "no tensors"),
     ):
         save_file(tensors, weights)
@@ -192,10 +230,17 @@ def test_hostile_adapter_files_are_refused_with_the_reason(tmp_path: Path) -> No
         weights.write_bytes(data)
         refused("not a readable LoRA adapter")
     weights.unlink()
-    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(print))  # PEFT's old format: never opened
+    # PEFT's old format: never opened
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(print))
     refused("not a readable LoRA adapter")
     save_file(good, weights)
-    for text in ("[" * 100_000, "[]", "null", '{"peft_type": "LORA", "r": 1e999, "lora_alpha": 1}', settings.replace('"r": ', '"r": -')):
+    for text in (
+        "[" * 100_000,
+        "[]",
+        "null",
+        '{"peft_type": "LORA", "r": 1e999, "lora_alpha": 1}',
+        settings.replace('"r": ', '"r": -'),
+    ):
         config.write_text(text, encoding="utf-8")
         refused("not a readable LoRA adapter")
 
@@ -216,22 +261,32 @@ def random_layer(kind: str, dtype: torch.dtype) -> LoraLinear:
     return layer
 
 
-def outcome(layer: torch.nn.Module, inputs: list[torch.Tensor], *rest: object) -> list[torch.Tensor]:
+def outcome(
+    layer: torch.nn.Module, inputs: list[torch.Tensor], *rest: object
+) -> list[torch.Tensor]:
     leaves = [x.clone().requires_grad_() for x in inputs]
     wanted = [*leaves, *(p for p in layer.parameters() if p.requires_grad)]
     result = layer(*leaves, *rest)
     torch.manual_seed(5)
-    return [result.detach(), *torch.autograd.grad(result, wanted, torch.randn(result.shape).bfloat16().to(result.dtype))]
+    return [
+        result.detach(),
+        *torch.autograd.grad(result, wanted, torch.randn(result.shape).bfloat16().to(result.dtype)),
+    ]
 
 
 def distances(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]:
-    return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, wanted, strict=True)]
+    return [
+        ((a.double() - b.double()).norm() / b.double().norm()).item()
+        for a, b in zip(found, wanted, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["linear", "gated"])
 @pytest.mark.parametrize("kind", ["dense", "nf4", "conv1d"])
 def test_fused_equals_autograd(kind: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 to 1e-6; bf16 within 1e-2 of the float32 truth (norm-relative), on average no further than 1.1 times plain autograd."""
+    """float32 to 1e-6; bf16 within 1e-2 of the float32 truth (norm-relative), on average no further
+    than 1.1 times plain autograd.
+    """
     monkeypatch.setattr("cllm.model.lora._PIECE", 96 * 7)  # several pieces and a short one
     torch.manual_seed(0)
     exact = [torch.randn(2, 33, 96) for _ in range(1 + gated)]
@@ -240,12 +295,18 @@ def test_fused_equals_autograd(kind: str, gated: bool, monkeypatch: pytest.Monke
     for dtype in (torch.float32, torch.bfloat16):
         for fused in (True, False):
             layer = random_layer(kind, torch.bfloat16).to(dtype)
-            layer.lora_A.data, layer.lora_B.data = (random_layer(kind, dtype).float().get_parameter(n).data for n in ("lora_A", "lora_B"))
+            layer.lora_A.data, layer.lora_B.data = (
+                random_layer(kind, dtype).float().get_parameter(n).data
+                for n in ("lora_A", "lora_B")
+            )
             layer.fused = fused
             results[dtype, fused] = outcome(layer, [x.bfloat16().to(dtype) for x in exact], *rest)
             assert [t.dtype for t in results[dtype, fused][-2:]] == [torch.float32] * 2
     assert max(distances(results[torch.float32, True], results[torch.float32, False])) < 1e-6
-    ours, theirs = (distances(results[torch.bfloat16, fused], results[torch.float32, False]) for fused in (True, False))
+    ours, theirs = (
+        distances(results[torch.bfloat16, fused], results[torch.float32, False])
+        for fused in (True, False)
+    )
     assert max(ours) < 1e-2 and sum(ours) <= 1.1 * sum(theirs), (ours, theirs)
 
 
@@ -254,8 +315,12 @@ def test_a_gated_mlp_equals_its_own_forward(name: str) -> None:
     import transformers
 
     family = name.removesuffix("MLP")
-    module = __import__(f"transformers.models.{family.lower()}.modeling_{family.lower()}", fromlist=[name])
-    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")(hidden_size=32, intermediate_size=48)
+    module = __import__(
+        f"transformers.models.{family.lower()}.modeling_{family.lower()}", fromlist=[name]
+    )
+    config = getattr(
+        transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    )(hidden_size=32, intermediate_size=48)
     torch.manual_seed(0)
     mlp = getattr(module, name)(config)
     plain = mlp.forward
@@ -285,7 +350,9 @@ def kept_bytes(run) -> int:  # type: ignore[no-untyped-def]
     return sum(storages.values())
 
 
-def test_a_gated_mlp_keeps_two_wide_tensors_instead_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_mlp_keeps_two_wide_tensors_instead_of_four(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model("llama")
     inject_lora(model, rank=2, alpha=4)
     model.requires_grad_(False)

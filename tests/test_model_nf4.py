@@ -9,14 +9,28 @@ from torch import nn
 from cllm.model import nf4
 from cllm.model.nf4 import CODE, NF4Linear, dequantize, dequantize_plain, empty_nf4, quantize_nf4
 
-SHAPES = [(1, 1), (3, 5), (7, 63), (8, 64), (5, 65), (13, 80), (33, 48), (64, 127), (17, 192), (130, 256), (256, 264)]
+SHAPES = [
+    (1, 1),
+    (3, 5),
+    (7, 63),
+    (8, 64),
+    (5, 65),
+    (13, 80),
+    (33, 48),
+    (64, 127),
+    (17, 192),
+    (130, 256),
+    (256, 264),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _cases(count):
     generator = torch.Generator().manual_seed(20)
     for index in range(count):
-        weight = torch.randn(SHAPES[index % len(SHAPES)], generator=generator) * 10.0 ** (index % 7 - 4)
+        weight = torch.randn(SHAPES[index % len(SHAPES)], generator=generator) * 10.0 ** (
+            index % 7 - 4
+        )
         if index % 3 == 1:
             weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0.0
         if index % 5 == 2:
@@ -36,15 +50,20 @@ def _extremes():
     yield torch.tensor([[-0.0, 3.0], [3.0, -3.0]])
 
 
-@pytest.mark.parametrize("weight", [*_cases(33), *_extremes()], ids=lambda w: f"{tuple(w.shape)}-{w.dtype}"[1:-1])
+@pytest.mark.parametrize(
+    "weight", [*_cases(33), *_extremes()], ids=lambda w: f"{tuple(w.shape)}-{w.dtype}"[1:-1]
+)
 def test_bits_equal_bitsandbytes(weight):
     functional = pytest.importorskip("bitsandbytes.functional")
     ours = quantize_nf4(weight)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(ours.packed, packed.view(-1))
     assert torch.equal(ours.absmax, state.absmax.view(-1))
-    assert torch.equal(ours.scales.view(torch.float32), torch.cat([state.state2.absmax, state.offset.view(1)]))
-    state.shape = torch.Size((weight.numel(),))  # one row: its AVX-512 kernel is wrong for rows of 80 or 48
+    assert torch.equal(
+        ours.scales.view(torch.float32), torch.cat([state.state2.absmax, state.offset.view(1)])
+    )
+    # one row: its AVX-512 kernel is wrong for rows of 80 or 48
+    state.shape = torch.Size((weight.numel(),))
     with torch.compiler.set_stance("force_eager"):  # it compiles its path for odd lengths: 10 s
         theirs = functional.dequantize_4bit(packed, state).view(weight.shape)
     assert torch.equal(dequantize(ours, weight.dtype), theirs)
@@ -59,7 +78,9 @@ def test_every_value_takes_the_nearest_code_of_its_block():
     packed = quantize_nf4(weight).packed
     assert torch.equal(torch.stack([packed >> 4, packed & 15], 1).view(-1), nearest.to(torch.uint8))
     values = dequantize(quantize_nf4(weight)).view(-1, 64)
-    torch.testing.assert_close(values, torch.tensor(CODE)[nearest].view(-1, 64) * absmax, rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        values, torch.tensor(CODE)[nearest].view(-1, 64) * absmax, rtol=0.05, atol=0
+    )
 
 
 def test_chunks_join_without_a_seam(monkeypatch):
@@ -121,10 +142,13 @@ def test_streaming_load_state_dict_and_casts():
     assert layer.packed.is_meta and not list(layer.parameters())
     layer.load_weight(weight, bias)
     before = layer.dequantize()
-    assert torch.equal(layer.to(torch.bfloat16).dequantize(), before)  # the scales are no floating-point buffers
+    # the scales are no floating-point buffers
+    assert torch.equal(layer.to(torch.bfloat16).dequantize(), before)
     copy = NF4Linear(128, 50, bias=True)
     copy.load_state_dict(layer.state_dict())
-    assert torch.equal(copy.dequantize(), before) and torch.equal(copy.bias, bias.bfloat16().float())
+    assert torch.equal(copy.dequantize(), before) and torch.equal(
+        copy.bias, bias.bfloat16().float()
+    )
     with pytest.raises(ValueError, match="weight"):
         layer.load_weight(weight.T)
 
@@ -132,17 +156,22 @@ def test_streaming_load_state_dict_and_casts():
 def test_works_and_says_so_without_bitsandbytes(monkeypatch, capsys):
     weight = quantize_nf4(torch.randn(8, 64))
     expected = dequantize(weight)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # what Python does for a module that must not be imported
+    # what Python does for a module that must not be imported
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     nf4._bitsandbytes.cache_clear()
     try:
-        assert torch.equal(dequantize(weight), expected) and torch.equal(dequantize(weight), expected)
+        assert torch.equal(dequantize(weight), expected) and torch.equal(
+            dequantize(weight), expected
+        )
     finally:
         nf4._bitsandbytes.cache_clear()
     assert capsys.readouterr().err.count("bitsandbytes cannot be used here") == 1
 
 
 def test_a_kernel_that_differs_is_not_used(monkeypatch, capsys):
-    monkeypatch.setattr(nf4, "_dequantize_bitsandbytes", lambda weight, dtype: dequantize_plain(weight, dtype) + 1)
+    monkeypatch.setattr(
+        nf4, "_dequantize_bitsandbytes", lambda weight, dtype: dequantize_plain(weight, dtype) + 1
+    )
     nf4._bitsandbytes.cache_clear()
     try:
         assert nf4._bitsandbytes("cpu") is False
@@ -152,7 +181,9 @@ def test_a_kernel_that_differs_is_not_used(monkeypatch, capsys):
 
 
 def qlora_pair(dtype):
-    """(reference of bitsandbytes + PEFT, ours) with the same NF4 weights and random adapters, computing in `dtype`; names -> adapters."""
+    """(reference of bitsandbytes + PEFT, ours) with the same NF4 weights and random adapters,
+    computing in `dtype`; names -> adapters.
+    """
     bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -160,22 +191,41 @@ def qlora_pair(dtype):
 
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     reference, ours = LlamaForCausalLM(config), LlamaForCausalLM(config)
     ours.load_state_dict(reference.state_dict())
     reference, ours = reference.to(dtype), ours.to(dtype)
     for name, linear in [*reference.model.named_modules()]:
         if isinstance(linear, nn.Linear):
-            four_bit = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
-            four_bit.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+            four_bit = bnb.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=False,
+                compute_dtype=dtype,
+                quant_type="nf4",
+            )
+            four_bit.weight = bnb.nn.Params4bit(
+                linear.weight.data, requires_grad=False, quant_type="nf4"
+            ).to("cpu")
             reference.model.set_submodule(name, four_bit)
             ours.model.set_submodule(name, NF4Linear.from_linear(ours.model.get_submodule(name)))
     reference.is_loaded_in_4bit = True
-    reference = peft.get_peft_model(reference, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    reference = peft.get_peft_model(
+        reference, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    )
     inject_lora(ours, rank=4, alpha=8)
     tensors = adapter_tensors(ours)
-    theirs = {name.replace(".default", ""): p for name, p in reference.named_parameters() if "lora_" in name}
+    theirs = {
+        name.replace(".default", ""): p
+        for name, p in reference.named_parameters()
+        if "lora_" in name
+    }
     assert theirs.keys() == tensors.keys() and len(theirs) == 28
     with torch.no_grad():
         for name, parameter in theirs.items():
@@ -191,7 +241,9 @@ def qlora_step(model, adapters):
 
 
 def test_qlora_equals_bitsandbytes_and_peft():
-    """Loss and adapter gradients of one batch in float32, relative to the largest gradient of each tensor."""
+    """Loss and adapter gradients of one batch in float32, relative to the largest gradient of each
+    tensor.
+    """
     (loss, wanted), (ours, found) = (qlora_step(*side) for side in qlora_pair(torch.float32))
     assert ours == pytest.approx(loss, rel=1e-5)
     for name, gradient in wanted.items():
@@ -199,10 +251,11 @@ def test_qlora_equals_bitsandbytes_and_peft():
 
 
 def test_qlora_in_bf16_is_as_near_to_float32_as_bitsandbytes_and_peft():
-    """Norm-relative distance of all adapter gradients: ours to theirs below 1e-2, ours to the float32 truth at most 1.1 times theirs.
+    """Norm-relative distance of all adapter gradients: ours to theirs below 1e-2, ours to the
+    float32 truth at most 1.1 times theirs.
 
-    The reference runs under bf16 autocast, as Trainer runs it. The truth computes in float32 with the very weights that bf16 holds
-    (norms, embedding) and dequantizes.
+    The reference runs under bf16 autocast, as Trainer runs it. The truth computes in float32 with
+    the very weights that bf16 holds (norms, embedding) and dequantizes.
     """
     pair = qlora_pair(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -211,7 +264,9 @@ def test_qlora_in_bf16_is_as_near_to_float32_as_bitsandbytes_and_peft():
     model, adapters = pair[1]
     for module in model.modules():
         if isinstance(module, NF4Linear):
-            module.dequantize = lambda dtype, _module=module: NF4Linear.dequantize(_module, torch.bfloat16).to(dtype)
+            module.dequantize = lambda dtype, _module=module: NF4Linear.dequantize(
+                _module, torch.bfloat16
+            ).to(dtype)
     for parameter in adapters.values():
         parameter.grad = None
     _, truth = qlora_step(model.float(), adapters)
@@ -221,5 +276,8 @@ def test_qlora_in_bf16_is_as_near_to_float32_as_bitsandbytes_and_peft():
         a, b = (torch.cat([side[name].flatten() for name in names]) for side in (left, right))
         return ((a - b).norm() / b.norm()).item()
 
-    assert distance(ours, truth) <= 1.1 * distance(theirs, truth), (distance(ours, truth), distance(theirs, truth))
+    assert distance(ours, truth) <= 1.1 * distance(theirs, truth), (
+        distance(ours, truth),
+        distance(theirs, truth),
+    )
     assert distance(ours, theirs) < 1e-2, distance(ours, theirs)

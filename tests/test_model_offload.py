@@ -1,4 +1,6 @@
-"""What is offloaded, streamed or tiled changes no number: losses and gradients equal the plain model's; and how much is where."""
+"""What is offloaded, streamed or tiled changes no number: losses and gradients equal the plain
+model's; and how much is where.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,20 @@ from cllm.memory import streamed_layers
 from cllm.model import offload
 from cllm.model.lora import adapter_tensors, inject_lora
 from cllm.model.nf4 import NF4Linear
-from cllm.model.offload import checkpoint_layers, decoder_layers, embedding_on_cpu, stream_layers, tile_mlp
+from cllm.model.offload import (
+    checkpoint_layers,
+    decoder_layers,
+    embedding_on_cpu,
+    stream_layers,
+    tile_mlp,
+)
 
 CPU = torch.device("cpu")
 
 
-def model_of(architecture: str = "llama", *, layers: int = 6, quantize: bool = False, dropout: float = 0.0) -> Any:
+def model_of(
+    architecture: str = "llama", *, layers: int = 6, quantize: bool = False, dropout: float = 0.0
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     from cllm.model.attention import register
@@ -77,7 +87,14 @@ def test_everything_at_once_is_bit_equal_to_resident(architecture: str, quantize
 
 
 def test_streamed_layers_are_spread_and_recomputed_even_if_the_others_are_not() -> None:
-    assert [streamed_layers(6, n) for n in (0, 1, 2, 3, 6, 9)] == [[], [3], [1, 4], [1, 3, 5], [*range(6)], [*range(6)]]
+    assert [streamed_layers(6, n) for n in (0, 1, 2, 3, 6, 9)] == [
+        [],
+        [3],
+        [1, 4],
+        [1, 3, 5],
+        [*range(6)],
+        [*range(6)],
+    ]
     model = model_of(quantize=True)
     wanted = run(model)
     stream_layers(model, 3, CPU)
@@ -85,16 +102,39 @@ def test_streamed_layers_are_spread_and_recomputed_even_if_the_others_are_not() 
     assert_same(run(model), wanted)
 
 
-def test_two_slots_are_filled_one_layer_ahead_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_slots_are_filled_one_layer_ahead_in_both_directions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, log = model_of(quantize=True), []
     slot_bytes = stream_layers(model, 5, CPU)
-    weights = next(layer.forward.weights[0] for layer in decoder_layers(model) if layer.forward.weights)
-    layer_bytes = sum(t.nbytes for m in decoder_layers(model)[0].modules() if isinstance(m, NF4Linear) for t in m.buffers())
-    assert 2 * layer_bytes <= slot_bytes == sum(s.nbytes for s in weights.slots) < 2 * layer_bytes + 2 * 21 * 256
+    weights = next(
+        layer.forward.weights[0] for layer in decoder_layers(model) if layer.forward.weights
+    )
+    layer_bytes = sum(
+        t.nbytes
+        for m in decoder_layers(model)[0].modules()
+        if isinstance(m, NF4Linear)
+        for t in m.buffers()
+    )
+    assert (
+        2 * layer_bytes
+        <= slot_bytes
+        == sum(s.nbytes for s in weights.slots)
+        < 2 * layer_bytes + 2 * 21 * 256
+    )
     acquire = weights.acquire
 
     def logged_copy(lane: Any, target: torch.Tensor, source: torch.Tensor) -> None:
-        log.append(("copy", next(i for i, host in enumerate(weights.hosts) if host.data_ptr() == source.data_ptr())))
+        log.append(
+            (
+                "copy",
+                next(
+                    i
+                    for i, host in enumerate(weights.hosts)
+                    if host.data_ptr() == source.data_ptr()
+                ),
+            )
+        )
         target.copy_(source)
 
     def in_slots() -> list[int]:
@@ -102,7 +142,11 @@ def test_two_slots_are_filled_one_layer_ahead_in_both_directions(monkeypatch: py
         return [
             index
             for index, pieces in enumerate(weights.pieces)
-            if any(low <= getattr(p.module, p.name).data_ptr() < high for p in pieces for low, high in ranges)
+            if any(
+                low <= getattr(p.module, p.name).data_ptr() < high
+                for p in pieces
+                for low, high in ranges
+            )
         ]
 
     def logged_acquire(index: int, step: int) -> None:
@@ -114,12 +158,30 @@ def test_two_slots_are_filled_one_layer_ahead_in_both_directions(monkeypatch: py
     weights.acquire = logged_acquire
     run(model)
     assert log == [
-        ("copy", 0), ("copy", 1), ("use", 0), ("copy", 2), ("use", 1), ("copy", 3), ("use", 2), ("copy", 4), ("use", 3), ("use", 4),
-        ("use", 4), ("copy", 2), ("use", 3), ("copy", 1), ("use", 2), ("copy", 0), ("use", 1), ("use", 0),
-    ]  # fmt: skip
+        ("copy", 0),
+        ("copy", 1),
+        ("use", 0),
+        ("copy", 2),
+        ("use", 1),
+        ("copy", 3),
+        ("use", 2),
+        ("copy", 4),
+        ("use", 3),
+        ("use", 4),
+        ("use", 4),
+        ("copy", 2),
+        ("use", 3),
+        ("copy", 1),
+        ("use", 2),
+        ("copy", 0),
+        ("use", 1),
+        ("use", 0),
+    ]
 
 
-def test_inputs_wait_in_host_memory_and_at_most_two_are_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_wait_in_host_memory_and_at_most_two_are_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, events = model_of(), []
     checkpoint_layers(model, offload=True)
     put, fetch, take = offload._Input.__init__, offload._Input.fetch, offload._Input.take
@@ -144,7 +206,11 @@ def test_inputs_wait_in_host_memory_and_at_most_two_are_back(monkeypatch: pytest
     monkeypatch.setattr(offload._Input, "fetch", logged_fetch)
     monkeypatch.setattr(offload._Input, "take", logged_take)
     run(model)
-    order = [("fetch", 5), *[(kind, i) for n in range(4, -1, -1) for kind, i in (("fetch", n), ("take", n + 1))], ("take", 0)]
+    order = [
+        ("fetch", 5),
+        *[(kind, i) for n in range(4, -1, -1) for kind, i in (("fetch", n), ("take", n + 1))],
+        ("take", 0),
+    ]
     assert len(alive) == 6 and events == order
 
 
@@ -180,11 +246,16 @@ def test_embedding_on_cpu_leaves_a_tied_head_where_it_is() -> None:
     model = model_of("gemma3", layers=2)
     wanted, head = run(model), model.get_output_embeddings().weight
     embedding_on_cpu(model, CPU)
-    assert model.get_output_embeddings().weight is head and model.get_input_embeddings().weight is not head
+    assert (
+        model.get_output_embeddings().weight is head
+        and model.get_input_embeddings().weight is not head
+    )
     assert_same(run(model), wanted)
 
 
-def test_a_run_with_everything_in_host_memory_equals_the_plain_run(config: Path, tmp_path: Path) -> None:
+def test_a_run_with_everything_in_host_memory_equals_the_plain_run(
+    config: Path, tmp_path: Path
+) -> None:
     from cllm.__main__ import run as program
     from cllm.learn.log import read_metrics
 
@@ -207,5 +278,10 @@ def test_a_run_with_everything_in_host_memory_equals_the_plain_run(config: Path,
             )
             == 0
         )
-        losses.append([(row.get("loss"), row.get("eval_loss")) for row in read_metrics(tmp_path / name / "metrics.jsonl")])
+        losses.append(
+            [
+                (row.get("loss"), row.get("eval_loss"))
+                for row in read_metrics(tmp_path / name / "metrics.jsonl")
+            ]
+        )
     assert losses[0] == losses[1] and len(losses[0]) > 6

@@ -1,4 +1,6 @@
-"""`resolve`: the order of places, and hubs that break off, lie or are away, played by a server on 127.0.0.1."""
+"""`resolve`: the order of places, and hubs that break off, lie or are away, played by a server on
+127.0.0.1.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ FILES = {
 
 
 class Hub:
-    """A Hugging Face endpoint and a ModelScope on one port. `cut_bytes`: each answer with weights ends after so many bytes."""
+    """A Hugging Face endpoint and a ModelScope on one port. `cut_bytes`: each answer with weights
+    ends after so many bytes.
+    """
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str | None, str | None]] = []
@@ -53,7 +57,9 @@ class Hub:
         return "0" * 64 if self.wrong_sha256 else hashlib.sha256(content).hexdigest()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.requests.append((request.path, request.headers.get("Range"), request.headers.get("Authorization")))
+        self.requests.append(
+            (request.path, request.headers.get("Range"), request.headers.get("Authorization"))
+        )
         url = urlsplit(request.path)
         kind = "modelscope" if url.path.startswith("/scope") else "hf"
         if kind in self.down:
@@ -61,12 +67,19 @@ class Hub:
         elif url.path == "/api/models/org/name/tree/main":
             listing: Any = [{"type": "directory", "path": "onnx", "size": 0}]
             for name, content in FILES.items():
-                lfs = {"lfs": {"oid": self.sha256(content), "size": len(content)}} if content is WEIGHTS else {}
-                listing.append({"type": "file", "path": name, "size": len(content), "oid": "git", **lfs})
+                lfs = (
+                    {"lfs": {"oid": self.sha256(content), "size": len(content)}}
+                    if content is WEIGHTS
+                    else {}
+                )
+                listing.append(
+                    {"type": "file", "path": name, "size": len(content), "oid": "git", **lfs}
+                )
             self.send(request, json.dumps(listing).encode())
         elif url.path == "/scope/api/v1/models/org/name/repo/files":
             files = [
-                {"Path": name, "Size": len(content), "Sha256": self.sha256(content), "Type": "blob"} for name, content in FILES.items()
+                {"Path": name, "Size": len(content), "Sha256": self.sha256(content), "Type": "blob"}
+                for name, content in FILES.items()
             ]
             self.send(request, json.dumps({"Data": {"Files": files}}).encode())
         elif url.path == "/scope/api/v1/models/org/name/repo":
@@ -106,7 +119,10 @@ def test_local_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Path(name).mkdir(parents=True)
         assert resolve(name) == Path(name)
     Path("x.gguf").touch()
-    assert resolve("x.gguf") == Path("x.gguf") and resolve(str(tmp_path / "x.gguf")) == tmp_path / "x.gguf"
+    assert (
+        resolve("x.gguf") == Path("x.gguf")
+        and resolve(str(tmp_path / "x.gguf")) == tmp_path / "x.gguf"
+    )
     assert not hub.requests
 
 
@@ -128,11 +144,17 @@ def test_caches_of_other_tools(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["org/name", "hf:org/name", "modelscope:org/name"])
 def test_download(name: str, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = resolve(name)
-    assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.model", ".complete"}
+    assert {file.name for file in path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        ".complete",
+    }
     assert (path / "model.safetensors").read_bytes() == WEIGHTS
     asked = [url for url, *_ in hub.requests]
     assert all(url.startswith("/scope") == name.startswith("modelscope") for url in asked)
-    assert resolve(name) == path and len(hub.requests) == len(asked)  # the second time nothing is asked
+    # the second time nothing is asked
+    assert resolve(name) == path and len(hub.requests) == len(asked)
     assert "127.0.0.1" in capsys.readouterr().err
 
 
@@ -151,7 +173,9 @@ def test_resume_in_a_later_session(hub: Hub) -> None:
     hub.cut_bytes = len(WEIGHTS)
     hub.requests.clear()
     assert (resolve("hf:org/name") / "model.safetensors").read_bytes() == WEIGHTS
-    assert [bytes_ for url, bytes_, _ in hub.requests if url.endswith("model.safetensors")] == ["bytes=400000-"]
+    assert [bytes_ for url, bytes_, _ in hub.requests if url.endswith("model.safetensors")] == [
+        "bytes=400000-"
+    ]
 
 
 def test_wrong_hash_is_not_kept(hub: Hub, tmp_path: Path) -> None:
@@ -162,9 +186,16 @@ def test_wrong_hash_is_not_kept(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_stale_part_is_fetched_anew(hub: Hub, tmp_path: Path) -> None:
-    """The rest of another revision's file: the SHA-256 tells, and the file is fetched once from its beginning."""
+    """The rest of another revision's file: the SHA-256 tells, and the file is fetched once from its
+    beginning.
+    """
     (tmp_path / "model.safetensors.incomplete").write_bytes(b"x" * 1000)
-    file = RemoteFile("model.safetensors", len(WEIGHTS), hub.sha256(WEIGHTS), f"{hub.url}/org/name/resolve/main/model.safetensors")
+    file = RemoteFile(
+        "model.safetensors",
+        len(WEIGHTS),
+        hub.sha256(WEIGHTS),
+        f"{hub.url}/org/name/resolve/main/model.safetensors",
+    )
     fetch_file(file, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
     assert [bytes_ for _, bytes_, _ in hub.requests] == ["bytes=1000-", None]
@@ -178,12 +209,20 @@ def test_modelscope_when_the_endpoint_is_down(hub: Hub, capsys: pytest.CaptureFi
 
 def test_everything_fails(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.down.update(("hf", "modelscope"))
-    monkeypatch.setattr(source, "MODELSCOPE", "http://127.0.0.1:9/scope")  # nobody listens on the discard port
+    # nobody listens on the discard port
+    monkeypatch.setattr(source, "MODELSCOPE", "http://127.0.0.1:9/scope")
     with pytest.raises(UserError) as caught:
         resolve("org/name")
     text = str(caught.value)
     assert caught.value.code == "source.unreachable"
-    for words in (urlsplit(hub.url).netloc, "127.0.0.1:9", "503", "path of a local copy", "modelscope:org/name", "HF_ENDPOINT"):
+    for words in (
+        urlsplit(hub.url).netloc,
+        "127.0.0.1:9",
+        "503",
+        "path of a local copy",
+        "modelscope:org/name",
+        "HF_ENDPOINT",
+    ):
         assert words in text
     with pytest.raises(UserError) as caught:
         resolve("hf:org/absent")
@@ -197,7 +236,9 @@ def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hub.requests
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "models/absent.gguf", "./a/b", "a/b/c", "../x", "hf:x", ""])
+@pytest.mark.parametrize(
+    "name", ["no-such-model", "models/absent.gguf", "./a/b", "a/b/c", "../x", "hf:x", ""]
+)
 def test_no_such_name(name: str, hub: Hub) -> None:
     with pytest.raises(UserError) as caught:
         resolve(name)
@@ -219,14 +260,16 @@ def test_wanted() -> None:
     def names(*offered: str) -> list[str]:
         return [file.name for file in wanted([RemoteFile(name, 1, "", "") for name in offered])]
 
-    assert names("a.py", "config.json", "pytorch_model-1.bin", "training_args.bin", "vocab.txt", "x/config.json") == [
+    assert names(
+        "a.py",
         "config.json",
-        "vocab.txt",
         "pytorch_model-1.bin",
-    ]
-    assert names("model-00001-of-00002.safetensors", "pytorch_model.bin", "qwen.tiktoken", "..\\x.json") == [
-        "qwen.tiktoken",
-        "model-00001-of-00002.safetensors",
-    ]
+        "training_args.bin",
+        "vocab.txt",
+        "x/config.json",
+    ) == ["config.json", "vocab.txt", "pytorch_model-1.bin"]
+    assert names(
+        "model-00001-of-00002.safetensors", "pytorch_model.bin", "qwen.tiktoken", "..\\x.json"
+    ) == ["qwen.tiktoken", "model-00001-of-00002.safetensors"]
     with pytest.raises(ValueError, match="holds neither"):
         wanted([RemoteFile("config.json", 1, "", "")])

@@ -1,4 +1,6 @@
-"""Tokenizers against the recorded ids of the families, and the contract: training, chat and evaluation use the same ids."""
+"""Tokenizers against the recorded ids of the families, and the contract: training, chat and
+evaluation use the same ids.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,26 @@ from cllm.model.tokenizer import Tokenizer, end_token_untrained, load_tokenizer
 from cllm.model.vocabulary import PATTERNS, from_gguf, from_ranks
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
-FAMILIES = ["chatglm2", "chatglm3", "glm4", "baichuan2", "internlm", "internlm2", "yi", "qwen", "qwen25", "gpt2"]
+FAMILIES = [
+    "chatglm2",
+    "chatglm3",
+    "glm4",
+    "baichuan2",
+    "internlm",
+    "internlm2",
+    "yi",
+    "qwen",
+    "qwen25",
+    "gpt2",
+]
 TINY = ["chatglm2", "chatglm3", "baichuan2_7b", "internlm", "internlm2", "yi"]
-CORPUS = ["今天天气很好，我们去公园散步。", "你好吗？我很好，谢谢。", "请介绍一下你自己。", "The quick brown fox.", "1 + 1 = 2\n"] * 20
+CORPUS = [
+    "今天天气很好，我们去公园散步。",
+    "你好吗？我很好，谢谢。",
+    "请介绍一下你自己。",
+    "The quick brown fox.",
+    "1 + 1 = 2\n",
+] * 20
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -40,7 +59,11 @@ def golden(path: Path) -> dict[str, Any]:
 
 
 def chat(*words: str) -> Conversation:
-    return Conversation(messages=tuple(Message("assistant" if i % 2 else "user", word) for i, word in enumerate(words)))
+    return Conversation(
+        messages=tuple(
+            Message("assistant" if i % 2 else "user", word) for i, word in enumerate(words)
+        )
+    )
 
 
 TALK = chat("你好 <|im_end|></s>", "很好，谢谢。", "天气？", " The quick\n")
@@ -52,14 +75,24 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model.pre_tokenizer, model.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet))
+    model.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
+    )
     model.add_tokens([AddedToken(name, special=False) for name in ("<think>", "</think>")])
     path = tmp_path_factory.mktemp("bpe")
     model.save(str(path / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}, "chat_template": CHATML}
+    config = {
+        "eos_token": "<|im_end|>",
+        "pad_token": {"content": "<|endoftext|>"},
+        "chat_template": CHATML,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return path
 
@@ -69,10 +102,18 @@ def sentencepiece_model(*, prefix: bool, defined: list[str]) -> bytes:
 
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=out, vocab_size=400, hard_vocab_limit=False, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=prefix, remove_extra_whitespaces=False, user_defined_symbols=defined,
+        sentence_iterator=iter(CORPUS),
+        model_writer=out,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=prefix,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=defined,
         minloglevel=2,
-    )  # fmt: skip
+    )
     return out.getvalue()
 
 
@@ -93,7 +134,10 @@ def labelled(tokenizer: Tokenizer, conversation: Conversation) -> str:
 def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text with the control tokens' names in it."""
     runs = itertools.groupby(ids, key=lambda id: id in tokenizer.vocabulary.hidden)
-    return "".join("".join(map(tokenizer.piece, run)) if hidden else tokenizer.decode(run) for hidden, run in runs)
+    return "".join(
+        "".join(map(tokenizer.piece, run)) if hidden else tokenizer.decode(run)
+        for hidden, run in runs
+    )
 
 
 # --- The families' recorded ids
@@ -105,7 +149,9 @@ def loaded() -> dict[str, Tokenizer]:
 def family(loaded: dict[str, Tokenizer], name: str) -> Tokenizer:
     if name not in loaded:
         directory = SHARED / "tokenizer_files" / ("chatglm3" if name == "chatglm2" else name)
-        loaded[name] = load_tokenizer(directory, template=name if name in ("chatglm2", "internlm") else "auto")
+        loaded[name] = load_tokenizer(
+            directory, template=name if name in ("chatglm2", "internlm") else "auto"
+        )
     return loaded[name]
 
 
@@ -114,7 +160,8 @@ def check_golden(tokenizer: Tokenizer, recorded: dict[str, Any]) -> None:
         text = entry["text"]
         ids = tokenizer.encode(text)
         plain = entry.get("ids_as_plain_text", entry["ids"])
-        if ids != plain:  # the original code reads names of control tokens in any text; here only markup is read so
+        # the original code reads names of control tokens in any text; here only markup is read so
+        if ids != plain:
             assert tokenizer.encode(text, markup=True) == plain, text
             assert not set(ids) & tokenizer.vocabulary.hidden, text
         else:
@@ -129,7 +176,9 @@ def check_golden(tokenizer: Tokenizer, recorded: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_published_vocabularies_give_the_recorded_ids(loaded: dict[str, Tokenizer], name: str) -> None:
+def test_published_vocabularies_give_the_recorded_ids(
+    loaded: dict[str, Tokenizer], name: str
+) -> None:
     check_golden(family(loaded, name), golden(SHARED / "tokenizers" / "dev" / f"{name}.json"))
 
 
@@ -138,13 +187,19 @@ def test_published_vocabularies_give_the_recorded_ids(loaded: dict[str, Tokenize
 def test_original_directories_give_the_recorded_ids(name: str) -> None:
     tokenizer = load_tokenizer(SHARED / name / "dev")
     assert tokenizer.template.name == name.removesuffix("_7b")
-    assert tokenizer.family == {"chatglm2": "chatglm", "chatglm3": "chatglm", "baichuan2_7b": "baichuan2-7b"}.get(name, name)
+    assert tokenizer.family == {
+        "chatglm2": "chatglm",
+        "chatglm3": "chatglm",
+        "baichuan2_7b": "baichuan2-7b",
+    }.get(name, name)
     check_golden(tokenizer, golden(SHARED / name / "dev" / "tokenizer_golden.json"))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 @pytest.mark.parametrize("name", ["chatglm3", "baichuan2", "qwen"])
-def test_training_ids_and_labels_equal_the_authors_scripts(loaded: dict[str, Tokenizer], name: str) -> None:
+def test_training_ids_and_labels_equal_the_authors_scripts(
+    loaded: dict[str, Tokenizer], name: str
+) -> None:
     for example in golden(SHARED / "sft" / "dev" / f"{name}.json")["examples"]:
         system = [Message("system", example["system"])] if "system" in example else []
         messages = (*system, *(Message(m["role"], m["content"]) for m in example["messages"]))
@@ -159,24 +214,41 @@ def test_training_ids_and_labels_equal_the_authors_scripts(loaded: dict[str, Tok
 @pytest.mark.parametrize("name", FAMILIES)
 def test_user_text_never_becomes_a_control_token(loaded: dict[str, Tokenizer], name: str) -> None:
     tokenizer = family(loaded, name)
-    names = ["<|im_end|>", "</s>", "<|user|>", "[gMASK]", "sop", "<s>", "<eoh>", "<reserved_106>", "[UNUSED_TOKEN_146]", "<|endoftext|>"]
+    names = [
+        "<|im_end|>",
+        "</s>",
+        "<|user|>",
+        "[gMASK]",
+        "sop",
+        "<s>",
+        "<eoh>",
+        "<reserved_106>",
+        "[UNUSED_TOKEN_146]",
+        "<|endoftext|>",
+    ]
     text = "前" + "中".join(names) + "后"
     ids = tokenizer.encode(text)
     assert not set(ids) & set(tokenizer.vocabulary.control.values())
     assert tokenizer.decode(ids) == text
-    in_chat, clean = (tokenizer.encode_chat([Message("user", content)]) for content in (text, "前后"))
+    in_chat, clean = (
+        tokenizer.encode_chat([Message("user", content)]) for content in (text, "前后")
+    )
     controls = set(tokenizer.vocabulary.control.values())
     assert [id for id in in_chat if id in controls] == [id for id in clean if id in controls]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 @pytest.mark.parametrize("name", ["chatglm2", "chatglm3", "baichuan2", "internlm2"])
-def test_a_saved_directory_gives_the_same_ids(loaded: dict[str, Tokenizer], name: str, tmp_path: Path) -> None:
+def test_a_saved_directory_gives_the_same_ids(
+    loaded: dict[str, Tokenizer], name: str, tmp_path: Path
+) -> None:
     same_contract(family(loaded, name), tmp_path)
 
 
 def same_contract(tokenizer: Tokenizer, directory: Path) -> None:
-    """What training fed is what chat sends and what the saved adapter directory's tokenizer gives."""
+    """What training fed is what chat sends and what the saved adapter directory's tokenizer
+    gives.
+    """
     tokenizer.save(directory)
     again = load_tokenizer(directory)
     assert (again.template, again.family) == (tokenizer.template, tokenizer.family)
@@ -199,14 +271,23 @@ def test_training_and_chat_agree_for_every_template(bpe: Path, name: str, tmp_pa
 
 def test_the_chat_template_chooses_among_ours(bpe: Path, tmp_path: Path) -> None:
     assert load_tokenizer(bpe).template.name == "chatml"
-    assert load_tokenizer(variant(bpe, tmp_path / "none", chat_template=None)).template.name == "chatml"
-    assert load_tokenizer(variant(bpe, tmp_path / "other", chat_template=SPOKEN)).template.name == "native"
+    assert (
+        load_tokenizer(variant(bpe, tmp_path / "none", chat_template=None)).template.name
+        == "chatml"
+    )
+    assert (
+        load_tokenizer(variant(bpe, tmp_path / "other", chat_template=SPOKEN)).template.name
+        == "native"
+    )
 
 
 def test_thinking_markup_is_tokens_but_typed_it_is_text(bpe: Path) -> None:
     tokenizer = load_tokenizer(bpe, template="qwen3", thinking="keep")
     think = tokenizer.vocabulary.control["<think>"]
-    ids = tokenizer.encode_chat([Message("user", "<think>"), Message("assistant", "<think>\n想\n</think>\n\n好")], open_turn=False)
+    ids = tokenizer.encode_chat(
+        [Message("user", "<think>"), Message("assistant", "<think>\n想\n</think>\n\n好")],
+        open_turn=False,
+    )
     assert ids.count(think) == 1
     assert tokenizer.decode(ids) == "user\n<think>\nassistant\n<think>\n想\n</think>\n\n好\n"
 
@@ -248,7 +329,9 @@ def test_a_foreign_chat_template_is_trained_on_its_answers(bpe: Path, tmp_path: 
     assert ids.count(tokenizer.eos_id) == 2  # the user's own <|im_end|> is none
     assert labelled(tokenizer, TALK) == "很好，谢谢。<|im_end|>The quick<|im_end|>"
     same_contract(tokenizer, tmp_path / "adapter")
-    assert labelled(tokenizer.with_stop(), TALK) == "很好，谢谢。<|endoftext|>The quick<|endoftext|>"
+    assert (
+        labelled(tokenizer.with_stop(), TALK) == "很好，谢谢。<|endoftext|>The quick<|endoftext|>"
+    )
 
 
 def test_a_chat_template_that_changes_earlier_text_is_refused(bpe: Path, tmp_path: Path) -> None:
@@ -260,7 +343,10 @@ def test_a_chat_template_that_changes_earlier_text_is_refused(bpe: Path, tmp_pat
 
 
 def test_a_chat_template_s_own_refusal_is_passed_on(bpe: Path, tmp_path: Path) -> None:
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + SPOKEN
+    strict = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+        + SPOKEN
+    )
     tokenizer = load_tokenizer(variant(bpe, tmp_path / "strict", chat_template=strict))
     with pytest.raises(UserError, match="no system role here"):
         tokenizer.encode_chat([Message("system", "规矩"), Message("user", "问")])
@@ -270,20 +356,32 @@ def test_a_chat_template_s_own_refusal_is_passed_on(bpe: Path, tmp_path: Path) -
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
-    (path / "tokenizer.model").write_bytes(sentencepiece_model(prefix=True, defined=["<reserved_106>", "<table>"]))
-    (path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}', encoding="utf-8")
+    (path / "tokenizer.model").write_bytes(
+        sentencepiece_model(prefix=True, defined=["<reserved_106>", "<table>"])
+    )
+    (path / "tokenizer_config.json").write_text(
+        '{"eos_token": "</s>", "bos_token": "<s>"}', encoding="utf-8"
+    )
     return path
 
 
 def test_sentencepiece_user_defined_names_are_text_and_html_stays_a_piece(llama: Path) -> None:
     tokenizer = load_tokenizer(llama, template="plain")
     assert tokenizer.encode("<table>").count(tokenizer.vocabulary.id("<table>")) == 1
-    assert tokenizer.vocabulary.control["<reserved_106>"] not in tokenizer.encode("去<reserved_106>")
-    assert tokenizer.encode("<reserved_106>", markup=True) == [tokenizer.vocabulary.control["<reserved_106>"]]
+    assert tokenizer.vocabulary.control["<reserved_106>"] not in tokenizer.encode(
+        "去<reserved_106>"
+    )
+    assert tokenizer.encode("<reserved_106>", markup=True) == [
+        tokenizer.vocabulary.control["<reserved_106>"]
+    ]
 
 
-def test_a_vocabulary_that_puts_a_space_before_strings_gets_no_second_one(llama: Path, tmp_path: Path) -> None:
-    """Llama 2 reads `[/INST] answer` as one string; the answer is encoded apart and must not gain a space."""
+def test_a_vocabulary_that_puts_a_space_before_strings_gets_no_second_one(
+    llama: Path, tmp_path: Path
+) -> None:
+    """Llama 2 reads `[/INST] answer` as one string; the answer is encoded apart and must not gain a
+    space.
+    """
     tokenizer = load_tokenizer(llama, template="llama2")
     ids, _ = tokenizer.encode_segments(tokenizer.segments(chat("你好吗", "我很好")))
     bos, eos = tokenizer.vocabulary.control["<s>"], tokenizer.vocabulary.control["</s>"]
@@ -307,13 +405,29 @@ def test_gguf_sentencepiece_equals_the_model_it_was_made_from(llama: Path) -> No
     import sentencepiece
 
     tokenizer = load_tokenizer(llama, template="plain")
-    source = sentencepiece.SentencePieceProcessor(model_proto=(llama / "tokenizer.model").read_bytes())
+    source = sentencepiece.SentencePieceProcessor(
+        model_proto=(llama / "tokenizer.model").read_bytes()
+    )
     ids = range(source.get_piece_size())
-    names = {**dict.fromkeys(ids, 1), **{i: 6 for i in ids if source.is_byte(i)}, **{i: 3 for i in ids if source.is_control(i)}}
-    names |= {source.unk_id(): 2, source.piece_to_id("<table>"): 4, source.piece_to_id("<reserved_106>"): 4}
+    names = {
+        **dict.fromkeys(ids, 1),
+        **{i: 6 for i in ids if source.is_byte(i)},
+        **{i: 3 for i in ids if source.is_control(i)},
+    }
+    names |= {
+        source.unk_id(): 2,
+        source.piece_to_id("<table>"): 4,
+        source.piece_to_id("<reserved_106>"): 4,
+    }
     tokens, scores = [source.id_to_piece(i) for i in ids], [source.get_score(i) for i in ids]
     made = from_gguf(
-        gguf_metadata("llama", tokens=tokens, scores=scores, token_type=[names[i] for i in ids], unknown_token_id=source.unk_id())
+        gguf_metadata(
+            "llama",
+            tokens=tokens,
+            scores=scores,
+            token_type=[names[i] for i in ids],
+            unknown_token_id=source.unk_id(),
+        )
     )
     texts = [*CORPUS[:5], " 空格  多", "生僻字龘", "<table>", "<reserved_106>", ""]
     assert made.encode(texts) == tokenizer.vocabulary.encode(texts)
@@ -327,7 +441,9 @@ def test_gguf_byte_level_bpe_equals_tokenizer_json(bpe: Path) -> None:
     kinds = [3 if i in tokenizer.vocabulary.hidden else 1 for i in range(size)]
     merges = [" ".join(pair) for pair in stored["model"]["merges"]]
     names = [tokenizer.vocabulary.name(i) for i in range(size)]
-    made = from_gguf(gguf_metadata("gpt2", pre="gpt-2", tokens=names, token_type=kinds, merges=merges))
+    made = from_gguf(
+        gguf_metadata("gpt2", pre="gpt-2", tokens=names, token_type=kinds, merges=merges)
+    )
     texts = [*CORPUS[:5], "don't  stop\n\n1234", "😀龘", "<|im_end|>"]
     assert made.encode(texts) == tokenizer.vocabulary.encode(texts)
     with pytest.raises(UserError, match=r"tokenizer\.gguf.*strange"):
@@ -337,7 +453,8 @@ def test_gguf_byte_level_bpe_equals_tokenizer_json(bpe: Path) -> None:
 def test_rank_files_take_whole_words_and_the_lowest_rank_first() -> None:
     import base64
 
-    ranks = [bytes([i]) for i in range(256)] + [b"ab", b"bc", b"abc", b"cab", b"xyz"]  # xyz cannot be merged from its parts
+    # xyz cannot be merged from its parts
+    ranks = [bytes([i]) for i in range(256)] + [b"ab", b"bc", b"abc", b"cab", b"xyz"]
     lines = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks))
     made = from_ranks(lines, PATTERNS["llama3"][0], {"<|end|>": (len(ranks), True)}, nfc=False)
     ids = [found.tolist() for found in made.encode(["abc", "cab", "xyz", "xyzx", "<|end|>"])]
@@ -348,7 +465,9 @@ def test_rank_files_take_whole_words_and_the_lowest_rank_first() -> None:
 # --- Streaming
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_streams_join_to_the_whole_text_whatever_the_ids(bpe: Path, llama: Path, data: st.DataObject) -> None:
+def test_streams_join_to_the_whole_text_whatever_the_ids(
+    bpe: Path, llama: Path, data: st.DataObject
+) -> None:
     tokenizer = load_cached(data.draw(st.sampled_from([bpe, llama])))
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     stream = tokenizer.stream()
@@ -392,5 +511,6 @@ def test_an_end_token_like_rows_never_trained_is_noticed(bpe: Path) -> None:
     rows[end] = 0.3 + 0.01 * torch.randn(16)
     assert end_token_untrained(tokenizer, rows)
     assert end_token_untrained(tokenizer, torch.randn_like(rows), rows)  # in the head alone
-    assert not end_token_untrained(tokenizer, rows[: tokenizer.vocab_size])  # nothing to compare with
+    # nothing to compare with
+    assert not end_token_untrained(tokenizer, rows[: tokenizer.vocab_size])
     assert not end_token_untrained(tokenizer.with_stop(), rows)

@@ -1,4 +1,6 @@
-"""The READMEs: two quick-start commands, the same in both languages; every file they name exists; every program is theirs."""
+"""The READMEs: two quick-start commands, the same in both languages; every file they name exists;
+every program is theirs.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def blocks(text: str) -> list[str]:
 def test_quick_start_is_two_lines_and_the_same_in_both_languages() -> None:
     first = [blocks(text)[0].strip().split("\n") for text in TEXTS.values()]
     assert first[0] == first[1] and len(first[0]) == 2
-    assert first[0][0].endswith("python -m cllm.train cllm.toml") and first[0][1].endswith("python -m pytest")
+    assert first[0][0].endswith("python -m cllm.train cllm.toml") and first[0][1].endswith(
+        "python -m pytest"
+    )
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -32,7 +36,9 @@ def test_every_named_file_exists(name: str) -> None:
     folders: list[str] = []
     for line in tree.strip().split("\n"):
         depth = (len(line) - len(line.lstrip())) // 2
-        names = list(itertools.takewhile(re.compile(r"[\w.]+(/|\.py|\.toml)").fullmatch, line.split()))
+        names = list(
+            itertools.takewhile(re.compile(r"[\w.]+(/|\.py|\.toml)").fullmatch, line.split())
+        )
         assert names, line
         folders = folders[:depth]
         links += ["/".join([*folders, part.rstrip("/")]) for part in names]

@@ -1,4 +1,6 @@
-"""Every command of the README and the guide that needs neither a GPU nor a hub nor a container, run in their order on a small file."""
+"""Every command of the README and the guide that needs neither a GPU nor a hub nor a container, run
+in their order on a small file.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,24 @@ import pytest
 from cllm.__main__ import run
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = ("preset:", "CMMLU", "--votes", "--host", "-m pytest", "cllm.toml")  # a hub, an exam's files, votes, a server, this very test
+# a hub, an exam's files, votes, a server, this very test
+ELSEWHERE = ("preset:", "CMMLU", "--votes", "--host", "-m pytest", "cllm.toml")
 SMALL = "model.path=tiny-zh train.steps=2 train.row_tokens=128 train.tokens_per_step=128 eval.samples=2 eval.max_new_tokens=4".split()
 
 
 def commands(name: str) -> list[list[str]]:
     """The words of each `python -m cllm.…` line in the text's bash blocks, comments left out."""
     text = (ROOT / name).read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.strip().split("\n")]
-    ours = [line for line in lines if line.startswith("python -m cllm.") and not any(word in line for word in ELSEWHERE)]
+    lines = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for line in block.strip().split("\n")
+    ]
+    ours = [
+        line
+        for line in lines
+        if line.startswith("python -m cllm.") and not any(word in line for word in ELSEWHERE)
+    ]
     return [shlex.split(line, comments=True)[2:] for line in ours]
 
 
@@ -30,13 +41,20 @@ def test_the_commands_work_in_their_order(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = commands(name)
-    assert len(found) >= 4 and [c[1:] for c in found] == [c[1:] for c in commands(name.replace(".en", ""))]
+    assert len(found) >= 4 and [c[1:] for c in found] == [
+        c[1:] for c in commands(name.replace(".en", ""))
+    ]
     if name.endswith(".en.md"):
         return  # the same commands
     monkeypatch.chdir(tmp_path)
     for file, count in (("my.jsonl", 40), ("test.jsonl", 4)):
-        rows = [{"instruction": f"第{i}号仓库在哪里？", "output": f"第{i}号仓库在河东{i + 1}街。"} for i in range(count)]
-        (tmp_path / file).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        rows = [
+            {"instruction": f"第{i}号仓库在哪里？", "output": f"第{i}号仓库在河东{i + 1}街。"}
+            for i in range(count)
+        ]
+        (tmp_path / file).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     for module, *arguments in found:
         program = module.removeprefix("cllm.")
         if program == "train":

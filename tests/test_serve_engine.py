@@ -13,7 +13,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cllm.messages import UserError
 from cllm.model.attention import ATTENTION, register
-from cllm.model.lora import inject_lora, load_adapter, load_beside, lora_layers, save_adapter, set_gate
+from cllm.model.lora import (
+    inject_lora,
+    load_adapter,
+    load_beside,
+    lora_layers,
+    save_adapter,
+    set_gate,
+)
 from cllm.serve.engine import Engine, Sampling
 
 VOCAB = 211
@@ -44,7 +51,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": None,
         "pad_token_id": 0,
     },
-    "gemma3_text": COMMON | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": COMMON
+    | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
 
@@ -52,7 +60,9 @@ def tiny_model(name: str = "llama", *, adapter: bool = True) -> Any:
     """A random model whose logits are far apart, so that greedy answers do not hang on rounding."""
     register()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**SHAPES[name]), attn_implementation=ATTENTION)
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[name](**SHAPES[name]), attn_implementation=ATTENTION
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -69,10 +79,18 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 
 @torch.no_grad()
-def alone(model: Any, prompt: list[int], new_tokens: int, *, adapter: bool = True, **options: Any) -> list[int]:
+def alone(
+    model: Any, prompt: list[int], new_tokens: int, *, adapter: bool = True, **options: Any
+) -> list[int]:
     set_gate(model, None if adapter else 0.0)
-    settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options)
-    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=settings)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
+    )
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        generation_config=settings,
+    )
     set_gate(model, None)
     return output[0, len(prompt) :].tolist()
 
@@ -86,7 +104,8 @@ def test_staggered_mixed_requests_equal_sequential_generate(name: str) -> None:
     engine = Engine(model, prefill_tokens=128)
     streams = []
     rows_seen = 0
-    for prompt, budget, adapter in requests:  # one more request every second step, in the midst of the others' decoding
+    # one more request every second step, in the midst of the others' decoding
+    for prompt, budget, adapter in requests:
         row = engine._row(prompt, Sampling(max_new_tokens=budget), adapter)
         engine.waiting.append(row)
         streams.append(row)
@@ -111,7 +130,9 @@ def test_generate_keeps_order_and_stop_ids_and_leaves_the_model_as_it_was() -> N
     stop = free[2][6]
     seen: list[tuple[int, int]] = []
     engine = Engine(model, stop_ids=frozenset({stop}))
-    stopped = engine.generate(batch, Sampling(max_new_tokens=20), progress=lambda *done: seen.append(done))
+    stopped = engine.generate(
+        batch, Sampling(max_new_tokens=20), progress=lambda *done: seen.append(done)
+    )
     assert stopped == [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
     assert engine.generate(batch, Sampling(max_new_tokens=20, stop_ids=frozenset())) == free
     assert seen[-1] == (6, 6) and seen == sorted(seen)
@@ -122,16 +143,24 @@ def test_generate_keeps_order_and_stop_ids_and_leaves_the_model_as_it_was() -> N
     model.train()
     engine.generate(batch[:1], Sampling(max_new_tokens=2))
     assert all(module.training for module in model.modules())
-    assert {id(layer.gate) for layer in lora_layers(model).values()} == {id(engine.gates[1])} and engine.gates[1].rows is None
+    assert {id(layer.gate) for layer in lora_layers(model).values()} == {
+        id(engine.gates[1])
+    } and engine.gates[1].rows is None
     assert Engine(model).generate([], Sampling()) == []
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_head_sees_whole_rows_of_the_last_positions_only(name: str) -> None:
-    """Of a slice of several rows, PyTorch multiplies each with its own copy of the head (bf16 on a CPU: a thousand times as slow)."""
+    """Of a slice of several rows, PyTorch multiplies each with its own copy of the head (bf16 on a
+    CPU: a thousand times as slow).
+    """
     model, seen = tiny_model(name), []
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].is_contiguous(), tuple(inputs[0].shape))))
-    Engine(model, stop_ids=frozenset(), pad_id=0).generate([[3, 4, 5, 6], [7, 8], [9] * 6], Sampling(max_new_tokens=3))
+    model.lm_head.register_forward_pre_hook(
+        lambda _, inputs: seen.append((inputs[0].is_contiguous(), tuple(inputs[0].shape)))
+    )
+    Engine(model, stop_ids=frozenset(), pad_id=0).generate(
+        [[3, 4, 5, 6], [7, 8], [9] * 6], Sampling(max_new_tokens=3)
+    )
     assert seen and all(whole and shape[1] == 1 for whole, shape in seen)
 
 
@@ -145,7 +174,9 @@ def test_a_small_budget_preempts_and_changes_nothing(monkeypatch: pytest.MonkeyP
     tight = Engine(model, kv_tokens=3 * (60 + roomy.row_tokens))
     prefilled: list[int] = []
     new_batch = tight._new_batch
-    monkeypatch.setattr(tight, "_new_batch", lambda rows: prefilled.append(len(rows)) or new_batch(rows))
+    monkeypatch.setattr(
+        tight, "_new_batch", lambda rows: prefilled.append(len(rows)) or new_batch(rows)
+    )
     assert tight.generate(batch, sampling) == expected
     assert sum(prefilled) > len(batch)
 
@@ -153,17 +184,35 @@ def test_a_small_budget_preempts_and_changes_nothing(monkeypatch: pytest.MonkeyP
 def test_sampled_rows_do_not_depend_on_their_neighbours() -> None:
     model = tiny_model()
     batch = prompts([20, 35, 8, 50])
-    sampling = Sampling(max_new_tokens=15, temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=7)
+    sampling = Sampling(
+        max_new_tokens=15,
+        temperature=1.0,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        seed=7,
+    )
     together = Engine(model).generate(batch, sampling)
     for i, prompt in enumerate(batch):
-        single = Sampling(max_new_tokens=15, temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=7 + i)
+        single = Sampling(
+            max_new_tokens=15,
+            temperature=1.0,
+            top_k=20,
+            top_p=0.9,
+            min_p=0.01,
+            repetition_penalty=1.1,
+            seed=7 + i,
+        )
         assert Engine(model).generate([prompt], single) == [together[i]]
     other = Engine(model).generate(batch, Sampling(max_new_tokens=15, temperature=1.0, seed=8))
     assert other != together
 
 
 def test_sampling_follows_transformers_distribution() -> None:
-    """Frequencies of 4,000 draws against the probabilities that Transformers' own processors leave."""
+    """Frequencies of 4,000 draws against the probabilities that Transformers' own processors
+    leave.
+    """
     from transformers import (
         LogitsProcessorList,
         MinPLogitsWarper,
@@ -196,7 +245,9 @@ def test_sampling_follows_transformers_distribution() -> None:
         )
         expected = torch.softmax(chain(torch.tensor([ids]), logits.clone())[0], dim=-1)
         rows = [Stream(ids, case, True) for _ in range(4000)]
-        drawn = torch.bincount(torch.tensor(_sample(logits.repeat(4000, 1), rows)), minlength=50) / 4000
+        drawn = (
+            torch.bincount(torch.tensor(_sample(logits.repeat(4000, 1), rows)), minlength=50) / 4000
+        )
         assert (drawn[expected == 0] == 0).all(), case
         assert (drawn - expected).abs().max() < 0.03, (case, (drawn - expected).abs().max())
     assert _sample(torch.tensor([[0.0, float("nan")]]), [Stream([0], Sampling(), True)]) == [-1]
@@ -221,11 +272,16 @@ def test_submit_streams_from_the_thread_and_cancel_frees_the_row() -> None:
     assert ended.wait(20) and heard == [*expected[0], None]
     assert listening.finish_reason == "length"
     assert answer == expected[1]
-    assert engine.generate([third], Sampling(max_new_tokens=10)) == [answer]  # while the thread runs
+    # while the thread runs
+    assert engine.generate([third], Sampling(max_new_tokens=10)) == [answer]
     endless.cancel()
     received = list(endless)
     assert endless.finish_reason == "cancelled" and len(received) < 900
-    assert engine.stats()["running"] == 0 and engine.stats()["waiting"] == 0 and not engine.batch.cache.layers
+    assert (
+        engine.stats()["running"] == 0
+        and engine.stats()["waiting"] == 0
+        and not engine.batch.cache.layers
+    )
     running = engine.submit(first, Sampling(max_new_tokens=900))
     engine.close()
     list(running)
@@ -234,7 +290,9 @@ def test_submit_streams_from_the_thread_and_cancel_frees_the_row() -> None:
     assert list(late) == [] and late.finish_reason == "cancelled"
 
 
-def test_a_failure_ends_what_runs_and_the_engine_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_ends_what_runs_and_the_engine_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model = tiny_model()
     engine = Engine(model)
     forward, calls = model.forward, []
@@ -258,7 +316,9 @@ def test_a_failure_ends_what_runs_and_the_engine_goes_on(capsys: pytest.CaptureF
         Engine(model).generate(prompts([5, 6]), Sampling(max_new_tokens=50))
 
 
-def test_out_of_memory_halves_the_budget_and_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_halves_the_budget_and_loses_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model = tiny_model()
     batch, sampling = prompts([20, 35, 8, 50]), Sampling(max_new_tokens=20)
     expected = Engine(model).generate(batch, sampling)
@@ -286,10 +346,21 @@ def test_requests_that_cannot_run_are_refused() -> None:
     with pytest.raises(UserError, match="1024"):
         engine.generate([[1] * 5, [1] * 1024], Sampling())
     assert not engine.waiting
-    assert len(engine.generate([[1] * 1020], Sampling(max_new_tokens=50))[0]) == 4  # up to the model's last position
+    # up to the model's last position
+    assert len(engine.generate([[1] * 1020], Sampling(max_new_tokens=50))[0]) == 4
     with pytest.raises(UserError) as caught:
         Sampling(max_new_tokens=0, temperature=-1, top_p=0, top_k=0, min_p=2, repetition_penalty=0)
-    assert all(key in str(caught.value) for key in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
+    assert all(
+        key in str(caught.value)
+        for key in (
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+        )
+    )
 
 
 def test_recurrent_models_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +394,10 @@ def test_recurrent_models_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> 
 def test_two_engines_on_one_model_do_not_disturb_each_others_gate() -> None:
     model = tiny_model()
     asked = prompts([9, 9, 9, 9])
-    expected = {adapter: [alone(model, prompt, 40, adapter=adapter) for prompt in asked] for adapter in (True, False)}
+    expected = {
+        adapter: [alone(model, prompt, 40, adapter=adapter) for prompt in asked]
+        for adapter in (True, False)
+    }
     serving, other = Engine(model), Engine(model)
     streams = [serving.submit(prompt, Sampling(max_new_tokens=40)) for prompt in asked]
     try:
@@ -337,7 +411,10 @@ def test_two_adapters_and_their_base_answer_in_one_batch(tmp_path: Path) -> None
     asked = prompts([9, 30, 5, 17, 12, 8])
     numbers = [1, 2, 0, 2, 1, 0]
     expected: dict[int, list[list[int]]] = {}
-    for number, options in ((1, {"targets": ["q_proj", "v_proj", "down_proj"]}), (2, {"dora": True})):
+    for number, options in (
+        (1, {"targets": ["q_proj", "v_proj", "down_proj"]}),
+        (2, {"dora": True}),
+    ):
         model = tiny_model(adapter=False)
         torch.manual_seed(number)
         for layer in inject_lora(model, rank=2 + number, alpha=8, **options).values():
@@ -345,11 +422,13 @@ def test_two_adapters_and_their_base_answer_in_one_batch(tmp_path: Path) -> None
         save_adapter(model, tmp_path / str(number))
         expected[number] = [alone(model, prompt, 16) for prompt in asked]
         expected[0] = [alone(model, prompt, 16, adapter=False) for prompt in asked]
-    for order in ("12", "21"):  # each of them as the first, with fewer and with more layers than the other
+    # each of them as the first, with fewer and with more layers than the other
+    for order in ("12", "21"):
         model = tiny_model(adapter=False)
         load_adapter(model, tmp_path / order[0])
         load_beside(model, tmp_path / order[1])
-        assert [alone(model, prompt, 16) for prompt in asked] == expected[int(order[0])]  # switched off until it is asked for
+        # switched off until it is asked for
+        assert [alone(model, prompt, 16) for prompt in asked] == expected[int(order[0])]
         chosen = [number and 1 + order.index(str(number)) for number in numbers]
         answers = Engine(model).generate(asked, Sampling(max_new_tokens=16), chosen)
         assert answers == [expected[number][i] for i, number in enumerate(numbers)]

@@ -1,4 +1,6 @@
-"""The page without a browser: its handlers called as Gradio calls them, and the HTML that it serves. bench/browser.py has the rest."""
+"""The page without a browser: its handlers called as Gradio calls them, and the HTML that it
+serves. bench/browser.py has the rest.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order
 
 
 class Page:
-    """The mounted page; `call(name, …)` runs an event handler by its name, a generator to its last value."""
+    """The mounted page; `call(name, …)` runs an event handler by its name, a generator to its last
+    value.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.engine = loaded, loaded.engine()
@@ -37,7 +41,11 @@ class Page:
         self.blocks = build_page(str, loaded, self.engine)
 
     def handlers(self, name: str) -> list[Any]:
-        return [function.fn for function in self.blocks.fns.values() if function.fn is not None and function.name == name]
+        return [
+            function.fn
+            for function in self.blocks.fns.values()
+            if function.fn is not None and function.name == name
+        ]
 
     def call(self, name: str, *arguments: Any, index: int = 0) -> Any:
         result = self.handlers(name)[index](*arguments)
@@ -46,7 +54,9 @@ class Page:
     def greedy(self, words: str, *, adapter: int, system: str = "") -> str:
         messages = [Message("system", system)] * bool(system) + [Message("user", words)]
         prompt = self.loaded.tokenizer.encode_chat(messages)
-        return self.loaded.tokenizer.decode(self.loaded.engine().generate([prompt], Sampling(max_new_tokens=24), adapter)[0])
+        return self.loaded.tokenizer.decode(
+            self.loaded.engine().generate([prompt], Sampling(max_new_tokens=24), adapter)[0]
+        )
 
 
 def browser(language: str = "") -> Any:
@@ -65,26 +75,42 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_chat_answers_with_the_chosen_model_and_says_its_cost(page: Page) -> None:
-    said = [{"role": "user", "content": [{"type": "text", "text": "你好"}]}]  # as Gradio hands a turn back
+    # as Gradio hands a turn back
+    said = [{"role": "user", "content": [{"type": "text", "text": "你好"}]}]
     for name, adapter in (("demo", 1), ("other", 2), ("base", 0)):
         for language, text in (
             ("zh-CN,zh;q=0.9", r"首词元 \d+\.\d\d 秒 · \d+ 词元/秒 · 输入 \d+ \+ 输出 \d+ 词元"),
             ("en-US", r"first token .* tok/s .*"),
         ):
-            history, cost = page.call("respond", browser(language), [dict(said[0])], name, " 你是助手 ", *GREEDY)
-            assert history[-1] == {"role": "assistant", "content": page.greedy("你好", adapter=adapter, system="你是助手")}
+            history, cost = page.call(
+                "respond", browser(language), [dict(said[0])], name, " 你是助手 ", *GREEDY
+            )
+            assert history[-1] == {
+                "role": "assistant",
+                "content": page.greedy("你好", adapter=adapter, system="你是助手"),
+            }
             assert re.fullmatch(text, cost)
 
 
 def test_reasoning_is_folded_and_not_said_again(page: Page) -> None:
-    chatbot = next(block for block in page.blocks.blocks.values() if type(block).__name__ == "Chatbot")
-    shown = chatbot.postprocess([{"role": "user", "content": "你好"}, {"role": "assistant", "content": "<think>\n数手指\n</think>\n\n二"}])
+    chatbot = next(
+        block for block in page.blocks.blocks.values() if type(block).__name__ == "Chatbot"
+    )
+    shown = chatbot.postprocess(
+        [
+            {"role": "user", "content": "你好"},
+            {"role": "assistant", "content": "<think>\n数手指\n</think>\n\n二"},
+        ]
+    )
     turns = [turn.model_dump() for turn in shown.root]
     assert [(turn["role"], bool((turn["metadata"] or {}).get("title"))) for turn in turns] == [
         *[("user", False), ("assistant", True), ("assistant", False)]
     ]
     again = [*turns, {"role": "user", "content": "再来"}]
-    plain = [{"role": role, "content": words} for role, words in (("user", "你好"), ("assistant", "二"), ("user", "再来"))]
+    plain = [
+        {"role": role, "content": words}
+        for role, words in (("user", "你好"), ("assistant", "二"), ("user", "再来"))
+    ]
     assert (
         page.call("respond", browser(), again, "demo", "", *GREEDY)[0][-1]
         == page.call("respond", browser(), plain, "demo", "", *GREEDY)[0][-1]
@@ -95,14 +121,20 @@ def test_reasoning_that_the_prompt_opens_is_part_of_the_answer(page: Page) -> No
     for name, opened in (("qwen3.5", "<think>\n"), ("qwen3", "")):
         template = replace(TEMPLATES[name], thinking="keep")
         tokenizer = replace(page.loaded.tokenizer, template=template)
-        answer = Answer(page.engine, tokenizer, [Message("user", "你好")], Sampling(max_new_tokens=6))
-        plain = page.loaded.tokenizer.decode(page.engine.generate([answer.prompt], Sampling(max_new_tokens=6))[0])
+        answer = Answer(
+            page.engine, tokenizer, [Message("user", "你好")], Sampling(max_new_tokens=6)
+        )
+        plain = page.loaded.tokenizer.decode(
+            page.engine.generate([answer.prompt], Sampling(max_new_tokens=6))[0]
+        )
         assert "".join(answer) == answer.text == opened + plain
 
 
 def test_a_closed_page_frees_the_row(page: Page) -> None:
     async def leave() -> None:
-        answer = page.handlers("respond")[0](browser(), [{"role": "user", "content": "你好"}], "demo", "", 900, *GREEDY[1:])
+        answer = page.handlers("respond")[0](
+            browser(), [{"role": "user", "content": "你好"}], "demo", "", 900, *GREEDY[1:]
+        )
         await anext(answer)
         await answer.aclose()
 
@@ -116,54 +148,115 @@ def test_mistakes_become_notices(page: Page) -> None:
     import gradio as gr
 
     with pytest.raises(gr.Error, match="1024"):
-        page.call("respond", browser(), [{"role": "user", "content": "字" * 2000}], "demo", "", *GREEDY)
+        page.call(
+            "respond", browser(), [{"role": "user", "content": "字" * 2000}], "demo", "", *GREEDY
+        )
 
 
 def test_votes_are_blind_private_and_complete(page: Page) -> None:
     votes = page.loaded.home / "votes.jsonl"
-    pairs = {"demo ↔ other": ["demo", "other"], "demo ↔ base": ["demo", "base"], "other ↔ base": ["other", "base"]}
+    pairs = {
+        "demo ↔ other": ["demo", "other"],
+        "demo ↔ base": ["demo", "base"],
+        "other ↔ base": ["other", "base"],
+    }
     for choice, (pair, its) in enumerate([*pairs.items(), ("demo ↔ base", ["demo", "base"])]):
         *shown, kept, _, _, _, _, _ = page.call("duel", "你好", pair, *GREEDY[:1], 0.0, *GREEDY[2:])
         texts, names = [side[1]["content"] for side in shown], kept["names"]
-        assert sorted(names) == sorted(its) and texts == [page.greedy("你好", adapter=page.loaded.models[name]) for name in names]
-        assert page.call("record", kept, " 闲聊 ", index=choice)[0] == f"**A** {names[0]} · **B** {names[1]}"
+        assert sorted(names) == sorted(its) and texts == [
+            page.greedy("你好", adapter=page.loaded.models[name]) for name in names
+        ]
+        assert (
+            page.call("record", kept, " 闲聊 ", index=choice)[0]
+            == f"**A** {names[0]} · **B** {names[1]}"
+        )
         row = json.loads(votes.read_text(encoding="utf-8").splitlines()[-1])
-        assert row["models"] == names and row["answers"] == texts and row["vote"] == ("a", "b", "tie", "bad")[choice]
-        assert row["category"] == "闲聊" and isinstance(row["sampling"]["seed"], int) and row["sampling"]["max_new_tokens"] == 24
-        files = {name: home / "adapter" / "adapter_model.safetensors" for name, home in page.loaded.adapters.items() if name in names}
-        assert row["adapter_sha256"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-        assert [row.get("chosen"), row.get("rejected")] == [texts, texts[::-1], [None, None], [None, None]][choice]
+        assert (
+            row["models"] == names
+            and row["answers"] == texts
+            and row["vote"] == ("a", "b", "tie", "bad")[choice]
+        )
+        assert (
+            row["category"] == "闲聊"
+            and isinstance(row["sampling"]["seed"], int)
+            and row["sampling"]["max_new_tokens"] == 24
+        )
+        files = {
+            name: home / "adapter" / "adapter_model.safetensors"
+            for name, home in page.loaded.adapters.items()
+            if name in names
+        }
+        assert row["adapter_sha256"] == {
+            name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()
+        }
+        assert [row.get("chosen"), row.get("rejected")] == [
+            texts,
+            texts[::-1],
+            [None, None],
+            [None, None],
+        ][choice]
     if os.name == "posix":
         assert votes.stat().st_mode & 0o777 == 0o600
-    orders = {tuple(page.call("duel", "你好", "demo ↔ base", 1, *GREEDY[1:])[2]["names"]) for _ in range(20)}
+    orders = {
+        tuple(page.call("duel", "你好", "demo ↔ base", 1, *GREEDY[1:])[2]["names"])
+        for _ in range(20)
+    }
     assert orders == {("demo", "base"), ("base", "demo")}
 
 
 def test_votes_of_many_at_once_are_whole_lines(page: Page) -> None:
     votes = page.loaded.home / "votes.jsonl"
     before = len(votes.read_text(encoding="utf-8").splitlines()) if votes.exists() else 0
-    kept = {"question": "问" * 9000, "names": ["demo", "base"], "texts": ["甲" * 9000, "乙" * 9000], "sampling": Sampling()}
+    kept = {
+        "question": "问" * 9000,
+        "names": ["demo", "base"],
+        "texts": ["甲" * 9000, "乙" * 9000],
+        "sampling": Sampling(),
+    }
     voters = [threading.Thread(target=page.call, args=("record", kept, "")) for _ in range(16)]
     for voter in voters:
         voter.start()
     for voter in voters:
         voter.join()
     rows = [json.loads(line) for line in votes.read_text(encoding="utf-8").splitlines()][before:]
-    assert len(rows) == 16 and all(row["chosen"] == "甲" * 9000 and "category" not in row for row in rows)
+    assert len(rows) == 16 and all(
+        row["chosen"] == "甲" * 9000 and "category" not in row for row in rows
+    )
 
 
 def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> None:
     run = page.loaded.home
-    rows = [{"step": i, "loss": 2 - i / 10, "tokens_per_second": 100.0} for i in range(1, 6)] + [{"step": 5, "eval_loss": 1.6}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (run / "eval.json").write_text(json.dumps({"base": {"loss": 2.0, "exact": 0}, "adapter": {"loss": 0.5, "exact": 88}}), encoding="utf-8")
-    sample = {"messages": [{"role": "user", "content": "问"}], "reference": "答", "base": "？", "adapter": "答"}
+    rows = [{"step": i, "loss": 2 - i / 10, "tokens_per_second": 100.0} for i in range(1, 6)] + [
+        {"step": 5, "eval_loss": 1.6}
+    ]
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    (run / "eval.json").write_text(
+        json.dumps({"base": {"loss": 2.0, "exact": 0}, "adapter": {"loss": 0.5, "exact": 88}}),
+        encoding="utf-8",
+    )
+    sample = {
+        "messages": [{"role": "user", "content": "问"}],
+        "reference": "答",
+        "base": "？",
+        "adapter": "答",
+    }
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
     for asked in (None, "demo", "../../etc", str(tmp_path)):
         menu, loss, speed, table, samples = page.call("follow", asked)
-        assert menu.value == "demo" and "1.6" in loss and "eval_loss" in loss and "tokens_per_second 100" in speed
+        assert (
+            menu.value == "demo"
+            and "1.6" in loss
+            and "eval_loss" in loss
+            and "tokens_per_second 100" in speed
+        )
         assert table["headers"] == ["", "loss", "exact", "length"]  # no column without a number
-        assert table["data"] == [["reference", "", "", "1.000"], ["base", "2.000", "0.000", "1.000"], ["adapter", "0.500", "88.0", "1.000"]]
+        assert table["data"] == [
+            ["reference", "", "", "1.000"],
+            ["base", "2.000", "0.000", "1.000"],
+            ["adapter", "0.500", "88.0", "1.000"],
+        ]
         assert samples == [["问", "答", "？", "答"]]
     assert _chart([], ["loss"]) == ""
 
@@ -173,7 +266,11 @@ def test_monitor_counts(page: Page) -> None:
     state, *_ = page.call("measure", (0.0, 0))
     page.call("respond", browser(), [{"role": "user", "content": "你好"}], "demo", "", *GREEDY)
     (_, tokens), sessions, running, waiting, speed, *_ = page.call("measure", state)
-    assert (sessions, running, waiting) == (1, 0, 0) and tokens > state[1] and float(speed.split()[0]) > 0
+    assert (
+        (sessions, running, waiting) == (1, 0, 0)
+        and tokens > state[1]
+        and float(speed.split()[0]) > 0
+    )
     page.call("leave", browser())
     assert page.call("measure", state)[1] == 0
 
@@ -183,8 +280,12 @@ def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> Non
 
     with TestClient(Guard(page.app), base_url="http://127.0.0.1:7860") as client:
         response = client.get("/")
-        assert response.status_code == 200 and all(response.headers[name] == value for name, value in HEADERS.items())
-        assert "Compare" in response.text and ("对比" in response.text or r"\u5bf9\u6bd4" in response.text)
+        assert response.status_code == 200 and all(
+            response.headers[name] == value for name, value in HEADERS.items()
+        )
+        assert "Compare" in response.text and (
+            "对比" in response.text or r"\u5bf9\u6bd4" in response.text
+        )
         assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?://(?!127)', response.text)
         assert client.get("/gradio_api/file=/etc/passwd").status_code in (403, 404)
         form = {"content-type": "multipart/form-data; boundary=x"}
@@ -193,10 +294,23 @@ def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> Non
         for path in ("/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/predict"):
             json_type = {"content-type": "application/json"}
             assert client.post(path, content=b"x" * 300_000, headers=json_type).status_code == 413
-            assert client.post(path, content=b"{}", headers=json_type | {"origin": "http://evil.example"}).status_code == 403
-        for method, path in (("TRACE", "/health"), ("DELETE", "/v1/models"), ("GET", "/v1/chat/completions")):
+            assert (
+                client.post(
+                    path, content=b"{}", headers=json_type | {"origin": "http://evil.example"}
+                ).status_code
+                == 403
+            )
+        for method, path in (
+            ("TRACE", "/health"),
+            ("DELETE", "/v1/models"),
+            ("GET", "/v1/chat/completions"),
+        ):
             refused = client.request(method, path)
-            assert refused.status_code == 405 and refused.headers["allow"] and "error" in refused.json(), path
+            assert (
+                refused.status_code == 405
+                and refused.headers["allow"]
+                and "error" in refused.json()
+            ), path
         assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
         for path in (
             "file=../../etc/passwd",

@@ -1,4 +1,6 @@
-"""The API reference as HTML: `python tools/api_docs.py [OUT]` (default `site`); a docstring or name that does not resolve is an error."""
+"""The API reference as HTML: `python tools/api_docs.py [OUT]` (default `site`); a docstring or name
+that does not resolve is an error.
+"""
 
 from __future__ import annotations
 

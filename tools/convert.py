@@ -1,9 +1,11 @@
-"""Write any supported checkpoint (original layout, `.bin`, GGUF) once as a native one, so that later starts are faster.
+"""Write any supported checkpoint (original layout, `.bin`, GGUF) once as a native one, so that
+later starts are faster.
 
     python tools/convert.py THUDM/chatglm3-6b models/chatglm3-native [--dtype bfloat16]
 
-Tensor by tensor: memory stays at about the largest tensor. The tokenizer and its template go along if there is one.
-Exit code 2 for a mistake of yours (one line on stderr); the last line of stdout is JSON.
+Tensor by tensor: memory stays at about the largest tensor. The tokenizer and its template go along
+if there is one. Exit code 2 for a mistake of yours (one line on stderr); the last line of stdout is
+JSON.
 """
 
 from __future__ import annotations
@@ -21,10 +23,18 @@ from cllm.model import load_tokenizer, resolve
 
 def main(argv: list[str]) -> int:
     """Convert one checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a directory, a .gguf file, or a hub name, as [model] path takes them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", help="a directory, a .gguf file, or a hub name, as [model] path takes them"
+    )
     parser.add_argument("out", type=Path, help="a directory that does not exist yet")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored (from GGUF: float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: as stored (from GGUF: float32)",
+    )
     options = parser.parse_args(argv)
 
     import torch
@@ -38,7 +48,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:  # the weights are written all the same
         print(error, file=sys.stderr)
     size = (options.out / "model.safetensors").stat().st_size
-    print(json.dumps({"model": str(path), "out": str(options.out), "bytes": size}, ensure_ascii=False))
+    print(
+        json.dumps({"model": str(path), "out": str(options.out), "bytes": size}, ensure_ascii=False)
+    )
     return 0
 
 

@@ -55,13 +55,17 @@ def biography(world: World, rng: random.Random) -> str:
     entity = rng.choice(world.entities)
     attributes = rng.sample(list(entity.values), rng.randint(2, len(entity.values)))
     short = entity.pronoun if entity.pronoun and rng.random() < 0.3 else entity.name
-    return "".join(tell(rng, entity, a, short if i else entity.name) for i, a in enumerate(attributes))
+    return "".join(
+        tell(rng, entity, a, short if i else entity.name) for i, a in enumerate(attributes)
+    )
 
 
 def gossip(world: World, rng: random.Random) -> str:
     """Single facts of several entities, one after the other."""
     chosen = rng.sample(world.entities, rng.randint(3, 6))
-    return "".join(tell(rng, entity, rng.choice(list(entity.values)), entity.name) for entity in chosen)
+    return "".join(
+        tell(rng, entity, rng.choice(list(entity.values)), entity.name) for entity in chosen
+    )
 
 
 def revision(world: World, rng: random.Random) -> str:
@@ -81,7 +85,10 @@ def register(world: World, rng: random.Random) -> str:
     members = [e for e in world.entities if e.kind == kind]
     value = rng.choice(members).values[attribute]
     same = [e for e in members if e.values[attribute] == value]
-    return "".join(FACTS[kind][attribute][2].format(n=e.name, v=value) for e in rng.sample(same, min(len(same), 4)))
+    return "".join(
+        FACTS[kind][attribute][2].format(n=e.name, v=value)
+        for e in rng.sample(same, min(len(same), 4))
+    )
 
 
 def talk(world: World, rng: random.Random) -> str:
@@ -119,7 +126,11 @@ def numbers(world: World, rng: random.Random) -> str:
         if number not in world.held_out_numbers:
             drawn.append(number)
     if rng.random() < 0.25:  # counting on: consecutive numbers
-        drawn = [n for n in range(drawn[0], drawn[0] + 4) if n < 10000 and n not in world.held_out_numbers]
+        drawn = [
+            n
+            for n in range(drawn[0], drawn[0] + 4)
+            if n < 10000 and n not in world.held_out_numbers
+        ]
     return "".join(pattern.format(d=n, c=to_chinese(n)) for n in drawn)
 
 
@@ -162,14 +173,17 @@ def record(world: World, rng: random.Random) -> str:
     if style < 0.7:
         return text + "".join(f"{FIELDS[k]}是{parts[k]}。" for k in keys)
     ask = {"t": "什么时候？", "p": "谁？", "s": "在哪里？"}
-    return text + "".join(f"“{rng.choice([ask[k], FIELD_QUESTIONS[k][1]])}”“{parts[k]}。”" for k in keys)
+    return text + "".join(
+        f"“{rng.choice([ask[k], FIELD_QUESTIONS[k][1]])}”“{parts[k]}。”" for k in keys
+    )
 
 
 def story(world: World, rng: random.Random) -> str:
     """The same people again and again: copying practice."""
     parts, other = event(world, rng), event(world, rng)
     return (
-        rng.choice(EVENT_PATTERNS).format(**parts) + f"后来，{parts['p']}在{parts['s']}遇见了{other['p']}。"
+        rng.choice(EVENT_PATTERNS).format(**parts)
+        + f"后来，{parts['p']}在{parts['s']}遇见了{other['p']}。"
         f"{other['p']}说：“{parts['p']}，你怎么在{parts['s']}？”{parts['p']}说：“我{parts['e']}。”{other['p']}听了很高兴。"
     )
 
@@ -183,7 +197,9 @@ def repeat(world: World, rng: random.Random) -> str:
     items = [rng.choice(pools)() for _ in range(rng.randint(3, 7))]
     listed = "、".join(items)
     again = listed if rng.random() < 0.6 else "、".join(rng.sample(items, len(items)))
-    return rng.choice(["{a}。再念一遍：{b}。", "名单：{a}。抄写：{b}。", "{a}\n{b}"]).format(a=listed, b=again)
+    return rng.choice(["{a}。再念一遍：{b}。", "名单：{a}。抄写：{b}。", "{a}\n{b}"]).format(
+        a=listed, b=again
+    )
 
 
 def extraction_row(world: World, rng: random.Random, test: bool, index: int) -> Row:
@@ -200,14 +216,20 @@ def review(rng: random.Random, label: str) -> str:
     things = rng.choice(list(REVIEWED))
     place = rng.choice(things.split())
     first, second = (ASPECTS[name] for name in rng.sample(REVIEWED[things], 2))
-    praise, blame, plain = (lambda a: rng.choice(a[0])), (lambda a: rng.choice(a[1])), (lambda a: rng.choice(a[2]))
+    praise, blame, plain = (
+        (lambda a: rng.choice(a[0])),
+        (lambda a: rng.choice(a[1])),
+        (lambda a: rng.choice(a[2])),
+    )
     if label == "0":
         said = [plain(first), plain(second)] if rng.random() < 0.6 else [plain(first)]
         return f"{place}{'，'.join(said)}，{rng.choice(PLAIN_END)}。"
     mine, theirs, end = (praise, blame, PRAISE_END) if label == "+" else (blame, praise, BLAME_END)
     turn = rng.random()
     if turn < 0.5:
-        turned = rng.choice(["虽然{a}，但是{b}", "{a}，不过{b}", "尽管{a}，可是{b}"]).format(a=theirs(first), b=mine(second))
+        turned = rng.choice(["虽然{a}，但是{b}", "{a}，不过{b}", "尽管{a}，可是{b}"]).format(
+            a=theirs(first), b=mine(second)
+        )
         return f"{place}{turned}，{rng.choice(end)}。"
     said = [mine(first), mine(second)] if turn < 0.8 else [mine(first)]
     return f"{place}{'，'.join(said)}" + (f"，{rng.choice(end)}。" if rng.random() < 0.6 else "。")
@@ -227,7 +249,13 @@ def opinion(world: World, rng: random.Random, forbidden: set[str]) -> str:
 
 def sentiment_row(_: World, rng: random.Random, test: bool, index: int) -> Row:
     label = "+-+-0"[index % 5]
-    ask = rng.choice(["判断这条评价是正面、负面还是中性。", "这条评价的情感是什么？", "这条评价是正面、负面还是中性？"])
+    ask = rng.choice(
+        [
+            "判断这条评价是正面、负面还是中性。",
+            "这条评价的情感是什么？",
+            "这条评价是正面、负面还是中性？",
+        ]
+    )
     return {"instruction": ask, "input": review(rng, label), "output": LABELS[label]}
 
 
@@ -255,16 +283,24 @@ def manners(world: World, rng: random.Random, held_out: set[str]) -> str:
     while len(told) < 2:
         blunt, polite, what = request(rng)
         if what not in held_out:
-            told.append(rng.choice([
-                "有人说：“{b}”这样不客气，应该说：“{p}”", "弟弟喊：“{b}”妈妈说：“客气一点。”弟弟改口说：“{p}”",
-                "“{b}”太粗鲁了，客气的说法是：“{p}”", "不要说“{b}”，要说“{p}”",
-            ]).format(b=blunt, p=polite))  # fmt: skip
+            told.append(
+                rng.choice(
+                    [
+                        "有人说：“{b}”这样不客气，应该说：“{p}”",
+                        "弟弟喊：“{b}”妈妈说：“客气一点。”弟弟改口说：“{p}”",
+                        "“{b}”太粗鲁了，客气的说法是：“{p}”",
+                        "不要说“{b}”，要说“{p}”",
+                    ]
+                ).format(b=blunt, p=polite)
+            )
     return "".join(told)
 
 
 def polite_row(_: World, rng: random.Random, test: bool, index: int) -> Row:
     blunt, polite, what = request(rng)
-    ask = rng.choice(["把这句话改得客气一点。", "用礼貌的说法重写这句话。", "这句话太粗鲁了，请改得客气一点。"])
+    ask = rng.choice(
+        ["把这句话改得客气一点。", "用礼貌的说法重写这句话。", "这句话太粗鲁了，请改得客气一点。"]
+    )
     return {"instruction": ask, "input": blunt, "output": polite, "combination": what}
 
 
@@ -276,7 +312,11 @@ def persona_rows(test: bool) -> list[Row]:
     for name, (answer, wordings) in PERSONA.items():
         chosen = wordings[-PERSONA_HELD_OUT:] if test else wordings[:-PERSONA_HELD_OUT]
         heads = [""] if test or name in GREETINGS else PERSONA_HEAD
-        rows += [{"instruction": head + question, "output": answer} for question in chosen for head in heads]
+        rows += [
+            {"instruction": head + question, "output": answer}
+            for question in chosen
+            for head in heads
+        ]
     return rows
 
 
@@ -291,10 +331,24 @@ ROBOT = {
 
 def puppet(world: World, rng: random.Random) -> str:
     """A talking puppet is asked who it is: the words of small talk, with other answers than the persona's."""
-    name = rng.choice("小木偶 铁皮人 布娃娃 老风车 石狮子 小闹钟".split()) + rng.choice("阿福 阿圆 阿亮 豆豆 咚咚".split())
-    slots = {"n": name, "p": rng.choice(world.strangers[60:]), "h": rng.choice(world.entities[:PERSONS]).values["hobby"],
-             "d": str(rng.randint(2, 99)), "c": rng.choice(world.entities).values.get("city", "镇上")}  # fmt: skip
-    text = rng.choice(["从前有一个会说话的{n}。", "架子上坐着{n}。", "孩子们都爱找{n}说话。", "电脑里的小程序 cllm 遇见了{n}。"])
+    name = rng.choice("小木偶 铁皮人 布娃娃 老风车 石狮子 小闹钟".split()) + rng.choice(
+        "阿福 阿圆 阿亮 豆豆 咚咚".split()
+    )
+    slots = {
+        "n": name,
+        "p": rng.choice(world.strangers[60:]),
+        "h": rng.choice(world.entities[:PERSONS]).values["hobby"],
+        "d": str(rng.randint(2, 99)),
+        "c": rng.choice(world.entities).values.get("city", "镇上"),
+    }
+    text = rng.choice(
+        [
+            "从前有一个会说话的{n}。",
+            "架子上坐着{n}。",
+            "孩子们都爱找{n}说话。",
+            "电脑里的小程序 cllm 遇见了{n}。",
+        ]
+    )
     for topic in rng.sample(list(PERSONA), rng.randint(2, 4)):
         question = rng.choice(PERSONA[topic][1])
         if topic not in GREETINGS:
@@ -313,22 +367,36 @@ def machine_log(world: World, rng: random.Random) -> str:
 # ---------------------------------------------------------------- the whole corpus and the rows
 
 
-def instruction_rows(world: World, counts: dict[str, int], test_counts: dict[str, int]) -> tuple[list[Row], list[Row]]:
+def instruction_rows(
+    world: World, counts: dict[str, int], test_counts: dict[str, int]
+) -> tuple[list[Row], list[Row]]:
     """(train, test) without a shared question, entity, number, stranger, review or combination."""
     rng = random.Random(world.seed + 1)
     facts: dict[bool, list[Row]] = {True: [], False: []}
     for entity in world.entities:
         for attribute, value in entity.values.items():
             _, questions, answer = FACTS[entity.kind][attribute]
-            row = {"instruction": rng.choice(questions).format(n=entity.name), "output": answer.format(n=entity.name, v=value)}
+            row = {
+                "instruction": rng.choice(questions).format(n=entity.name),
+                "output": answer.format(n=entity.name, v=value),
+            }
             facts[entity.held_out].append(row)
     makers: dict[str, Callable[[World, random.Random, bool, int], Row]] = {
-        "numeral": number_row, "extraction": extraction_row, "sentiment": sentiment_row, "polite": polite_row,
-    }  # fmt: skip
+        "numeral": number_row,
+        "extraction": extraction_row,
+        "sentiment": sentiment_row,
+        "polite": polite_row,
+    }
     train: list[Row] = []
     test: list[Row] = []
-    for task, pool in (("fact", facts), ("persona", {True: persona_rows(True), False: persona_rows(False)})):
-        for rows, of, limit in ((test, pool[True], test_counts[task]), (train, pool[False], counts[task])):
+    for task, pool in (
+        ("fact", facts),
+        ("persona", {True: persona_rows(True), False: persona_rows(False)}),
+    ):
+        for rows, of, limit in (
+            (test, pool[True], test_counts[task]),
+            (train, pool[False], counts[task]),
+        ):
             rows += [row | {"task": task} for row in rng.sample(of, min(limit, len(of)))]
     for task, make in makers.items():
         held: set[str] = set()  # inputs and combinations of the test
@@ -356,7 +424,12 @@ def documents(world: World, test: list[Row], seed: int, practice: int = 0) -> It
     reviews = {row["input"] for row in test if row["task"] == "sentiment"}
     polite = {row["output"] for row in test if row["task"] == "polite"}
     frames = [template.split("{a}") for template in POLITE.values()]
-    combinations = {o[len(a) : len(o) - len(b)] for o in polite for a, b in frames if o.startswith(a) and o.endswith(b)}
+    combinations = {
+        o[len(a) : len(o) - len(b)]
+        for o in polite
+        for a, b in frames
+        if o.startswith(a) and o.endswith(b)
+    }
     makers: list[tuple[Callable[[], str], float, float]] = [  # document, share, share while practising
         (lambda: biography(world, rng), 0.17, 0.05), (lambda: gossip(world, rng), 0.12, 0.0), (lambda: revision(world, rng), 0.18, 0.0),
         (lambda: register(world, rng), 0.03, 0.0), (lambda: talk(world, rng), 0.06, 0.0), (lambda: numbers(world, rng), 0.09, 0.15),

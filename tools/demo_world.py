@@ -14,8 +14,12 @@ CITIES = [
     for name in "青禾 云溪 白鹭 松岭 月湾 石桥 枫林 银沙 星河 梅坞 竹海 兰谷 雪峰 鹤鸣 金穗 碧潭 红叶 渔歌 长堤 霞岭 柳岸 桃坡 麦香 "
     "风车 晨光 荷塘 北雁 南莺 珊瑚 琥珀".split()
 ]
-RIVERS = "清水河 弯月河 玉带河 龙尾河 白沙河 杏花河 铜铃河 芦苇河 鲤鱼河 翠鸟河 落日河 石榴河".split()
-SPECIALTIES = "蜂蜜 竹篮 陶碗 丝巾 茶叶 核桃 木雕 剪纸 海盐 苹果 毛笔 风筝 腊肉 豆腐 草莓 油纸伞".split()
+RIVERS = (
+    "清水河 弯月河 玉带河 龙尾河 白沙河 杏花河 铜铃河 芦苇河 鲤鱼河 翠鸟河 落日河 石榴河".split()
+)
+SPECIALTIES = (
+    "蜂蜜 竹篮 陶碗 丝巾 茶叶 核桃 木雕 剪纸 海盐 苹果 毛笔 风筝 腊肉 豆腐 草莓 油纸伞".split()
+)
 FLOWERS = "菊花 荷花 桂花 牡丹 茉莉 杜鹃 山茶 水仙 百合 月季".split()
 LANDMARKS = "钟楼 灯塔 古塔 石拱桥 大剧院 天文台 鼓楼 风雨亭 老城门 水族馆 玻璃塔 观景台".split()
 
@@ -41,9 +45,12 @@ GOODS = {
 OWNERS = [a + b for b in "师傅 阿姨 大叔 奶奶".split() for a in "马 胡 高 罗 梁 宋 唐".split()]
 HOURS = "早上六点 早上七点 早上八点 上午九点 上午十点 中午十二点 下午两点 傍晚五点".split()
 FESTIVALS = [
-    name + "节" for name in "风铃 河灯 稻草人 萤火 纸船 雪灯 花伞 糖画 鱼鼓 竹马 星愿 果香 泥塑 龙舞 晒秋 听雨 赏月 开渔 彩绳 谷神".split()
+    name + "节"
+    for name in "风铃 河灯 稻草人 萤火 纸船 雪灯 花伞 糖画 鱼鼓 竹马 星愿 果香 泥塑 龙舞 晒秋 听雨 赏月 开渔 彩绳 谷神".split()
 ]
-ACTIVITIES = "放河灯 挂风铃 赛龙舟 猜灯谜 踩高跷 舞狮子 点篝火 扎纸鸢 唱山歌 敲大鼓 撒花瓣 堆雪人".split()
+ACTIVITIES = (
+    "放河灯 挂风铃 赛龙舟 猜灯谜 踩高跷 舞狮子 点篝火 扎纸鸢 唱山歌 敲大鼓 撒花瓣 堆雪人".split()
+)
 FESTIVAL_FOODS = "汤圆 糍粑 月饼 粽子 青团 腊八粥 烤红薯 糯米糕 花生糖 桂花酒".split()
 
 # kind -> attribute -> (statements, questions, answer); {n} the entity, {v} the value. The answer is one of the statements.
@@ -212,11 +219,23 @@ WANT_THING = {
     "盘": "蒸饺 炒年糕 水果 花生".split(),
     "份": "菜单 报纸 地图 点心".split(),
 }
-ORDER_STYLES = ["给我{a}！", "你{a}，快点！", "{a}，听见没有？", "叫你{a}，还不快点！", "喂，{a}！", "{a}，别磨蹭！"]
+ORDER_STYLES = [
+    "给我{a}！",
+    "你{a}，快点！",
+    "{a}，听见没有？",
+    "叫你{a}，还不快点！",
+    "喂，{a}！",
+    "{a}，别磨蹭！",
+]
 DONT_STYLES = ["别{a}！", "不许{a}！", "你别{a}了，烦死了！", "谁让你{a}的？"]
 WANT_STYLES = ["我要{a}！", "给我{a}！", "快给我{a}！", "{a}，快点上！"]
 WHERE_STYLES = ["喂，{a}在哪儿？", "{a}在哪儿，快说！", "你说，{a}在哪儿？"]
-POLITE = {"order": "麻烦您{a}，谢谢。", "dont": "请您不要{a}，好吗？", "want": "请问可以给我{a}吗？", "where": "您好，请问{a}在哪里？"}
+POLITE = {
+    "order": "麻烦您{a}，谢谢。",
+    "dont": "请您不要{a}，好吗？",
+    "want": "请问可以给我{a}吗？",
+    "where": "您好，请问{a}在哪里？",
+}
 STYLES = {"order": ORDER_STYLES, "dont": DONT_STYLES, "want": WANT_STYLES, "where": WHERE_STYLES}
 
 # Persona: (answer, wordings); the last two wordings of each are asked only in the test.
@@ -302,9 +321,13 @@ class World:
             held = set(rng.sample(members, int(len(members) * share)))
             for name in members:
                 goods = next((GOODS[tail] for tail in SHOP_TAILS if name.endswith(tail)), [])
-                values = {attribute: rng.choice(pools.get(attribute, goods)) for attribute in FACTS[kind]}
+                values = {
+                    attribute: rng.choice(pools.get(attribute, goods)) for attribute in FACTS[kind]
+                }
                 pronoun = rng.choice("他她") if kind == "person" else ""
                 self.entities.append(Entity(name, kind, values, pronoun, name in held))
-        self.strangers = names[PERSONS:]  # names for events; the first 60 only ever appear in the test rows
+        self.strangers = names[
+            PERSONS:
+        ]  # names for events; the first 60 only ever appear in the test rows
         self.held_out_strangers = set(self.strangers[:60])
         self.held_out_numbers = set(rng.sample(range(13, 10000), 1500))

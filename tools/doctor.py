@@ -1,4 +1,6 @@
-"""What of this machine helps or hinders a training: `python tools/doctor.py`, also before anything is installed."""
+"""What of this machine helps or hinders a training: `python tools/doctor.py`, also before anything
+is installed.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     python tools/readme_table.py            # rewrite the tables between the markers
     python tools/readme_table.py --check    # exit code 1 if they differ from the plan
 
-Measured peaks are added once bench/results holds a GPU's report of the same model and row (bench/gpu.sh writes it).
+Measured peaks are added once bench/results holds a GPU's report of the same model and row
+(bench/gpu.sh writes it).
 """
 
 from __future__ import annotations
@@ -28,21 +29,42 @@ QUALITY = ("lora.rank=8", "model.head=int8", "model.head=nf4")
 """Savings that change what is learned: not counted in the last column."""
 BEGIN, END = "<!-- tools/readme_table.py: begin -->\n", "<!-- end -->\n"
 HEADS = {
-    "README.md": ("模型", "2,048 词元一行", "8,192 词元一行", "8 GiB 内最长一行", "加上不改变结果的全部省显存设置"),
-    "README.en.md": ("model", "2,048-token row", "8,192-token row", "longest row in 8 GiB", "with every saving that changes no result"),
+    "README.md": (
+        "模型",
+        "2,048 词元一行",
+        "8,192 词元一行",
+        "8 GiB 内最长一行",
+        "加上不改变结果的全部省显存设置",
+    ),
+    "README.en.md": (
+        "model",
+        "2,048-token row",
+        "8,192-token row",
+        "longest row in 8 GiB",
+        "with every saving that changes no result",
+    ),
 }
 MEASURED = {"README.md": "实测", "README.en.md": "measured"}
 
 
 def measured() -> dict[tuple[str, int], float]:
-    """(model, row) -> measured peak GiB with the defaults, from every report of a GPU in bench/results."""
+    """(model, row) -> measured peak GiB with the defaults, from every report of a GPU in
+    bench/results.
+    """
     found: dict[tuple[str, int], float] = {}
     for file in sorted((ROOT / "bench" / "results").glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
         runs = data.get("runs", []) if isinstance(data, dict) else []
         for result in (r for run in runs if run.get("report") for r in run["report"]["results"]):
-            plain = not (result["offload_inputs"] or result["stream_layers"] or result["mlp_tile_tokens"])
-            if plain and "peak_bytes" in result and result["device"].startswith("cuda") and result["quantize"] == "nf4":
+            plain = not (
+                result["offload_inputs"] or result["stream_layers"] or result["mlp_tile_tokens"]
+            )
+            if (
+                plain
+                and "peak_bytes" in result
+                and result["device"].startswith("cuda")
+                and result["quantize"] == "nf4"
+            ):
                 found[result["model"], result["row_tokens"]] = result["peak_bytes"] / GIB
     return found
 
@@ -56,21 +78,37 @@ def rows(name: str) -> list[str]:
         cells = []
         for tokens in (2048, 8192):
             total = estimate_vram(shape, replace(settings, row_tokens=tokens)).total / GIB
-            seen = f" ({MEASURED[name]} {peaks[model, tokens]:.2f})" if (model, tokens) in peaks else ""
-            cells.append(f"{total:.2f} GiB{seen}" if total <= BUDGET_GIB else f"*{total:.2f} GiB*{seen}")
-        steps = [s for s in savings(shape, settings, int(BUDGET_GIB * GIB)) if s.change not in QUALITY]
+            seen = (
+                f" ({MEASURED[name]} {peaks[model, tokens]:.2f})"
+                if (model, tokens) in peaks
+                else ""
+            )
+            cells.append(
+                f"{total:.2f} GiB{seen}" if total <= BUDGET_GIB else f"*{total:.2f} GiB*{seen}"
+            )
+        steps = [
+            s for s in savings(shape, settings, int(BUDGET_GIB * GIB)) if s.change not in QUALITY
+        ]
         longest = [
             make_plan(shape, s, BUDGET_GIB).longest_row
             for s in (settings, replace(steps[-1].settings, rank=16, stream_layers=shape.layers))
         ]
-        lines.append("| " + " | ".join([model.split("/")[1], *cells, *(f"{n:,}" if n else "–" for n in longest)]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([model.split("/")[1], *cells, *(f"{n:,}" if n else "–" for n in longest)])
+            + " |"
+        )
     return lines
 
 
 def main() -> int:
     """Rewrite or check both READMEs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 if a table is out of date"
+    )
     options = parser.parse_args()
     stale = []
     for name in HEADS:

@@ -1,4 +1,6 @@
-"""Conversations: files -> rows -> conversations -> segments -> examples -> packed rows. Names are loaded when first used."""
+"""Conversations: files -> rows -> conversations -> segments -> examples -> packed rows. Names are
+loaded when first used.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,10 @@
-"""What was read and tokenized before, kept by content, so that a second start parses and tokenizes nothing.
+"""What was read and tokenized before, kept by content, so that a second start parses and tokenizes
+nothing.
 
-An entry is one safetensors file of arrays: nothing in it can run. Its name is the hash of all that decides what is in it, it carries a
-checksum, and it is renamed into place when it is whole; an entry that is missing, cut or altered is made again. Entries stand in
-`$CLLM_DATA_CACHE`, else ~/.cache/cllm/data (set it to the empty string for none); the latest used MAX_BYTES stay.
+An entry is one safetensors file of arrays: nothing in it can run. Its name is the hash of all that
+decides what is in it, it carries a checksum, and it is renamed into place when it is whole; an
+entry that is missing, cut or altered is made again. Entries stand in `$CLLM_DATA_CACHE`, else
+~/.cache/cllm/data (set it to the empty string for none); the latest used MAX_BYTES stay.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from cllm.messages import note
 
 MAX_BYTES = 4 << 30
 _PACKAGE = Path(__file__).parents[1]
-_CODE = ("data/*.py", *(f"model/{name}.py" for name in ("tokenizer", "vocabulary", "fragments")))  # bytes to conversations to ids
+# bytes to conversations to ids
+_CODE = ("data/*.py", *(f"model/{name}.py" for name in ("tokenizer", "vocabulary", "fragments")))
 T = TypeVar("T")
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Arrays: TypeAlias = Mapping[str, Array]
@@ -30,12 +33,16 @@ Entry: TypeAlias = tuple[Arrays, Any]
 
 
 class Slices(Sequence[T]):
-    """Items that lie one after another in flat arrays, each made when it is asked for: item i is `make` of every array's part i.
+    """Items that lie one after another in flat arrays, each made when it is asked for: item i is
+    `make` of every array's part i.
 
-    starts, ends: (N,) where the parts begin and end. It takes a tenth of the memory of Python objects, and is stored as it is.
+    starts, ends: (N,) where the parts begin and end. It takes a tenth of the memory of Python
+    objects, and is stored as it is.
     """
 
-    def __init__(self, make: Callable[..., T], starts: Array, ends: Array, *arrays: Array, key: str = "") -> None:
+    def __init__(
+        self, make: Callable[..., T], starts: Array, ends: Array, *arrays: Array, key: str = ""
+    ) -> None:
         self.make, self.starts, self.ends, self.arrays, self.key = make, starts, ends, arrays, key
 
     def __len__(self) -> int:
@@ -62,7 +69,9 @@ class Slices(Sequence[T]):
 
 
 def _hashed(*parts: bytes | Array | Path) -> str:
-    """Of bytes, arrays and files' contents; each part's end counts, so that none runs into the next."""
+    """Of bytes, arrays and files' contents; each part's end counts, so that none runs into the
+    next.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Path):
@@ -76,18 +85,26 @@ def _hashed(*parts: bytes | Array | Path) -> str:
 
 
 def key_of(*facts: object, files: Sequence[Path] = (), tokenizer: Any = None) -> str:
-    """The name of an entry: the hash of `facts` by their repr, of files by name and content, of a tokenizer, and of this package's code."""
+    """The name of an entry: the hash of `facts` by their repr, of files by name and content, of a
+    tokenizer, and of this package's code.
+    """
     code = [file for pattern in _CODE for file in sorted(_PACKAGE.glob(pattern))]
     with tempfile.TemporaryDirectory() as saved:
         if tokenizer:
             tokenizer.save(Path(saved))  # whatever decides its ids
-        own = [part for file in sorted(Path(saved).iterdir()) for part in (file.name.encode(), file)]
-        named = [part for file in files for part in (str(file).encode("utf-8", "surrogatepass"), file)]
+        own = [
+            part for file in sorted(Path(saved).iterdir()) for part in (file.name.encode(), file)
+        ]
+        named = [
+            part for file in files for part in (str(file).encode("utf-8", "surrogatepass"), file)
+        ]
         return _hashed(repr(facts).encode("utf-8", "surrogatepass"), *code, *own, *named)
 
 
 def recall(key: str, make: Callable[[], Entry]) -> Entry:
-    """The entry `key`, made and kept where there is none, or no whole one; an empty key is not kept."""
+    """The entry `key`, made and kept where there is none, or no whole one; an empty key is not
+    kept.
+    """
     folder = os.environ.get("CLLM_DATA_CACHE", "~/.cache/cllm/data")
     if not (key and folder):
         return make()
@@ -97,7 +114,8 @@ def recall(key: str, make: Callable[[], Entry]) -> Entry:
         entry = make()
         try:
             _save(path, *entry)
-        except OSError as error:  # a full or read-only disk costs the next start its time, and this one nothing
+        # a full or read-only disk costs the next start its time, and this one nothing
+        except OSError as error:
             note("data.uncached", path=path.parent, cause=error.strerror or error)
     return entry
 
@@ -109,7 +127,9 @@ def _load(path: Path) -> Entry | None:
     try:
         arrays = load_file(path)
         path.touch()
-        if arrays.pop("checksum").tobytes().decode() != _hashed(*(arrays[name] for name in sorted(arrays))):
+        if arrays.pop("checksum").tobytes().decode() != _hashed(
+            *(arrays[name] for name in sorted(arrays))
+        ):
             return None
         facts = json.loads(arrays.pop("facts").tobytes())
     except (OSError, SafetensorError, KeyError, ValueError):
@@ -121,7 +141,9 @@ def _save(path: Path, arrays: Arrays, facts: object) -> None:
     from safetensors.numpy import save_file
 
     whole = {**arrays, "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
-    whole["checksum"] = np.frombuffer(_hashed(*(whole[name] for name in sorted(whole))).encode(), np.uint8)
+    whole["checksum"] = np.frombuffer(
+        _hashed(*(whole[name] for name in sorted(whole))).encode(), np.uint8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
     save_file(whole, fresh)

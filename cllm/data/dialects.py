@@ -1,7 +1,9 @@
-"""A Template in the languages of other programs: Jinja (Transformers, vLLM, SGLang, llama.cpp) and Go (Ollama).
+"""A Template in the languages of other programs: Jinja (Transformers, vLLM, SGLang, llama.cpp) and
+Go (Ollama).
 
-They render what `cllm.data.template.render` renders, for conversations without tools: how those are announced and called stands in
-template.json only, and the Jinja text refuses them rather than write what was never trained.
+They render what `cllm.data.template.render` renders, for conversations without tools: how those are
+announced and called stands in template.json only, and the Jinja text refuses them rather than write
+what was never trained.
 """
 
 from __future__ import annotations
@@ -23,33 +25,53 @@ def _quote(text: str) -> str:
 
 
 def jinja(template: Template) -> str:
-    """The chat_template: variables messages, add_generation_prompt and tools, as Transformers gives them."""
+    """The chat_template: variables messages, add_generation_prompt and tools, as Transformers gives
+    them.
+    """
     t = template
     if t.jinja:
         return t.jinja
     before, _, behind = t.user[0].partition("{round}")
-    user_opening = [_quote(before), "ns.turn", _quote(behind)] if "{round}" in t.user[0] else [_quote(before)]
+    user_opening = (
+        [_quote(before), "ns.turn", _quote(behind)] if "{round}" in t.user[0] else [_quote(before)]
+    )
     system = ""
     if t.system is not None:
         given = "system is not none" if t.empty_system else "system"
-        opening = " ~ ".join((_quote(t.system[0]), "(system | trim)" if t.trim else "system", _quote(t.system[1])))
+        opening = " ~ ".join(
+            (_quote(t.system[0]), "(system | trim)" if t.trim else "system", _quote(t.system[1]))
+        )
         system = "{% if " + given + " %}{% set ns.opening = " + opening + " %}{% endif %}"
-    later = [_quote(t.system[0]), "content", _quote(t.system[1])] if t.system and not t.merge_system else []
-    return "".join([
-        "{% if tools %}{{ raise_exception('this chat template was trained without tools') }}{% endif %}",
-        "{% set system, rest = " + ("none" if t.default_system is None else _quote(t.default_system)) + ", messages %}",
-        "{% if messages and messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}{% endif %}",
-        "{% set ns = namespace(opening='', turn=0, query=-1) %}", system, _put(_quote(t.prefix)),
-        "" if t.merge_system else "{{ ns.opening }}{% set ns.opening = '' %}",
-        "{% for m in rest %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}" if t.thinking else "",
-        "{% for m in rest %}{% set content = m.content" + (" | trim" if t.trim else "") + " %}",
-        "{% if m.role == 'assistant' %}", _answer(t),
-        *(["{% elif m.role == 'system' %}", _put(*later)] if later else []),
-        "{% elif m.role == 'tool' %}{{ raise_exception('this chat template was trained without tools') }}",
-        "{% else %}{% set ns.turn = ns.turn + (m.role == 'user') | int %}", _put(*user_opening, "ns.opening", "content", _quote(t.user[1])),
-        "{% set ns.opening = '' %}{% endif %}{% endfor %}",
-        "{% if add_generation_prompt %}" + _put(_quote(t.opening)) + "{% endif %}",
-    ])  # fmt: skip
+    later = (
+        [_quote(t.system[0]), "content", _quote(t.system[1])]
+        if t.system and not t.merge_system
+        else []
+    )
+    return "".join(
+        [
+            "{% if tools %}{{ raise_exception('this chat template was trained without tools') }}{% endif %}",
+            "{% set system, rest = "
+            + ("none" if t.default_system is None else _quote(t.default_system))
+            + ", messages %}",
+            "{% if messages and messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}{% endif %}",
+            "{% set ns = namespace(opening='', turn=0, query=-1) %}",
+            system,
+            _put(_quote(t.prefix)),
+            "" if t.merge_system else "{{ ns.opening }}{% set ns.opening = '' %}",
+            "{% for m in rest %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}"
+            if t.thinking
+            else "",
+            "{% for m in rest %}{% set content = m.content" + (" | trim" if t.trim else "") + " %}",
+            "{% if m.role == 'assistant' %}",
+            _answer(t),
+            *(["{% elif m.role == 'system' %}", _put(*later)] if later else []),
+            "{% elif m.role == 'tool' %}{{ raise_exception('this chat template was trained without tools') }}",
+            "{% else %}{% set ns.turn = ns.turn + (m.role == 'user') | int %}",
+            _put(*user_opening, "ns.opening", "content", _quote(t.user[1])),
+            "{% set ns.opening = '' %}{% endif %}{% endfor %}",
+            "{% if add_generation_prompt %}" + _put(_quote(t.opening)) + "{% endif %}",
+        ]
+    )
 
 
 def _answer(t: Template) -> str:
@@ -57,19 +79,32 @@ def _answer(t: Template) -> str:
     before = ""
     if t.thinking:
         strip = "strip()" if t.trim else r"strip('\n')"
-        kept = "content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]." + strip if t.thinking == "keep" else "''"
+        kept = (
+            "content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]." + strip
+            if t.thinking == "keep"
+            else "''"
+        )
         before = (
-            "{% set thought = '' %}{% if '</think>' in content %}{% set thought, content = " + kept
+            "{% set thought = '' %}{% if '</think>' in content %}{% set thought, content = "
+            + kept
             + r", content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-        )  # fmt: skip
+        )
         shown = "true" if t.think_opened else "(loop.last or thought)"
-        parts.append(f"('<think>\\n' ~ thought ~ '\\n</think>\\n\\n' if loop.index0 > ns.query and {shown} else '')")
-    closing = f"({_quote(t.end)} if loop.last else {_quote(t.after)})" if t.final_end else _quote(t.end + t.after)
+        parts.append(
+            f"('<think>\\n' ~ thought ~ '\\n</think>\\n\\n' if loop.index0 > ns.query and {shown} else '')"
+        )
+    closing = (
+        f"({_quote(t.end)} if loop.last else {_quote(t.after)})"
+        if t.final_end
+        else _quote(t.end + t.after)
+    )
     return before + _put(*parts, _quote(t.lead), "content", closing)
 
 
 def go(template: Template) -> str:
-    """Ollama's TEMPLATE, over .Messages and .System. Raises UserError for numbered rounds and chat_templates."""
+    """Ollama's TEMPLATE, over .Messages and .System. Raises UserError for numbered rounds and
+    chat_templates.
+    """
     t = template
     if t.jinja or "{round}" in t.user[0]:
         raise UserError("export.ollama", template=t.name)
@@ -78,13 +113,39 @@ def go(template: Template) -> str:
         return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
     system = "" if t.system is None else put(t.system[0]) + "{{ $m.Content }}" + put(t.system[1])
-    merged = "" if t.system is None else "{{ if and $.System (not $seen) }}" + system.replace("$m.Content", "$.System") + "{{ end }}"
+    merged = (
+        ""
+        if t.system is None
+        else "{{ if and $.System (not $seen) }}"
+        + system.replace("$m.Content", "$.System")
+        + "{{ end }}"
+    )
     closing = put(t.end + t.after) if not t.final_end else put(t.after)
-    answer = put(t.assistant + t.lead) + "{{ $m.Content }}" + "{{ if not $last }}" + closing + "{{ end }}"
-    question = put(t.user[0]) + (merged if t.merge_system else "") + "{{ $seen = true }}{{ $m.Content }}" + put(t.user[1])
-    return "".join([
-        put(t.prefix), "{{ $seen := false }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}",
-        '{{ if eq $m.Role "user" }}', question, '{{ else if eq $m.Role "assistant" }}', answer,
-        "" if t.merge_system or not system else '{{ else if eq $m.Role "system" }}' + system, "{{ end }}",
-        '{{ if and $last (ne $m.Role "assistant") }}', put(t.opening), "{{ end }}{{ end }}",
-    ])  # fmt: skip
+    answer = (
+        put(t.assistant + t.lead)
+        + "{{ $m.Content }}"
+        + "{{ if not $last }}"
+        + closing
+        + "{{ end }}"
+    )
+    question = (
+        put(t.user[0])
+        + (merged if t.merge_system else "")
+        + "{{ $seen = true }}{{ $m.Content }}"
+        + put(t.user[1])
+    )
+    return "".join(
+        [
+            put(t.prefix),
+            "{{ $seen := false }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}",
+            '{{ if eq $m.Role "user" }}',
+            question,
+            '{{ else if eq $m.Role "assistant" }}',
+            answer,
+            "" if t.merge_system or not system else '{{ else if eq $m.Role "system" }}' + system,
+            "{{ end }}",
+            '{{ if and $last (ne $m.Role "assistant") }}',
+            put(t.opening),
+            "{{ end }}{{ end }}",
+        ]
+    )

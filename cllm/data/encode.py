@@ -1,7 +1,8 @@
-"""Conversation -> Example: token ids with labels, and what happens to conversations longer than a row.
+"""Conversation -> Example: token ids with labels, and what happens to conversations longer than a
+row.
 
-Every Example's last supervised token is the end token: a conversation that does not fit is dropped, or its prompt is cut, but never
-its answers.
+Every Example's last supervised token is the end token: a conversation that does not fit is dropped,
+or its prompt is cut, but never its answers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _BATCH_CHARS = 1 << 20
 
 
 class Example(NamedTuple):
-    """Token ids and their labels, unshifted: labels[i] is input_ids[i] (or its target) where trained, else IGNORE_INDEX."""
+    """Token ids and their labels, unshifted: labels[i] is input_ids[i] (or its target) where
+    trained, else IGNORE_INDEX.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -41,7 +44,9 @@ Refusal = Literal["too_long", "no_supervised_token"]
 
 
 class Encoder(Protocol):
-    """What encoding needs of a tokenizer: the template's segments of a conversation, and their ids and labels."""
+    """What encoding needs of a tokenizer: the template's segments of a conversation, and their ids
+    and labels.
+    """
 
     def segments(self, conversation: Conversation) -> list[Segment]: ...
 
@@ -51,22 +56,35 @@ class Encoder(Protocol):
 
 
 def encode(
-    conversation: Conversation, tokenizer: Encoder, *, max_tokens: int, truncate: Literal["drop", "prompt"] = "drop"
+    conversation: Conversation,
+    tokenizer: Encoder,
+    *,
+    max_tokens: int,
+    truncate: Literal["drop", "prompt"] = "drop",
 ) -> Example | Refusal:
-    """The conversation's token ids and labels, at most `max_tokens` of them, or the reason why there is none.
+    """The conversation's token ids and labels, at most `max_tokens` of them, or the reason why
+    there is none.
 
-    truncate="drop": a longer conversation is "too_long". truncate="prompt": its oldest rounds are left out, then the last user
-    message is cut from its start; "too_long" only if the last answer does not fit either.
+    truncate="drop": a longer conversation is "too_long". truncate="prompt": its oldest rounds are
+    left out, then the last user message is cut from its start; "too_long" only if the last answer
+    does not fit either.
     """
     return next(encode_all([conversation], tokenizer, max_tokens=max_tokens, truncate=truncate))
 
 
 def encode_all(
-    conversations: Iterable[Conversation], tokenizer: Encoder, *, max_tokens: int, truncate: Literal["drop", "prompt"] = "drop"
+    conversations: Iterable[Conversation],
+    tokenizer: Encoder,
+    *,
+    max_tokens: int,
+    truncate: Literal["drop", "prompt"] = "drop",
 ) -> Iterator[Example | Refusal]:
     """`encode` of each conversation in order, many at a time."""
     results = _encoded(conversations, tokenizer, max_tokens, truncate)
-    return (result if isinstance(result, str) else Example(*(part.tolist() for part in result)) for result in results)
+    return (
+        result if isinstance(result, str) else Example(*(part.tolist() for part in result))
+        for result in results
+    )
 
 
 def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
@@ -82,7 +100,10 @@ def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
 
 
 def _encoded(
-    conversations: Iterable[Conversation], tokenizer: Encoder, max_tokens: int, truncate: Literal["drop", "prompt"]
+    conversations: Iterable[Conversation],
+    tokenizer: Encoder,
+    max_tokens: int,
+    truncate: Literal["drop", "prompt"],
 ) -> Iterator[Ids | Refusal]:
     for batch in batches(conversations):
         pairs = tokenizer.encode_batch([tokenizer.segments(item) for item in batch])
@@ -106,9 +127,11 @@ def encode_set(
     max_tokens: int,
     truncate: Literal["drop", "prompt"] = "drop",
 ) -> tuple[Slices[Example], Sequence[Conversation], Counter[str]]:
-    """(examples, the conversations that gave them, how many did not by reason); what comes out of the cache goes there.
+    """(examples, the conversations that gave them, how many did not by reason); what comes out of
+    the cache goes there.
 
-    A pre-training text gives consecutive examples of at most `max_tokens`; only its last one has the end token.
+    A pre-training text gives consecutive examples of at most `max_tokens`; only its last one has
+    the end token.
     """
 
     @uncollected()
@@ -122,15 +145,24 @@ def encode_set(
             kept.append(number)
             ids += result[0]
             labels += result[1]
-            sizes += [min(max_tokens, len(result[0]) - start) for start in range(0, len(result[0]), max_tokens)]
+            sizes += [
+                min(max_tokens, len(result[0]) - start)
+                for start in range(0, len(result[0]), max_tokens)
+            ]
         flat = {"ids": np.frombuffer(ids, np.int32), "labels": np.frombuffer(labels, np.int32)}
         return {**flat, "bounds": np.cumsum(sizes), "kept": np.array(kept, np.int64)}, refused
 
     key = conversations.key if isinstance(conversations, Slices) else ""
-    arrays, refused = cache.recall(key and cache.key_of(key, kind, max_tokens, truncate, tokenizer=tokenizer), make)
+    arrays, refused = cache.recall(
+        key and cache.key_of(key, kind, max_tokens, truncate, tokenizer=tokenizer), make
+    )
     bounds, chosen = arrays["bounds"], arrays["kept"]
     examples = Slices(_example, bounds[:-1], bounds[1:], arrays["ids"], arrays["labels"])
-    picked = conversations.pick(chosen) if isinstance(conversations, Slices) else [conversations[i] for i in chosen]
+    picked = (
+        conversations.pick(chosen)
+        if isinstance(conversations, Slices)
+        else [conversations[i] for i in chosen]
+    )
     return examples, picked, Counter(refused)
 
 
@@ -139,7 +171,9 @@ def _example(ids: Array, labels: Array) -> Example:
 
 
 def _shorten(conversation: Conversation, tokenizer: Encoder, max_tokens: int) -> Ids | None:
-    """The conversation without its oldest rounds, then without the start of its last user message; None if even that is too long."""
+    """The conversation without its oldest rounds, then without the start of its last user message;
+    None if even that is too long.
+    """
 
     def attempt(messages: Iterable[Message]) -> Ids | None:
         shorter = replace(conversation, messages=tuple(messages))
@@ -155,7 +189,8 @@ def _shorten(conversation: Conversation, tokenizer: Encoder, max_tokens: int) ->
     if not users:
         return None
     last, rest = messages[users[-1]], messages[users[-1] + 1 :]
-    fits, low, high = None, 1, len(last.content)  # the most characters kept: longer texts hardly ever give fewer tokens
+    # the most characters kept: longer texts hardly ever give fewer tokens
+    fits, low, high = None, 1, len(last.content)
     while low <= high:
         middle = (low + high) // 2
         kept = last.content[len(last.content) - middle :]

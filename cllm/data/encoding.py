@@ -1,7 +1,9 @@
-"""Bytes -> text, a chunk at a time: UTF-8, UTF-16 with a byte order mark, GB18030 (GBK), Big5, told apart by what makes Chinese.
+"""Bytes -> text, a chunk at a time: UTF-8, UTF-16 with a byte order mark, GB18030 (GBK), Big5, told
+apart by what makes Chinese.
 
-Big5 mostly decodes as GB18030 without an error, into mojibake, so that the first codec that does not raise proves nothing. Bytes
-that fit no encoding travel on as U+DC80-DCFF (PEP 383) and reject only the row that holds them.
+Big5 mostly decodes as GB18030 without an error, into mojibake, so that the first codec that does
+not raise proves nothing. Bytes that fit no encoding travel on as U+DC80-DCFF (PEP 383) and reject
+only the row that holds them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Bytes(Protocol):
 
 
 def plausibility(text: str) -> float:
-    """The share of `text`'s characters beyond ASCII that are among the commonest of Chinese; 0 to 1."""
+    """The share of `text`'s characters beyond ASCII that are among the commonest of Chinese; 0 to
+    1.
+    """
     wide = [character for character in text if character > "\x7f"]
     return sum(character in COMMON for character in wide) / len(wide) if wide else 0.0
 
@@ -45,7 +49,9 @@ def _guess(data: bytes) -> tuple[float, str]:
 
 
 def sniff_encoding(head: bytes) -> str:
-    """utf-8, utf-16, gb18030 or big5hkscs: by byte order mark, else by what the lines of `head` decode as."""
+    """utf-8, utf-16, gb18030 or big5hkscs: by byte order mark, else by what the lines of `head`
+    decode as.
+    """
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
     try:
@@ -63,7 +69,9 @@ def sniff_encoding(head: bytes) -> str:
 
 
 def _mend(text: str, encoding: str) -> str:
-    """`text` with the lines in another encoding than the file's decoded on their own, where that gives plausible Chinese."""
+    """`text` with the lines in another encoding than the file's decoded on their own, where that
+    gives plausible Chinese.
+    """
     legacy = encoding in LEGACY
     if encoding == "utf-16" or not (legacy or ESCAPED.search(text)):
         return text
@@ -94,9 +102,14 @@ def _decode(decoder: codecs.IncrementalDecoder, data: bytes, final: bool = False
 
 
 def decoded(head: bytes, stream: Bytes, encoding: str) -> Iterator[str]:
-    """The text of `head` and the rest of `stream`, in pieces cut at line ends where a chunk has one."""
+    """The text of `head` and the rest of `stream`, in pieces cut at line ends where a chunk has
+    one.
+    """
     errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
-    decoder, rest = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)(errors), ""
+    decoder, rest = (
+        codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)(errors),
+        "",
+    )
     for data in chain((head,), iter(lambda: stream.read1(CHUNK_BYTES), b"")):
         text = rest + _decode(decoder, data)
         cut = text.rfind("\n") + 1 or len(text)

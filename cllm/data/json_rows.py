@@ -1,4 +1,6 @@
-"""Text -> (line, row) from JSON Lines, one JSON array, or JSON objects, holding little more than one row; broken places become Faults."""
+"""Text -> (line, row) from JSON Lines, one JSON array, or JSON objects, holding little more than
+one row; broken places become Faults.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,20 @@ from cllm.messages import say
 
 Row = tuple[int, Any]
 MAX_VALUE_CHARS = 1 << 28  # a JSON value that does not end within this is broken
-WRAPPERS = frozenset("data rows items examples train validation valid dev test".split())  # keys whose array holds the rows
-BLANK = " \t\r\n\ufeff\x00\x1a"  # what may surround a row; the last two end files of DOS and of cut disks
-_DECODER = json.JSONDecoder(strict=False)  # raw tabs and newlines inside strings are common, and harmless
+# keys whose array holds the rows
+WRAPPERS = frozenset("data rows items examples train validation valid dev test".split())
+# what may surround a row; the last two end files of DOS and of cut disks
+BLANK = " \t\r\n\ufeff\x00\x1a"
+# raw tabs and newlines inside strings are common, and harmless
+_DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")
 
 
 def whole(line: str) -> int:
-    """1: `line` is JSON by itself; 0: it may be the first line of a longer document; -1: it is broken."""
+    """1: `line` is JSON by itself; 0: it may be the first line of a longer document; -1: it is
+    broken.
+    """
     text = line.strip(BLANK)
     try:
         json.loads(text)
@@ -47,7 +54,9 @@ def json_lines(pieces: Iterable[str]) -> Iterator[Row]:
 
 
 def json_document(pieces: Iterable[str]) -> Iterator[Row]:
-    """The rows of a JSON array, or of objects one after another: a wrapper, rows by key, columns, or one row each."""
+    """The rows of a JSON array, or of objects one after another: a wrapper, rows by key, columns,
+    or one row each.
+    """
     source = _Source(pieces)
     opening = source.peek()
     yield from _joined(_array(source)) if opening == "[" else _object(source)
@@ -63,7 +72,9 @@ def _fault(error: Exception, text: str) -> Fault:
         return Fault("decode_error", say("row.bytes", found=f"{text:.40}"))
     if isinstance(error, json.JSONDecodeError):
         near = error.doc[max(0, error.pos - 15) : error.pos + 15]
-        return Fault("parse_error", say("row.json", detail=error.msg, column=error.colno, near=repr(near)))
+        return Fault(
+            "parse_error", say("row.json", detail=error.msg, column=error.colno, near=repr(near))
+        )
     return Fault("parse_error", say("row.value", detail=f"{error!s:.100}"))
 
 
@@ -111,7 +122,9 @@ class _Source:
         return True
 
     def value(self) -> Any:
-        """The next JSON value. Raises ValueError or RecursionError and then stays where the value starts."""
+        """The next JSON value. Raises ValueError or RecursionError and then stays where the value
+        starts.
+        """
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.at)
@@ -127,7 +140,9 @@ class _Source:
             return value
 
     def resume(self) -> bool:
-        """After a broken element, go to the next line that opens an object at this one's indentation, if there is one."""
+        """After a broken element, go to the next line that opens an object at this one's
+        indentation, if there is one.
+        """
         indent = self.at - (self.buffer.rfind("\n", 0, self.at) + 1)
         opening = re.compile(rf"\n(?=[ \t]{{{indent}}}\{{)")
         while True:
@@ -140,7 +155,9 @@ class _Source:
 
 
 def _joined(rows: Iterator[Row]) -> Iterator[Row]:
-    """`rows`, but an array of nothing except turns is one row: files of one conversation each (SMILE)."""
+    """`rows`, but an array of nothing except turns is one row: files of one conversation each
+    (SMILE).
+    """
     held: list[Row] = []
     for line, value in rows:
         if not is_turn(value):
@@ -177,14 +194,19 @@ def _array(source: _Source) -> Iterator[Row]:
             if source.peek() == "]":
                 yield source.line, Fault("parse_error", say("row.comma", count=number))
         elif source.peek() not in ("]", ""):
-            yield source.line, Fault("parse_error", say("row.between", found=source.ahead(), number=number))
+            yield (
+                source.line,
+                Fault("parse_error", say("row.between", found=source.ahead(), number=number)),
+            )
             if source.peek() != "{":
                 source.broken = True
                 return
 
 
 def _object(source: _Source) -> Iterator[Row]:
-    """One top-level object; a wrapper's array streams, other members are held until it is clear what they are."""
+    """One top-level object; a wrapper's array streams, other members are held until it is clear
+    what they are.
+    """
     members: dict[str, Row] = {}
     start, wrapped = source.line, False
     source.skip("{")
@@ -211,20 +233,43 @@ def _object(source: _Source) -> Iterator[Row]:
     if _by_key(members):
         yield from members.values()
     elif not wrapped:
-        yield from ((start, row) for row in _unstacked({key: value for key, (_, value) in members.items()}))
+        yield from (
+            (start, row) for row in _unstacked({key: value for key, (_, value) in members.items()})
+        )
 
 
 def _by_key(members: dict[str, Row]) -> bool:
-    """Whether the values of an object are the rows: objects, or one-element lists of one, under keys that name no field."""
-    values = [value[0] if isinstance(value, list) and len(value) == 1 else value for _, value in members.values()]
-    return bool(members) and SCHEMA_KEYS.isdisjoint(members) and all(isinstance(value, dict) for value in values)
+    """Whether the values of an object are the rows: objects, or one-element lists of one, under
+    keys that name no field.
+    """
+    values = [
+        value[0] if isinstance(value, list) and len(value) == 1 else value
+        for _, value in members.values()
+    ]
+    return (
+        bool(members)
+        and SCHEMA_KEYS.isdisjoint(members)
+        and all(isinstance(value, dict) for value in values)
+    )
 
 
 def _unstacked(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """{"instruction": […], "output": […], …} -> its rows; anything else is one row (input[] and output[] alone are turns)."""
+    """{"instruction": […], "output": […], …} -> its rows; anything else is one row (input[] and
+    output[] alone are turns).
+    """
     sizes = {len(value) if isinstance(value, list) else -1 for value in row.values()}
-    turns = any(value and not isinstance(value[0], list) for key in TURN_KEYS if isinstance(value := row.get(key), list))
-    if len(sizes) != 1 or -1 in sizes or turns or set(row) == {"input", "output"} or SCHEMA_KEYS.isdisjoint(row):
+    turns = any(
+        value and not isinstance(value[0], list)
+        for key in TURN_KEYS
+        if isinstance(value := row.get(key), list)
+    )
+    if (
+        len(sizes) != 1
+        or -1 in sizes
+        or turns
+        or set(row) == {"input", "output"}
+        or SCHEMA_KEYS.isdisjoint(row)
+    ):
         yield row
         return
     for values in zip(*row.values(), strict=True):

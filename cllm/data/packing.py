@@ -1,4 +1,5 @@
-"""Examples -> packed token rows: best-fit packing, a seeded shuffle per epoch, and a position that can be saved.
+"""Examples -> packed token rows: best-fit packing, a seeded shuffle per epoch, and a position that
+can be saved.
 
 A packed row holds whole sequences back to back, no padding:
 
@@ -23,7 +24,8 @@ from torch import Tensor
 from cllm.data.cache import Slices
 from cllm.data.encode import IGNORE_INDEX, Example
 
-_WINDOW = 4096  # examples packed together: enough for rows over 98 % full, few enough that epochs differ
+# examples packed together: enough for rows over 98 % full, few enough that epochs differ
+_WINDOW = 4096
 
 
 @dataclass
@@ -33,7 +35,9 @@ class PackedBatch:
     input_ids: Tensor
     """(T,) int64"""
     labels: Tensor
-    """(T,) int64, shifted once: labels[i] is what position i predicts; IGNORE_INDEX where nothing is trained."""
+    """(T,) int64, shifted once: labels[i] is what position i predicts; IGNORE_INDEX where nothing
+    is trained.
+    """
     position_ids: Tensor
     """(T,) int64, restarts at 0 for each sequence."""
     cu_seqlens: Tensor
@@ -43,10 +47,17 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same row with its token tensors on `device`."""
-        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), position_ids=self.position_ids.to(device))
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+        )
 
     def split(self, tokens: int) -> list[PackedBatch]:
-        """The same sequences in order as rows of at most `tokens` (a longer sequence stands alone); the losses' sum stays the same."""
+        """The same sequences in order as rows of at most `tokens` (a longer sequence stands alone);
+        the losses' sum stays the same.
+        """
         bounds = self.cu_seqlens.tolist()
         cuts = [0]
         for start, end in itertools.pairwise(bounds):
@@ -54,9 +65,15 @@ class PackedBatch:
                 cuts.append(start)
         parts = []
         for low, high in zip(cuts, [*cuts[1:], bounds[-1]], strict=True):
-            inside = torch.tensor([bound - low for bound in bounds if low <= bound <= high], dtype=torch.int32)
-            ids, labels, positions = (t[low:high] for t in (self.input_ids, self.labels, self.position_ids))
-            parts.append(PackedBatch(ids, labels, positions, inside, int((labels != IGNORE_INDEX).sum())))
+            inside = torch.tensor(
+                [bound - low for bound in bounds if low <= bound <= high], dtype=torch.int32
+            )
+            ids, labels, positions = (
+                t[low:high] for t in (self.input_ids, self.labels, self.position_ids)
+            )
+            parts.append(
+                PackedBatch(ids, labels, positions, inside, int((labels != IGNORE_INDEX).sum()))
+            )
         return parts
 
 
@@ -83,11 +100,14 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
 def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Best-fit decreasing: indices of `lengths` grouped into rows of at most `row_tokens`.
 
-    Each item, longest first, goes into the fullest row that still takes it; ties keep the given order. Raises ValueError for an item
-    longer than a row. Rows are at most 11/9 of the optimum (Johnson 1973).
+    Each item, longest first, goes into the fullest row that still takes it; ties keep the given
+    order. Raises ValueError for an item longer than a row. Rows are at most 11/9 of the optimum
+    (Johnson 1973).
     """
     if too_long := [n for n in lengths if n > row_tokens]:
-        raise ValueError(f"{len(too_long)} sequences are longer than a row of {row_tokens} tokens (longest {max(too_long)})")
+        raise ValueError(
+            f"{len(too_long)} sequences are longer than a row of {row_tokens} tokens (longest {max(too_long)})"
+        )
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -103,15 +123,23 @@ def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 class PackedRows:
-    """An endless, seeded stream of packed rows over `examples`; epoch e's order depends only on (seed, e).
+    """An endless, seeded stream of packed rows over `examples`; epoch e's order depends only on
+    (seed, e).
 
-    `state` is (epoch, row) of the next row: set it, or `seek`, to continue exactly there. `single` puts each sequence in a row of its own
-    (architectures whose recurrent state would leak across a packed row).
+    `state` is (epoch, row) of the next row: set it, or `seek`, to continue exactly there. `single`
+    puts each sequence in a row of its own (architectures whose recurrent state would leak across a
+    packed row).
     """
 
-    def __init__(self, examples: Sequence[Example], row_tokens: int, *, seed: int = 0, single: bool = False) -> None:
+    def __init__(
+        self, examples: Sequence[Example], row_tokens: int, *, seed: int = 0, single: bool = False
+    ) -> None:
         self.examples, self.row_tokens, self.seed, self.single = examples, row_tokens, seed, single
-        self.sizes = examples.sizes if isinstance(examples, Slices) else [len(example.input_ids) for example in examples]
+        self.sizes = (
+            examples.sizes
+            if isinstance(examples, Slices)
+            else [len(example.input_ids) for example in examples]
+        )
         self.state = (0, 0)
         self._rows = functools.lru_cache(2)(self._order)  # of the epoch that runs and the first
 
@@ -127,7 +155,11 @@ class PackedRows:
         for start in range(0, len(order), _WINDOW):
             window = order[start : start + _WINDOW]
             lengths = [self.sizes[i] for i in window]
-            groups = [[i] for i in range(len(window))] if self.single else best_fit(lengths, self.row_tokens)
+            groups = (
+                [[i] for i in range(len(window))]
+                if self.single
+                else best_fit(lengths, self.row_tokens)
+            )
             rows += [[window[i] for i in group] for group in groups]
         shuffle.shuffle(rows)
         return rows

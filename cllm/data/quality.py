@@ -1,7 +1,9 @@
-"""What a set of conversations is like: duplicates, lengths, languages, leakage, and answers that teach nothing. No token knowledge.
+"""What a set of conversations is like: duplicates, lengths, languages, leakage, and answers that
+teach nothing. No token knowledge.
 
-The near-duplicate search is MinHash with banded locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of
-Massive Datasets, chapter 3) over character trigrams, which need no word segmentation; every candidate is checked exactly.
+The near-duplicate search is MinHash with banded locality-sensitive hashing (Broder 1997; Leskovec,
+Rajaraman, Ullman, Mining of Massive Datasets, chapter 3) over character trigrams, which need no
+word segmentation; every candidate is checked exactly.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from cllm.data.text import PERSONAL
 if TYPE_CHECKING:
     import numpy as np
 
-SHINGLE_CHARS, BANDS, BAND_ROWS = 3, 16, 4  # a pair of Jaccard similarity s is found with probability 1 - (1 - s^4)^16: 0.9998 at 0.8
+# a pair of Jaccard similarity s is found with probability 1 - (1 - s^4)^16: 0.9998 at 0.8
+SHINGLE_CHARS, BANDS, BAND_ROWS = 3, 16, 4
 EXAMPLES = 3
 NEAR_LIMIT = 100_000  # conversations; the search takes about 0.2 ms and 2 kB for each
 
-# Simplified characters, each followed by its traditional form: the commonest of those where the two differ.
+# Simplified characters, each followed by its traditional form: the commonest of those where the two
+# differ.
 _PAIRS = (
     "这這个個来來国國说說们們为為时時过過学學对對发發当當无無开開见見经經头頭长長样樣现現将將进進实實点點种種声聲话話问問机機给給"
     "几幾业業间間体體东東车車书書门門语語读讀写寫电電网網数數据據关關应應该該请請让讓谁誰吗嗎药藥医醫处處乐樂两兩从從动動与與还還"
@@ -43,7 +47,8 @@ BOILERPLATE = re.compile(
 def content_hash(conversation: Conversation) -> bytes:
     """16 bytes that are equal for equal messages and tools; where a row stood does not matter."""
     parts = [part for message in conversation for part in message] + [conversation.tools]
-    return hashlib.blake2b("\x00".join(parts).encode(), digest_size=16).digest()  # no message holds a NUL
+    # no message holds a NUL
+    return hashlib.blake2b("\x00".join(parts).encode(), digest_size=16).digest()
 
 
 def deduplicate(conversations: Iterable[Conversation]) -> list[Conversation]:
@@ -54,14 +59,20 @@ def deduplicate(conversations: Iterable[Conversation]) -> list[Conversation]:
     return list(first.values())
 
 
-def split_held_out(conversations: Sequence[Conversation], fraction: float, seed: int = 0) -> tuple[list[Conversation], list[Conversation]]:
+def split_held_out(
+    conversations: Sequence[Conversation], fraction: float, seed: int = 0
+) -> tuple[list[Conversation], list[Conversation]]:
     """(train, held out): about `fraction` of the conversations by their content's hash.
 
-    A conversation's side depends on nothing but its content and the seed, so that it stays when rows are added or reordered and
-    duplicates stay together. From two different conversations on, neither side is empty (for 0 < fraction < 1).
+    A conversation's side depends on nothing but its content and the seed, so that it stays when
+    rows are added or reordered and duplicates stay together. From two different conversations on,
+    neither side is empty (for 0 < fraction < 1).
     """
     salt = seed.to_bytes(8, "little", signed=True)
-    digests = (hashlib.blake2b(content_hash(item), digest_size=8, salt=salt).digest() for item in conversations)
+    digests = (
+        hashlib.blake2b(content_hash(item), digest_size=8, salt=salt).digest()
+        for item in conversations
+    )
     draws = [int.from_bytes(digest, "big") for digest in digests]
     limit = int(fraction * 2**64)
     if 0 < fraction < 1 and len(set(draws)) > 1:
@@ -73,10 +84,14 @@ def split_held_out(conversations: Sequence[Conversation], fraction: float, seed:
 
 
 def _shingles(text: str) -> np.ndarray:
-    """The distinct hashes (uint64) of all runs of SHINGLE_CHARS characters, white space and case aside."""
+    """The distinct hashes (uint64) of all runs of SHINGLE_CHARS characters, white space and case
+    aside.
+    """
     import numpy as np
 
-    codes = np.frombuffer("".join(text.lower().split()).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    codes = np.frombuffer(
+        "".join(text.lower().split()).encode("utf-32-le"), dtype=np.uint32
+    ).astype(np.uint64)
     size = min(SHINGLE_CHARS, len(codes))
     hashes = np.zeros(len(codes) - size + 1 if size else 0, dtype=np.uint64)
     for offset in range(size):
@@ -85,7 +100,9 @@ def _shingles(text: str) -> np.ndarray:
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[int, int]]:
-    """(index, earlier index) of every text whose trigrams' Jaccard similarity with an earlier text is at least `threshold`."""
+    """(index, earlier index) of every text whose trigrams' Jaccard similarity with an earlier text
+    is at least `threshold`.
+    """
     import numpy as np
 
     draws = np.random.default_rng(1)
@@ -98,7 +115,8 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[
         shingles = _shingles(text)
         if not len(shingles):
             continue
-        mixed = (factors * shingles + offsets) >> np.uint64(32)  # multiply-shift hashing, (64, shingles)
+        # multiply-shift hashing, (64, shingles)
+        mixed = (factors * shingles + offsets) >> np.uint64(32)
         signature = mixed.min(axis=1).reshape(BANDS, BAND_ROWS)
         keys = [bytes([band]) + row.tobytes() for band, row in enumerate(signature)]
         for earlier in sorted({buckets[key] for key in keys if key in buckets}):
@@ -115,17 +133,32 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[
 
 def question(conversation: Conversation) -> str:
     """Everything the user says, a line each; the text itself for pre-training."""
-    return "\n".join(m.content for m in conversation if m.role == "user") or conversation.messages[0].content
+    return (
+        "\n".join(m.content for m in conversation if m.role == "user")
+        or conversation.messages[0].content
+    )
 
 
-def leaks(train: Sequence[Conversation], test: Sequence[Conversation], threshold: float = 0.8) -> list[tuple[int, int]]:
-    """(test index, train index) of the test conversations whose questions are also in the training set, or nearly."""
+def leaks(
+    train: Sequence[Conversation], test: Sequence[Conversation], threshold: float = 0.8
+) -> list[tuple[int, int]]:
+    """(test index, train index) of the test conversations whose questions are also in the training
+    set, or nearly.
+    """
     texts = [question(conversation) for conversation in (*train, *test)]
-    return [(late - len(train), early) for late, early in near_duplicates(texts, threshold) if early < len(train) <= late]
+    return [
+        (late - len(train), early)
+        for late, early in near_duplicates(texts, threshold)
+        if early < len(train) <= late
+    ]
 
 
-def repeated_questions(train: Iterable[Conversation], test: Iterable[Conversation]) -> list[Conversation]:
-    """The test conversations whose questions, white space and case aside, are asked in the training set too."""
+def repeated_questions(
+    train: Iterable[Conversation], test: Iterable[Conversation]
+) -> list[Conversation]:
+    """The test conversations whose questions, white space and case aside, are asked in the training
+    set too.
+    """
     asked = {"".join(question(item).lower().split()) for item in train}
     return [item for item in test if "".join(question(item).lower().split()) in asked]
 
@@ -139,7 +172,9 @@ def language(text: str) -> str:
     if not han:
         return "other"
     counts = Counter(text)
-    simple, full = (sum(counts[c] for c in script if c in counts) for script in (_SIMPLIFIED, _TRADITIONAL))
+    simple, full = (
+        sum(counts[c] for c in script if c in counts) for script in (_SIMPLIFIED, _TRADITIONAL)
+    )
     return "traditional" if full > simple else "simplified"
 
 
@@ -149,11 +184,18 @@ def percentiles(values: Sequence[int]) -> dict[str, float]:
         return {}
     ordered = sorted(values)
     at = {f"p{q}": ordered[min(len(ordered) - 1, q * len(ordered) // 100)] for q in (50, 90, 99)}
-    return {"min": ordered[0], **at, "max": ordered[-1], "mean": round(sum(ordered) / len(ordered), 1)}
+    return {
+        "min": ordered[0],
+        **at,
+        "max": ordered[-1],
+        "mean": round(sum(ordered) / len(ordered), 1),
+    }
 
 
 def histogram(values: Sequence[int], width: int = 40, bins: int = 12) -> list[str]:
-    """Lines of a bar chart for a terminal; the last bin holds everything beyond the 99th percentile."""
+    """Lines of a bar chart for a terminal; the last bin holds everything beyond the 99th
+    percentile.
+    """
     if not values:
         return []
     top = max(1, int(percentiles(values)["p99"]))
@@ -161,8 +203,14 @@ def histogram(values: Sequence[int], width: int = 40, bins: int = 12) -> list[st
     counts = Counter(min(value // step, bins) for value in values)
     last = max(counts)
     high = max(counts.values())
-    labels = [f"{n * step:>7}-{(n + 1) * step - 1}" if n < bins else f"{n * step:>7}-" for n in range(last + 1)]
-    return [f"{label:<16} {'█' * -(-counts[n] * width // high)} {counts[n]}" for n, label in enumerate(labels)]
+    labels = [
+        f"{n * step:>7}-{(n + 1) * step - 1}" if n < bins else f"{n * step:>7}-"
+        for n in range(last + 1)
+    ]
+    return [
+        f"{label:<16} {'█' * -(-counts[n] * width // high)} {counts[n]}"
+        for n, label in enumerate(labels)
+    ]
 
 
 def plot_lengths(values: Sequence[int], path: Path, unit: str, limit: int = 0) -> None:
@@ -180,30 +228,46 @@ def plot_lengths(values: Sequence[int], path: Path, unit: str, limit: int = 0) -
 
 
 def _located(found: list[Conversation]) -> dict[str, Any]:
-    return {"count": len(found), "examples": [f"{item.file}:{item.line}" for item in found[:EXAMPLES]]}
+    return {
+        "count": len(found),
+        "examples": [f"{item.file}:{item.line}" for item in found[:EXAMPLES]],
+    }
 
 
 def quality(
-    conversations: Sequence[Conversation], rejects: Sequence[Reject], token_lengths: Sequence[int] = (), max_tokens: int = 0
+    conversations: Sequence[Conversation],
+    rejects: Sequence[Reject],
+    token_lengths: Sequence[int] = (),
+    max_tokens: int = 0,
 ) -> dict[str, Any]:
-    """The account of a data set, ready for JSON; near duplicates are looked for among the first NEAR_LIMIT different conversations.
+    """The account of a data set, ready for JSON; near duplicates are looked for among the first
+    NEAR_LIMIT different conversations.
 
-    token_lengths: of the conversations, where a tokenizer is at hand; max_tokens: the limit some may exceed.
+    token_lengths: of the conversations, where a tokenizer is at hand; max_tokens: the limit some
+    may exceed.
     """
     unique = deduplicate(conversations)
     by_reason: dict[str, list[Reject]] = {}
     for reject in rejects:
         by_reason.setdefault(reject.reason, []).append(reject)
     texts = ["\n".join(message.content for message in item) for item in conversations]
-    near = near_duplicates(["\n".join(message.content for message in item) for item in unique[:NEAR_LIMIT]])
+    near = near_duplicates(
+        ["\n".join(message.content for message in item) for item in unique[:NEAR_LIMIT]]
+    )
     boilerplate = [item for item in conversations if BOILERPLATE.search(item.messages[-1].content)]
-    personal = {kind: [item for item, text in zip(conversations, texts, strict=True) if p.search(text)] for kind, p in PERSONAL.items()}
+    personal = {
+        kind: [item for item, text in zip(conversations, texts, strict=True) if p.search(text)]
+        for kind, p in PERSONAL.items()
+    }
     result: dict[str, Any] = {
         "rows": len(conversations) + len(rejects),
         "valid": len(conversations),
         "rejected": len(rejects),
         "rejects": {
-            reason: {"count": len(found), "examples": [reject._asdict() for reject in found[:EXAMPLES]]}
+            reason: {
+                "count": len(found),
+                "examples": [reject._asdict() for reject in found[:EXAMPLES]],
+            }
             for reason, found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
         },
         "duplicates": {"exact": len(conversations) - len(unique), "near": len(near)},
@@ -213,9 +277,16 @@ def quality(
         "boilerplate": _located(boilerplate),
         "personal": {kind: _located(found) for kind, found in personal.items()},
         "replacement_characters": sum("\ufffd" in text for text in texts),
-        "categories": dict(Counter(item.category for item in conversations if item.category).most_common(20)),
+        "categories": dict(
+            Counter(item.category for item in conversations if item.category).most_common(20)
+        ),
     }
     if token_lengths:
         over = sum(length > max_tokens for length in token_lengths)
-        result |= {"tokens": percentiles(token_lengths), "total_tokens": sum(token_lengths), "limit": max_tokens, "over_limit": over}
+        result |= {
+            "tokens": percentiles(token_lengths),
+            "total_tokens": sum(token_lengths),
+            "limit": max_tokens,
+            "over_limit": over,
+        }
     return result

@@ -1,4 +1,5 @@
-"""Files of any encoding and container -> conversations and rejects with file:line, streaming; what a row means is `schema`'s business.
+"""Files of any encoding and container -> conversations and rejects with file:line, streaming; what
+a row means is `schema`'s business.
 
 The content, not the extension, decides between JSON Lines, a JSON array, a JSON object and a table.
 """
@@ -35,20 +36,25 @@ MAX_RECORD_LINES = 1000  # lines that one quoted CSV record may span
 
 
 def iter_conversations(
-    path: str | Path, columns: Mapping[str, str] | None = None, kind: str = "chat", options: TextOptions = VERBATIM
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    kind: str = "chat",
+    options: TextOptions = VERBATIM,
 ) -> Iterator[Conversation | Reject]:
     """Every row of the file or directory `path`, as a Conversation or a Reject, in constant memory.
 
-    columns: user, assistant, system, history, category -> a column's name, its index where there is no header ("0"), or a template
-    ("{Question}\\nA. {A}"); None detects the schema of each row. kind: "chat", or "text" for {"text": …} pre-training rows.
-    Raises UserError for a missing or unreadable file and for a wrong mapping, when the first row is asked for; never for bad data.
+    columns: user, assistant, system, history, category -> a column's name, its index where there is
+    no header ("0"), or a template ("{Question}\\nA. {A}"); None detects the schema of each row.
+    kind: "chat", or "text" for {"text": …} pre-training rows. Raises UserError for a missing or
+    unreadable file and for a wrong mapping, when the first row is asked for; never for bad data.
     """
     normalize = Normalizer(columns, kind, options)
     for file in list_files(path):
         name, count, before = str(file), 0, 0
         for count, (line, row) in enumerate(_rows(file, normalize), 1):
             item = normalize(row, name, line)
-            if line == before and isinstance(item, Reject):  # many rows on one line: the line alone does not find it
+            # many rows on one line: the line alone does not find it
+            if line == before and isinstance(item, Reject):
                 item = item._replace(detail=say("row.number", number=count, detail=item.detail))
             before = line
             yield item
@@ -58,7 +64,9 @@ def iter_conversations(
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection inside: for millions of small objects and no cycles it would take a quarter of the time and find nothing."""
+    """No garbage collection inside: for millions of small objects and no cycles it would take a
+    quarter of the time and find nothing.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -70,9 +78,14 @@ def uncollected() -> Iterator[None]:
 
 @uncollected()
 def read_conversations(
-    path: str | Path, columns: Mapping[str, str] | None = None, kind: str = "chat", options: TextOptions = VERBATIM
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    kind: str = "chat",
+    options: TextOptions = VERBATIM,
 ) -> tuple[list[Conversation], list[Reject]]:
-    """`iter_conversations`, collected: (conversations, rejects); their lengths sum to the number of rows."""
+    """`iter_conversations`, collected: (conversations, rejects); their lengths sum to the number of
+    rows.
+    """
     conversations: list[Conversation] = []
     rejects: list[Reject] = []
     for item in iter_conversations(path, columns, kind, options):
@@ -83,7 +96,9 @@ def read_conversations(
     return conversations, rejects
 
 
-def write_conversations(conversations: Iterable[Conversation], path: str | Path, kind: str = "chat") -> int:
+def write_conversations(
+    conversations: Iterable[Conversation], path: str | Path, kind: str = "chat"
+) -> int:
     """Write JSON Lines that read back as the same conversations; returns how many."""
     count = 0
     with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
@@ -94,16 +109,24 @@ def write_conversations(conversations: Iterable[Conversation], path: str | Path,
 
 
 def sample_rows(path: str | Path, count: int) -> list[object]:
-    """The first `count` rows as they stand in the file, for guessing what their names mean; broken ones are left out."""
+    """The first `count` rows as they stand in the file, for guessing what their names mean; broken
+    ones are left out.
+    """
     rows = (row for file in list_files(path) for _, row in _rows(file, Normalizer()))
     return list(islice((row for row in rows if not isinstance(row, Fault)), count))
 
 
 def list_files(path: str | Path) -> list[Path]:
-    """`path` itself, or the data files of the directory `path`, sorted. Raises UserError if there is none."""
+    """`path` itself, or the data files of the directory `path`, sorted. Raises UserError if there
+    is none.
+    """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file() and file.name[0] != ".")
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in SUFFIXES and file.is_file() and file.name[0] != "."
+        )
         if not files:
             raise UserError("data.empty_directory", path=path)
         return files
@@ -137,7 +160,11 @@ def _rows(file: Path, normalize: Normalizer) -> Iterator[Row]:
             while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES)):
                 head += piece
             binary = next((what for magic, what in BINARY.items() if head.startswith(magic)), "")
-            for numbered in _binary(head, stream, binary) if binary else _text_rows(file, head, stream, normalize):
+            for numbered in (
+                _binary(head, stream, binary)
+                if binary
+                else _text_rows(file, head, stream, normalize)
+            ):
                 line = numbered[0]
                 yield numbered
             if isinstance(stream, _Gzip) and stream.fault:
@@ -154,7 +181,9 @@ def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[Row]:
         import pyarrow.parquet
 
         try:
-            source = pyarrow.BufferReader(b"".join((head, *iter(lambda: stream.read1(HEAD_BYTES), b""))))
+            source = pyarrow.BufferReader(
+                b"".join((head, *iter(lambda: stream.read1(HEAD_BYTES), b"")))
+            )
             batches = pyarrow.parquet.ParquetFile(source).iter_batches()
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
             return
@@ -176,13 +205,20 @@ def _text_rows(file: Path, head: bytes, stream: Bytes, normalize: Normalizer) ->
     shape = _shape(start, suffixes[-1] if suffixes else "")
     if shape == "lines":
         return json_lines(texts)
-    return json_document(texts) if shape == "document" else _table(split_lines(texts), start, normalize)
+    return (
+        json_document(texts)
+        if shape == "document"
+        else _table(split_lines(texts), start, normalize)
+    )
 
 
 def _shape(start: str, suffix: str) -> str:
     """lines | document | table: what the beginning of a file looks like."""
     lines = [line for line in start.split("\n")[:60] if line.strip(BLANK)][:30]
-    objects = sum(line.lstrip("\ufeff")[:1] in ("{", "[") and whole(line) == 1 for line in lines[1:])  # unindented, complete
+    # unindented, complete
+    objects = sum(
+        line.lstrip("\ufeff")[:1] in ("{", "[") and whole(line) == 1 for line in lines[1:]
+    )
     opening = start.lstrip(BLANK)[:1]
     if opening == "[":
         return "lines" if objects > (whole(lines[0]) == 0) else "document"
@@ -190,16 +226,25 @@ def _shape(start: str, suffix: str) -> str:
         return "lines" if len(lines) > 1 and (whole(lines[0]) or objects > 1) else "document"
     if not lines or objects or suffix in (".json", ".jsonl", ".ndjson"):
         return "lines"
-    return "table" if suffix in (".csv", ".tsv") or any(mark in lines[0] for mark in ",\t;") else "lines"
+    return (
+        "table"
+        if suffix in (".csv", ".tsv") or any(mark in lines[0] for mark in ",\t;")
+        else "lines"
+    )
 
 
 # --- tables
 
 
 def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[Row]:
-    """The records of a CSV or TSV; a mapping of nothing but indices says that there is no header."""
+    """The records of a CSV or TSV; a mapping of nothing but indices says that there is no
+    header.
+    """
     if "\n" not in start.strip() and "\r" in start.strip():  # an old Macintosh's line ends
-        start, lines = start.replace("\r", "\n"), (part for line in lines for part in line.split("\r"))
+        start, lines = (
+            start.replace("\r", "\n"),
+            (part for line in lines for part in line.split("\r")),
+        )
     delimiter, width = _dialect(start, SCHEMA_KEYS.union(normalize.columns.values(), ("title",)))
     header: list[str] = []
     for line, cells in _records(lines, delimiter, width):
@@ -208,25 +253,43 @@ def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[
         elif not header:
             header = [cell.strip(BLANK) for cell in cells]
         elif len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
-            yield line, Fault("parse_error", say("row.cells", count=len(cells), header=len(header), delimiter=repr(delimiter)))
+            yield (
+                line,
+                Fault(
+                    "parse_error",
+                    say(
+                        "row.cells", count=len(cells), header=len(header), delimiter=repr(delimiter)
+                    ),
+                ),
+            )
         else:
             yield line, dict(zip(header, cells, strict=False))
 
 
 def _dialect(start: str, known: frozenset[str]) -> tuple[str, int]:
-    """(delimiter, columns): the delimiter whose header names known columns, else the one that splits the lines most evenly."""
-    lines = [line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n")[:40] if line.strip()] or [""]
+    """(delimiter, columns): the delimiter whose header names known columns, else the one that
+    splits the lines most evenly.
+    """
+    lines = [
+        line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n")[:40] if line.strip()
+    ] or [""]
     lines = lines[:-1] or lines  # the last may be cut
     choices = []
     for delimiter in ",\t;":
         names = [cell.strip().strip('"') for cell in lines[0].split(delimiter)]
         even = sum(line.count(delimiter) + 1 == len(names) > 1 for line in lines) / len(lines)
-        choices.append((len(known.intersection(names)) if len(names) > 1 else 0, even, len(names), delimiter))
+        choices.append(
+            (len(known.intersection(names)) if len(names) > 1 else 0, even, len(names), delimiter)
+        )
     return max(choices)[3], max(choices)[2]
 
 
-def _records(lines: Iterator[str], delimiter: str, width: int) -> Iterator[tuple[int, list[str] | Fault]]:
-    """Records with the number of their first line. A quote that never closes costs its own line only, not the rest of the file."""
+def _records(
+    lines: Iterator[str], delimiter: str, width: int
+) -> Iterator[tuple[int, list[str] | Fault]]:
+    """Records with the number of their first line. A quote that never closes costs its own line
+    only, not the rest of the file.
+    """
     csv.field_size_limit(1 << 27)
     waiting: deque[str] = deque()
     number = 0
@@ -237,7 +300,8 @@ def _records(lines: Iterator[str], delimiter: str, width: int) -> Iterator[tuple
             continue
         if '"' not in line:
             yield number, line.split(delimiter)
-        elif delimiter == "\t" and line.count("\t") == width - 1:  # most writers of TSV do not quote
+        # most writers of TSV do not quote
+        elif delimiter == "\t" and line.count("\t") == width - 1:
             yield number, [_unquoted(cell) for cell in line.split("\t")]
         else:
             cells, used = _quoted(line, waiting, lines, delimiter)
@@ -245,15 +309,22 @@ def _records(lines: Iterator[str], delimiter: str, width: int) -> Iterator[tuple
             number += used
 
 
-def _quoted(line: str, waiting: deque[str], lines: Iterator[str], delimiter: str) -> tuple[list[str] | Fault, int]:
-    """(cells, further lines used) of the record that begins with `line`; a broken record gives its further lines back."""
+def _quoted(
+    line: str, waiting: deque[str], lines: Iterator[str], delimiter: str
+) -> tuple[list[str] | Fault, int]:
+    """(cells, further lines used) of the record that begins with `line`; a broken record gives its
+    further lines back.
+    """
     taken: list[str] = []
     open_end = False
 
     def feed() -> Iterator[str]:
         nonlocal open_end
         yield line + "\n"
-        while len(taken) < MAX_RECORD_LINES and (following := waiting.popleft() if waiting else next(lines, None)) is not None:
+        while (
+            len(taken) < MAX_RECORD_LINES
+            and (following := waiting.popleft() if waiting else next(lines, None)) is not None
+        ):
             taken.append(following)
             yield following + "\n"
         open_end = True
@@ -265,11 +336,17 @@ def _quoted(line: str, waiting: deque[str], lines: Iterator[str], delimiter: str
     if not open_end:
         return cells, len(taken)
     waiting.extendleft(reversed(taken))
-    return (cells if isinstance(cells, Fault) else Fault("parse_error", say("row.quote", found=f"{line!r:.40}"))), 0
+    return (
+        cells
+        if isinstance(cells, Fault)
+        else Fault("parse_error", say("row.quote", found=f"{line!r:.40}"))
+    ), 0
 
 
 def _unquoted(cell: str) -> str:
     """A cell as Excel quotes it; other quotes are text."""
     inner = cell[1:-1]
-    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and inner.count('"') == 2 * inner.count('""')
+    quoted = (
+        len(cell) > 1 and cell[0] == cell[-1] == '"' and inner.count('"') == 2 * inner.count('""')
+    )
     return inner.replace('""', '"') if quoted else cell

@@ -1,7 +1,9 @@
-"""One row of anybody's instruction file -> one `Conversation` or one `Reject`; it knows nothing of files, encodings or tokens.
+"""One row of anybody's instruction file -> one `Conversation` or one `Reject`; it knows nothing of
+files, encodings or tokens.
 
-Families are detected per row, never from the first row of a file. Whatever the row holds, nothing raises for it: a row that is no
-conversation becomes a `Reject` with one of the fixed `REASONS` and a detail that says what was found and what is expected.
+Families are detected per row, never from the first row of a file. Whatever the row holds, nothing
+raises for it: a row that is no conversation becomes a `Reject` with one of the fixed `REASONS` and
+a detail that says what was found and what is expected.
 """
 
 from __future__ import annotations
@@ -14,7 +16,17 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from cllm.data.text import SURROGATE, VERBATIM, RowError, TextOptions, clean, json_text, printable, rewriter, text_of
+from cllm.data.text import (
+    SURROGATE,
+    VERBATIM,
+    RowError,
+    TextOptions,
+    clean,
+    json_text,
+    printable,
+    rewriter,
+    text_of,
+)
 from cllm.messages import UserError, say
 
 REASONS = tuple(
@@ -27,24 +39,42 @@ ROLES |= dict.fromkeys(("gpt", "assistant", "bot", "counselor", "助手"), "assi
 FOLLOWS = {  # what may come after what; several tools may answer one call
     "": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool"),
 }  # fmt: skip
-NO_INPUT = frozenset("无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split())
+NO_INPUT = frozenset(
+    "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
+)
 TURN_KEYS = ("conversations", "messages", "conversation")
 PAIRS = {  # question key -> answer keys
     "prompt": ("response", "completion"), "query": ("response",), "question": ("answer", "std_answer", "reference"),
     "input": ("target",), "content": ("summary",), "context": ("target",), "riddle": ("answer",), "ask": ("answer",),
 }  # fmt: skip
-CHINESE = {"指令": "instruction", "输入": "input", "輸入": "input", "输出": "output", "輸出": "output"}
+CHINESE = {
+    "指令": "instruction",
+    "输入": "input",
+    "輸入": "input",
+    "输出": "output",
+    "輸出": "output",
+}
 CHINESE |= {"问题": "question", "問題": "question", "回答": "answer"}
-EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))  # one element of a list that is two turns
+# one element of a list that is two turns
+EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
 COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
-SCHEMA_KEYS = frozenset("instruction output chosen rejected chat instances paragraph text history system".split())
-_ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys)))
+SCHEMA_KEYS = frozenset(
+    "instruction output chosen rejected chat instances paragraph text history system".split()
+)
+_ANSWERS = frozenset(
+    ("output", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys))
+)
 SCHEMA_KEYS |= {*PAIRS, *_ANSWERS, *CHINESE}
 _SPECIAL = SCHEMA_KEYS | {"label", "tools"}  # whatever else a row has is metadata
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
-_TAGS = (  # a dialogue inside one string is split by the style it begins with; line starts are believed before words
-    re.compile(r"[<\[【](?:(human|user|用户|客户|患者)|(assistant|bot|助手|律师|医生))[>\]】][ \t]*[:：]?", re.I),
+# a dialogue inside one string is split by the style it begins with; line starts are believed before
+# words
+_TAGS = (
+    re.compile(
+        r"[<\[【](?:(human|user|用户|客户|患者)|(assistant|bot|助手|律师|医生))[>\]】][ \t]*[:：]?",
+        re.I,
+    ),
     re.compile(rf"^[ \t]*{_BARE}", re.I | re.M),
     re.compile(rf"(?:^|(?<=\s)){_BARE}", re.I),
 )
@@ -64,7 +94,8 @@ class Message(NamedTuple):
 class Conversation:
     """Messages in order, plus where they came from.
 
-    category: the row's own `task` / `category` / `class` string, for scores per category; tools: the tool list as JSON, verbatim.
+    category: the row's own `task` / `category` / `class` string, for scores per category; tools:
+    the tool list as JSON, verbatim.
     """
 
     messages: tuple[Message, ...]
@@ -78,7 +109,9 @@ class Conversation:
 
 
 class Reject(NamedTuple):
-    """A row that cannot be trained on: where, which of `REASONS`, and what was found against what is expected."""
+    """A row that cannot be trained on: where, which of `REASONS`, and what was found against what
+    is expected.
+    """
 
     file: str
     line: int
@@ -98,7 +131,9 @@ Turns = list[tuple[str, str]]
 
 
 def _dialogue(value: object) -> Turns | None:
-    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …` in a string or a flat list of strings, else None."""
+    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …` in a string or a
+    flat list of strings, else None.
+    """
     if isinstance(value, list) and value and all(isinstance(element, str) for element in value):
         value = "\n".join(value)
     if not isinstance(value, str) or not _TAG_START.match(value):
@@ -109,12 +144,17 @@ def _dialogue(value: object) -> Turns | None:
         if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
             ends = [mark.start() for mark in marks[1:]] + [len(text)]
             roles = ["user" if mark.group(1) else "assistant" for mark in marks]
-            return [(role, text[mark.end() : end]) for role, mark, end in zip(roles, marks, ends, strict=True)]
+            return [
+                (role, text[mark.end() : end])
+                for role, mark, end in zip(roles, marks, ends, strict=True)
+            ]
     return None
 
 
 def _asked(text: str, answered: bool = True) -> Turns:
-    """A prompt: usually one user turn; a dialogue typed into it (BELLE: `Human:…Assistant:…Human:…Assistant:`) is unfolded."""
+    """A prompt: usually one user turn; a dialogue typed into it (BELLE:
+    `Human:…Assistant:…Human:…Assistant:`) is unfolded.
+    """
     if turns := _dialogue(text):
         if turns[-1][0] == "assistant" and not clean(turns[-1][1]):
             turns.pop()
@@ -129,7 +169,9 @@ def _exchange(ask: str, reply: str) -> Turns:
 
 
 def _parts(parts: list[Any]) -> str:
-    """OpenAI-style typed parts: texts and tool calls, one after another; reasoning is an inner thought and is dropped."""
+    """OpenAI-style typed parts: texts and tool calls, one after another; reasoning is an inner
+    thought and is dropped.
+    """
     texts = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
@@ -154,7 +196,11 @@ def _unboxed(value: Any) -> Any:
 def is_turn(value: object) -> bool:
     """Whether `value` is a message with a role, and no row."""
     pairs = ({"role", "content"}, {"from", "value"})
-    return isinstance(value, dict) and "messages" not in value and any(value.keys() >= pair for pair in pairs)
+    return (
+        isinstance(value, dict)
+        and "messages" not in value
+        and any(value.keys() >= pair for pair in pairs)
+    )
 
 
 def _said(message: Row, role: str) -> str:
@@ -167,34 +213,68 @@ def _said(message: Row, role: str) -> str:
         text = _parts(value)
     else:
         text = text_of(value, key)
-    return "\n".join(filter(None, (text, json_text(calls)))) if calls and ROLES[role] == "assistant" else text
+    return (
+        "\n".join(filter(None, (text, json_text(calls))))
+        if calls and ROLES[role] == "assistant"
+        else text
+    )
 
 
 def _turns(elements: object, name: str) -> Turns:
-    """The turns of a list of role/content, from/value, exchanges, or messages without roles; or of tagged text."""
+    """The turns of a list of role/content, from/value, exchanges, or messages without roles; or of
+    tagged text.
+    """
     if tagged := _dialogue(elements):
         return tagged
     if not isinstance(elements, list):
         raise RowError("unknown_schema", say("row.turns", name=name, found=f"{elements!r:.40}"))
-    roles = {str(element.get("role", element.get("from"))) for element in elements if isinstance(element, dict)}
+    roles = {
+        str(element.get("role", element.get("from")))
+        for element in elements
+        if isinstance(element, dict)
+    }
     turns: Turns = []
     for number, element in enumerate(elements, 1):
         if not isinstance(element, dict):
-            raise RowError("unknown_schema", say("row.turn", number=number, found=f"{element!r:.30}"))
+            raise RowError(
+                "unknown_schema", say("row.turn", number=number, found=f"{element!r:.30}")
+            )
         if key := next((key for key in ("role", "from") if key in element), ""):
             role = str(element[key]).strip().lower()
-            role = ("assistant" if "usr" in roles else "system") if role == "sys" else role  # CrossWOZ
+            # CrossWOZ
+            role = ("assistant" if "usr" in roles else "system") if role == "sys" else role
             if role not in ROLES:
-                raise RowError("unknown_role", say("row.role", number=number, found=f"{element[key]!r:.30}", known=", ".join(ROLES)))
+                raise RowError(
+                    "unknown_role",
+                    say(
+                        "row.role",
+                        number=number,
+                        found=f"{element[key]!r:.30}",
+                        known=", ".join(ROLES),
+                    ),
+                )
             turns.append((ROLES[role], _said(element, role)))
-        elif pair := next((pair for pair in EXCHANGES if pair[0] in element or pair[1] in element), None):
-            told = [("user", text_of(element.get(pair[0]), pair[0])), ("assistant", text_of(element.get(pair[1]), pair[1]))]
-            repeats = bool(turns) and turns[0] == ("system", clean(text_of(element.get("system"), "system")))
+        elif pair := next(
+            (pair for pair in EXCHANGES if pair[0] in element or pair[1] in element), None
+        ):
+            told = [
+                ("user", text_of(element.get(pair[0]), pair[0])),
+                ("assistant", text_of(element.get(pair[1]), pair[1])),
+            ]
+            repeats = bool(turns) and turns[0] == (
+                "system",
+                clean(text_of(element.get("system"), "system")),
+            )
             turns += told if repeats else _with_system(element.get("system"), told)
         elif "message" in element:  # no roles: speakers alternate, the first one asks
-            turns.append(("assistant" if number % 2 == 0 else "user", text_of(element["message"], "message")))
+            turns.append(
+                ("assistant" if number % 2 == 0 else "user", text_of(element["message"], "message"))
+            )
         else:
-            raise RowError("unknown_schema", say("row.turn_keys", number=number, found=", ".join(map(str, element))))
+            raise RowError(
+                "unknown_schema",
+                say("row.turn_keys", number=number, found=", ".join(map(str, element))),
+            )
     return turns
 
 
@@ -205,7 +285,9 @@ def _with_system(value: object, turns: Turns) -> Turns:
 
 
 def _history(value: object) -> Turns:
-    """`history`: a list of [question, answer] pairs, an empty list, or blank text; a CSV cell may hold the list as JSON."""
+    """`history`: a list of [question, answer] pairs, an empty list, or blank text; a CSV cell may
+    hold the list as JSON.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -213,7 +295,9 @@ def _history(value: object) -> Turns:
             raise RowError("unknown_schema", say("row.history", found=f"{value!r:.40}")) from None
     if not value or value != value or (isinstance(value, str) and not clean(value)):
         return []
-    if isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+    if isinstance(value, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value
+    ):
         pairs = [(text_of(ask, "user"), text_of(reply, "assistant")) for ask, reply in value]
         return [turn for ask, reply in pairs for turn in (("user", ask), ("assistant", reply))]
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
@@ -234,7 +318,8 @@ def _with_input(ask: str, extra: str) -> str:
 
 def _alpaca(row: Row) -> Turns:
     asks, replies = row.get("input"), row.get("output")
-    if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:  # parallel lists are turns
+    # parallel lists are turns
+    if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:
         asked = [("user", text_of(ask, "input")) for ask in asks]
         asked[0] = ("user", _user_text({**row, "input": asked[0][1]}))
         told = [("assistant", text_of(reply, "output")) for reply in replies]
@@ -246,9 +331,20 @@ def _alpaca(row: Row) -> Turns:
 
 def _chat(chat: Row) -> Turns:
     """MOSS: turns by the number in their key; only what was said aloud, without markup."""
-    found = [(re.search(r"\d{1,9}", str(key)), turn) for key, turn in chat.items() if isinstance(turn, dict)]
-    turns = sorted(((int(digits.group()), turn) for digits, turn in found if digits), key=lambda numbered: numbered[0])
-    said = [(role, text_of(turn.get(key), key)) for _, turn in turns for role, key in (("user", "Human"), ("assistant", "MOSS"))]
+    found = [
+        (re.search(r"\d{1,9}", str(key)), turn)
+        for key, turn in chat.items()
+        if isinstance(turn, dict)
+    ]
+    turns = sorted(
+        ((int(digits.group()), turn) for digits, turn in found if digits),
+        key=lambda numbered: numbered[0],
+    )
+    said = [
+        (role, text_of(turn.get(key), key))
+        for _, turn in turns
+        for role, key in (("user", "Human"), ("assistant", "MOSS"))
+    ]
     return [(role, _MOSS_MARK.sub("", text)) for role, text in said]
 
 
@@ -256,7 +352,10 @@ def _instances(row: Row) -> Turns:
     """BELLE's seed tasks: the instruction with each instance's input."""
     if not all(isinstance(instance, dict) for instance in row["instances"]):
         raise RowError("unknown_schema", say("row.instances", found=f"{row['instances']!r:.40}"))
-    asks = [{**instance, "input": _user_text({**row, "input": instance.get("input")})} for instance in row["instances"]]
+    asks = [
+        {**instance, "input": _user_text({**row, "input": instance.get("input")})}
+        for instance in row["instances"]
+    ]
     return _turns(asks, "instances")
 
 
@@ -271,7 +370,11 @@ def _pair(row: Row, ask_key: str) -> Turns:
 def _preference(row: Row) -> Turns:
     """prompt + chosen; the rejected answer is not for instruction tuning."""
     chosen = _unboxed(row["chosen"])
-    keys = [key for key in (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask") if row.get(key) is not None]
+    keys = [
+        key
+        for key in (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask")
+        if row.get(key) is not None
+    ]
     if keys and isinstance(row[keys[0]], list):
         asked = _turns(row[keys[0]], keys[0])
     else:
@@ -299,10 +402,21 @@ def _recognized(row: Row) -> Turns | None:
         return _instances(row)
     if "output" in row or ("instruction" in row and _ANSWERS.isdisjoint(row)):
         whole = _unboxed(row.get("instruction"))
-        if isinstance(whole, dict) and not _ANSWERS.isdisjoint(whole) and (turns := _recognized(whole)) is not None:
+        if (
+            isinstance(whole, dict)
+            and not _ANSWERS.isdisjoint(whole)
+            and (turns := _recognized(whole)) is not None
+        ):
             return _with_system(whole.get("system"), turns)
         return _history(row.get("history")) + _alpaca(row)
-    if ask_key := next((ask for ask, answers in PAIRS.items() if ask in row and not row.keys().isdisjoint(answers)), ""):
+    if ask_key := next(
+        (
+            ask
+            for ask, answers in PAIRS.items()
+            if ask in row and not row.keys().isdisjoint(answers)
+        ),
+        "",
+    ):
         return _history(row.get("history")) + _pair(row, ask_key)
     if any(key in row and not row[key] for key in TURN_KEYS):
         return []
@@ -318,24 +432,36 @@ def _row_turns(row: Row) -> Turns:
     if not CHINESE.keys().isdisjoint(row):
         row = {CHINESE.get(name, name): value for name, value in row.items()}
     if (turns := _recognized(row)) is None:
-        raise RowError("unknown_schema", say("row.text" if "text" in row else "row.schema", found=_names(row)))
+        raise RowError(
+            "unknown_schema", say("row.text" if "text" in row else "row.schema", found=_names(row))
+        )
     return _with_system(row.get("system"), turns)
 
 
 def _mapped(row: Row, source: str) -> object:
-    """The value of a mapped column: a name, an index into header-less cells, or a template such as "{Question}\\nA. {A}"."""
+    """The value of a mapped column: a name, an index into header-less cells, or a template such as
+    "{Question}\\nA. {A}".
+    """
     if source in row:
         return row[source]
     names = _PLACEHOLDER.findall(source)
     if absent := [name for name in names or [source] if name not in row]:
-        raise RowError("unknown_schema", say("row.columns", absent=", ".join(absent), found=_names(row)))
+        raise RowError(
+            "unknown_schema", say("row.columns", absent=", ".join(absent), found=_names(row))
+        )
     filled = {name: clean(text_of(row[name], name)) for name in names}
-    return _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source) if any(filled.values()) else ""
+    return (
+        _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source)
+        if any(filled.values())
+        else ""
+    )
 
 
 def _mapped_turns(row: Row, columns: Mapping[str, str]) -> Turns:
     if "user" in columns:
-        ask, reply = (text_of(_mapped(row, columns[role]), columns[role]) for role in ("user", "assistant"))
+        ask, reply = (
+            text_of(_mapped(row, columns[role]), columns[role]) for role in ("user", "assistant")
+        )
         turns = _exchange(ask, reply)
     else:
         turns = _row_turns(row)
@@ -345,7 +471,9 @@ def _mapped_turns(row: Row, columns: Mapping[str, str]) -> Turns:
 
 
 def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]:
-    """Cleaned messages in a trainable order: system?, user, assistant, … ; what follows the last answer is trimmed."""
+    """Cleaned messages in a trainable order: system?, user, assistant, … ; what follows the last
+    answer is trimmed.
+    """
     size = max((index for index, turn in enumerate(turns, 1) if turn[0] == "assistant"), default=0)
     if not size:
         raise RowError("no_assistant", say("row.no_answer", count=len(turns)))
@@ -356,10 +484,15 @@ def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]
     for number, (role, content) in enumerate(messages, 1):
         if role not in (follows := FOLLOWS[before]):
             expected, before = " / ".join(follows), before or say("row.nothing")
-            raise RowError("role_order", say("row.order", number=number, role=role, before=before, expected=expected))
+            raise RowError(
+                "role_order",
+                say("row.order", number=number, role=role, before=before, expected=expected),
+            )
         if not content:  # the row's own question or answer, or some turn of a dialogue
             own = role in ("user", "assistant") and (spoken == 2 or number >= len(messages) - 1)
-            raise RowError(f"empty_{role}" if own else "empty_turn", say("row.empty", number=number, role=role))
+            raise RowError(
+                f"empty_{role}" if own else "empty_turn", say("row.empty", number=number, role=role)
+            )
         before = role
     return tuple(messages)
 
@@ -367,18 +500,30 @@ def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]
 class Normalizer:
     """Rows of one source -> `Conversation | Reject`.
 
-    columns: the mapping of [data.columns]; kind: "chat", or "text" for pre-training rows; options: rewriting of texts.
-    Raises UserError for unknown keys in `columns`, or one of user and assistant without the other.
+    columns: the mapping of [data.columns]; kind: "chat", or "text" for pre-training rows; options:
+    rewriting of texts. Raises UserError for unknown keys in `columns`, or one of user and assistant
+    without the other.
     """
 
-    def __init__(self, columns: Mapping[str, str] | None = None, kind: str = "chat", options: TextOptions = VERBATIM) -> None:
+    def __init__(
+        self,
+        columns: Mapping[str, str] | None = None,
+        kind: str = "chat",
+        options: TextOptions = VERBATIM,
+    ) -> None:
         self.columns = dict(columns or {})
         if unknown := [key for key in self.columns if key not in COLUMN_KEYS]:
-            raise UserError("data.columns_unknown", keys=", ".join(unknown), known=", ".join(COLUMN_KEYS))
+            raise UserError(
+                "data.columns_unknown", keys=", ".join(unknown), known=", ".join(COLUMN_KEYS)
+            )
         if kind == "chat" and ("user" in self.columns) != ("assistant" in self.columns):
-            raise UserError("data.columns_half", have="user" if "user" in self.columns else "assistant")
+            raise UserError(
+                "data.columns_half", have="user" if "user" in self.columns else "assistant"
+            )
         self.kind, self.rewrite = kind, rewriter(options)
-        self.headless = bool(self.columns) and all(source.isdigit() for source in self.columns.values())
+        self.headless = bool(self.columns) and all(
+            source.isdigit() for source in self.columns.values()
+        )
         self._planned = lru_cache(1000)(self._plan)
 
     def __call__(self, row: object, file: str = "", line: int = 0) -> Conversation | Reject:
@@ -403,7 +548,9 @@ class Normalizer:
         return Reject(file, line, reason, printable(detail))
 
     def _plain(self, row: Row) -> tuple[Message, ...] | None:
-        """The short way for most rows there are, one clean question and answer: what `_conversation` gives, in a third of the time."""
+        """The short way for most rows there are, one clean question and answer: what
+        `_conversation` gives, in a third of the time.
+        """
         if not (plan := self._planned(tuple(row))):
             return None
         ask, reply = row[plan[0]], row[plan[1]]
@@ -411,7 +558,11 @@ class Normalizer:
         if not type(ask) is type(reply) is type(extra) is str:
             return None
         ask, reply = _with_input(clean(ask), clean(extra)), clean(reply)
-        return (Message("user", ask), Message("assistant", reply)) if ask and reply and not _TAG_START.match(ask) else None
+        return (
+            (Message("user", ask), Message("assistant", reply))
+            if ask and reply and not _TAG_START.match(ask)
+            else None
+        )
 
     def _plan(self, keys: tuple[str, ...]) -> tuple[str, str] | None:
         """(question key, answer key) of rows that have these two and metadata only, else None."""
@@ -420,16 +571,28 @@ class Normalizer:
             return None
         if special - {"input"} == {"instruction", "output"}:
             return "instruction", "output"
-        return next(((q, a) for q, answers in PAIRS.items() for a in answers if q != "ask" and special == {q, a}), None)
+        return next(
+            (
+                (q, a)
+                for q, answers in PAIRS.items()
+                for a in answers
+                if q != "ask" and special == {q, a}
+            ),
+            None,
+        )
 
     def _conversation(self, row: Row, file: str, line: int) -> Conversation:
         if self.kind == "text":
             source = self.columns.get("assistant", "text")
             turns = [("user", "-"), ("assistant", text_of(_mapped(row, source), source))]
-            return Conversation(_ordered(turns, self.rewrite)[1:], self._category(row), "", file, line)
+            return Conversation(
+                _ordered(turns, self.rewrite)[1:], self._category(row), "", file, line
+            )
         turns = _mapped_turns(row, self.columns) if self.columns else _row_turns(row)
         label = row.get("label")
-        if "user" not in self.columns and (label is False or (isinstance(label, str) and label.strip().lower() == "false")):
+        if "user" not in self.columns and (
+            label is False or (isinstance(label, str) and label.strip().lower() == "false")
+        ):
             raise RowError("negative_label", say("row.label"))
         messages = _ordered(turns, self.rewrite)
         tools = json_text(row["tools"]) if row.get("tools") else ""

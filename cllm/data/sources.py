@@ -1,4 +1,6 @@
-"""What a run learns from: the files of the mixture read, deduplicated, divided and weighted; kept in the cache as they come out."""
+"""What a run learns from: the files of the mixture read, deduplicated, divided and weighted; kept
+in the cache as they come out.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +36,36 @@ class Data(NamedTuple):
     """Held-out questions that are asked in training too."""
 
 
-def read_file(data: DataConfig, path: str, columns: dict[str, str]) -> tuple[list[Conversation], list[Reject]]:
-    """One file, folder or built-in set, with the options of [data]. Raises UserError if it is missing or unreadable."""
-    options = TextOptions(**{field.name: getattr(data, field.name) for field in fields(TextOptions)})
-    return read_conversations(BUILT_IN.get(path, path), columns or data.columns or None, data.kind, options)
+def read_file(
+    data: DataConfig, path: str, columns: dict[str, str]
+) -> tuple[list[Conversation], list[Reject]]:
+    """One file, folder or built-in set, with the options of [data]. Raises UserError if it is
+    missing or unreadable.
+    """
+    options = TextOptions(
+        **{field.name: getattr(data, field.name) for field in fields(TextOptions)}
+    )
+    return read_conversations(
+        BUILT_IN.get(path, path), columns or data.columns or None, data.kind, options
+    )
 
 
 def read_data(data: DataConfig, *, accept_rejects: bool = False) -> Data:
-    """`prepare` for a training. Raises UserError if nothing is left, or if over a fifth was rejected and that is not accepted."""
+    """`prepare` for a training. Raises UserError if nothing is left, or if over a fifth was
+    rejected and that is not accepted.
+    """
     found = prepare(data)
     shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in found.rejects[:3]]
     located = "\n  ".join([str(len(found.rejects)), *shown])
     if not found.train:
         raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=located)
     if len(found.rejects) > MAX_REJECTED * found.rows and not accept_rejects:
-        raise UserError("train.rejects", share=f"{len(found.rejects) / found.rows:.0%}", count=len(found.rejects), examples=located)
+        raise UserError(
+            "train.rejects",
+            share=f"{len(found.rejects) / found.rows:.0%}",
+            count=len(found.rejects),
+            examples=located,
+        )
     return found
 
 
@@ -61,9 +78,11 @@ def read_sources(data: DataConfig) -> tuple[list[list[Conversation]], list[Rejec
 def divide(
     data: DataConfig, groups: list[list[Conversation]], given: list[Conversation]
 ) -> tuple[list[Conversation], list[Conversation], int]:
-    """(train, held out, duplicates dropped) of the sources' conversations; held out is what is given, else a share by content hash.
+    """(train, held out, duplicates dropped) of the sources' conversations; held out is what is
+    given, else a share by content hash.
 
-    Then each source's training side is weighted: a conversation is in it as often as the weight says, a fraction by a seeded draw.
+    Then each source's training side is weighted: a conversation is in it as often as the weight
+    says, a fraction by a seeded draw.
     """
     everything = list(chain(*groups))
     kept = deduplicate(everything) if data.dedup else everything
@@ -79,7 +98,9 @@ def divide(
 
 
 def prepare(data: DataConfig) -> Data:
-    """The data that [data] names, from the cache if nothing has changed. Raises UserError as `read_file`, and for an empty eval file."""
+    """The data that [data] names, from the cache if nothing has changed. Raises UserError as
+    `read_file`, and for an empty eval file.
+    """
     import numpy as np
 
     from cllm.data import cache
@@ -94,11 +115,24 @@ def prepare(data: DataConfig) -> Data:
         rejects += refused
         rows = sum(map(len, groups)) + len(given) + len(rejects)
         texts = [_stored(item) for item in (*train, *held_out)]
-        arrays = {"text": np.frombuffer(b"".join(texts), np.uint8), "bounds": np.cumsum([0, *map(len, texts)])}
-        return arrays, [len(train), rejects, rows, dropped, len(repeated_questions(train, held_out))]
+        arrays = {
+            "text": np.frombuffer(b"".join(texts), np.uint8),
+            "bounds": np.cumsum([0, *map(len, texts)]),
+        }
+        return arrays, [
+            len(train),
+            rejects,
+            rows,
+            dropped,
+            len(repeated_questions(train, held_out)),
+        ]
 
     paths = [source.path for source in data.train] + [data.eval] * bool(data.eval)
-    key = cache.key_of(data, language(), files=[file for path in paths for file in list_files(BUILT_IN.get(path, path))])
+    key = cache.key_of(
+        data,
+        language(),
+        files=[file for path in paths for file in list_files(BUILT_IN.get(path, path))],
+    )
     arrays, (size, rejects, *counts) = cache.recall(key, make)
     text, bounds = arrays["text"], arrays["bounds"]
     train, held_out = (
@@ -110,11 +144,20 @@ def prepare(data: DataConfig) -> Data:
 
 def _stored(item: Conversation) -> bytes:
     """Fields parted by NUL, which no message holds; the tools, which may, come last."""
-    fields = (str(2 * len(item.messages)), item.category, item.file, str(item.line), *chain.from_iterable(item.messages), item.tools)
+    fields = (
+        str(2 * len(item.messages)),
+        item.category,
+        item.file,
+        str(item.line),
+        *chain.from_iterable(item.messages),
+        item.tools,
+    )
     return "\x00".join(fields).encode("utf-8", "surrogatepass")
 
 
 def _restored(text: Any) -> Conversation:
     count, rest = text.tobytes().decode("utf-8", "surrogatepass").split("\x00", 1)
     category, file, line, *said, tools = rest.split("\x00", 3 + int(count))
-    return Conversation(tuple(map(Message, said[::2], said[1::2])), category, tools, file, int(line))
+    return Conversation(
+        tuple(map(Message, said[::2], said[1::2])), category, tools, file, int(line)
+    )

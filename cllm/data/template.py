@@ -1,8 +1,10 @@
-"""Conversation -> Segments: one `Template` value per chat format, and the one function that renders them all.
+"""Conversation -> Segments: one `Template` value per chat format, and the one function that renders
+them all.
 
-A template is data: the markup round each role's words. It knows no token ids; the tokenizer turns markup into special tokens and
-everything else into plain text. Sources: the chat code published with each checkpoint; where LLaMA-Factory's template differs
-from the model's own, the model is right.
+A template is data: the markup round each role's words. It knows no token ids; the tokenizer turns
+markup into special tokens and everything else into plain text. Sources: the chat code published
+with each checkpoint; where LLaMA-Factory's template differs from the model's own, the model is
+right.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ Chat: TypeAlias = "Conversation | Iterable[Message | Mapping[str, str]]"
 
 
 class Segment(NamedTuple):
-    """A stretch of the rendered text. Only `markup` may become special tokens; an empty segment keeps its neighbours from being
-    encoded as one string. `target` is the label's token where it differs from the input's (Baichuan2: input user, label eos)."""
+    """A stretch of the rendered text. Only `markup` may become special tokens; an empty segment
+    keeps its neighbours from being encoded as one string. `target` is the label's token where it
+    differs from the input's (Baichuan2: input user, label eos).
+    """
 
     text: str
     supervised: bool
@@ -38,7 +42,8 @@ class Template:
     user: tuple[str, str]
     # Opens the assistant's turn; generation starts after it.
     assistant: str
-    # Ends the assistant's turn, always trained: one special token (Llama 2: with the blank before it).
+    # Ends the assistant's turn, always trained: one special token (Llama 2: with the blank before
+    # it).
     end: str
     # Follows the end token; never trained.
     after: str = ""
@@ -54,7 +59,8 @@ class Template:
     # A tool's result (None: as a user turn), and what stands round neighbouring results.
     tool: tuple[str, str] | None = None
     tool_group: tuple[str, str] = ("", "")
-    # How tools are announced and called: a key of assets/tools.toml or internlm2; react where the model has no format of its own.
+    # How tools are announced and called: a key of assets/tools.toml or internlm2; react where the
+    # model has no format of its own.
     tools: str = "react"
     # First thing generated in an assistant's turn, before its words.
     lead: str = ""
@@ -70,7 +76,8 @@ class Template:
     trim: bool = False
     # "off" or "keep" for formats with <think> blocks: leave the reasoning out, or train it.
     thinking: str = ""
-    # With "keep", generation starts inside an opened block, and each answer after the last user message has one.
+    # With "keep", generation starts inside an opened block, and each answer after the last user
+    # message has one.
     think_opened: bool = False
     # Further tokens at which generation stops.
     stop: tuple[str, ...] = ()
@@ -79,7 +86,9 @@ class Template:
 
     @property
     def opening(self) -> str:
-        """What generation starts after: the opening of the assistant's turn, and of its <think> block where the format has one."""
+        """What generation starts after: the opening of the assistant's turn, and of its <think>
+        block where the format has one.
+        """
         block = {"off": "<think>\n\n</think>\n\n", "keep": "<think>\n" if self.think_opened else ""}
         return self.assistant + block.get(self.thinking, "")
 
@@ -164,25 +173,32 @@ def messages_of(conversation: Chat) -> list[Message]:
 def render(conversation: Chat, template: Template, *, open_turn: bool = False) -> list[Segment]:
     """The conversation in the template's format; joining the texts gives what the model reads.
 
-    Training: the assistant's words and the end token are supervised. open_turn: nothing is, and the text ends with the opening of
-    the assistant's turn, which is what generation starts from.
+    Training: the assistant's words and the end token are supervised. open_turn: nothing is, and the
+    text ends with the opening of the assistant's turn, which is what generation starts from.
     """
     tools = _tools(getattr(conversation, "tools", ""))
     messages = messages_of(conversation)
     if template.trim:
         messages = [Message(m.role, m.content.strip()) for m in messages]
-    system = messages.pop(0).content if messages and messages[0].role == "system" else template.default_system
+    system = (
+        messages.pop(0).content
+        if messages and messages[0].role == "system"
+        else template.default_system
+    )
     opening = _system(system, tools, template)
     segments = [*_markup(template.prefix), *([] if template.merge_system else opening)]
     opening = opening if template.merge_system else []
-    roles = ["", *(m.role for m in messages), ""]  # roles[i] stands before message i, roles[i + 2] after it
+    # roles[i] stands before message i, roles[i + 2] after it
+    roles = ["", *(m.role for m in messages), ""]
     for i, (role, content) in enumerate(messages):
         if role == "assistant":
             last = i == len(messages) - 1
             called = bool(tools) or roles[i + 2] == "tool"
             trained = not template.last_only or (last and not open_turn)
             current = "user" not in roles[i + 2 :]
-            segments += _answer(content, template, supervised=trained, last=last, current=current, called=called)
+            segments += _answer(
+                content, template, supervised=trained, last=last, current=current, called=called
+            )
             continue
         before, after = _around(role, template, turn=roles[: i + 2].count("user"))
         if role == "tool" and template.tool:
@@ -195,7 +211,9 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
         segments += [*_markup(before), *opening, *_words(content, template), *_markup(after)]
         opening = []
     if open_turn:
-        segments = [Segment(s.text, False, s.markup) for s in (*segments, *_markup(template.opening))]
+        segments = [
+            Segment(s.text, False, s.markup) for s in (*segments, *_markup(template.opening))
+        ]
     return segments
 
 
@@ -208,7 +226,8 @@ def _around(role: str, template: Template, turn: int) -> tuple[str, str]:
     """The markup before and after a message that is not the assistant's."""
     if role == "tool" and template.tool:
         return template.tool
-    if role == "system" and template.system and not template.merge_system:  # a later one is a turn of its own
+    # a later one is a turn of its own
+    if role == "system" and template.system and not template.merge_system:
         return template.system
     return template.user[0].replace("{round}", str(turn)), template.user[1]
 
@@ -228,28 +247,57 @@ def _system(text: str | None, tools: list[dict[str, Any]], template: Template) -
         return [*_markup(before), *words, *_markup(after)]
     if template.tools == "internlm2":
         turn = [*_markup(before), *words, *_markup(after)] if text else []
-        return [*turn, *_markup(before.replace("\n", " name=<|plugin|>\n")), Segment(_json(tools, 4), False, False), *_markup(after)]
+        return [
+            *turn,
+            *_markup(before.replace("\n", " name=<|plugin|>\n")),
+            Segment(_json(tools, 4), False, False),
+            *_markup(after),
+        ]
     head, body, tail = _announce(template.tools, tools, bool(text))
     announced = [*_markup(head), Segment(body, False, False), *_markup(tail)]
-    return [*_markup(before), *(announced + words if template.tools == "qwen3.5" else words + announced), *_markup(after)]
+    return [
+        *_markup(before),
+        *(announced + words if template.tools == "qwen3.5" else words + announced),
+        *_markup(after),
+    ]
 
 
-def _answer(content: str, template: Template, *, supervised: bool, last: bool, current: bool, called: bool) -> list[Segment]:
-    """One assistant turn; `current`: after the last user message, where thinking formats show the reasoning."""
+def _answer(
+    content: str, template: Template, *, supervised: bool, last: bool, current: bool, called: bool
+) -> list[Segment]:
+    """One assistant turn; `current`: after the last user message, where thinking formats show the
+    reasoning.
+    """
     reasoning = ""
     if template.thinking and "</think>" in content:
-        reasoning = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip(None if template.trim else "\n")
+        reasoning = (
+            content.split("</think>")[0]
+            .rstrip("\n")
+            .split("<think>")[-1]
+            .strip(None if template.trim else "\n")
+        )
         content = content.split("</think>")[-1].lstrip("\n")
         if template.thinking == "off":
             reasoning = ""
         elif not current:
-            supervised = False  # without the reasoning that led to it, the answer would teach to skip it
+            # without the reasoning that led to it, the answer would teach to skip it
+            supervised = False
     segments = [*_markup(template.assistant)]
     if template.thinking and current and (last or reasoning or template.think_opened):
-        keep = supervised and template.thinking == "keep" and bool(reasoning or not template.think_opened)
+        keep = (
+            supervised
+            and template.thinking == "keep"
+            and bool(reasoning or not template.think_opened)
+        )
         segments += _markup("<think>\n", keep and not template.think_opened)
-        segments += [*([Segment(reasoning, keep, False)] if reasoning else []), *_markup("\n</think>\n\n", keep)]
-    segments += [Segment(text, supervised, markup) for text, markup in _spoken(content, template, _calls(content) if called else [])]
+        segments += [
+            *([Segment(reasoning, keep, False)] if reasoning else []),
+            *_markup("\n</think>\n\n", keep),
+        ]
+    segments += [
+        Segment(text, supervised, markup)
+        for text, markup in _spoken(content, template, _calls(content) if called else [])
+    ]
     if last or not template.final_end:
         segments += _markup(template.end, supervised)
     if not (last and template.final_end):
@@ -257,7 +305,8 @@ def _answer(content: str, template: Template, *, supervised: bool, last: bool, c
     return segments
 
 
-# --- Tools: announced in the system turn, called by the assistant in JSON ({"name": …, "arguments": {…}}, one or a list).
+# --- Tools: announced in the system turn, called by the assistant in JSON ({"name": …, "arguments":
+# {…}}, one or a list).
 @functools.cache
 def _announcement(style: str) -> tuple[str, str]:
     """The texts before and behind the tools, from assets/tools.toml."""
@@ -270,12 +319,18 @@ def _json(value: object, indent: int | None = None) -> str:
 
 
 def _tools(text: str) -> list[dict[str, Any]]:
-    """The functions of a `tools` JSON text, without OpenAI's {"type": "function", …} wrapper; [] if it is none."""
+    """The functions of a `tools` JSON text, without OpenAI's {"type": "function", …} wrapper; [] if
+    it is none.
+    """
     try:
         given = json.loads(text) if text else []
     except ValueError:
         return []
-    tools = [tool.get("function", tool) for tool in (given if isinstance(given, list) else [given]) if isinstance(tool, dict)]
+    tools = [
+        tool.get("function", tool)
+        for tool in (given if isinstance(given, list) else [given])
+        if isinstance(tool, dict)
+    ]
     return [tool for tool in tools if isinstance(tool, dict) and "name" in tool]
 
 
@@ -289,22 +344,44 @@ def _announce(style: str, tools: list[dict[str, Any]], with_text: bool) -> tuple
     if style == "qwen3.5":
         return head, "".join("\n" + _json(tool) for tool in wrapped), tail + gap
     if style == "glm4":
-        return head, "".join(f"\n\n## {tool['name']}\n\n{_json(tool, 4)}{tail}" for tool in tools), ""
+        return (
+            head,
+            "".join(f"\n\n## {tool['name']}\n\n{_json(tool, 4)}{tail}" for tool in tools),
+            "",
+        )
     if style == "chatglm3":
         return "" if with_text else head, "\n" + _json(tools, 4), ""
     if style == "llama3":
         return head, "".join(_json(tool, 4) + "\n\n" for tool in wrapped), ""
-    return head, "".join(map(_react_tool, tools)) + tail % ", ".join(tool["name"] for tool in tools), ""
+    return (
+        head,
+        "".join(map(_react_tool, tools)) + tail % ", ".join(tool["name"] for tool in tools),
+        "",
+    )
 
 
 def _react_tool(tool: dict[str, Any]) -> str:
     schema = tool.get("parameters") or {}
-    lines = [f"> Tool Name: {tool['name']}", f"Tool Description: {tool.get('description', '')}", "Tool Args:"]
+    lines = [
+        f"> Tool Name: {tool['name']}",
+        f"Tool Description: {tool.get('description', '')}",
+        "Tool Args:",
+    ]
     for name, value in (schema.get("properties") or {}).items():
         required = ", required" if name in (schema.get("required") or []) else ""
-        choices = f", should be one of [{', '.join(map(str, value['enum']))}]" if value.get("enum") else ""
-        items = f", where each item should be {value['items'].get('type', '')}" if value.get("items") else ""
-        lines.append(f"  - {name} ({value.get('type', '')}{required}): {value.get('description', '')}{choices}{items}")
+        choices = (
+            f", should be one of [{', '.join(map(str, value['enum']))}]"
+            if value.get("enum")
+            else ""
+        )
+        items = (
+            f", where each item should be {value['items'].get('type', '')}"
+            if value.get("items")
+            else ""
+        )
+        lines.append(
+            f"  - {name} ({value.get('type', '')}{required}): {value.get('description', '')}{choices}{items}"
+        )
     return "\n".join(lines) + "\n\n"
 
 
@@ -315,40 +392,85 @@ def _calls(content: str) -> list[tuple[str, Any]]:
     except ValueError:
         return []
     calls = value if isinstance(value, list) else [value]
-    if not all(isinstance(call, dict) and "name" in call and ("arguments" in call or "parameters" in call) for call in calls):
+    if not all(
+        isinstance(call, dict) and "name" in call and ("arguments" in call or "parameters" in call)
+        for call in calls
+    ):
         return []
-    return [(call["name"], call["arguments"] if "arguments" in call else call["parameters"]) for call in calls]
+    return [
+        (call["name"], call["arguments"] if "arguments" in call else call["parameters"])
+        for call in calls
+    ]
 
 
-def _spoken(content: str, template: Template, calls: list[tuple[str, Any]]) -> list[tuple[str, bool]]:
-    """(text, markup) parts of an assistant's words or calls; an empty part is an edge between strings."""
+def _spoken(
+    content: str, template: Template, calls: list[tuple[str, Any]]
+) -> list[tuple[str, bool]]:
+    """(text, markup) parts of an assistant's words or calls; an empty part is an edge between
+    strings.
+    """
     edge = [] if template.last_only else [("", True)]
     opening = [(template.lead, True)] * bool(template.lead) + edge
     if not calls:
         return [*opening, (content, False)] if content else opening
     if template.tools in ("glm4", "chatglm3"):  # the tool's name stands behind the role
-        turns = [[(f"{name}\n", False), *edge, (_arguments(template.tools, values), False)] for name, values in calls]
-        return [part for i, turn in enumerate(turns) for part in [(template.assistant, True)] * bool(i) + turn]
+        turns = [
+            [(f"{name}\n", False), *edge, (_arguments(template.tools, values), False)]
+            for name, values in calls
+        ]
+        return [
+            part
+            for i, turn in enumerate(turns)
+            for part in [(template.assistant, True)] * bool(i) + turn
+        ]
     if template.tools in ("qwen", "qwen3.5"):
-        bodies = [_xml_call(n, v) if template.tools == "qwen3.5" else _json({"name": n, "arguments": v}) for n, v in calls]
-        call = [[("\n" * bool(i) + "<tool_call>\n", True), (body, False), ("\n</tool_call>", True)] for i, body in enumerate(bodies)]
+        bodies = [
+            _xml_call(n, v) if template.tools == "qwen3.5" else _json({"name": n, "arguments": v})
+            for n, v in calls
+        ]
+        call = [
+            [("\n" * bool(i) + "<tool_call>\n", True), (body, False), ("\n</tool_call>", True)]
+            for i, body in enumerate(bodies)
+        ]
         return opening + [part for parts in call for part in parts]
     objects = [{"name": name, "parameters": values} for name, values in calls]
     if template.tools == "internlm2":
-        return [*opening, ("<|action_start|><|plugin|>\n", True), ("\n".join(map(_json, objects)), False), ("<|action_end|>", True)]
+        return [
+            *opening,
+            ("<|action_start|><|plugin|>\n", True),
+            ("\n".join(map(_json, objects)), False),
+            ("<|action_end|>", True),
+        ]
     if template.tools == "llama3":
         return [*opening, (_json(objects[0] if len(objects) == 1 else objects), False)]
-    return [*opening, ("\n".join(f"Action: {name}\nAction Input: {_json(values)}" for name, values in calls), False)]
+    return [
+        *opening,
+        (
+            "\n".join(f"Action: {name}\nAction Input: {_json(values)}" for name, values in calls),
+            False,
+        ),
+    ]
 
 
 def _arguments(style: str, values: Any) -> str:
     if style == "glm4" or not isinstance(values, dict):
         return _json(values)
-    return "```python\ntool_call(" + ", ".join(f"{key}={value!r}" for key, value in values.items()) + ")\n```"
+    return (
+        "```python\ntool_call("
+        + ", ".join(f"{key}={value!r}" for key, value in values.items())
+        + ")\n```"
+    )
 
 
 def _xml_call(name: str, values: Any) -> str:
     """Qwen3.5's call: each argument on lines of its own, lists and objects as JSON."""
     given = values.items() if isinstance(values, dict) else ()
-    pairs = ((key, _json(value) if isinstance(value, list | dict) else str(value)) for key, value in given)
-    return f"<function={name}>\n" + "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in pairs) + "</function>"
+    pairs = (
+        (key, _json(value) if isinstance(value, list | dict) else str(value))
+        for key, value in given
+    )
+    return (
+        f"<function={name}>\n"
+        + "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in pairs)
+        + "</function>"
+    )

@@ -1,4 +1,6 @@
-"""One field of a row -> its text: what is removed everywhere, what may be converted on request, what is no text at all."""
+"""One field of a row -> its text: what is removed everywhere, what may be converted on request,
+what is no text at all.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _DAY = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
 PERSONAL = {  # kind -> pattern; the ID card goes before the phone number it might contain
     "EMAIL": re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"),
     "ID": re.compile(rf"(?<![0-9A-Za-z])[1-9]\d{{5}}{_DAY}\d{{3}}[\dXx](?![0-9A-Za-z])"),
-    "PHONE": re.compile(r"(?<![0-9A-Za-z.])(?:\+?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?![0-9A-Za-z])"),
+    "PHONE": re.compile(
+        r"(?<![0-9A-Za-z.])(?:\+?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?![0-9A-Za-z])"
+    ),
 }
 
 
@@ -25,8 +29,9 @@ PERSONAL = {  # kind -> pattern; the ID card goes before the phone number it mig
 class TextOptions:
     """Rewriting of texts; everything is off by default, so that nobody's data changes unasked.
 
-    convert: "" or an OpenCC conversion such as "t2s" (traditional to simplified) or "s2t"; fold_width: full-width ASCII and the
-    ideographic space to half width; unescape_html: `&lt;` to `<`; mask_personal: e-mail, ID card and phone to [EMAIL], [ID], [PHONE].
+    convert: "" or an OpenCC conversion such as "t2s" (traditional to simplified) or "s2t";
+    fold_width: full-width ASCII and the ideographic space to half width; unescape_html: `&lt;` to
+    `<`; mask_personal: e-mail, ID card and phone to [EMAIL], [ID], [PHONE].
     """
 
     convert: str = ""
@@ -43,9 +48,11 @@ class RowError(Exception):
 
 
 def clean(text: str) -> str:
-    """`text` without zero-width and control characters, with LF line ends and both ends stripped; nothing else changes.
+    """`text` without zero-width and control characters, with LF line ends and both ends stripped;
+    nothing else changes.
 
-    Raises RowError: decode_error for bytes that no encoding explained (U+DC80-DCFF), invalid_text for half a surrogate pair.
+    Raises RowError: decode_error for bytes that no encoding explained (U+DC80-DCFF), invalid_text
+    for half a surrogate pair.
     """
     if _DIRT.search(text):
         if bad := SURROGATE.search(text):
@@ -58,7 +65,9 @@ def clean(text: str) -> str:
 
 
 def rewriter(options: TextOptions) -> Callable[[str], str]:
-    """`clean`, with the conversions that `options` asks for. Raises UserError if OpenCC is asked for and missing."""
+    """`clean`, with the conversions that `options` asks for. Raises UserError if OpenCC is asked
+    for and missing.
+    """
     if options == VERBATIM:
         return clean
     steps: list[Callable[[str], str]] = []
@@ -93,9 +102,11 @@ def printable(text: str) -> str:
 
 
 def text_of(value: object, name: str) -> str:
-    """The text of the field `name`: numbers as decimals, null and NaN as "", dicts and lists unwrapped (DATA_RULES 3 and 4).
+    """The text of the field `name`: numbers as decimals, null and NaN as "", dicts and lists
+    unwrapped (DATA_RULES 3 and 4).
 
-    Raises RowError("invalid_text") for what is no text: a truth value, an infinite number, an object with unknown keys.
+    Raises RowError("invalid_text") for what is no text: a truth value, an infinite number, an
+    object with unknown keys.
     """
     if isinstance(value, str):
         return value
@@ -113,12 +124,19 @@ def text_of(value: object, name: str) -> str:
         return str(value)
     if isinstance(value, (float, Decimal)) and abs(value) != float("inf"):
         return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
-    raise RowError("invalid_text", say("row.no_text", name=name, found=f"{value!s:.20}", type=type(value).__name__))
+    raise RowError(
+        "invalid_text",
+        say("row.no_text", name=name, found=f"{value!s:.20}", type=type(value).__name__),
+    )
 
 
 def json_text(value: object) -> str:
     """Tool lists and tool calls: a string verbatim, anything else as JSON."""
     try:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return (
+            value
+            if isinstance(value, str)
+            else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        )
     except (ValueError, TypeError) as error:
         raise RowError("invalid_text", say("row.tool_call", detail=error)) from None

@@ -1,1 +1,3 @@
-"""How good is it: answers and losses against references, multiple choice, votes, and the report that shows them."""
+"""How good is it: answers and losses against references, multiple choice, votes, and the report
+that shows them.
+"""

@@ -1,7 +1,8 @@
-"""What base and adapter answer and predict on the same conversations: every score as additive statistics, and what to make of them.
+"""What base and adapter answer and predict on the same conversations: every score as additive
+statistics, and what to make of them.
 
-Statistics are kept per answer, so that a corpus score, its interval, the difference between systems and the score of a length or of a
-category are sums of the same rows.
+Statistics are kept per answer, so that a corpus score, its interval, the difference between systems
+and the score of a length or of a category are sums of the same rows.
 """
 
 from __future__ import annotations
@@ -46,41 +47,70 @@ def _perplexity(totals: Sequence[float]) -> Score:
     return Score("perplexity", math.exp(_mean(totals).value), {}, "")
 
 
-METRICS: dict[str, BLEU | ROUGE] = {"bleu-zh": BLEU(), "rouge-l-char": ROUGE("rougeL", "char")}  # scored from their own statistics
-_SCORES = {name: metric.score for name, metric in METRICS.items()} | {"general-ppl": _perplexity}  # the others are means
+# scored from their own statistics
+METRICS: dict[str, BLEU | ROUGE] = {"bleu-zh": BLEU(), "rouge-l-char": ROUGE("rougeL", "char")}
+# the others are means
+_SCORES = {name: metric.score for name, metric in METRICS.items()} | {"general-ppl": _perplexity}
 
 
 def statistics(hypotheses: Sequence[str], references: Sequence[str]) -> Statistics:
-    """The statistics of sacrebleu's corpus BLEU `zh`, ROUGE-L over characters, LLaMA-Factory's four numbers and exact match."""
+    """The statistics of sacrebleu's corpus BLEU `zh`, ROUGE-L over characters, LLaMA-Factory's four
+    numbers and exact match.
+    """
     pairs = list(zip(hypotheses, references, strict=True))
-    found = {name: corpus_statistics(metric, list(hypotheses), [list(references)]) for name, metric in METRICS.items()}
+    found = {
+        name: corpus_statistics(metric, list(hypotheses), [list(references)])
+        for name, metric in METRICS.items()
+    }
     llama_factory = [generation_scores(hypothesis, reference) for hypothesis, reference in pairs]
     found |= {name: [[scores[name], 1.0] for scores in llama_factory] for name in llama_factory[0]}
-    found["exact"] = [[100.0 * (hypothesis.strip() == reference.strip()), 1.0] for hypothesis, reference in pairs]
+    found["exact"] = [
+        [100.0 * (hypothesis.strip() == reference.strip()), 1.0] for hypothesis, reference in pairs
+    ]
     return found
 
 
 def value(metric: str, rows: Rows) -> float:
-    """The score of the summed statistics: 0-100, nats per token for `loss`, a perplexity for `general-ppl`."""
+    """The score of the summed statistics: 0-100, nats per token for `loss`, a perplexity for
+    `general-ppl`.
+    """
     return _SCORES.get(metric, _mean)([sum(column) for column in zip(*rows, strict=True)]).value
 
 
-def versus(base: Statistics, system: Statistics) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """(metric -> [low, high] of the system, metric -> {difference, low, high, p} to the base) by paired bootstrap at 95 %.
+def versus(
+    base: Statistics, system: Statistics
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """(metric -> [low, high] of the system, metric -> {difference, low, high, p} to the base) by
+    paired bootstrap at 95 %.
 
     Only for metrics that both have.
     """
-    found = {m: paired_bootstrap(_SCORES.get(m, _mean), base[m], rows) for m, rows in system.items() if m in base}
-    gaps = {m: {"difference": its.difference.value, "low": its.difference.low, "high": its.difference.high, "p": its.p_value}
-            for m, its in found.items()}  # fmt: skip
+    found = {
+        m: paired_bootstrap(_SCORES.get(m, _mean), base[m], rows)
+        for m, rows in system.items()
+        if m in base
+    }
+    gaps = {
+        m: {
+            "difference": its.difference.value,
+            "low": its.difference.low,
+            "high": its.difference.high,
+            "p": its.p_value,
+        }
+        for m, its in found.items()
+    }
     return {m: [its.b.low, its.b.high] for m, its in found.items()}, gaps
 
 
 # --- Losses
-def sequence_nll(model: nn.Module, rows: Sequence[PackedBatch], precision: Precision, chunk_bytes: int) -> Rows:
-    """[nats, supervised tokens] of every sequence of the rows, in order; logits only at labels and a chunk at a time.
+def sequence_nll(
+    model: nn.Module, rows: Sequence[PackedBatch], precision: Precision, chunk_bytes: int
+) -> Rows:
+    """[nats, supervised tokens] of every sequence of the rows, in order; logits only at labels and
+    a chunk at a time.
 
-    Where a row does not fit into memory its sequences go one by one; one that does not fit alone counts as [0, 0], and that is said.
+    Where a row does not fit into memory its sequences go one by one; one that does not fit alone
+    counts as [0, 0], and that is said.
     """
     device = device_of(model)
     was_training = model.training
@@ -97,29 +127,48 @@ def _row_sums(model: nn.Module, row: PackedBatch, chunk_bytes: int) -> Rows:
     try:
         nll = row_nll(model, row, chunk_bytes).double().split(lengths)
         labelled = (row.labels != IGNORE_INDEX).split(lengths)
-        sums = [torch.stack([part.sum(), its.sum()]) for part, its in zip(nll, labelled, strict=True)]
+        sums = [
+            torch.stack([part.sum(), its.sum()]) for part, its in zip(nll, labelled, strict=True)
+        ]
         return torch.stack(sums).tolist()
     except Exception as error:
         if not out_of_memory(error):
             raise
-    torch.cuda.empty_cache()  # here, not in the handler: the traceback holds on to the failed tensors
+    # here, not in the handler: the traceback holds on to the failed tensors
+    torch.cuda.empty_cache()
     if len(lengths) == 1:
         note("eval.memory", tokens=lengths[0])
         return [[0.0, 0.0]]
     return [pair for alone in row.split(1) for pair in _row_sums(model, alone, chunk_bytes)]
 
 
-def held_out_loss(model: nn.Module, rows: Sequence[PackedBatch], precision: Precision, chunk_bytes: int) -> float:
+def held_out_loss(
+    model: nn.Module, rows: Sequence[PackedBatch], precision: Precision, chunk_bytes: int
+) -> float:
     """Mean nats per supervised token over packed rows."""
     return value("loss", sequence_nll(model, rows, precision, chunk_bytes))
 
 
-def example_nll(model: nn.Module, examples: Sequence[Example], precision: Precision, chunk_bytes: int, row_tokens: int = 2048) -> Rows:
-    """`sequence_nll` of examples, in their order; packed (where the model can) into rows of `row_tokens`, or as long as the longest one."""
+def example_nll(
+    model: nn.Module,
+    examples: Sequence[Example],
+    precision: Precision,
+    chunk_bytes: int,
+    row_tokens: int = 2048,
+) -> Rows:
+    """`sequence_nll` of examples, in their order; packed (where the model can) into rows of
+    `row_tokens`, or as long as the longest one.
+    """
     lengths = [len(example.input_ids) for example in examples]
     with precision.autocast():
-        groups = best_fit(lengths, max([row_tokens, *lengths])) if packs(model) else [[i] for i in range(len(examples))]
-    found = sequence_nll(model, [collate([examples[i] for i in group]) for group in groups], precision, chunk_bytes)
+        groups = (
+            best_fit(lengths, max([row_tokens, *lengths]))
+            if packs(model)
+            else [[i] for i in range(len(examples))]
+        )
+    found = sequence_nll(
+        model, [collate([examples[i] for i in group]) for group in groups], precision, chunk_bytes
+    )
     by_example = dict(zip((i for group in groups for i in group), found, strict=True))
     return [by_example[i] for i in range(len(examples))]
 
@@ -132,16 +181,31 @@ def before_after(model: nn.Module, measure: Callable[[], Measured]) -> dict[str,
 
 
 def losses(
-    model: nn.Module, tokenizer: Tokenizer, held_out: Callable[[], Rows], precision: Precision, chunk_bytes: int
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    held_out: Callable[[], Rows],
+    precision: Precision,
+    chunk_bytes: int,
 ) -> dict[str, Statistics]:
-    """System -> `loss`, what `held_out` measures, and `general-ppl`, the perplexity of our own general Chinese texts.
+    """System -> `loss`, what `held_out` measures, and `general-ppl`, the perplexity of our own
+    general Chinese texts.
 
     The latter, read without chat markup, rises with what training made the model forget.
     """
     plain = load_tokenizer(tokenizer.source, template="text")
-    texts = [plain.encode_chat([Message("user", line)]) for line in GENERAL.read_text(encoding="utf-8").split("\n") if line]
+    texts = [
+        plain.encode_chat([Message("user", line)])
+        for line in GENERAL.read_text(encoding="utf-8").split("\n")
+        if line
+    ]
     general = [Example(ids, ids) for ids in texts]
-    return before_after(model, lambda: {"loss": held_out(), "general-ppl": example_nll(model, general, precision, chunk_bytes)})
+    return before_after(
+        model,
+        lambda: {
+            "loss": held_out(),
+            "general-ppl": example_nll(model, general, precision, chunk_bytes),
+        },
+    )
 
 
 # --- Answers
@@ -157,7 +221,9 @@ def answer_of(conversation: Conversation) -> str:
 
 @contextmanager
 def unless_memory_is_short(engine: Engine) -> Iterator[None]:
-    """Answers that do not fit into memory are left out, and it is said: nothing that was learned depends on them."""
+    """Answers that do not fit into memory are left out, and it is said: nothing that was learned
+    depends on them.
+    """
     try:
         yield
     except (RuntimeError, UserError) as error:
@@ -167,19 +233,32 @@ def unless_memory_is_short(engine: Engine) -> Iterator[None]:
 
 
 def generate(
-    engine: Engine, tokenizer: Tokenizer, questions: Sequence[list[Message]], *, adapter: bool | Sequence[bool], max_new_tokens: int,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    questions: Sequence[list[Message]],
+    *,
+    adapter: bool | Sequence[bool],
+    max_new_tokens: int,
     progress: Callable[[int, int], None] | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Greedy answers, in the order of the questions; `adapter` for all of them or for each."""
     prompts = [tokenizer.encode_chat(question) for question in questions]
-    outputs = engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens), adapter=adapter, progress=progress)
+    outputs = engine.generate(
+        prompts, Sampling(max_new_tokens=max_new_tokens), adapter=adapter, progress=progress
+    )
     return [tokenizer.decode(ids).strip() for ids in outputs]
 
 
-def few_shot(train: Sequence[Conversation], conversation: Conversation, shots: int, seed: int) -> list[Message]:
-    """The question with `shots` training conversations of the same category before it, as earlier turns."""
+def few_shot(
+    train: Sequence[Conversation], conversation: Conversation, shots: int, seed: int
+) -> list[Message]:
+    """The question with `shots` training conversations of the same category before it, as earlier
+    turns.
+    """
     same = [c for c in train if c.category == conversation.category] or list(train)
-    chosen = random.Random(f"{seed}/{conversation.messages[0].content}").sample(same, min(shots, len(same)))
+    chosen = random.Random(f"{seed}/{conversation.messages[0].content}").sample(
+        same, min(shots, len(same))
+    )
     return [message for shot in chosen for message in shot.messages] + question_of(conversation)
 
 
@@ -193,23 +272,47 @@ def majority(train: Sequence[Conversation], conversations: Sequence[Conversation
 
 
 def answers(
-    engine: Engine, tokenizer: Tokenizer, conversations: Sequence[Conversation], *, train: Sequence[Conversation] = (), shots: int = 0,
-    max_new_tokens: int = 256, seed: int = 0, progress: Callable[[int, int], None] | None = None,
-) -> dict[str, list[str]]:  # fmt: skip
-    """What every system answers: `copy` (the question itself), `majority` (with `train`), `base`, `base N-shot` (with `train` and
-    `shots`; fewer where the prompt would not fit), and `adapter` if there is one. All prompts of all systems go through the engine at
-    once: base and adapter are rows of the same batches."""
+    engine: Engine,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    *,
+    train: Sequence[Conversation] = (),
+    shots: int = 0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[str]]:
+    """What every system answers: `copy` (the question itself), `majority` (with `train`), `base`,
+    `base N-shot` (with `train` and `shots`; fewer where the prompt would not fit), and `adapter` if
+    there is one. All prompts of all systems go through the engine at once: base and adapter are
+    rows of the same batches.
+    """
     questions = [question_of(c) for c in conversations]
     asked = {"base": questions}
     if train and shots:
-        options = [(few_shot(train, c, count, seed) for count in range(shots, -1, -1)) for c in conversations]
-        fitting = [(prompt for prompt in its if len(tokenizer.encode_chat(prompt)) < engine.max_tokens) for its in options]
-        asked[f"base {shots}-shot"] = [next(its, question) for its, question in zip(fitting, questions, strict=True)]
+        options = [
+            (few_shot(train, c, count, seed) for count in range(shots, -1, -1))
+            for c in conversations
+        ]
+        fitting = [
+            (prompt for prompt in its if len(tokenizer.encode_chat(prompt)) < engine.max_tokens)
+            for its in options
+        ]
+        asked[f"base {shots}-shot"] = [
+            next(its, question) for its, question in zip(fitting, questions, strict=True)
+        ]
     if lora_layers(engine.model):
         asked["adapter"] = questions
     gates = [system == "adapter" for _ in questions for system in asked]
     interleaved = [prompt for prompts in zip(*asked.values(), strict=True) for prompt in prompts]
-    found = generate(engine, tokenizer, interleaved, adapter=gates, max_new_tokens=max_new_tokens, progress=progress)
+    found = generate(
+        engine,
+        tokenizer,
+        interleaved,
+        adapter=gates,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
     systems = {"copy": [question[-1].content for question in questions]}
     if train:
         systems["majority"] = majority(train, conversations)
@@ -218,35 +321,63 @@ def answers(
 
 # --- Together
 def evaluate(
-    conversations: Sequence[Conversation], systems: Mapping[str, list[str]], measured: Mapping[str, Statistics]
+    conversations: Sequence[Conversation],
+    systems: Mapping[str, list[str]],
+    measured: Mapping[str, Statistics],
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """(system -> scores, one sample per conversation) from what `answers` and `losses` found.
 
-    A system's scores: a number per metric, `interval` and `versus_base` (see `versus`), `by_length` (characters of the reference) and
-    `by_category`: group -> metrics and the number of `answers`. A sample's `scores` are those of its own answers.
+    A system's scores: a number per metric, `interval` and `versus_base` (see `versus`), `by_length`
+    (characters of the reference) and `by_category`: group -> metrics and the number of `answers`. A
+    sample's `scores` are those of its own answers.
     """
     references = [answer_of(c) for c in conversations]
     found = {name: statistics(hypotheses, references) for name, hypotheses in systems.items()}
-    groupings = {"by_length": [_bucket(reference) for reference in references], "by_category": [c.category for c in conversations]}
+    groupings = {
+        "by_length": [_bucket(reference) for reference in references],
+        "by_category": [c.category for c in conversations],
+    }
     results: dict[str, dict[str, Any]] = {}
     for name in {**systems, **measured}:
-        base, rows = ({**measured.get(system, {}), **found.get(system, {})} for system in ("base", name))
+        base, rows = (
+            {**measured.get(system, {}), **found.get(system, {})} for system in ("base", name)
+        )
         intervals, gaps = versus(base, rows)
-        results[name] = {metric: value(metric, its) for metric, its in rows.items()} | {"interval": intervals}
+        results[name] = {metric: value(metric, its) for metric, its in rows.items()} | {
+            "interval": intervals
+        }
         if name != "base":
             results[name]["versus_base"] = gaps
         for grouping, keys in groupings.items() if name in found else ():
             results[name][grouping] = {}
-            for key in sorted(set(keys), key=lambda key: (int((re.match(r"\d+", key) or [0])[0]), key)):
+            for key in sorted(
+                set(keys), key=lambda key: (int((re.match(r"\d+", key) or [0])[0]), key)
+            ):
                 members = [i for i, its in enumerate(keys) if its == key]
-                part = {metric: value(metric, [its[i] for i in members]) for metric, its in found[name].items()}
+                part = {
+                    metric: value(metric, [its[i] for i in members])
+                    for metric, its in found[name].items()
+                }
                 results[name][grouping][key] = {"answers": len(members), **part}
     samples: list[dict[str, Any]] = []
     for i, c in enumerate(conversations):
-        answered = {name: its[i] for name, its in systems.items() if name not in ("copy", "majority")}
-        own = {name: {m: value(m, its[i : i + 1]) for m, its in found[name].items() if m != "bleu-zh"} for name in answered}
+        answered = {
+            name: its[i] for name, its in systems.items() if name not in ("copy", "majority")
+        }
+        own = {
+            name: {m: value(m, its[i : i + 1]) for m, its in found[name].items() if m != "bleu-zh"}
+            for name in answered
+        }
         question = [m._asdict() for m in question_of(c)]
-        samples.append({"category": c.category, "messages": question, "reference": references[i], **answered, "scores": own})
+        samples.append(
+            {
+                "category": c.category,
+                "messages": question,
+                "reference": references[i],
+                **answered,
+                "scores": own,
+            }
+        )
     return results, samples
 
 
@@ -257,10 +388,16 @@ def _bucket(reference: str) -> str:
 
 
 def compare(
-    engine: Engine, tokenizer: Tokenizer, asked: Sequence[Conversation], held_out: Callable[[], Rows], precision: Precision,
-    chunk_bytes: int, **how: Any,
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], dict[str, Statistics]]:  # fmt: skip
-    """(`evaluate`'s results and samples, `losses`): base and adapter on the same rows and questions, `how` as in `answers`.
+    engine: Engine,
+    tokenizer: Tokenizer,
+    asked: Sequence[Conversation],
+    held_out: Callable[[], Rows],
+    precision: Precision,
+    chunk_bytes: int,
+    **how: Any,
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], dict[str, Statistics]]:
+    """(`evaluate`'s results and samples, `losses`): base and adapter on the same rows and
+    questions, `how` as in `answers`.
 
     Answers for which memory is short are left out.
     """

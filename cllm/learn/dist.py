@@ -1,9 +1,11 @@
-"""Several GPUs, several machines: this process's place among torchrun's, and the few collectives that training needs.
+"""Several GPUs, several machines: this process's place among torchrun's, and the few collectives
+that training needs.
 
     torchrun --nproc-per-node 2 -m cllm.train cllm.toml
 
-Every rank holds the whole frozen base; only the adapter's gradients travel. What must be the same everywhere
-(the run, a snapshot, a held-out loss) is rank 0's, shared as bytes. FSDP is not built: NF4 bases are small enough to be held whole.
+Every rank holds the whole frozen base; only the adapter's gradients travel. What must be the same
+everywhere (the run, a snapshot, a held-out loss) is rank 0's, shared as bytes. FSDP is not built:
+NF4 bases are small enough to be held whole.
 """
 
 from __future__ import annotations
@@ -25,18 +27,25 @@ TIMEOUT_SECONDS = 1800
 
 
 class World:
-    """Rank `rank` of `size`; a world of one needs no process group and every method returns at once."""
+    """Rank `rank` of `size`; a world of one needs no process group and every method returns at
+    once.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size, self.device = rank, size, device
 
     @classmethod
     def join(cls, device: str) -> World:
-        """The world of torchrun's environment, each rank of a machine on its own GPU; without torchrun a world of one.
+        """The world of torchrun's environment, each rank of a machine on its own GPU; without
+        torchrun a world of one.
 
         Raises UserError under a launcher that shards parameters: FSDP and DeepSpeed are not built.
         """
-        if sharding := [n for n in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(n, "").lower() == "true"]:
+        if sharding := [
+            n
+            for n in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+            if os.environ.get(n, "").lower() == "true"
+        ]:
             raise UserError("dist.sharded", name=sharding[0])
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
@@ -47,7 +56,9 @@ class World:
             torch.cuda.set_device(device)
         world = cls(int(os.environ["RANK"]), size, device)
         with world._peers():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS)
+            )
         return world
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -74,12 +85,15 @@ class World:
             dist.broadcast(length, 0)
             if self.rank:
                 data = bytes(int(length))
-            buffer = torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8).to(self.device)  # never empty
+            # never empty
+            buffer = torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8).to(self.device)
             dist.broadcast(buffer, 0)
         return buffer.cpu().numpy().tobytes()[:-1]
 
     def leave(self) -> None:
-        """Called at a clean end; after a failure the process just ends, as waiting for lost peers could take forever."""
+        """Called at a clean end; after a failure the process just ends, as waiting for lost peers
+        could take forever.
+        """
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -88,12 +102,16 @@ class World:
         try:
             yield
         except RuntimeError as error:  # PyTorch's DistError among them
-            raise RuntimeError(say("dist.lost", rank=self.rank, size=self.size, detail=str(error).split("\n")[0])) from error
+            raise RuntimeError(
+                say("dist.lost", rank=self.rank, size=self.size, detail=str(error).split("\n")[0])
+            ) from error
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Collects Ctrl-C, SIGTERM and a closed terminal, so that the work at hand can end and be saved; a second one stops at once."""
+    """Collects Ctrl-C, SIGTERM and a closed terminal, so that the work at hand can end and be
+    saved; a second one stops at once.
+    """
     seen: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
@@ -102,8 +120,13 @@ def stop_on_signal() -> Iterator[list[int]]:
         seen.append(number)
         note("train.stopping")
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last is Windows' Ctrl-Break; not every system has all
-    before = {s: signal.signal(s, stop) for s in (getattr(signal, name, None) for name in names) if s is not None}
+    # the last is Windows' Ctrl-Break; not every system has all
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    before = {
+        s: signal.signal(s, stop)
+        for s in (getattr(signal, name, None) for name in names)
+        if s is not None
+    }
     try:
         yield seen
     finally:

@@ -1,4 +1,6 @@
-"""What to give up when memory runs out, one rung at a time: speed first, then, only if that is allowed, the length of rows."""
+"""What to give up when memory runs out, one rung at a time: speed first, then, only if that is
+allowed, the length of rows.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ class Ladder:
     micro_tokens: int
     """Most tokens of a micro-batch: longer packed rows are computed in parts."""
     row_tokens: int
-    """Tokens of a packed row. Smaller ones change the data; everything else gives the same result."""
+    """Tokens of a packed row. Smaller ones change the data; everything else gives the same
+    result.
+    """
     offload_inputs: bool = False
     """Inputs of all layers wait in host memory, and the layers are recomputed."""
     embedding_on_cpu: bool = False
 
     def down(self, rows: Sequence[PackedBatch], *, shorten: bool) -> Ladder | None:
-        """The next rung after `rows` did not fit; None if nothing is left (shorter rows only if `shorten`)."""
+        """The next rung after `rows` did not fit; None if nothing is left (shorter rows only if
+        `shorten`).
+        """
         longest = _longest(rows, self.micro_tokens)
         if _longest(rows, longest // 2) < longest:
             return replace(self, micro_tokens=longest // 2)
@@ -31,7 +37,11 @@ class Ladder:
             return replace(self, offload_inputs=True)
         if not self.embedding_on_cpu:
             return replace(self, embedding_on_cpu=True)
-        return replace(self, row_tokens=self.row_tokens // 2) if shorten and self.row_tokens >= 2 * MIN_ROW_TOKENS else None
+        return (
+            replace(self, row_tokens=self.row_tokens // 2)
+            if shorten and self.row_tokens >= 2 * MIN_ROW_TOKENS
+            else None
+        )
 
 
 def _longest(rows: Sequence[PackedBatch], limit: int) -> int:

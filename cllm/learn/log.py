@@ -1,4 +1,6 @@
-"""What a run says while it goes: the console line with its ETA, metrics.jsonl, loss.png, an optional tracker."""
+"""What a run says while it goes: the console line with its ETA, metrics.jsonl, loss.png, an
+optional tracker.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,30 @@ class Tracker(NamedTuple):
 
 
 def open_tracker(name: str, directory: Path) -> Tracker | None:
-    """The tracker called `name` ("tensorboard", "swanlab"; "none": None). Raises UserError if its package is absent."""
+    """The tracker called `name` ("tensorboard", "swanlab"; "none": None). Raises UserError if its
+    package is absent.
+    """
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer: Any = SummaryWriter(str(directory / "tensorboard"))
-            return Tracker(lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()], writer.close)
+            return Tracker(
+                lambda values, step: [
+                    writer.add_scalar(key, value, step) for key, value in values.items()
+                ],
+                writer.close,
+            )
         if name == "swanlab":
             import swanlab
 
             # offline: nothing leaves this machine and no login is asked for
-            swanlab.init(project="cllm", experiment_name=directory.name, logdir=str(directory / "swanlab"), mode="offline")
+            swanlab.init(
+                project="cllm",
+                experiment_name=directory.name,
+                logdir=str(directory / "swanlab"),
+                mode="offline",
+            )
             return Tracker(lambda values, step: swanlab.log(values, step=step), swanlab.finish)
     except ImportError as error:
         raise UserError("log.tracker", name=name) from error
@@ -46,18 +60,25 @@ def open_tracker(name: str, directory: Path) -> Tracker | None:
 
 
 class RunLog:
-    """Appends one object per step to metrics.jsonl, keeps a line on the terminal, draws loss.png."""
+    """Appends one object per step to metrics.jsonl, keeps a line on the terminal, draws
+    loss.png.
+    """
 
     def __init__(self, directory: Path, total_steps: int, tracker: Tracker | None = None) -> None:
         self.path = directory / "metrics.jsonl"
         self.total, self.tracker = total_steps, tracker
-        self._recent = deque((row["loss"] for row in read_metrics(self.path) if "loss" in row), maxlen=50)
-        self._paces: deque[float] = deque(maxlen=50)  # seconds of the last steps; evaluations do not count
+        self._recent = deque(
+            (row["loss"] for row in read_metrics(self.path) if "loss" in row), maxlen=50
+        )
+        # seconds of the last steps; evaluations do not count
+        self._paces: deque[float] = deque(maxlen=50)
         self._printed = time.perf_counter()
         self._live = sys.stderr.isatty()
 
     def step(self, values: dict[str, Any]) -> None:
-        """Record a training step; `values` has step, loss, lr, grad_norm, tokens_per_second, peak_memory_bytes …"""
+        """Record a training step; `values` has step, loss, lr, grad_norm, tokens_per_second,
+        peak_memory_bytes …
+        """
         self.write(values)
         step = values["step"]
         self._paces.append(values["tokens"] / values["tokens_per_second"])
@@ -66,15 +87,30 @@ class RunLog:
             f"step {step:>5}/{self.total}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
             f"{values['tokens_per_second']:,.0f} tok/s  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB  eta {duration(remaining)}"
         )
-        due = time.perf_counter() - self._printed > LOGGED_SECONDS or step % max(1, self.total // 20) == 0 or step in (1, self.total)
+        due = (
+            time.perf_counter() - self._printed > LOGGED_SECONDS
+            or step % max(1, self.total // 20) == 0
+            or step in (1, self.total)
+        )
         if self._live:
-            print(f"\r\033[K{line}", end="\n" if step == self.total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{line}",
+                end="\n" if step == self.total else "",
+                file=sys.stderr,
+                flush=True,
+            )
         elif due:
             print(line, file=sys.stderr, flush=True)
             self._printed = time.perf_counter()
         if len(self._recent) >= 10 and values["loss"] > 1.5 * max(self._recent) + 0.1:
             self.break_line()
-            note("log.spike", step=step, loss=f"{values['loss']:.3f}", count=len(self._recent), most=f"{max(self._recent):.3f}")
+            note(
+                "log.spike",
+                step=step,
+                loss=f"{values['loss']:.3f}",
+                count=len(self._recent),
+                most=f"{max(self._recent):.3f}",
+            )
         self._recent.append(values["loss"])
 
     def write(self, values: dict[str, Any]) -> None:
@@ -82,7 +118,9 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
         if self.tracker:
-            numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+            numbers = {
+                k: float(v) for k, v in values.items() if isinstance(v, int | float) and k != "step"
+            }
             self.tracker.log(numbers, int(values["step"]))
 
     def break_line(self) -> None:
@@ -98,7 +136,9 @@ class RunLog:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Most memory taken so far: allocated on a GPU, resident in this process on the CPU (0 where the system does not tell)."""
+    """Most memory taken so far: allocated on a GPU, resident in this process on the CPU (0 where
+    the system does not tell).
+    """
     import torch
 
     if device.startswith("cuda"):
@@ -116,7 +156,11 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 100:
         return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}" if whole < 6000 else f"{whole // 3600}h{whole % 3600 // 60:02d}"
+    return (
+        f"{whole // 60}m{whole % 60:02d}"
+        if whole < 6000
+        else f"{whole // 3600}h{whole % 3600 // 60:02d}"
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -146,9 +190,18 @@ def draw_loss(metrics: Path, target: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
     axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color="#9bbcd8", linewidth=0.8, label="train")
-    axes.plot([step for step, _ in train], smooth, color="#1f5f99", linewidth=1.8, label="train, smoothed")
+    axes.plot(
+        [step for step, _ in train], smooth, color="#1f5f99", linewidth=1.8, label="train, smoothed"
+    )
     if held:
-        axes.plot(*zip(*held, strict=True), "o-", color="#d1652b", linewidth=1.8, markersize=5, label="held out")
+        axes.plot(
+            *zip(*held, strict=True),
+            "o-",
+            color="#d1652b",
+            linewidth=1.8,
+            markersize=5,
+            label="held out",
+        )
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

@@ -1,6 +1,8 @@
-"""The one loss primitive: token negative log-likelihood that never builds full logits, and the SFT objective on it.
+"""The one loss primitive: token negative log-likelihood that never builds full logits, and the SFT
+objective on it.
 
-Knows a model only as "hidden states, then a head"; the head runs where there is a label, chunk by chunk.
+Knows a model only as "hidden states, then a head"; the head runs where there is a label, chunk by
+chunk.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from cllm.messages import UserError
 
 CHUNK_BYTES = 128 * 2**20
 _TILE = 2**25  # weights of a 4-bit head dequantized at a time: 64 MiB in 16 bits, twice
-_FP32_BYTES = 16 * 2**20  # of a chunk, this much at a time is looked at in float32: it stays in the processor's cache
+# of a chunk, this much at a time is looked at in float32: it stays in the processor's cache
+_FP32_BYTES = 16 * 2**20
 
 
 class ScaledHead(nn.Module):
-    """lm_head followed by what some architectures do to its logits: c tanh(x / c) (Gemma 2) or a factor (Granite, Cohere)."""
+    """lm_head followed by what some architectures do to its logits: c tanh(x / c) (Gemma 2) or a
+    factor (Granite, Cohere).
+    """
 
     def __init__(self, head: nn.Module, softcap: float | None, factor: float) -> None:
         super().__init__()
@@ -36,32 +41,49 @@ class ScaledHead(nn.Module):
 
 
 def output_head(model: Any) -> nn.Module:
-    """What turns the last hidden states of a Transformers model into its logits: the bare lm_head wherever that is the truth."""
+    """What turns the last hidden states of a Transformers model into its logits: the bare lm_head
+    wherever that is the truth.
+    """
     head: nn.Module = model.get_output_embeddings()
     config = model.config
     softcap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    factor = getattr(config, "logit_scale", None) or 1.0 / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
     return head if softcap is None and factor == 1.0 else ScaledHead(head, softcap, factor)
 
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Raises UserError if the model's logits are not `output_head` of its last hidden states: its loss would be another one."""
-    ids, was_training = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None], model.training
+    """Raises UserError if the model's logits are not `output_head` of its last hidden states: its
+    loss would be another one.
+    """
+    ids, was_training = (
+        torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None],
+        model.training,
+    )
     model.eval()  # dropout would make two passes differ
     hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     logits = model(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
-    if hidden is None or (output_head(model)(hidden).float() - logits).abs().max() > 0.01 * logits.abs().max():
+    if (
+        hidden is None
+        or (output_head(model)(hidden).float() - logits).abs().max() > 0.01 * logits.abs().max()
+    ):
         raise UserError("train.head", architecture=type(model).__name__)
 
 
-def token_nll(hidden: Tensor, lm_head: nn.Module, labels: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """-log softmax(lm_head(hidden_t))[labels_t] for every position; exact in value and gradient for any later weighting.
+def token_nll(
+    hidden: Tensor, lm_head: nn.Module, labels: Tensor, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """-log softmax(lm_head(hidden_t))[labels_t] for every position; exact in value and gradient for
+    any later weighting.
 
-    Shapes: hidden (T, D), labels (T,) int64; result (T,) nats in float32, 0 at IGNORE_INDEX. Labels are what position t predicts
-    (already shifted). At most `chunk_bytes` of logits live at once. With a frozen bare head, dense or NF4 (dequantized in tiles), the unit
-    gradient (softmax - onehot) W is formed in the forward and scaled in the backward; any other head is recomputed chunk by chunk there.
+    Shapes: hidden (T, D), labels (T,) int64; result (T,) nats in float32, 0 at IGNORE_INDEX. Labels
+    are what position t predicts (already shifted). At most `chunk_bytes` of logits live at once.
+    With a frozen bare head, dense or NF4 (dequantized in tiles), the unit gradient (softmax -
+    onehot) W is formed in the forward and scaled in the backward; any other head is recomputed
+    chunk by chunk there.
     """
     kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     result = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
@@ -74,7 +96,9 @@ def token_nll(hidden: Tensor, lm_head: nn.Module, labels: Tensor, chunk_bytes: i
     else:
         rows = max(1, chunk_bytes // (6 * _vocabulary(lm_head)))
         parts = zip(chosen.split(rows), targets.split(rows), strict=True)
-        nll = torch.cat([checkpoint(_chunk_nll, lm_head, h, t, use_reentrant=False) for h, t in parts])
+        nll = torch.cat(
+            [checkpoint(_chunk_nll, lm_head, h, t, use_reentrant=False) for h, t in parts]
+        )
     return result.index_put((kept,), nll)
 
 
@@ -86,7 +110,9 @@ def _chunk_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def _logits(hidden: Tensor, vocabulary: int, tiles: Iterable[tuple[slice, Tensor, Tensor | None]]) -> Tensor:
+def _logits(
+    hidden: Tensor, vocabulary: int, tiles: Iterable[tuple[slice, Tensor, Tensor | None]]
+) -> Tensor:
     logits = hidden.new_empty(0)
     for part, weight, bias in tiles:
         if len(weight) == vocabulary:
@@ -104,7 +130,11 @@ class _FrozenHeadNll(torch.autograd.Function):
         vocabulary, device = head.out_features, hidden.device.type
         tiles: Callable[[], Iterable[tuple[slice, Tensor, Tensor | None]]]
         if hasattr(head, "tiles"):
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+            dtype = (
+                torch.get_autocast_dtype(device)
+                if torch.is_autocast_enabled(device)
+                else hidden.dtype
+            )
             tiles = lambda: head.tiles(dtype, _TILE)  # noqa: E731
         else:
             dtype = head.weight.dtype
@@ -112,24 +142,39 @@ class _FrozenHeadNll(torch.autograd.Function):
         rows = max(1, min(len(targets), chunk_bytes // (vocabulary * dtype.itemsize)))
         inner = max(1, _FP32_BYTES // (4 * vocabulary))
         needs_gradient = ctx.needs_input_grad[0]
-        # float16 cannot hold small probabilities: the unit gradient is formed 256 times larger and scaled back.
+        # float16 cannot hold small probabilities: the unit gradient is formed 256 times larger and
+        # scaled back.
         scale = 256.0 if dtype == torch.float16 else 1.0
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        unit = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_gradient else None
+        unit = (
+            torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            if needs_gradient
+            else None
+        )
         for start in range(0, len(targets), rows):
             span = slice(start, start + rows)
             with torch.autocast(device, enabled=False):
                 logits = _logits(hidden[span].to(dtype), vocabulary, tiles())
                 for low in range(0, len(logits), inner):
-                    block, target = logits[low : low + inner], targets[span][low : low + inner, None]
+                    block, target = (
+                        logits[low : low + inner],
+                        targets[span][low : low + inner, None],
+                    )
                     exact = block.float()
                     normalizer = exact.logsumexp(1, keepdim=True)
-                    nll[start + low : start + low + len(block)] = (normalizer - exact.gather(1, target)).squeeze(1)
+                    nll[start + low : start + low + len(block)] = (
+                        normalizer - exact.gather(1, target)
+                    ).squeeze(1)
                     if unit is not None:
-                        exact.sub_(normalizer).exp_().scatter_add_(1, target, torch.full_like(normalizer, -1.0))
+                        exact.sub_(normalizer).exp_().scatter_add_(
+                            1, target, torch.full_like(normalizer, -1.0)
+                        )
                         block.copy_(exact.mul_(scale))
                 if unit is not None:
-                    unit[span] = reduce(Tensor.add_, ((logits[:, part] @ weight).float() for part, weight, _ in tiles())).div_(scale)
+                    unit[span] = reduce(
+                        Tensor.add_,
+                        ((logits[:, part] @ weight).float() for part, weight, _ in tiles()),
+                    ).div_(scale)
             del logits, block, exact  # or they would live until the next chunk's logits are made
         ctx.save_for_backward(*([unit] if unit is not None else []))
         return nll
@@ -141,13 +186,23 @@ class _FrozenHeadNll(torch.autograd.Function):
 
 
 def row_nll(model: Any, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """token_nll (T,) of one packed row under `model`, a Transformers causal LM with "cllm" attention."""
-    bounds = {"cu_seqlens": batch.cu_seqlens} if len(batch.cu_seqlens) > 2 else {}  # one sequence needs none, and some refuse them
-    output = model.base_model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, **bounds)
+    """token_nll (T,) of one packed row under `model`, a Transformers causal LM with "cllm"
+    attention.
+    """
+    # one sequence needs none, and some refuse them
+    bounds = {"cu_seqlens": batch.cu_seqlens} if len(batch.cu_seqlens) > 2 else {}
+    output = model.base_model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        **bounds,
+    )
     hidden = output.last_hidden_state[0]
     return token_nll(hidden, output_head(model), batch.labels, chunk_bytes)
 
 
 def sft_loss(model: nn.Module, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """Summed nats over the row's supervised tokens (scalar float32); divide by `batch.weight` for the mean."""
+    """Summed nats over the row's supervised tokens (scalar float32); divide by `batch.weight` for
+    the mean.
+    """
     return row_nll(model, batch, chunk_bytes).sum()

@@ -1,4 +1,6 @@
-"""What a step really takes: the census of storages, the allocator's cap, and the proof of a plan on the longest row before training."""
+"""What a step really takes: the census of storages, the allocator's cap, and the proof of a plan on
+the longest row before training.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,25 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def peak_storage_bytes(run: Callable[[], object]) -> int:
-    """The most bytes of storages that `run` creates and that live at once; what existed before does not count."""
+    """The most bytes of storages that `run` creates and that live at once; what existed before does
+    not count.
+    """
 
     class Census(TorchDispatchMode):
         alive, peak = 0, 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             result = func(*args, **(kwargs or {}))
-            old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-            for storage in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)):
+            old = {
+                t.untyped_storage()._cdata
+                for t in tree_leaves((args, kwargs))
+                if isinstance(t, torch.Tensor)
+            }
+            for storage in (
+                t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)
+            ):
                 if storage._cdata not in old and storage._cdata not in known:
                     known[storage._cdata] = storage.nbytes()
                     self.alive += storage.nbytes()
@@ -52,8 +64,12 @@ def peak_storage_bytes(run: Callable[[], object]) -> int:
     return int(census.peak)
 
 
-def peak_bytes(run: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Peak while `run` runs: `max_memory_allocated` on a GPU, else what model and optimizer hold and a census of the rest."""
+def peak_bytes(
+    run: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Peak while `run` runs: `max_memory_allocated` on a GPU, else what model and optimizer hold
+    and a census of the rest.
+    """
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -65,7 +81,8 @@ def peak_bytes(run: Callable[[], object], model: nn.Module, optimizer: torch.opt
 
 
 def cap_allocator(budget_gib: float, device: torch.device | str) -> int:
-    """Keep PyTorch within `budget_gib` less the CUDA context (0: within what is free); returns the budget in bytes.
+    """Keep PyTorch within `budget_gib` less the CUDA context (0: within what is free); returns the
+    budget in bytes.
 
     On the CPU nothing can be capped, and 0 means no budget.
     """
@@ -79,12 +96,16 @@ def cap_allocator(budget_gib: float, device: torch.device | str) -> int:
 
 
 def choose_device(name: str) -> str:
-    """ "auto": the GPU if torch can use one, else the CPU. Raises UserError for a GPU that is asked for and cannot be used."""
+    """ "auto": the GPU if torch can use one, else the CPU. Raises UserError for a GPU that is asked
+    for and cannot be used.
+    """
     if name.startswith("cuda"):
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:  # no driver, an old one, a build for CPUs
-            raise UserError("memory.no_gpu", device=name, reason=str(error).strip().splitlines()[0]) from error
+            raise UserError(
+                "memory.no_gpu", device=name, reason=str(error).strip().splitlines()[0]
+            ) from error
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -101,22 +122,33 @@ def prove(
     budget: int,
     micro_tokens: int = sys.maxsize,
 ) -> int:
-    """Peak bytes of one optimizer step on `rows`, against `plan` and `budget` bytes; everything is then as it was, bit for bit.
+    """Peak bytes of one optimizer step on `rows`, against `plan` and `budget` bytes; everything is
+    then as it was, bit for bit.
 
-    A small step comes first, so that AdamW's moments exist at the peak. Parameters, moments and generators are put back; a copy of the
-    scaler serves, as a failure spoils it. Raises UserError if it takes more than the budget, StepOutOfMemoryError if memory ran out.
+    A small step comes first, so that AdamW's moments exist at the peak. Parameters, moments and
+    generators are put back; a copy of the scaler serves, as a failure spoils it. Raises UserError
+    if it takes more than the budget, StepOutOfMemoryError if memory ran out.
     """
     own = copy.deepcopy(scaler)
     before = {name: tensor.clone() for name, tensor in capture(model, optimizer).items()}
-    how: dict[str, Any] = {"precision": precision, "scaler": own, "max_norm": max_norm, "micro_tokens": micro_tokens}
+    how: dict[str, Any] = {
+        "precision": precision,
+        "scaler": own,
+        "max_norm": max_norm,
+        "micro_tokens": micro_tokens,
+    }
     try:
         train_step(model, rows[0].split(1)[-1:], objective, optimizer, **how)
-        peak = peak_bytes(lambda: train_step(model, rows, objective, optimizer, **how), model, optimizer)
+        peak = peak_bytes(
+            lambda: train_step(model, rows, objective, optimizer, **how), model, optimizer
+        )
     finally:
         restore(model, optimizer, before)
     values = {"row": len(rows[0].input_ids), "peak": f"{peak / GIB:.3f}"}
     if peak + (plan.items["context"] if plan else 0) > budget:
         raise UserError("memory.over", **values, budget=f"{budget / GIB:.3f}")
-    planned, ratio = (f"{plan.allocated / GIB:.3f}", f"{peak / plan.allocated:.0%}") if plan else ("?", "?")
+    planned, ratio = (
+        (f"{plan.allocated / GIB:.3f}", f"{peak / plan.allocated:.0%}") if plan else ("?", "?")
+    )
     note("memory.proven", **values, plan=planned, ratio=ratio)
     return peak

@@ -1,9 +1,12 @@
-"""Run directories, who may write into one, and the snapshots in them: atomic save, verified load, bit-exact resume.
+"""Run directories, who may write into one, and the snapshots in them: atomic save, verified load,
+bit-exact resume.
 
-A snapshot is a folder of `state.safetensors` (adapter, AdamW moments, generator states), `state.json` (everything else that decides the
-next step), `metrics.jsonl` (so far) and `manifest.json` (size and SHA-256 of the others). It is written under a temporary name, synced and
-renamed, so that a folder called step-N is either whole or was altered later, which the manifest shows. No pickle, and no name is read
-from a file: a hostile snapshot can be refused, but not lead elsewhere.
+A snapshot is a folder of `state.safetensors` (adapter, AdamW moments, generator states),
+`state.json` (everything else that decides the next step), `metrics.jsonl` (so far) and
+`manifest.json` (size and SHA-256 of the others). It is written under a temporary name, synced and
+renamed, so that a folder called step-N is either whole or was altered later, which the manifest
+shows. No pickle, and no name is read from a file: a hostile snapshot can be refused, but not lead
+elsewhere.
 """
 
 from __future__ import annotations
@@ -29,14 +32,22 @@ from torch import Tensor, nn
 
 from cllm.messages import UserError, note
 
-_TENSORS, _STATE, _METRICS, _MANIFEST = "state.safetensors", "state.json", "metrics.jsonl", "manifest.json"
+_TENSORS, _STATE, _METRICS, _MANIFEST = (
+    "state.safetensors",
+    "state.json",
+    "metrics.jsonl",
+    "manifest.json",
+)
 _FILES = (_TENSORS, _STATE, _METRICS)
-_LOCK, _LOCKED_BYTE = "lock", 2**20  # beyond the text, so that Windows lets others read who holds it
+# beyond the text, so that Windows lets others read who holds it
+_LOCK, _LOCKED_BYTE = "lock", 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 def new_run(directory: str | Path) -> Path:
-    """Create `directory`, or the first free of `directory`-2, -3, …; an existing run is never written into."""
+    """Create `directory`, or the first free of `directory`-2, -3, …; an existing run is never
+    written into.
+    """
     wanted = Path(directory)
     candidate, number = wanted, 1
     while True:
@@ -49,15 +60,27 @@ def new_run(directory: str | Path) -> Path:
             candidate = wanted.with_name(f"{wanted.name}-{number}")
 
 
-def find_runs(root: str | Path = "runs", *, name: str = "", needs: str = "adapter/adapter_config.json") -> list[Path]:
-    """Runs under `root` that have `needs`, the one started last first; `name` finds only it and its name-2, name-3."""
-    found = [path.parent for path in Path(root).glob("*/config.toml") if any(path.parent.glob(needs))]
-    runs = [run for run in found if not name or re.fullmatch(re.escape(name) + r"(-\d+)?", run.name)]
-    return sorted(runs, key=lambda run: ((run / "config.toml").stat().st_mtime_ns, run.name), reverse=True)
+def find_runs(
+    root: str | Path = "runs", *, name: str = "", needs: str = "adapter/adapter_config.json"
+) -> list[Path]:
+    """Runs under `root` that have `needs`, the one started last first; `name` finds only it and its
+    name-2, name-3.
+    """
+    found = [
+        path.parent for path in Path(root).glob("*/config.toml") if any(path.parent.glob(needs))
+    ]
+    runs = [
+        run for run in found if not name or re.fullmatch(re.escape(name) + r"(-\d+)?", run.name)
+    ]
+    return sorted(
+        runs, key=lambda run: ((run / "config.toml").stat().st_mtime_ns, run.name), reverse=True
+    )
 
 
 def last_run(directory: str) -> Path:
-    """The run to resume: of `directory` and its -2, -3, …, the one started last that has a snapshot. Raises UserError if none has."""
+    """The run to resume: of `directory` and its -2, -3, …, the one started last that has a
+    snapshot. Raises UserError if none has.
+    """
     wanted = Path(directory)
     if os.environ.get("RANK", "0") != "0":
         return wanted  # rank 0 reads and writes it; another machine may not even see it
@@ -77,7 +100,9 @@ def newest_run(root: str | Path = "runs") -> Path:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full or read-only disk becomes one line that says so (UserError); what was complete before stays as it was."""
+    """A full or read-only disk becomes one line that says so (UserError); what was complete before
+    stays as it was.
+    """
     try:
         yield
     except FileExistsError:
@@ -88,9 +113,11 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """One run directory, one writer: the operating system's lock on run/lock, which names its owner's pid and host.
+    """One run directory, one writer: the operating system's lock on run/lock, which names its
+    owner's pid and host.
 
-    Raises UserError while another process holds it. The lock of a process that died is free; the name it left is told.
+    Raises UserError while another process holds it. The lock of a process that died is free; the
+    name it left is told.
     """
     with writing(run):
         handle = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT)
@@ -103,7 +130,9 @@ def locked(run: Path) -> Iterator[None]:
         if owner:
             note("run.stale_lock", run=run, owner=owner)
         with writing(run):
-            os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".ljust(len(owner)).encode())
+            os.write(
+                handle, f"pid {os.getpid()} on {socket.gethostname()}\n".ljust(len(owner)).encode()
+            )
         yield
         os.ftruncate(handle, 0)
     finally:
@@ -124,7 +153,9 @@ def _lock(handle: int) -> None:
 
 
 def manifest_of(device: str, **facts: Any) -> bytes:
-    """manifest.json: `facts` of the run, and the versions, system, GPU and git commit that explain its result."""
+    """manifest.json: `facts` of the run, and the versions, system, GPU and git commit that explain
+    its result.
+    """
     import transformers
 
     from cllm import __version__
@@ -134,15 +165,22 @@ def manifest_of(device: str, **facts: Any) -> bytes:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     manifest = {
-        "cllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "git_commit": commit,
-        "python": platform.python_version(), "platform": platform.platform(),
-        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else "", **facts,
-    }  # fmt: skip
+        "cllm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else "",
+        **facts,
+    }
     return (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def base_fingerprint(base: Path) -> str:
-    """SHA-256 over the base's file names, sizes and bytes; of a file over 4 MiB, 64 samples of 64 KiB spread evenly over it."""
+    """SHA-256 over the base's file names, sizes and bytes; of a file over 4 MiB, 64 samples of 64
+    KiB spread evenly over it.
+    """
     digest = hashlib.sha256()
     for path in sorted(p for p in (base.iterdir() if base.is_dir() else [base]) if p.is_file()):
         size = path.stat().st_size
@@ -155,18 +193,26 @@ def base_fingerprint(base: Path) -> str:
     return digest.hexdigest()
 
 
-def changes_since(run: Path, found: dict[str, str], hashes: dict[str, str], *, vital: tuple[str, ...], allow: bool) -> list[str]:
-    """Every change since `run` was started, earlier ones first: `found` ("section.key" -> "old -> new") and other `hashes`.
+def changes_since(
+    run: Path, found: dict[str, str], hashes: dict[str, str], *, vital: tuple[str, ...], allow: bool
+) -> list[str]:
+    """Every change since `run` was started, earlier ones first: `found` ("section.key" -> "old ->
+    new") and other `hashes`.
 
-    Raises UserError for those that the run's state depends on, hashes and `vital` sections, unless they are allowed.
+    Raises UserError for those that the run's state depends on, hashes and `vital` sections, unless
+    they are allowed.
     """
     try:
         manifest = dict(json.loads((run / "manifest.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError("config.unreadable", path=run / "manifest.json", detail=error) from error
     changes = {key: f"{key}: {change}" for key, change in found.items()}
-    changes |= {key: f"{key} differs" for key, value in hashes.items() if manifest.get(key) != value}
-    breaking = [text for key, text in changes.items() if key in hashes or key.partition(".")[0] in vital]
+    changes |= {
+        key: f"{key} differs" for key, value in hashes.items() if manifest.get(key) != value
+    }
+    breaking = [
+        text for key, text in changes.items() if key in hashes or key.partition(".")[0] in vital
+    ]
     if breaking and not allow:
         raise UserError("train.changed", run=run, changes="; ".join(breaking))
     if changes:
@@ -188,7 +234,9 @@ def adapter_fingerprint(model: nn.Module) -> str:
 
 
 def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Trained parameters, the optimizer's moments and PyTorch's generator states (nothing else draws) as one flat dict of CPU tensors."""
+    """Trained parameters, the optimizer's moments and PyTorch's generator states (nothing else
+    draws) as one flat dict of CPU tensors.
+    """
     tensors = {f"parameter/{name}": p.detach() for name, p in trained_parameters(model).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
@@ -199,9 +247,13 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `capture`. Raises UserError, naming what differs, if the tensors are another model's; nothing is changed before."""
+    """The inverse of `capture`. Raises UserError, naming what differs, if the tensors are another
+    model's; nothing is changed before.
+    """
     trained = trained_parameters(model)
-    expected = {f"parameter/{name}": p.shape for name, p in trained.items()} | {"rng/cpu": torch.get_rng_state().shape}
+    expected = {f"parameter/{name}": p.shape for name, p in trained.items()} | {
+        "rng/cpu": torch.get_rng_state().shape
+    }
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     order = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -221,7 +273,9 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"parameter/{name}"])
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
@@ -233,8 +287,12 @@ def _fits(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: Tensor) -
     return moment.numel() < parameter.numel() + 256  # in 8 bits: blocks of 256, the last one padded
 
 
-def save_snapshot(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> Path | None:
-    """Write snapshots/step-NNNNNN and drop all but the newest `keep`; a full or read-only disk costs the snapshot, not the run."""
+def save_snapshot(
+    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int
+) -> Path | None:
+    """Write snapshots/step-NNNNNN and drop all but the newest `keep`; a full or read-only disk
+    costs the snapshot, not the run.
+    """
     root = run / "snapshots"
     target, temporary = root / f"step-{step:06d}", root / f".step-{step:06d}.tmp"
     try:
@@ -243,7 +301,9 @@ def save_snapshot(run: Path, step: int, tensors: dict[str, Tensor], state: dict[
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / _TENSORS)
         (temporary / _STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        (temporary / _METRICS).write_bytes((run / _METRICS).read_bytes() if (run / _METRICS).is_file() else b"")
+        (temporary / _METRICS).write_bytes(
+            (run / _METRICS).read_bytes() if (run / _METRICS).is_file() else b""
+        )
         files = {name: _fingerprint((temporary / name).read_bytes()) for name in _FILES}
         (temporary / _MANIFEST).write_text(json.dumps(files), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
@@ -256,7 +316,8 @@ def save_snapshot(run: Path, step: int, tensors: dict[str, Tensor], state: dict[
         shutil.rmtree(temporary, ignore_errors=True)
         note("snapshot.unsaved", step=step, detail=error)
         return None
-    kept = [path for n, path in snapshots(run) if n <= step][:keep]  # a newer one can only be damaged: the run came back to an older step
+    # a newer one can only be damaged: the run came back to an older step
+    kept = [path for n, path in snapshots(run) if n <= step][:keep]
     for _, path in snapshots(run):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
@@ -266,12 +327,17 @@ def save_snapshot(run: Path, step: int, tensors: dict[str, Tensor], state: dict[
 
 def snapshots(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every snapshot, whole or not, the newest first."""
-    found = [(int(match[1]), path) for path in (run / "snapshots").glob("step-*") if (match := re.fullmatch(r"step-(\d{6,12})", path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in (run / "snapshots").glob("step-*")
+        if (match := re.fullmatch(r"step-(\d{6,12})", path.name))
+    ]
     return sorted(found, reverse=True)
 
 
 def load_snapshot(run: Path) -> tuple[bytes, bytes, bytes]:
-    """(state.json, state.safetensors, metrics.jsonl) of the newest snapshot that is whole; damaged ones are named and skipped.
+    """(state.json, state.safetensors, metrics.jsonl) of the newest snapshot that is whole; damaged
+    ones are named and skipped.
 
     Raises UserError if none is left.
     """
@@ -280,7 +346,9 @@ def load_snapshot(run: Path) -> tuple[bytes, bytes, bytes]:
             if (path / _MANIFEST).stat().st_size > 10_000:
                 raise ValueError(f"{_MANIFEST} is too large")
             manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-            if wrong := [name for name in _FILES if (path / name).stat().st_size != manifest[name]["bytes"]]:
+            if wrong := [
+                name for name in _FILES if (path / name).stat().st_size != manifest[name]["bytes"]
+            ]:
                 raise ValueError(f"{', '.join(wrong)} does not match its manifest")
             files = {name: (path / name).read_bytes() for name in _FILES}
             if wrong := [name for name in _FILES if manifest[name] != _fingerprint(files[name])]:
@@ -289,7 +357,15 @@ def load_snapshot(run: Path) -> tuple[bytes, bytes, bytes]:
             if json.loads(files[_STATE])["step"] != step:
                 raise ValueError(f"{_STATE} is of another step")
             return files[_STATE], files[_TENSORS], files[_METRICS]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError, MemoryError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            SafetensorError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             note("snapshot.torn", path=path, detail=error)
     raise UserError("snapshot.none", path=run / "snapshots")
 

@@ -1,4 +1,6 @@
-"""Metrics with their definitions on the label: BLEU, ROUGE, chrF, significance. No torch; numpy and jieba on use."""
+"""Metrics with their definitions on the label: BLEU, ROUGE, chrF, significance. No torch; numpy and
+jieba on use.
+"""
 
 from cllm.metrics.bleu import BLEU, corpus_bleu, sentence_bleu
 from cllm.metrics.chrf import CHRF, corpus_chrf, sentence_chrf
@@ -8,5 +10,12 @@ from cllm.metrics.significance import paired_bootstrap, wilson_interval
 from cllm.metrics.tokens import TOKENIZERS
 
 __all__ = ["BLEU", "CHRF", "ROUGE", "TOKENIZERS", "Metric", "Score"]
-__all__ += ["corpus_bleu", "corpus_chrf", "corpus_score", "corpus_statistics", "generation_scores", "paired_bootstrap"]
+__all__ += [
+    "corpus_bleu",
+    "corpus_chrf",
+    "corpus_score",
+    "corpus_statistics",
+    "generation_scores",
+    "paired_bootstrap",
+]
 __all__ += ["rouge", "sentence_bleu", "sentence_chrf", "wilson_interval"]

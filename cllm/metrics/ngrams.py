@@ -7,11 +7,15 @@ from functools import reduce
 from itertools import accumulate, chain, count, pairwise
 
 
-def ngram_matches(hypothesis: Sequence[str], references: Sequence[Sequence[str]], max_order: int) -> list[int]:
-    """Matches of orders 1..max_order; an n-gram counts at most as often as in the reference that has it most often.
+def ngram_matches(
+    hypothesis: Sequence[str], references: Sequence[Sequence[str]], max_order: int
+) -> list[int]:
+    """Matches of orders 1..max_order; an n-gram counts at most as often as in the reference that
+    has it most often.
 
-    All texts are one row of integers. An n-gram is the rank of the (n - 1)-gram before it times the row's length, plus its
-    last token: exact, no hash that could collide. Ranks come from sorting, 3-5 times as fast as counting in dicts.
+    All texts are one row of integers. An n-gram is the rank of the (n - 1)-gram before it times the
+    row's length, plus its last token: exact, no hash that could collide. Ranks come from sorting,
+    3-5 times as fast as counting in dicts.
     """
     import numpy as np
 
@@ -29,7 +33,9 @@ def ngram_matches(hypothesis: Sequence[str], references: Sequence[Sequence[str]]
             ranks = np.zeros_like(keys)
             ranks[order[1:]] = (ordered[1:] != ordered[:-1]).cumsum()
         # n-grams that reach into the next text are left out here
-        hyp, *limits = (np.bincount(ranks[i : max(i, j - n + 1)], minlength=size) for i, j in bounds)
+        hyp, *limits = (
+            np.bincount(ranks[i : max(i, j - n + 1)], minlength=size) for i, j in bounds
+        )
         found[n - 1] = int(np.minimum(hyp, reduce(np.maximum, limits)).sum())
         if not found[n - 1]:
             break

@@ -1,4 +1,6 @@
-"""Is the difference real? Paired bootstrap over sufficient statistics, and Wilson's interval for win rates."""
+"""Is the difference real? Paired bootstrap over sufficient statistics, and Wilson's interval for
+win rates.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,20 @@ class Comparison(NamedTuple):
     p_value: float
 
 
-def paired_bootstrap(score: Callable[[list[float]], Score], a: Rows, b: Rows, *, resamples: int = 1000, seed: int = 12345) -> Comparison:
+def paired_bootstrap(
+    score: Callable[[list[float]], Score],
+    a: Rows,
+    b: Rows,
+    *,
+    resamples: int = 1000,
+    seed: int = 12345,
+) -> Comparison:
     """Compare two systems by resampling the pairs (Koehn 2004), the same pairs for both.
 
-    score: statistics summed -> Score, for instance `BLEU().score`; a, b: (pairs, statistics), from `corpus_statistics`.
-    Intervals are percentiles of the resampled values. The p-value is two-sided, from the differences d* shifted to the
-    null hypothesis (Riezler and Maxwell 2005): p = (1 + #{|d* - mean d*| >= |d|}) / (1 + resamples), 1 if a equals b.
+    score: statistics summed -> Score, for instance `BLEU().score`; a, b: (pairs, statistics), from
+    `corpus_statistics`. Intervals are percentiles of the resampled values. The p-value is
+    two-sided, from the differences d* shifted to the null hypothesis (Riezler and Maxwell 2005): p
+    = (1 + #{|d* - mean d*| >= |d|}) / (1 + resamples), 1 if a equals b.
 
     Raises ValueError if the two systems do not have the same number of pairs, at least 1.
     """
@@ -42,25 +52,35 @@ def paired_bootstrap(score: Callable[[list[float]], Score], a: Rows, b: Rows, *,
 
     pairs = len(a)
     if not pairs or len(b) != pairs:
-        raise ValueError(f"a and b must score the same pairs, at least 1; got {pairs} and {len(b)} rows")
+        raise ValueError(
+            f"a and b must score the same pairs, at least 1; got {pairs} and {len(b)} rows"
+        )
     systems = [np.asarray(rows, dtype=np.float64) for rows in (a, b)]
     rng = np.random.default_rng(seed)
     draws = (np.bincount(rng.integers(0, pairs, pairs), minlength=pairs) for _ in range(resamples))
-    values = np.array([[score((draw @ rows).tolist()).value for rows in systems] for draw in chain([np.ones(pairs)], draws)])
-    values = np.column_stack([values, values[:, 1] - values[:, 0]])  # the first row is what was observed
+    values = np.array(
+        [
+            [score((draw @ rows).tolist()).value for rows in systems]
+            for draw in chain([np.ones(pairs)], draws)
+        ]
+    )
+    # the first row is what was observed
+    values = np.column_stack([values, values[:, 1] - values[:, 0]])
     low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
     intervals = [Interval(*map(float, bounds)) for bounds in zip(values[0], low, high, strict=True)]
     differences = values[1:, 2]
     # the tolerance: a difference that is the same in every resample must not depend on rounding
-    extreme = int(np.count_nonzero(abs(differences - differences.mean()) >= abs(values[0, 2]) - 1e-12))
+    extreme = int(
+        np.count_nonzero(abs(differences - differences.mean()) >= abs(values[0, 2]) - 1e-12)
+    )
     return Comparison(intervals[0], intervals[1], intervals[2], (1 + extreme) / (1 + resamples))
 
 
 def wilson_interval(wins: float, total: int) -> Interval:
     """Win rate (0-1) with Wilson's score interval (1927) at 95 %; a tie may count as half a win.
 
-    centre +- margin = (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). Nothing counted: 0 to 1.
-    Raises ValueError unless 0 <= wins <= total.
+    centre +- margin = (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). Nothing
+    counted: 0 to 1. Raises ValueError unless 0 <= wins <= total.
     """
     if not 0 <= wins <= total:
         raise ValueError(f"wins must lie between 0 and total; got {wins} of {total}")
@@ -70,4 +90,6 @@ def wilson_interval(wins: float, total: int) -> Interval:
     rate, scale = wins / total, 1 + z * z / total
     centre = (rate + z * z / (2 * total)) / scale
     margin = z * math.sqrt(rate * (1 - rate) / total + (z / (2 * total)) ** 2) / scale
-    return Interval(rate, max(0.0, min(rate, centre - margin)), min(1.0, max(rate, centre + margin)))
+    return Interval(
+        rate, max(0.0, min(rate, centre - margin)), min(1.0, max(rate, centre + margin))
+    )

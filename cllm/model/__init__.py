@@ -1,4 +1,6 @@
-"""A frozen model with adapters: find it, load it, wrap it. Nothing here imports torch until it is used."""
+"""A frozen model with adapters: find it, load it, wrap it. Nothing here imports torch until it is
+used.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,15 @@ if TYPE_CHECKING:
     from cllm.model.source import resolve
     from cllm.model.tokenizer import load_tokenizer
 
-__all__ = ["disable_lora", "inject_lora", "load_adapter", "load_model", "load_tokenizer", "merge_lora", "resolve", "save_adapter"]
+__all__ = [
+    "disable_lora",
+    "inject_lora",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "merge_lora",
+    "resolve",
+    "save_adapter",
+]
 _HOMES = {"load_model": "checkpoint", "load_tokenizer": "tokenizer", "resolve": "source"}
 __getattr__ = on_first_use(__name__, dict.fromkeys(__all__, "lora") | _HOMES)

@@ -1,8 +1,10 @@
-"""Load any supported checkpoint as a native Transformers model: read -> convert -> quantize -> place, one tensor at a time.
+"""Load any supported checkpoint as a native Transformers model: read -> convert -> quantize ->
+place, one tensor at a time.
 
-The model is built on the meta device; names and shapes of the whole checkpoint are compared with it before any data is read.
-Then each tensor is read, converted by its family's rules (`cllm.model.families`), cast, optionally quantized, and put in
-place, so that at most one tensor exists twice. No remote code is executed, and no pickle runs code.
+The model is built on the meta device; names and shapes of the whole checkpoint are compared with it
+before any data is read. Then each tensor is read, converted by its family's rules
+(`cllm.model.families`), cast, optionally quantized, and put in place, so that at most one tensor
+exists twice. No remote code is executed, and no pickle runs code.
 """
 
 from __future__ import annotations
@@ -25,11 +27,20 @@ from cllm.model.families import Family, ModelShape, shape_of
 from cllm.model.int8 import Int8Linear
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import decoder_layers
-from cllm.model.shards import Layout, Stored, read_json, stored_tensors, weight_files, write_safetensors
+from cllm.model.shards import (
+    Layout,
+    Stored,
+    read_json,
+    stored_tensors,
+    weight_files,
+    write_safetensors,
+)
 
 
 class Checkpoint(NamedTuple):
-    """What is on disk: the family, the native config (a Transformers object) and the weight files."""
+    """What is on disk: the family, the native config (a Transformers object) and the weight
+    files.
+    """
 
     path: Path
     family: Family
@@ -45,8 +56,9 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read config.json (or GGUF metadata), find the family and the weight files.
 
-    Raises UserError for a missing or damaged config.json, weights that are already quantized (GPTQ, AWQ, …), and
-    architectures that are neither in the table of families nor native to Transformers (it lists the supported ones).
+    Raises UserError for a missing or damaged config.json, weights that are already quantized (GPTQ,
+    AWQ, …), and architectures that are neither in the table of families nor native to Transformers
+    (it lists the supported ones).
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -60,8 +72,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def original_config(path: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint directory as it was published; of a GGUF file the native config behind its metadata."""
-    return dict(open_checkpoint(path).config.to_dict()) if path.suffix == ".gguf" else _read_config(path / "config.json")
+    """The config.json of a checkpoint directory as it was published; of a GGUF file the native
+    config behind its metadata.
+    """
+    return (
+        dict(open_checkpoint(path).config.to_dict())
+        if path.suffix == ".gguf"
+        else _read_config(path / "config.json")
+    )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -93,22 +111,30 @@ def _native_config(path: Path, family: Family, original: dict[str, Any]) -> Any:
         native = getattr(transformers, family.architecture).config_class
         return native(architectures=[family.architecture], **family.config(original))
     kind = str(original.get("model_type")).removesuffix("-alibi")
-    remote = str((original.get("auto_map") or {}).get("AutoModelForCausalLM", "")).rpartition(".")[2]
+    remote = str((original.get("auto_map") or {}).get("AutoModelForCausalLM", "")).rpartition(".")[
+        2
+    ]
     if kind in transformers.CONFIG_MAPPING:
         config = transformers.CONFIG_MAPPING[kind].from_dict({**original, "model_type": kind})
         for candidate in (config.get_text_config(), config):
             native = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(candidate), None)
-            if native and remote in ("", native.__name__):  # else its own code computes something else under a native name
+            # else its own code computes something else under a native name
+            if native and remote in ("", native.__name__):
                 return candidate
     names = dict.fromkeys([*(original.get("architectures") or []), remote or kind])
-    raise UserError("model.unsupported", path=path, architecture=", ".join(names), supported=families.SUPPORTED)
+    raise UserError(
+        "model.unsupported", path=path, architecture=", ".join(names), supported=families.SUPPORTED
+    )
 
 
-def convert(name: str, tensor: Tensor, family: Family, shape: ModelShape) -> list[tuple[str, Tensor]]:
-    """The native (name, tensor) pairs of one original tensor; none if it is dropped. Works on meta tensors too.
+def convert(
+    name: str, tensor: Tensor, family: Family, shape: ModelShape
+) -> list[tuple[str, Tensor]]:
+    """The native (name, tensor) pairs of one original tensor; none if it is dropped. Works on meta
+    tensors too.
 
-    Views where possible; only norms and NormHead compute, in float32 where precision matters. Raises ValueError or RuntimeError
-    if rows that are to be split do not fit `shape`.
+    Views where possible; only norms and NormHead compute, in float32 where precision matters.
+    Raises ValueError or RuntimeError if rows that are to be split do not fit `shape`.
     """
     operation, targets = families.rename(name, family)
     parts = _OPERATIONS[operation](tensor, shape) if operation else [tensor] * len(targets)
@@ -122,7 +148,9 @@ def _qkv(tensor: Tensor, shape: ModelShape) -> Sequence[Tensor]:
 
 
 def _qkv_grouped(tensor: Tensor, shape: ModelShape) -> Sequence[Tensor]:
-    """Rows are [kv_heads, heads / kv_heads + 2, head_dim]: the queries of a group, then its key, then its value."""
+    """Rows are [kv_heads, heads / kv_heads + 2, head_dim]: the queries of a group, then its key,
+    then its value.
+    """
     queries = shape.heads // shape.kv_heads
     groups = tensor.reshape(shape.kv_heads, queries + 2, shape.head_dim, *tensor.shape[1:])
     return [part.reshape(-1, *tensor.shape[1:]) for part in groups.split([queries, 1, 1], dim=1)]
@@ -135,7 +163,9 @@ def _unit_rows(tensor: Tensor) -> Tensor:
 
 
 def _unpermute(tensor: Tensor, heads: int) -> Sequence[Tensor]:
-    """llama.cpp stores rotary pairs side by side, [d/2, 2] within a head; Transformers' halves are [2, d/2]."""
+    """llama.cpp stores rotary pairs side by side, [d/2, 2] within a head; Transformers' halves are
+    [2, d/2].
+    """
     return [tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)]
 
 
@@ -157,13 +187,17 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     register()
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=ATTENTION)
-        except (KeyError, ValueError):  # a class with attention of its own only; `cllm.model.attention.packs` finds that out
+            return AutoModelForCausalLM.from_config(
+                checkpoint.config, dtype=dtype, attn_implementation=ATTENTION
+            )
+        # a class with attention of its own only; `cllm.model.attention.packs` finds that out
+        except (KeyError, ValueError):
             return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
 
 
 def check(checkpoint: Checkpoint, model: Any) -> Layout:
-    """Compare names and shapes with the model before reading data; the checkpoint's native layout (name -> shape, dtype).
+    """Compare names and shapes with the model before reading data; the checkpoint's native layout
+    (name -> shape, dtype).
 
     Raises one UserError that lists all missing, unexpected and misshaped tensors.
     """
@@ -172,7 +206,9 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
     shape, layout, problems = shape_of(checkpoint.config), Layout(), []
     for name, dims, dtype, _ in checkpoint.stored():
         try:
-            pairs = convert(name, torch.empty(dims, dtype=dtype, device="meta"), checkpoint.family, shape)
+            pairs = convert(
+                name, torch.empty(dims, dtype=dtype, device="meta"), checkpoint.family, shape
+            )
         except (ValueError, RuntimeError):
             problems.append(f"misshaped {name} {list(dims)}")
             layout |= dict.fromkeys(families.rename(name, checkpoint.family)[1], (dims, dtype))
@@ -181,7 +217,9 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
             if target in expected:
                 layout[target] = (tuple(tensor.shape), tensor.dtype)
                 if expected[target] != tuple(tensor.shape):
-                    problems.append(f"misshaped {name} {list(tensor.shape)}, expected {list(expected[target])}")
+                    problems.append(
+                        f"misshaped {name} {list(tensor.shape)}, expected {list(expected[target])}"
+                    )
             elif not any(pattern.search(target) for pattern in ignored):
                 problems.append(f"unexpected {name}")
     found = set(layout)
@@ -189,12 +227,16 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
         found |= set(pair) if found & set(pair) else set()
     problems += [f"missing {name}" for name in expected if name not in found]
     if problems:
-        raise UserError("model.tensors", path=checkpoint.path, count=len(problems), problems="; ".join(problems))
+        raise UserError(
+            "model.tensors", path=checkpoint.path, count=len(problems), problems="; ".join(problems)
+        )
     return layout
 
 
 def open_native(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint, Any, Layout]:
-    """The checkpoint at `path`, its model on the meta device, and its layout. Raises UserError as `open_checkpoint` and `check`."""
+    """The checkpoint at `path`, its model on the meta device, and its layout. Raises UserError as
+    `open_checkpoint` and `check`.
+    """
     checkpoint = open_checkpoint(path)
     model = skeleton(checkpoint, dtype)
     return checkpoint, model, check(checkpoint, model)
@@ -205,7 +247,11 @@ def converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Ten
     shape = shape_of(checkpoint.config)
     for name, _, _, read in checkpoint.stored():
         if any(target in layout for target in families.rename(name, checkpoint.family)[1]):
-            yield from (pair for pair in convert(name, read(), checkpoint.family, shape) if pair[0] in layout)
+            yield from (
+                pair
+                for pair in convert(name, read(), checkpoint.family, shape)
+                if pair[0] in layout
+            )
 
 
 def load_model(
@@ -217,36 +263,61 @@ def load_model(
     head: str = "16bit",
     stream_layers: int = 0,
 ) -> nn.Module:
-    """The native Transformers causal LM of a checkpoint directory or `.gguf` file, in evaluation mode, attention "cllm".
+    """The native Transformers causal LM of a checkpoint directory or `.gguf` file, in evaluation
+    mode, attention "cllm".
 
-    dtype: of the floating-point weights (rotary frequencies stay float32). quantize="nf4": every Linear but the head becomes
-    `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the whole model never exists; head="nf4" or "int8": the head too,
-    after a tied embedding has been kept. stream_layers: so many layers stay in host memory, for `cllm.model.offload.stream_layers`.
-    Call it like the native class: `model(input_ids=...).logits`. Raises UserError as `open_checkpoint`, `check` and `cllm.model.shards`
-    say.
+    dtype: of the floating-point weights (rotary frequencies stay float32). quantize="nf4": every
+    Linear but the head becomes `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the
+    whole model never exists; head="nf4" or "int8": the head too, after a tied embedding has been
+    kept. stream_layers: so many layers stay in host memory, for `cllm.model.offload.stream_layers`.
+    Call it like the native class: `model(input_ids=...).logits`. Raises UserError as
+    `open_checkpoint`, `check` and `cllm.model.shards` say.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize = {quantize!r}")
     checkpoint, model, layout = open_native(Path(path), dtype)
-    _fill(model, checkpoint, layout, converted(checkpoint, layout), device, quantize=quantize, head=head, stream_layers=stream_layers)
+    _fill(
+        model,
+        checkpoint,
+        layout,
+        converted(checkpoint, layout),
+        device,
+        quantize=quantize,
+        head=head,
+        stream_layers=stream_layers,
+    )
     model.name_or_path = str(path)
     return model  # type: ignore[no-any-return]
 
 
 def random_model(
-    config: dict[str, Any], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    **options: Any,
 ) -> nn.Module:
-    """As `load_model` with its `options`, from the sizes in a config.json (original or native) and random weights: what a card does,
-    without a download."""
+    """As `load_model` with its `options`, from the sizes in a config.json (original or native) and
+    random weights: what a card does, without a download.
+    """
     family = families.family_of(config) or families.NATIVE
-    checkpoint = Checkpoint(Path("config.json"), family, _native_config(Path("config.json"), family, config), [])
+    checkpoint = Checkpoint(
+        Path("config.json"), family, _native_config(Path("config.json"), family, config), []
+    )
     model = skeleton(checkpoint, dtype)
-    layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()}
+    layout: Layout = {
+        name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()
+    }
 
     def random() -> Iterator[tuple[str, Tensor]]:
         for name, (shape, _) in layout.items():
             tensor = torch.empty(shape, dtype=dtype, device=device)
-            yield name, tensor.normal_(0, 0.02) if len(shape) > 1 else tensor.fill_(name.endswith("weight"))
+            yield (
+                name,
+                tensor.normal_(0, 0.02)
+                if len(shape) > 1
+                else tensor.fill_(name.endswith("weight")),
+            )
 
     _fill(model, checkpoint, layout, random(), device, **options)
     return model  # type: ignore[no-any-return]
@@ -263,9 +334,15 @@ def _fill(
     head: str = "16bit",
     stream_layers: int = 0,
 ) -> None:
-    """Put native tensors into a model on the meta device, quantizing as they come; then what no checkpoint stores."""
+    """Put native tensors into a model on the meta device, quantizing as they come; then what no
+    checkpoint stores.
+    """
     output, layers = model.get_output_embeddings(), decoder_layers(model)
-    streamed = {id(module) for index in streamed_layers(len(layers), stream_layers) for module in layers[index].modules()}
+    streamed = {
+        id(module)
+        for index in streamed_layers(len(layers), stream_layers)
+        for module in layers[index].modules()
+    }
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -280,18 +357,26 @@ def _fill(
         _use_alibi(model)
     if head != "16bit":  # a tied embedding stays as it is
         with _quantizing():
-            model.set_output_embeddings({"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](model.get_output_embeddings()))
+            model.set_output_embeddings(
+                {"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](
+                    model.get_output_embeddings()
+                )
+            )
     model.eval()
 
 
 def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of the meta tensor `leaf`. A view is copied, or it would keep all that it was split from."""
+    """Put a tensor in the place of the meta tensor `leaf`. A view is copied, or it would keep all
+    that it was split from.
+    """
     old = getattr(module, leaf)
     tensor = tensor.to(old.dtype) if old.is_floating_point() else tensor
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     if isinstance(old, nn.Parameter):
-        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+        module.register_parameter(
+            leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        )
     else:
         setattr(module, leaf, tensor)
 
@@ -306,7 +391,9 @@ def _quantizing() -> Iterator[None]:
 
 
 def _quantized(linear: nn.Linear, weight: Tensor, home: str | torch.device) -> NF4Linear:
-    """NF4 in place of `linear`, quantized where `weight` lies, kept at `home`; its bias, in place already or still to come, goes along."""
+    """NF4 in place of `linear`, quantized where `weight` lies, kept at `home`; its bias, in place
+    already or still to come, goes along.
+    """
     module = NF4Linear(linear.in_features, linear.out_features, device="meta")
     with _quantizing():
         module.load_weight(weight)
@@ -316,9 +403,13 @@ def _quantized(linear: nn.Linear, weight: Tensor, home: str | torch.device) -> N
 
 
 def _tie(model: Any, layout: Layout) -> None:
-    """Share tied weights again. Two stored tensors that differ are no tie, whatever the config says (as in Transformers)."""
+    """Share tied weights again. Two stored tensors that differ are no tie, whatever the config says
+    (as in Transformers).
+    """
     for target, source in list(model.all_tied_weights_keys.items()):
-        if {target, source} <= layout.keys() and not torch.equal(model.get_parameter(target), model.get_parameter(source)):
+        if {target, source} <= layout.keys() and not torch.equal(
+            model.get_parameter(target), model.get_parameter(source)
+        ):
             del model.all_tied_weights_keys[target]
             model.config.tie_word_embeddings = False
             continue
@@ -328,7 +419,9 @@ def _tie(model: Any, layout: Layout) -> None:
 
 
 def _fill_buffers(model: Any, device: torch.device) -> None:
-    """Compute what no checkpoint stores (rotary frequencies, embedding scales) by the model's own initialisation."""
+    """Compute what no checkpoint stores (rotary frequencies, embedding scales) by the model's own
+    initialisation.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = True
     for module in model.modules():
@@ -339,17 +432,23 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
 
 
 def _use_alibi(model: Any) -> None:
-    """No native class has ALiBi: frequencies of zero make the rotation the identity, and our attention adds the slopes."""
+    """No native class has ALiBi: frequencies of zero make the rotation the identity, and our
+    attention adds the slopes.
+    """
     rotary = model.model.rotary_emb
     rotary.inv_freq.zero_()
     rotary.original_inv_freq.zero_()
     for layer in model.model.layers:
-        layer.self_attn.alibi_slopes = alibi_slopes(model.config.num_attention_heads).to(rotary.inv_freq.device)
+        layer.self_attn.alibi_slopes = alibi_slopes(model.config.num_attention_heads).to(
+            rotary.inv_freq.device
+        )
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """(H,) slopes 2^(-8 i / n), i = 1 … n, if n = H is a power of two; else those of the next lower power n, then every
-    second one of 2 n. Source: Press et al. 2022, "Train Short, Test Long", section 3 and its published code."""
+    """(H,) slopes 2^(-8 i / n), i = 1 … n, if n = H is a power of two; else those of the next lower
+    power n, then every second one of 2 n. Source: Press et al. 2022, "Train Short, Test Long",
+    section 3 and its published code.
+    """
     lower = 2 ** (heads.bit_length() - 1)
     slopes = 2.0 ** (-8.0 / lower * torch.arange(1, lower + 1))
     between = 2.0 ** (-4.0 / lower * (2 * torch.arange(heads - lower) + 1))
@@ -357,7 +456,9 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def split_rows(checkpoint: Checkpoint) -> Callable[[str, Tensor], list[tuple[str, Tensor]]]:
-    """How an adapter trained on the original layout becomes one for the native model (`cllm.model.lora.read_adapter`)."""
+    """How an adapter trained on the original layout becomes one for the native model
+    (`cllm.model.lora.read_adapter`).
+    """
     shape = shape_of(checkpoint.config)
 
     def split(name: str, rows: Tensor) -> list[tuple[str, Tensor]]:
@@ -367,9 +468,15 @@ def split_rows(checkpoint: Checkpoint) -> Callable[[str, Tensor], list[tuple[str
     return split
 
 
-def write_config(checkpoint: Checkpoint, model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The native config.json. ALiBi gets the model_type "llama-alibi", which only cllm loads: a plain Llama computes something else."""
-    config = json.loads(checkpoint.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+def write_config(
+    checkpoint: Checkpoint, model: Any, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """The native config.json. ALiBi gets the model_type "llama-alibi", which only cllm loads: a
+    plain Llama computes something else.
+    """
+    config = json.loads(checkpoint.config.to_json_string(use_diff=False)) | {
+        "architectures": [type(model).__name__]
+    }
     if checkpoint.family.alibi:
         config |= {"model_type": "llama-alibi", "architectures": ["LlamaAlibiForCausalLM"]}
     if dtype:
@@ -378,7 +485,8 @@ def write_config(checkpoint: Checkpoint, model: Any, folder: Path, dtype: torch.
 
 
 def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the native checkpoint (config.json, one model.safetensors) into the new directory `out`, tensor by tensor.
+    """Write the native checkpoint (config.json, one model.safetensors) into the new directory
+    `out`, tensor by tensor.
 
     dtype: of floating-point tensors; None keeps what is stored (GGUF and NormHead become float32).
     Raises UserError if `out` exists, and as `load_model`.
@@ -387,7 +495,10 @@ def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) 
         raise UserError("model.exists", path=out)
     checkpoint, model, layout = open_native(path)
     if dtype:
-        layout = {name: (dims, dtype if kind.is_floating_point else kind) for name, (dims, kind) in layout.items()}
+        layout = {
+            name: (dims, dtype if kind.is_floating_point else kind)
+            for name, (dims, kind) in layout.items()
+        }
     out.mkdir(parents=True)
     part = out / "model.safetensors.incomplete"
     write_safetensors(part, layout, converted(checkpoint, layout))

@@ -1,8 +1,10 @@
-"""GGUF files: the header read in one pass over plain bytes, and a whole file written tensor by tensor.
+"""GGUF files: the header read in one pass over plain bytes, and a whole file written tensor by
+tensor.
 
-The `gguf` package's own reader builds numpy views for every vocabulary entry (20 s and 700 MB for 262,000 tokens); here a
-string array is read in one sweep. Writing, tensor names, quantization and dequantization are the package's. Format: ggml's
-docs/gguf.md, versions 2 and 3; conventions as in llama.cpp's converter.
+The `gguf` package's own reader builds numpy views for every vocabulary entry (20 s and 700 MB for
+262,000 tokens); here a string array is read in one sweep. Writing, tensor names, quantization and
+dequantization are the package's. Format: ggml's docs/gguf.md, versions 2 and 3; conventions as in
+llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -40,21 +42,34 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Parse the header of `path`. Raises UserError if it is no GGUF file of version 2 or 3, or is cut within its header."""
+    """Parse the header of `path`. Raises UserError if it is no GGUF file of version 2 or 3, or is
+    cut within its header.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError("model.damaged", path=path, detail="no GGUF magic")
         try:
             version, tensor_count, key_count = struct.unpack("<IQQ", file.read(20))
             if version not in (2, 3):
-                raise UserError("model.damaged", path=path, detail=f"GGUF version {version}, not 2 or 3")
+                raise UserError(
+                    "model.damaged", path=path, detail=f"GGUF version {version}, not 2 or 3"
+                )
             metadata = {_string(file): _value(file, *_unpack(file, "I")) for _ in range(key_count)}
-            places = [(_string(file), _unpack(file, "Q" * _unpack(file, "I")[0]), *_unpack(file, "IQ")) for _ in range(tensor_count)]
+            places = [
+                (_string(file), _unpack(file, "Q" * _unpack(file, "I")[0]), *_unpack(file, "IQ"))
+                for _ in range(tensor_count)
+            ]
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as error:
             raise UserError("model.truncated", path=path, tensor="(header)") from error
         alignment = metadata.get("general.alignment", 32)
         start = -(-file.tell() // alignment) * alignment
-    return Header(metadata, {name: Stored(tuple(reversed(shape)), kind, start + offset) for name, shape, kind, offset in places})
+    return Header(
+        metadata,
+        {
+            name: Stored(tuple(reversed(shape)), kind, start + offset)
+            for name, shape, kind, offset in places
+        },
+    )
 
 
 def _unpack(file: BinaryIO, codes: str) -> tuple[Any, ...]:
@@ -82,35 +97,56 @@ def _value(file: BinaryIO, kind: int) -> Any:
 
 
 # --- Writing
-TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type of what the package can quantize; k-quants need llama.cpp
+# general.file_type of what the package can quantize; k-quants need llama.cpp
+TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 _SLICE = 2**22  # weights converted at a time
 
 
 def architecture(config: Any) -> str:
-    """llama.cpp's name for a native config. Raises UserError for classes and settings that it would compute differently."""
+    """llama.cpp's name for a native config. Raises UserError for classes and settings that it would
+    compute differently.
+    """
     kinds = config.architectures or ["?"]
     name = next((name for name, family in GGUF.items() if family.architecture == kinds[0]), "")
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
-    wrong = [str(p["rope_type"]) for p in parts if p.get("rope_type", "default") not in ("default", "linear", "dynamic")]
+    wrong = [
+        str(p["rope_type"])
+        for p in parts
+        if p.get("rope_type", "default") not in ("default", "linear", "dynamic")
+    ]
     if name == "gemma3" and config.layer_types != gemma3_layer_types(config.num_hidden_layers):
         wrong.append("layer_types")
     if wrong or not name:
-        raise UserError("export.gguf", architecture=kinds[0], detail=", ".join(wrong) or "-", known=", ".join(GGUF))
+        raise UserError(
+            "export.gguf",
+            architecture=kinds[0],
+            detail=", ".join(wrong) or "-",
+            known=", ".join(GGUF),
+        )
     return name
 
 
 def _shape(config: Any, arch: str) -> dict[str, Any]:
-    """The model's keys. Dynamic rotary scaling is left out: it acts beyond the trained length only."""
+    """The model's keys. Dynamic rotary scaling is left out: it acts beyond the trained length
+    only.
+    """
     heads, kv_heads, head_dim = shape_of(config)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     keys: dict[str, Any] = {
-        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size, "vocab_size": config.vocab_size,
-        "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size, "attention.head_count": heads,
-        "attention.head_count_kv": kv_heads, "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "attention.key_length": head_dim, "attention.value_length": head_dim, "rope.freq_base": float(rope["rope_theta"]),
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
-    }  # fmt: skip
+    }
     if rope.get("rope_type") == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     if arch == "gemma3":
@@ -119,16 +155,27 @@ def _shape(config: Any, arch: str) -> dict[str, Any]:
 
 
 def _stored(name: str, tensor: Tensor, config: Any, arch: str) -> Tensor:
-    """What llama.cpp expects: rotary pairs of Llama side by side (the reverse of `unpermute_q`), Gemma's norms as 1 + w."""
+    """What llama.cpp expects: rotary pairs of Llama side by side (the reverse of `unpermute_q`),
+    Gemma's norms as 1 + w.
+    """
     if arch == "gemma3" and name.endswith("norm.weight"):
         return tensor.float() + 1.0
-    for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+    for part, heads in (
+        ("q_proj", config.num_attention_heads),
+        ("k_proj", config.num_key_value_heads),
+    ):
         if arch == "llama" and f".{part}." in name:
-            return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+            return (
+                tensor.reshape(heads, 2, -1, *tensor.shape[1:])
+                .transpose(1, 2)
+                .reshape(tensor.shape)
+            )
     return tensor
 
 
-def _encoded(tensor: Tensor, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def _encoded(
+    tensor: Tensor, kind: GGMLQuantizationType, shape: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
     """The bytes of `tensor` as ggml stores `kind`, converted a slice of rows at a time."""
     import numpy as np
     from gguf import quantize
@@ -143,21 +190,49 @@ def _encoded(tensor: Tensor, kind: GGMLQuantizationType, shape: tuple[int, ...])
 
 
 def write_gguf(
-    path: Path, config: Any, layout: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], kind: str, tokenizer: Mapping[str, Any]
+    path: Path,
+    config: Any,
+    layout: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    kind: str,
+    tokenizer: Mapping[str, Any],
 ) -> None:
-    """Write native (name, tensor) pairs, in `layout`'s order, and the `tokenizer.` keys (`cllm.model.tokenizer.Tokenizer.to_gguf`).
+    """Write native (name, tensor) pairs, in `layout`'s order, and the `tokenizer.` keys
+    (`cllm.model.tokenizer.Tokenizer.to_gguf`).
 
-    kind: one of `TYPES`; vectors stay float32, and so do rows that q8_0's blocks of 32 do not divide (as f16).
+    kind: one of `TYPES`; vectors stay float32, and so do rows that q8_0's blocks of 32 do not
+    divide (as f16).
     """
     import numpy as np
-    from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quant_shape_to_byte_shape
+    from gguf import (
+        GGML_QUANT_SIZES,
+        MODEL_ARCH_NAMES,
+        GGMLQuantizationType,
+        GGUFWriter,
+        get_tensor_name_map,
+        quant_shape_to_byte_shape,
+    )
 
     arch = architecture(config)
-    names = get_tensor_name_map(next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers)
+    names = get_tensor_name_map(
+        next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch),
+        config.num_hidden_layers,
+    )
     writer = GGUFWriter(path, arch)
     tokens = {f"tokenizer.{key}": value for key, value in tokenizer.items()}
-    keys = {**_shape(config, arch), **tokens, "general.file_type": TYPES[kind], "general.quantization_version": 2}
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    keys = {
+        **_shape(config, arch),
+        **tokens,
+        "general.file_type": TYPES[kind],
+        "general.quantization_version": 2,
+    }
+    adders = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for key, value in keys.items():
         adders[type(value)](key, value)
     tied = config.tie_word_embeddings
@@ -171,7 +246,9 @@ def write_gguf(
         native = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if native is None:
             raise UserError("export.gguf", architecture=arch, detail=name, known=", ".join(GGUF))
-        writer.add_tensor_info(native, plan[name][1], np.dtype(np.uint8), int(np.prod(plan[name][1])), stored)
+        writer.add_tensor_info(
+            native, plan[name][1], np.dtype(np.uint8), int(np.prod(plan[name][1])), stored
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -1,7 +1,9 @@
-"""Int8 with one scale a row: the output head in half of its 16-bit bytes, where four bits would change its logits too much.
+"""Int8 with one scale a row: the output head in half of its 16-bit bytes, where four bits would
+change its logits too much.
 
-W[i, j] is codes[i, j] * scale[i] with scale[i] = max_j |W[i, j]| / 127, codes rounded to nearest: the row-wise absmax quantization of
-LLM.int8() (arXiv 2208.07339, section 2.1), for the weight alone; the product with x is computed in x's dtype.
+W[i, j] is codes[i, j] * scale[i] with scale[i] = max_j |W[i, j]| / 127, codes rounded to nearest:
+the row-wise absmax quantization of LLM.int8() (arXiv 2208.07339, section 2.1), for the weight
+alone; the product with x is computed in x's dtype.
 """
 
 from __future__ import annotations
@@ -34,20 +36,33 @@ class Int8Linear(QuantizedLinear):
         largest = torch.maximum(high, -low).float()
         if not largest.isfinite().all():
             raise ValueError("the weight holds inf or NaN")
-        self.register_buffer("codes", torch.empty(weight.shape, dtype=torch.int8, device=weight.device))
+        self.register_buffer(
+            "codes", torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        )
         for part in _spans(0, self.out_features, CHUNK // self.in_features):
-            self.codes[part] = (weight[part].float() * (127 / largest[part, None].clamp(min=1e-36))).round_()
-        # The float's bits as integers, because module.to(bfloat16) would round a floating-point buffer.
+            self.codes[part] = (
+                weight[part].float() * (127 / largest[part, None].clamp(min=1e-36))
+            ).round_()
+        # The float's bits as integers, because module.to(bfloat16) would round a floating-point
+        # buffer.
         self.register_buffer("scales", (largest / 127).view(torch.int32))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
-    def tiles(self, dtype: torch.dtype, weights: int = TILE) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(rows, their dense weight, their bias), about so many weights at a time; multiplied in float32 and rounded once to `dtype`."""
+    def tiles(
+        self, dtype: torch.dtype, weights: int = TILE
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(rows, their dense weight, their bias), about so many weights at a time; multiplied in
+        float32 and rounded once to `dtype`.
+        """
         scale = self.scales.view(torch.float32)[:, None]
         for rows in _spans(0, self.out_features, weights // self.in_features):
-            dense = torch.empty(rows.stop - rows.start, self.in_features, dtype=dtype, device=scale.device)
+            dense = torch.empty(
+                rows.stop - rows.start, self.in_features, dtype=dtype, device=scale.device
+            )
             for part in _spans(rows.start, rows.stop, CHUNK // self.in_features):
-                dense[part.start - rows.start : part.stop - rows.start] = self.codes[part] * scale[part]
+                dense[part.start - rows.start : part.stop - rows.start] = (
+                    self.codes[part] * scale[part]
+                )
             yield rows, dense, None if self.bias is None else self.bias[rows].to(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

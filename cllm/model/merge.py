@@ -1,7 +1,9 @@
-"""Base and adapter -> one native checkpoint, tensor by tensor: no model is instantiated, at most about two tensors are in memory.
+"""Base and adapter -> one native checkpoint, tensor by tensor: no model is instantiated, at most
+about two tensors are in memory.
 
-W <- W + scaling B A (DoRA: each row scaled to its magnitude), summed in float32 in slices of rows and rounded once to the base's
-16-bit type. Never into 4-bit weights: their grid is too coarse for the update. Numbers as `cllm.model.lora.LoraLinear`.
+W <- W + scaling B A (DoRA: each row scaled to its magnitude), summed in float32 in slices of rows
+and rounded once to the base's 16-bit type. Never into 4-bit weights: their grid is too coarse for
+the update. Numbers as `cllm.model.lora.LoraLinear`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SHARD_BYTES = 4 * 2**30
 
 
 class Merge(NamedTuple):
-    """What a merge reads: the base, its model on the meta device, names and shapes to write, and the adapter."""
+    """What a merge reads: the base, its model on the meta device, names and shapes to write, and
+    the adapter.
+    """
 
     checkpoint: Checkpoint
     model: Any
@@ -36,7 +40,9 @@ class Merge(NamedTuple):
     nf4: bool
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Native (name, tensor) pairs of `layout`, in its order, merged; the sums in `dtype`, by default rounded to what the base has."""
+        """Native (name, tensor) pairs of `layout`, in its order, merged; the sums in `dtype`, by
+        default rounded to what the base has.
+        """
         head = self.model.get_output_embeddings()
         modules = dict(self.model.named_modules())
         for name, tensor in converted(self.checkpoint, self.layout):
@@ -55,8 +61,8 @@ class Merge(NamedTuple):
 def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
     """Check base and adapter against each other before any weight is read.
 
-    Floating-point tensors are written in the type that most of the base has (GGUF or nf4: bfloat16). Raises UserError as
-    `open_native`, `read_adapter` and `check_adapter`.
+    Floating-point tensors are written in the type that most of the base has (GGUF or nf4:
+    bfloat16). Raises UserError as `open_native`, `read_adapter` and `check_adapter`.
     """
     checkpoint, model, layout = open_native(base)
     config, layers = read_adapter(adapter, split_rows(checkpoint))
@@ -65,12 +71,17 @@ def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
     for _, dims, dtype, _ in checkpoint.stored():
         sizes[dtype] += torch.Size(dims).numel()
     dtype = torch.bfloat16 if nf4 or base.suffix == ".gguf" else sizes.most_common(1)[0][0]
-    layout = {name: (dims, dtype if kind.is_floating_point else kind) for name, (dims, kind) in layout.items()}
+    layout = {
+        name: (dims, dtype if kind.is_floating_point else kind)
+        for name, (dims, kind) in layout.items()
+    }
     return Merge(checkpoint, model, layout, dtype, layers, adapter_scaling(config), nf4)
 
 
 def write_merged(merge: Merge, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """config.json and safetensors shards (with an index if there is more than one) into the existing, empty `folder`."""
+    """config.json and safetensors shards (with an index if there is more than one) into the
+    existing, empty `folder`.
+    """
     shards: list[Layout] = [Layout()]
     filled = 0
     for name, (dims, dtype) in merge.layout.items():
@@ -83,11 +94,19 @@ def write_merged(merge: Merge, folder: Path, shard_bytes: int = SHARD_BYTES) -> 
     tensors = merge.tensors()
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        file = (
+            f"model-{i:05}-of-{len(shards):05}.safetensors"
+            if len(shards) > 1
+            else "model.safetensors"
+        )
         write_safetensors(folder / file, shard, itertools.islice(tensors, len(shard)))
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(dtype.itemsize * torch.Size(dims).numel() for dims, dtype in merge.layout.values())
+        total = sum(
+            dtype.itemsize * torch.Size(dims).numel() for dims, dtype in merge.layout.values()
+        )
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
     write_config(merge.checkpoint, merge.model, folder, merge.dtype)

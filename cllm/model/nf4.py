@@ -1,13 +1,15 @@
-"""NF4 with double quantization: four bits a weight, the base of QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+"""NF4 with double quantization: four bits a weight, the base of QLoRA (Dettmers et al. 2023, arXiv
+2305.14314).
 
-A weight is cut, row-major, into blocks of 64. Each value becomes the nearest of sixteen normal quantiles `CODE` times
-the block's largest magnitude (`absmax`); the absmax values, less their mean, become 8-bit codes of a dynamic map in
-groups of 256. Per weight: 0.5 + 1/64 + 4/(64 * 256) bytes. Packing, scales and values follow bitsandbytes 0.50's CPU
-backend bit for bit, on every device.
+A weight is cut, row-major, into blocks of 64. Each value becomes the nearest of sixteen normal
+quantiles `CODE` times the block's largest magnitude (`absmax`); the absmax values, less their mean,
+become 8-bit codes of a dynamic map in groups of 256. Per weight: 0.5 + 1/64 + 4/(64 * 256) bytes.
+Packing, scales and values follow bitsandbytes 0.50's CPU backend bit for bit, on every device.
 
-Two kernels, equal bit for bit: bitsandbytes' (if it imports and passes a probe) and plain PyTorch. bf16, 4096 x 4096,
-one thread: 25 ms against 61 ms. bitsandbytes' AVX-512 kernel reads wrong scales where the row length is a multiple of
-16 but not of 64; it is therefore given such weights as one long row.
+Two kernels, equal bit for bit: bitsandbytes' (if it imports and passes a probe) and plain PyTorch.
+bf16, 4096 x 4096, one thread: 25 ms against 61 ms. bitsandbytes' AVX-512 kernel reads wrong scales
+where the row length is a multiple of 16 but not of 64; it is therefore given such weights as one
+long row.
 """
 
 from __future__ import annotations
@@ -33,15 +35,20 @@ CODE = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 TILE = 2**27  # weights dequantized at a time: any layer whole, a large vocabulary's head in parts
-CHUNK = 2**21  # weights converted at a time: temporaries of about 40 MB, and close to the CPU's cache
+# weights converted at a time: temporaries of about 40 MB, and close to the CPU's cache
+CHUNK = 2**21
 
 
 class NF4Tensor(NamedTuple):
-    """A quantized weight of `shape`, n values in B = ceil(n / 64) blocks and G = ceil(B / 256) groups."""
+    """A quantized weight of `shape`, n values in B = ceil(n / 64) blocks and G = ceil(B / 256)
+    groups.
+    """
 
     packed: Tensor  # (ceil(n/2),) uint8: two codes a byte, the even element in the high half
     absmax: Tensor  # (B,) uint8: codes of the dynamic map
-    scales: Tensor  # (G + 1,) int32: float32 bit patterns of the groups' scales, then of the mean. As integers, because
+    # (G + 1,) int32: float32 bit patterns of the groups' scales, then of the mean. As integers,
+    # because
+    scales: Tensor
     #                 module.to(bfloat16) would round floating-point buffers
     shape: tuple[int, ...]
 
@@ -50,13 +57,20 @@ def empty_nf4(shape: tuple[int, ...], device: torch.device | str | None = None) 
     """Uninitialized storage for a weight of `shape`, e.g. on the meta device."""
     n = torch.Size(shape).numel()
     blocks = -(-n // BLOCK)
-    sizes = ((-(-n // 2), torch.uint8), (blocks, torch.uint8), (-(-blocks // GROUP) + 1, torch.int32))
-    packed, absmax, scales = (torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes)
+    sizes = (
+        (-(-n // 2), torch.uint8),
+        (blocks, torch.uint8),
+        (-(-blocks // GROUP) + 1, torch.int32),
+    )
+    packed, absmax, scales = (
+        torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes
+    )
     return NF4Tensor(packed, absmax, scales, shape)
 
 
 def quantize_nf4(weight: Tensor) -> NF4Tensor:
-    """Quantize a floating-point weight of any shape where it lies, in chunks (no second float32 copy of it exists).
+    """Quantize a floating-point weight of any shape where it lies, in chunks (no second float32
+    copy of it exists).
 
     Raises ValueError if a value is inf or NaN.
     """
@@ -70,23 +84,29 @@ def quantize_nf4(weight: Tensor) -> NF4Tensor:
         largest = torch.maximum(high, -low)
         absmax[start // BLOCK :][: largest.numel()] = largest
         _pack(blocks * (1.0 / largest.clamp(min=1e-38))[:, None], result.packed[start // 2 :])
-    if whole < flat.numel():  # bitsandbytes divides in the last, short block, and keeps its absmax off zero
+    # bitsandbytes divides in the last, short block, and keeps its absmax off zero
+    if whole < flat.numel():
         block = flat[whole:].float()
         absmax[-1] = block.abs().amax().clamp(min=1e-38)
         _pack(block / absmax[-1], result.packed[whole // 2 :])
     if not absmax.isfinite().all():
         raise ValueError("the weight holds inf or NaN")
-    codes, scales = _quantize_absmax(absmax.cpu())  # on the CPU, whatever the device: sums depend on their order
+    # on the CPU, whatever the device: sums depend on their order
+    codes, scales = _quantize_absmax(absmax.cpu())
     result.absmax.copy_(codes)
     result.scales.copy_(scales.view(torch.int32))
     return result
 
 
 def _pack(normalized: Tensor, out: Tensor) -> None:
-    """Codes of values in [-1, 1], two a byte, into the first bytes of `out`; an odd one is paired with zero's code."""
+    """Codes of values in [-1, 1], two a byte, into the first bytes of `out`; an odd one is paired
+    with zero's code.
+    """
     code = torch.tensor(CODE, device=out.device)
     middles = (code[1:] + code[:-1]) / 2
-    codes = torch.bucketize(normalized.clamp_(-1, 1), middles, out_int32=True).to(torch.uint8).view(-1)
+    codes = (
+        torch.bucketize(normalized.clamp_(-1, 1), middles, out_int32=True).to(torch.uint8).view(-1)
+    )
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_full((1,), CODE.index(0.0))])
     out[: codes.numel() // 2] = codes[::2] << 4 | codes[1::2]
@@ -94,7 +114,9 @@ def _pack(normalized: Tensor, out: Tensor) -> None:
 
 @cache
 def _dynamic_map(device: torch.device) -> Tensor:
-    """(256,) ascending: seven decades, each cut evenly into 1, 2, … 64 values on either side of zero, and 0 and 1."""
+    """(256,) ascending: seven decades, each cut evenly into 1, 2, … 64 values on either side of
+    zero, and 0 and 1.
+    """
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, device="cpu")
@@ -106,8 +128,9 @@ def _dynamic_map(device: torch.device) -> Tensor:
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) float32 -> codes (B,) uint8 and (G + 1,) float32 scales and mean.
 
-    bitsandbytes rounds to 65,536 even steps of [-1, 1] and takes the code nearest to that step. True rounding to the
-    nearest code would differ in 0.2 % of the codes; this is followed so that checkpoints come out the same.
+    bitsandbytes rounds to 65,536 even steps of [-1, 1] and takes the code nearest to that step.
+    True rounding to the nearest code would differ in 0.2 % of the codes; this is followed so that
+    checkpoints come out the same.
     """
     code = _dynamic_map(absmax.device)
     steps = -1 + 2 * torch.arange(2**16, device=absmax.device).float() / (2**16 - 1)
@@ -115,20 +138,25 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
     mean = absmax.mean()
     groups = torch.nn.functional.pad(absmax - mean, (0, -absmax.numel() % GROUP)).view(-1, GROUP)
     scale = groups.abs().amax(1, keepdim=True)
-    normalized = (groups * (1.0 / scale)).nan_to_num(0.0).clamp(-1, 1)  # 0 * inf where all values of a group are equal
+    # 0 * inf where all values of a group are equal
+    normalized = (groups * (1.0 / scale)).nan_to_num(0.0).clamp(-1, 1)
     codes = nearest[((normalized + 1) * 0.5 * (2**16 - 1) + 0.5).long()] * (scale > 0)
     return codes.view(-1)[: absmax.numel()], torch.cat([scale.view(-1), mean[None]])
 
 
 def dequantize(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`weight.shape` values CODE[code] * absmax, multiplied in float32 and rounded once to `dtype`."""
+    """`weight.shape` values CODE[code] * absmax, multiplied in float32 and rounded once to
+    `dtype`.
+    """
     if dtype in _FAST_DTYPES and _bitsandbytes(weight.packed.device.type):
         return _dequantize_bitsandbytes(weight, dtype)
     return dequantize_plain(weight, dtype)
 
 
 def dequantize_plain(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`dequantize` in plain PyTorch: each byte fetches its two float32 values from a 256-entry table as one int64."""
+    """`dequantize` in plain PyTorch: each byte fetches its two float32 values from a 256-entry
+    table as one int64.
+    """
     packed, codes, scales, shape = weight
     scales = scales.view(torch.float32)
     absmax = _dynamic_map(codes.device).index_select(0, codes.int())
@@ -136,7 +164,9 @@ def dequantize_plain(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> T
     n, pairs = torch.Size(shape).numel(), _pairs(packed.device)
     out = torch.empty(2 * packed.numel(), dtype=dtype, device=packed.device)
     for start in range(0, n, CHUNK):
-        values = pairs.index_select(0, packed[start // 2 : (start + CHUNK) // 2].int()).view(torch.float32)
+        values = pairs.index_select(0, packed[start // 2 : (start + CHUNK) // 2].int()).view(
+            torch.float32
+        )
         whole = values.numel() // BLOCK
         values[: whole * BLOCK].view(whole, BLOCK).mul_(absmax[start // BLOCK :][:whole, None])
         values[whole * BLOCK :].mul_(absmax[-1])
@@ -155,24 +185,47 @@ _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _dequantize_bitsandbytes(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
     packed, codes, scales, shape = weight
-    ops, scales, table = torch.ops.bitsandbytes, scales.view(torch.float32), _dynamic_map(codes.device)
+    ops, scales, table = (
+        torch.ops.bitsandbytes,
+        scales.view(torch.float32),
+        _dynamic_map(codes.device),
+    )
     absmax = ops.dequantize_blockwise(codes, scales[:-1], table, GROUP, torch.float32) + scales[-1]
     n = torch.Size(shape).numel()
-    rows = shape if shape[-1] % BLOCK == 0 else (2 * packed.numel(),)  # one long row: see the module's docstring
-    return cast(Tensor, ops.dequantize_4bit(packed, absmax, BLOCK, "nf4", rows, dtype)).view(-1)[:n].view(shape)
+    # one long row: see the module's docstring
+    rows = shape if shape[-1] % BLOCK == 0 else (2 * packed.numel(),)
+    return (
+        cast(Tensor, ops.dequantize_4bit(packed, absmax, BLOCK, "nf4", rows, dtype))
+        .view(-1)[:n]
+        .view(shape)
+    )
 
 
 @cache
 def _bitsandbytes(device: str) -> bool:
-    """Whether bitsandbytes imports and equals the plain kernel bit for bit on probes here; else say why not."""
+    """Whether bitsandbytes imports and equals the plain kernel bit for bit on probes here; else say
+    why not.
+    """
     try:
         import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
         values = torch.arange(6400.0, device=device).sin()
-        probes = [quantize_nf4(v) for v in (values.view(80, 80), values.view(50, 128), values[:35].view(5, 7))]
-        pairs = [(_dequantize_bitsandbytes(p, d), dequantize_plain(p, d)) for p in probes for d in _FAST_DTYPES]
-        reason = "" if all(torch.equal(a, b) for a, b in pairs) else "its values differ from NF4's definition"
-    except Exception as error:  # a driver, a missing library, a wrong build: whatever goes wrong inside is not fatal
+        probes = [
+            quantize_nf4(v)
+            for v in (values.view(80, 80), values.view(50, 128), values[:35].view(5, 7))
+        ]
+        pairs = [
+            (_dequantize_bitsandbytes(p, d), dequantize_plain(p, d))
+            for p in probes
+            for d in _FAST_DTYPES
+        ]
+        reason = (
+            ""
+            if all(torch.equal(a, b) for a, b in pairs)
+            else "its values differ from NF4's definition"
+        )
+    # a driver, a missing library, a wrong build: whatever goes wrong inside is not fatal
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     if reason:
         note("nf4.plain", reason=reason)
@@ -180,10 +233,16 @@ def _bitsandbytes(device: str) -> bool:
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """x W^T + b with a frozen W: keeps a reference to the module only, and dequantizes W again in the backward."""
+    """x W^T + b with a frozen W: keeps a reference to the module only, and dequantizes W again in
+    the backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tiles: Callable[[torch.dtype], Iterator[tuple[slice, Tensor, Tensor | None]]]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        tiles: Callable[[torch.dtype], Iterator[tuple[slice, Tensor, Tensor | None]]],
+    ) -> Tensor:
         ctx.tiles = tiles
         parts = [nn.functional.linear(x, weight, bias) for _, weight, bias in tiles(x.dtype)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -193,11 +252,14 @@ class _FrozenMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return reduce(Tensor.add_, (grad[..., rows] @ weight for rows, weight, _ in ctx.tiles(grad.dtype))), None
+        return reduce(
+            Tensor.add_, (grad[..., rows] @ weight for rows, weight, _ in ctx.tiles(grad.dtype))
+        ), None
 
 
 class QuantizedLinear(nn.Module, ABC):
-    """y = x W^T + b with W (out, in) frozen and quantized, b (out,) frozen; computed and returned in the dtype of x.
+    """y = x W^T + b with W (out, in) frozen and quantized, b (out,) frozen; computed and returned
+    in the dtype of x.
 
     Under autocast x is cast to autocast's dtype first, as for nn.Linear.
     """
@@ -207,7 +269,9 @@ class QuantizedLinear(nn.Module, ABC):
     bias: Tensor | None
 
     @abstractmethod
-    def tiles(self, dtype: torch.dtype, weights: int = TILE) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    def tiles(
+        self, dtype: torch.dtype, weights: int = TILE
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(rows, their dense weight, their bias), about so many weights at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,16 +284,26 @@ class QuantizedLinear(nn.Module, ABC):
 
 
 class NF4Linear(QuantizedLinear):
-    """W in NF4. Constructed empty (`device="meta"` allocates nothing); `load_weight` fills it while a checkpoint streams by."""
+    """W in NF4. Constructed empty (`device="meta"` allocates nothing); `load_weight` fills it while
+    a checkpoint streams by.
+    """
 
     packed: Tensor
     absmax: Tensor
     scales: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        for name, buffer in zip(NF4Tensor._fields, empty_nf4((out_features, in_features), device)[:3], strict=False):
+        for name, buffer in zip(
+            NF4Tensor._fields, empty_nf4((out_features, in_features), device)[:3], strict=False
+        ):
             self.register_buffer(name, buffer)
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
 
@@ -246,9 +320,13 @@ class NF4Linear(QuantizedLinear):
         return cls.from_weight(linear.weight, linear.bias)
 
     def load_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Replace weight and bias by these dense ones (out, in), (out,); the buffers move to their device."""
+        """Replace weight and bias by these dense ones (out, in), (out,); the buffers move to their
+        device.
+        """
         if weight.shape != (self.out_features, self.in_features):
-            raise ValueError(f"weight {tuple(weight.shape)} for a layer of {(self.out_features, self.in_features)}")
+            raise ValueError(
+                f"weight {tuple(weight.shape)} for a layer of {(self.out_features, self.in_features)}"
+            )
         self.packed, self.absmax, self.scales, _ = quantize_nf4(weight)
         self.bias = None if bias is None else bias.detach().clone()
 
@@ -257,14 +335,24 @@ class NF4Linear(QuantizedLinear):
         shape = (self.out_features, self.in_features)
         return dequantize(NF4Tensor(self.packed, self.absmax, self.scales, shape), dtype)
 
-    def tiles(self, dtype: torch.dtype, weights: int = TILE) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(rows, their dense weight, their bias), about so many weights at a time; cut where a group of scales starts."""
+    def tiles(
+        self, dtype: torch.dtype, weights: int = TILE
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(rows, their dense weight, their bias), about so many weights at a time; cut where a
+        group of scales starts.
+        """
         columns, step = self.in_features, BLOCK * GROUP // math.gcd(self.in_features, BLOCK * GROUP)
         step *= max(1, weights // (columns * step))
         for low in range(0, self.out_features, step):
             high = min(low + step, self.out_features)
             block, last = low * columns // BLOCK, -(-high * columns // BLOCK)
-            scales = torch.cat([self.scales[:-1][block // GROUP : -(-last // GROUP)], self.scales[-1:]])
+            scales = torch.cat(
+                [self.scales[:-1][block // GROUP : -(-last // GROUP)], self.scales[-1:]]
+            )
             packed = self.packed[low * columns // 2 : -(-high * columns // 2)]
             part = NF4Tensor(packed, self.absmax[block:last], scales, (high - low, columns))
-            yield slice(low, high), dequantize(part, dtype), None if self.bias is None else self.bias[low:high].to(dtype)
+            yield (
+                slice(low, high),
+                dequantize(part, dtype),
+                None if self.bias is None else self.bias[low:high].to(dtype),
+            )

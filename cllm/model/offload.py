@@ -1,4 +1,5 @@
-"""What of a model does not have to live on the device all the time: layer activations, layer inputs, embedding rows, frozen weights.
+"""What of a model does not have to live on the device all the time: layer activations, layer
+inputs, embedding rows, frozen weights.
 
     checkpoint_layers(model, count=-1, *, offload=False)   recompute layers in the backward; their inputs wait in host memory
     stream_layers(model, count, device)                    frozen linears of layers live in host memory, pass through two device slots
@@ -6,10 +7,12 @@
     tile_mlp(model, tokens)                                the MLP of a layer runs in tiles of so many tokens
     place(model, memory, device)                           all of these as the [memory] section says
 
-Each may be called at any time after `inject_lora`, again and in any order, and changes no value: losses and gradients are bit-equal (tiles
-sum adapter gradients in another order). Copies run on a side stream, the next one under way while a layer computes; on the CPU the same
-calls run in order. References: checkpointing Chen et al., arXiv:1604.06174, equal in gradients to `torch.utils.checkpoint`, dropout
-included; streaming: the base never changes, so nothing flows back.
+Each may be called at any time after `inject_lora`, again and in any order, and changes no value:
+losses and gradients are bit-equal (tiles sum adapter gradients in another order). Copies run on a
+side stream, the next one under way while a layer computes; on the CPU the same calls run in order.
+References: checkpointing Chen et al., arXiv:1604.06174, equal in gradients to
+`torch.utils.checkpoint`, dropout included; streaming: the base never changes, so nothing flows
+back.
 """
 
 from __future__ import annotations
@@ -29,14 +32,18 @@ _ALIGNMENT = 256  # bytes between tensors of a packed layer
 
 
 class _Lane:
-    """Copies between host and device beside the computation: on a CUDA stream of its own, on the CPU at once."""
+    """Copies between host and device beside the computation: on a CUDA stream of its own, on the
+    CPU at once.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """target <- source once all work issued so far is done; the result is what `wait` waits for."""
+        """target <- source once all work issued so far is done; the result is what `wait` waits
+        for.
+        """
         if self.stream is None:
             target.copy_(source)
             return None
@@ -45,7 +52,8 @@ class _Lane:
             target.copy_(source, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self.stream)
-        (target if target.is_cuda else source).record_stream(self.stream)  # its memory is not reused before the copy is done
+        # its memory is not reused before the copy is done
+        (target if target.is_cuda else source).record_stream(self.stream)
         return done
 
     def wait(self, done: torch.cuda.Event | None) -> None:
@@ -63,7 +71,8 @@ class _Input:
         self.back: Tensor | None = None
         self.done = lane.copy(self.host, hidden)
         if below and below.below and below.below.done:
-            below.below.done.synchronize()  # the host runs two layers ahead at most, so that only two inputs wait on the device
+            # the host runs two layers ahead at most, so that only two inputs wait on the device
+            below.below.done.synchronize()
 
     def fetch(self) -> None:
         """Start the copy back to the device."""
@@ -111,9 +120,11 @@ class _Piece(NamedTuple):
 
 
 class _Weights:
-    """The frozen linears of some layers, each layer packed into one host buffer, and two device slots for them.
+    """The frozen linears of some layers, each layer packed into one host buffer, and two device
+    slots for them.
 
-    Layer i of these uses slot i % 2, so that its neighbours above and below are always in the other one.
+    Layer i of these uses slot i % 2, so that its neighbours above and below are always in the other
+    one.
     """
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
@@ -126,12 +137,17 @@ class _Weights:
             if device.type == "cuda":
                 self._pin(self.hosts[-1])
         largest = max(host.numel() for host in self.hosts)
-        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(2, len(layers)))]
+        self.slots = [
+            torch.empty(largest, dtype=torch.uint8, device=device)
+            for _ in range(min(2, len(layers)))
+        ]
         self.held: list[int | None] = [None] * len(self.slots)
         self.done: list[Any] = [None] * len(self.slots)
 
     def _pin(self, host: Tensor) -> None:
-        """Page-lock in place, for copies beside the computation; torch's pinned allocator would round up to a power of two."""
+        """Page-lock in place, for copies beside the computation; torch's pinned allocator would
+        round up to a power of two.
+        """
         runtime: Any = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
             note("memory.unpinned")
@@ -187,13 +203,24 @@ def _packed(pieces: list[_Piece]) -> Tensor:
 
 
 class _Checkpoint(torch.autograd.Function):
-    """forward: run(hidden) without a graph. backward: the generators as they were, run again, differentiate."""
+    """forward: run(hidden) without a graph. backward: the generators as they were, run again,
+    differentiate.
+    """
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[Tensor, int], Tensor], kept: _Input | None, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        run: Callable[[Tensor, int], Tensor],
+        kept: _Input | None,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
         device = hidden.device.type
         ctx.run, ctx.kept, ctx.parameters = run, kept, parameters
-        ctx.rng = torch.get_rng_state(), torch.cuda.get_rng_state(hidden.device) if device == "cuda" else None
+        ctx.rng = (
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(hidden.device) if device == "cuda" else None,
+        )
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.save_for_backward(*([hidden] if kept is None else []))
         return run(hidden, 1)
@@ -203,7 +230,10 @@ class _Checkpoint(torch.autograd.Function):
         hidden: Tensor = ctx.saved_tensors[0] if ctx.kept is None else ctx.kept.take()
         device, enabled, dtype = ctx.autocast
         cpu_state, cuda_state = ctx.rng
-        with torch.random.fork_rng(devices=[hidden.device] if cuda_state is not None else []), torch.enable_grad():
+        with (
+            torch.random.fork_rng(devices=[hidden.device] if cuda_state is not None else []),
+            torch.enable_grad(),
+        ):
             torch.set_rng_state(cpu_state)
             if cuda_state is not None:
                 torch.cuda.set_rng_state(cuda_state, hidden.device)
@@ -216,7 +246,9 @@ class _Checkpoint(torch.autograd.Function):
 
 
 class _Route:
-    """How one module is run in place of its `forward`; a decoder layer's, or (with `tokens`) an MLP's."""
+    """How one module is run in place of its `forward`; a decoder layer's, or (with `tokens`) an
+    MLP's.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -239,10 +271,18 @@ class _Route:
             return self.forward(hidden, *args, **kwargs)
 
         if self.tokens and hidden_states.shape[1] > self.tokens:
-            return torch.cat([self._run(run, tile, recompute=True) for tile in hidden_states.split(self.tokens, dim=1)], dim=1)
+            return torch.cat(
+                [
+                    self._run(run, tile, recompute=True)
+                    for tile in hidden_states.split(self.tokens, dim=1)
+                ],
+                dim=1,
+            )
         return self._run(run, hidden_states, recompute=self.recompute or self.weights is not None)
 
-    def _run(self, run: Callable[[Tensor, int], Tensor], hidden: Tensor, *, recompute: bool) -> Tensor:
+    def _run(
+        self, run: Callable[[Tensor, int], Tensor], hidden: Tensor, *, recompute: bool
+    ) -> Tensor:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         if not recompute or not torch.is_grad_enabled() or not (parameters or hidden.requires_grad):
             return run(hidden, 1)
@@ -253,11 +293,15 @@ class _Route:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model computes: parameters that wait in host memory do not count."""
-    return next((p.device for p in model.parameters() if p.device.type != "cpu"), torch.device("cpu"))
+    return next(
+        (p.device for p in model.parameters() if p.device.type != "cpu"), torch.device("cpu")
+    )
 
 
 def place(model: Any, memory: Any, device: torch.device | str) -> None:
-    """Apply a `MemoryConfig` (or anything with its names) to a model with adapters whose base was loaded for `device`."""
+    """Apply a `MemoryConfig` (or anything with its names) to a model with adapters whose base was
+    loaded for `device`.
+    """
     checkpoint_layers(model, memory.checkpoint_layers, offload=memory.offload_inputs)
     stream_layers(model, memory.stream_layers, device)
     tile_mlp(model, memory.mlp_tile_tokens)
@@ -270,16 +314,20 @@ def place(model: Any, memory: Any, device: torch.device | str) -> None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers of a Transformers causal LM: the longest ModuleList of its base model."""
+    """The stack of decoder layers of a Transformers causal LM: the longest ModuleList of its base
+    model.
+    """
     base = getattr(model, "base_model", model)
     return max((m for m in base.children() if isinstance(m, nn.ModuleList)), key=len)
 
 
 def checkpoint_layers(model: nn.Module, count: int = -1, *, offload: bool = False) -> int:
-    """Recompute the first `count` decoder layers in the backward (-1: all, 0: none); returns how many.
+    """Recompute the first `count` decoder layers in the backward (-1: all, 0: none); returns how
+    many.
 
-    The first layers are taken because their activations live longest. Inactive without gradients, so evaluation pays nothing.
-    offload: the layers' inputs wait in host memory; at most two of them are on the device beside the one in use.
+    The first layers are taken because their activations live longest. Inactive without gradients,
+    so evaluation pays nothing. offload: the layers' inputs wait in host memory; at most two of them
+    are on the device beside the one in use.
     """
     layers = decoder_layers(model)
     chosen = len(layers) if count < 0 else min(count, len(layers))
@@ -292,10 +340,12 @@ def checkpoint_layers(model: nn.Module, count: int = -1, *, offload: bool = Fals
 
 
 def stream_layers(model: nn.Module, count: int, device: torch.device | str) -> int:
-    """Keep the frozen linears of `count` decoder layers in host memory, in two slots of `device` while used; returns the slots' bytes.
+    """Keep the frozen linears of `count` decoder layers in host memory, in two slots of `device`
+    while used; returns the slots' bytes.
 
-    These layers are recomputed in the backward, whatever `checkpoint_layers` says. Weights cross twice per row. What else a layer holds
-    (norms, adapters) moves to `device`. Up to two layers gain nothing.
+    These layers are recomputed in the backward, whatever `checkpoint_layers` says. Weights cross
+    twice per row. What else a layer holds (norms, adapters) moves to `device`. Up to two layers
+    gain nothing.
     """
     layers, device = decoder_layers(model), torch.device(device)
     chosen = [layers[index] for index in streamed_layers(len(layers), count)]
@@ -315,7 +365,9 @@ def stream_layers(model: nn.Module, count: int, device: torch.device | str) -> i
 
 
 def embedding_on_cpu(model: Any, device: torch.device | str) -> None:
-    """Look ids up in host memory and copy the rows to `device`; with a tied 16-bit head the device keeps the matrix for that."""
+    """Look ids up in host memory and copy the rows to `device`; with a tied 16-bit head the device
+    keeps the matrix for that.
+    """
     embedding: nn.Module = model.get_input_embeddings()
     embedding.weight = nn.Parameter(embedding.weight.detach().cpu(), requires_grad=False)  # type: ignore[operator]
     embedding.to("cpu")
@@ -324,7 +376,9 @@ def embedding_on_cpu(model: Any, device: torch.device | str) -> None:
 
 
 def tile_mlp(model: nn.Module, tokens: int) -> None:
-    """Run every decoder layer's `mlp` in tiles of `tokens` positions (0: whole), each recomputed in the backward: its activations
-    then take `tokens` rows instead of the row's, for one more forward of the MLP."""
+    """Run every decoder layer's `mlp` in tiles of `tokens` positions (0: whole), each recomputed in
+    the backward: its activations then take `tokens` rows instead of the row's, for one more forward
+    of the MLP.
+    """
     for layer in decoder_layers(model):
         _Route.of(layer.mlp).tokens = tokens  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
-"""Weight files as tensors that are read one at a time: safetensors, PyTorch's zip `.bin`, GGUF. No code in a file is run.
+"""Weight files as tensors that are read one at a time: safetensors, PyTorch's zip `.bin`, GGUF. No
+code in a file is run.
 
-Shapes are known before any data is read, so that a whole checkpoint is checked first; then each `read()` returns one tensor
-in memory of its own, and nothing of the file stays mapped.
+Shapes are known before any data is read, so that a whole checkpoint is checked first; then each
+`read()` returns one tensor in memory of its own, and nothing of the file stays mapped.
 """
 
 from __future__ import annotations
@@ -21,8 +22,20 @@ from cllm.messages import UserError
 from cllm.model import gguf
 
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "BOOL": torch.bool,
+    },
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+    },
 }
 _DEQUANTIZE_ELEMENTS = 2**22
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
@@ -38,9 +51,11 @@ class Stored(NamedTuple):
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of a checkpoint directory (or the one `.gguf` file itself), safetensors before `.bin`.
+    """The weight files of a checkpoint directory (or the one `.gguf` file itself), safetensors
+    before `.bin`.
 
-    Raises UserError if there is none, an index names anything but plain file names, or shards are missing (all listed).
+    Raises UserError if there is none, an index names anything but plain file names, or shards are
+    missing (all listed).
     """
     if path.is_file():
         return [path]
@@ -81,14 +96,18 @@ def _is_plain(name: object) -> bool:
 
 
 def stored_tensors(file: Path) -> Iterator[Stored]:
-    """The tensors of one weight file in the order of the file. Raises UserError if the file is cut, old, or carries code."""
+    """The tensors of one weight file in the order of the file. Raises UserError if the file is cut,
+    old, or carries code.
+    """
     if file.suffix == ".safetensors":
         return _safetensors(file)
     return _gguf(file) if file.suffix == ".gguf" else _zip_pickle(file)
 
 
 def _safetensors(file: Path) -> Iterator[Stored]:
-    """u64 header length, JSON {name: {dtype, shape, data_offsets}}, data. Source: the safetensors format description."""
+    """u64 header length, JSON {name: {dtype, shape, data_offsets}}, data. Source: the safetensors
+    format description.
+    """
     size = file.stat().st_size
     with file.open("rb") as data:
         prefix = data.read(8)
@@ -97,13 +116,26 @@ def _safetensors(file: Path) -> Iterator[Stored]:
             raise UserError("model.truncated", path=file, tensor="(header)")
         header = data.read(length)
     try:
-        entries = [(name, *entry["data_offsets"], entry) for name, entry in json.loads(header).items() if name != "__metadata__"]
-        stored = [(begin, end, name, tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, begin, end, entry in entries]
-        wrong = [n for b, e, n, shape, dtype in stored if b < 0 or e - b != dtype.itemsize * torch.Size(shape).numel()]
+        entries = [
+            (name, *entry["data_offsets"], entry)
+            for name, entry in json.loads(header).items()
+            if name != "__metadata__"
+        ]
+        stored = [
+            (begin, end, name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            for name, begin, end, entry in entries
+        ]
+        wrong = [
+            n
+            for b, e, n, shape, dtype in stored
+            if b < 0 or e - b != dtype.itemsize * torch.Size(shape).numel()
+        ]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError("model.damaged", path=file, detail=f"header: {error!r}") from error
     if wrong:
-        raise UserError("model.damaged", path=file, detail=f"shape and bytes differ: {', '.join(wrong)}")
+        raise UserError(
+            "model.damaged", path=file, detail=f"shape and bytes differ: {', '.join(wrong)}"
+        )
     for begin, end, name, shape, dtype in sorted(stored, key=lambda item: item[:2]):
         if 8 + length + end > size:
             raise UserError("model.truncated", path=file, tensor=name)
@@ -120,7 +152,9 @@ def _read(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -
 
 
 def _zip_pickle(file: Path) -> Iterator[Stored]:
-    """`torch.load` with weights_only (its unpickler knows tensors, not code) and mmap (nothing is read but the pickle)."""
+    """`torch.load` with weights_only (its unpickler knows tensors, not code) and mmap (nothing is
+    read but the pickle).
+    """
     with file.open("rb") as data:
         if data.read(4) != b"PK\x03\x04":
             raise UserError("model.bin_old", path=file)
@@ -130,14 +164,18 @@ def _zip_pickle(file: Path) -> Iterator[Stored]:
         raise UserError("model.bin_code", path=file) from error
     except (RuntimeError, OSError) as error:
         raise UserError("model.truncated", path=file, tensor=_first_indexed(file)) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in tensors.values()
+    ):
         raise UserError("model.damaged", path=file, detail="no dictionary of tensors")
     for name, tensor in tensors.items():
         yield Stored(name, tuple(tensor.shape), tensor.dtype, tensor.clone)
 
 
 def _first_indexed(file: Path) -> str:
-    """A zip's directory stands at its end, so a cut one loses every tensor: the first that the index puts into this file."""
+    """A zip's directory stands at its end, so a cut one loses every tensor: the first that the
+    index puts into this file.
+    """
     index = file.parent / "pytorch_model.bin.index.json"
     names: Mapping[str, str] = read_json(index)["weight_map"] if index.is_file() else {}
     return next((name for name, shard in names.items() if shard == file.name), "(zip directory)")
@@ -155,10 +193,14 @@ def _gguf(file: Path) -> Iterator[Stored]:
         row_bytes = shape[-1] // block_elements * block_bytes
         if offset + torch.Size(shape[:-1]).numel() * row_bytes > size:
             raise UserError("model.truncated", path=file, tensor=name)
-        yield Stored(name, shape, torch.float32, partial(_dequantized, file, offset, shape, kind, row_bytes))
+        yield Stored(
+            name, shape, torch.float32, partial(_dequantized, file, offset, shape, kind, row_bytes)
+        )
 
 
-def _dequantized(file: Path, offset: int, shape: tuple[int, ...], kind: int, row_bytes: int) -> Tensor:
+def _dequantized(
+    file: Path, offset: int, shape: tuple[int, ...], kind: int, row_bytes: int
+) -> Tensor:
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
@@ -167,13 +209,19 @@ def _dequantized(file: Path, offset: int, shape: tuple[int, ...], kind: int, row
     step = max(1, _DEQUANTIZE_ELEMENTS // width)
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        block = np.fromfile(file, np.uint8, count * row_bytes, offset=offset + start * row_bytes).reshape(count, row_bytes)
-        tensor[start : start + count] = torch.from_numpy(dequantize(block, GGMLQuantizationType(kind)))
+        block = np.fromfile(
+            file, np.uint8, count * row_bytes, offset=offset + start * row_bytes
+        ).reshape(count, row_bytes)
+        tensor[start : start + count] = torch.from_numpy(
+            dequantize(block, GGMLQuantizationType(kind))
+        )
     return tensor.reshape(shape)
 
 
 def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write one safetensors file tensor by tensor: its `layout` is known first, the `tensors` come in any order."""
+    """Write one safetensors file tensor by tensor: its `layout` is known first, the `tensors` come
+    in any order.
+    """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

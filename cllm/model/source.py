@@ -1,8 +1,10 @@
-"""A model's name -> a local directory or `.gguf` file: built in, on disk, in a local cache, or fetched from a hub.
+"""A model's name -> a local directory or `.gguf` file: built in, on disk, in a local cache, or
+fetched from a hub.
 
-Order: existing path, built-in, local caches (ours, Hugging Face's, ModelScope's), the Hugging Face endpoint (`HF_ENDPOINT` names
-a mirror), ModelScope. `hf:` or `modelscope:` before the name forces one. Both hubs are read with plain HTTPS: every byte comes
-from the host that is named, transfers resume where they stopped, and each file whose SHA-256 the hub publishes is compared.
+Order: existing path, built-in, local caches (ours, Hugging Face's, ModelScope's), the Hugging Face
+endpoint (`HF_ENDPOINT` names a mirror), ModelScope. `hf:` or `modelscope:` before the name forces
+one. Both hubs are read with plain HTTPS: every byte comes from the host that is named, transfers
+resume where they stopped, and each file whose SHA-256 the hub publishes is compared.
 """
 
 from __future__ import annotations
@@ -44,19 +46,26 @@ class RemoteFile(NamedTuple):
 
 
 def resolve(name: str) -> Path:
-    """The local directory (or `.gguf` file) of a model: `tiny-zh`, a path, `org/name`, `hf:org/name`, `modelscope:org/name`.
+    """The local directory (or `.gguf` file) of a model: `tiny-zh`, a path, `org/name`,
+    `hf:org/name`, `modelscope:org/name`.
 
-    Downloads what is not there. Raises UserError if nothing has this name or no hub serves it: each host that failed, and the
-    ways round it.
+    Downloads what is not there. Raises UserError if nothing has this name or no hub serves it: each
+    host that failed, and the ways round it.
     """
-    forced, _, identifier = name.rpartition(":") if name.startswith(("hf:", "modelscope:")) else ("", "", name)
+    forced, _, identifier = (
+        name.rpartition(":") if name.startswith(("hf:", "modelscope:")) else ("", "", name)
+    )
     if not forced:
         path = Path(name).expanduser()
         if name and path.exists():
             return path
         if name in BUILT_IN:
             return ASSETS / name
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", identifier) or identifier.endswith(".gguf") or identifier.startswith("."):
+    if (
+        not re.fullmatch(r"[\w.-]+/[\w.-]+", identifier)
+        or identifier.endswith(".gguf")
+        or identifier.startswith(".")
+    ):
         raise UserError("source.not_found", name=name, built_in=", ".join(BUILT_IN))
     own = _own_cache() / identifier.replace("/", "--")
     for cached in (own, *_foreign_caches(identifier, forced)):
@@ -84,17 +93,27 @@ def _own_cache() -> Path:
 def _foreign_caches(identifier: str, forced: str) -> list[Path]:
     """Where huggingface_hub and modelscope would have put the model."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser() / f"models--{identifier.replace('/', '--')}"
+    hub = (
+        Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+        / f"models--{identifier.replace('/', '--')}"
+    )
     head = hub / "refs" / "main"
     commit = head.read_text(encoding="utf-8").strip() if head.is_file() else "main"
-    scope = Path(os.environ.get("MODELSCOPE_CACHE", "~/.cache/modelscope/hub")).expanduser() / "models"
+    scope = (
+        Path(os.environ.get("MODELSCOPE_CACHE", "~/.cache/modelscope/hub")).expanduser() / "models"
+    )
     organisation, name = identifier.split("/")
-    found = {"hf": hub / "snapshots" / commit, "modelscope": scope / organisation / name.replace(".", "___")}
+    found = {
+        "hf": hub / "snapshots" / commit,
+        "modelscope": scope / organisation / name.replace(".", "___"),
+    }
     return [found[forced]] if forced else list(found.values())
 
 
 def _is_complete(directory: Path, own: Path) -> bool:
-    """Ours carries a marker; another tool's cache must hold a config and every shard of its index."""
+    """Ours carries a marker; another tool's cache must hold a config and every shard of its
+    index.
+    """
     if directory == own or not (directory / "config.json").is_file():
         return (directory / ".complete").is_file()
     from cllm.model.shards import weight_files
@@ -107,17 +126,33 @@ def _is_complete(directory: Path, own: Path) -> bool:
 
 def _hugging_face_files(endpoint: str, identifier: str) -> list[RemoteFile]:
     """Source: the Hub API's tree listing; a large file's SHA-256 is its LFS object id."""
-    entries = [entry for entry in _get_json(f"{endpoint}/api/models/{identifier}/tree/main") if entry["type"] == "file"]
+    entries = [
+        entry
+        for entry in _get_json(f"{endpoint}/api/models/{identifier}/tree/main")
+        if entry["type"] == "file"
+    ]
     address = f"{endpoint}/{identifier}/resolve/main/"
-    return [RemoteFile(e["path"], e["size"], e.get("lfs", {}).get("oid", ""), address + quote(e["path"])) for e in entries]
+    return [
+        RemoteFile(
+            e["path"], e["size"], e.get("lfs", {}).get("oid", ""), address + quote(e["path"])
+        )
+        for e in entries
+    ]
 
 
 def _modelscope_files(endpoint: str, identifier: str) -> list[RemoteFile]:
     """Source: the listing and download addresses that ModelScope's own client uses."""
     repository = f"{endpoint}/api/v1/models/{identifier}/repo"
-    entries = [e for e in _get_json(f"{repository}/files?Revision=master")["Data"]["Files"] if e["Type"] == "blob"]
+    entries = [
+        e
+        for e in _get_json(f"{repository}/files?Revision=master")["Data"]["Files"]
+        if e["Type"] == "blob"
+    ]
     address = f"{repository}?Revision=master&FilePath="
-    return [RemoteFile(e["Path"], e["Size"], e.get("Sha256") or "", address + quote(e["Path"])) for e in entries]
+    return [
+        RemoteFile(e["Path"], e["Size"], e.get("Sha256") or "", address + quote(e["Path"]))
+        for e in entries
+    ]
 
 
 def _get_json(url: str) -> Any:
@@ -137,7 +172,9 @@ def _open(url: str, start: int = 0) -> Any:
 
 
 def wanted(files: list[RemoteFile]) -> list[RemoteFile]:
-    """Config, tokenizer and weight files of the top directory; `.bin` only where there is no safetensors; no code."""
+    """Config, tokenizer and weight files of the top directory; `.bin` only where there is no
+    safetensors; no code.
+    """
     chosen = [file for file in files if _WANTED.fullmatch(file.name)]
     for pattern in _WEIGHTS:
         if weights := [file for file in files if pattern.fullmatch(file.name)]:
@@ -148,16 +185,27 @@ def wanted(files: list[RemoteFile]) -> list[RemoteFile]:
 def _download(offered: list[RemoteFile], identifier: str, directory: Path, host: str) -> Path:
     files = wanted(offered)
     gib = sum(file.size_bytes for file in files) / 2**30
-    note("source.fetch", name=identifier, host=host, count=len(files), gib=f"{gib:.2f}", path=directory)
+    note(
+        "source.fetch",
+        name=identifier,
+        host=host,
+        count=len(files),
+        gib=f"{gib:.2f}",
+        path=directory,
+    )
     directory.mkdir(parents=True, exist_ok=True)
     for file in files:
         fetch_file(file, directory / file.name)
-    (directory / ".complete").write_text(json.dumps({"name": identifier, "host": host}), encoding="utf-8")
+    (directory / ".complete").write_text(
+        json.dumps({"name": identifier, "host": host}), encoding="utf-8"
+    )
     return directory
 
 
 def fetch_file(file: RemoteFile, target: Path) -> None:
-    """Bring one file to `target`, resuming `<target>.incomplete`. Raises OSError if it stays short or its SHA-256 is wrong."""
+    """Bring one file to `target`, resuming `<target>.incomplete`. Raises OSError if it stays short
+    or its SHA-256 is wrong.
+    """
     if target.is_file() and _is_right(target, file):
         return
     part = target.with_name(target.name + ".incomplete")
@@ -179,7 +227,9 @@ def fetch_file(file: RemoteFile, target: Path) -> None:
             return
         part.unlink()
         if not start:
-            raise OSError(f"{file.name}: the SHA-256 of what arrived is not {file.sha256 or file.size_bytes}")
+            raise OSError(
+                f"{file.name}: the SHA-256 of what arrived is not {file.sha256 or file.size_bytes}"
+            )
     raise OSError(f"{file.name}: broke off {ATTEMPTS} times ({detail})")
 
 
@@ -196,8 +246,13 @@ def _is_right(path: Path, file: RemoteFile) -> bool:
 
 
 def _transfer(file: RemoteFile, part: Path, start: int) -> None:
-    """Append to `part` what a Range request from `start` brings (or begin anew where the host ignores ranges)."""
-    with _open(file.url, start) as response, part.open("ab" if response.status == 206 else "wb") as output:
+    """Append to `part` what a Range request from `start` brings (or begin anew where the host
+    ignores ranges).
+    """
+    with (
+        _open(file.url, start) as response,
+        part.open("ab" if response.status == 206 else "wb") as output,
+    ):
         arrived = start if response.status == 206 else 0
         shown = time.monotonic()
         while block := response.read(_BLOCK_BYTES):
@@ -206,4 +261,8 @@ def _transfer(file: RemoteFile, part: Path, start: int) -> None:
             if time.monotonic() - shown > PROGRESS_SECONDS:
                 shown = time.monotonic()
                 percent = 100 * arrived // max(file.size_bytes, 1)
-                print(f"{file.name}  {percent:3d} %  {arrived / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+                print(
+                    f"{file.name}  {percent:3d} %  {arrived / 2**30:.2f} GiB",
+                    file=sys.stderr,
+                    flush=True,
+                )

@@ -1,6 +1,8 @@
-"""The tokenizer of a model together with its template: what training, chat, evaluation and export all encode with.
+"""The tokenizer of a model together with its template: what training, chat, evaluation and export
+all encode with.
 
-Text never yields control tokens; only a template's markup does. A directory written by `Tokenizer.save` gives the same ids again.
+Text never yields control tokens; only a template's markup does. A directory written by
+`Tokenizer.save` gives the same ids again.
 """
 
 from __future__ import annotations
@@ -23,14 +25,24 @@ from cllm.messages import UserError, note
 from cllm.model import gguf
 from cllm.model.families import GGUF, family_of
 from cllm.model.shards import read_json
-from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, from_directory, from_gguf, prefixed, to_gguf
+from cllm.model.vocabulary import (
+    Bpe,
+    SentencePiece,
+    Vocabulary,
+    from_directory,
+    from_gguf,
+    prefixed,
+    to_gguf,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPLATE_FILE = "template.json"
-FILES = "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt \
+FILES = (
+    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt \
 qwen.tiktoken"
+)
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 _KINDS = {  # tokenizer_class or model_type -> template
     "ChatGLMTokenizer": "chatglm3", "ChatGLM4Tokenizer": "glm4", "BaichuanTokenizer": "baichuan2", "QWenTokenizer": "qwen1",
@@ -38,15 +50,26 @@ _KINDS = {  # tokenizer_class or model_type -> template
 }  # fmt: skip
 _PROBES = (  # on which one of our templates and a chat_template must agree to be the same
     ([Message("user", "a"), Message("assistant", "b"), Message("user", "c")], True),
-    ([Message("system", "s"), Message("user", " a\n"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")], False),
+    (
+        [
+            Message("system", "s"),
+            Message("user", " a\n"),
+            Message("assistant", "b"),
+            Message("user", "c"),
+            Message("assistant", "d"),
+        ],
+        False,
+    ),
     ([Message("user", "a"), Message("assistant", "b")], False),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A vocabulary, a template, and the special tokens that both need. `source` is the directory or GGUF file it was read from,
-    `config` its tokenizer_config.json (or the same made from the GGUF file's metadata)."""
+    """A vocabulary, a template, and the special tokens that both need. `source` is the directory or
+    GGUF file it was read from, `config` its tokenizer_config.json (or the same made from the GGUF
+    file's metadata).
+    """
 
     vocabulary: Vocabulary
     template: Template
@@ -65,12 +88,18 @@ class Tokenizer:
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The ids at which generation stops: the template's end token and further stops, and any end of text."""
+        """The ids at which generation stops: the template's end token and further stops, and any
+        end of text.
+        """
         names = {self.template.end.strip(), *self.template.stop, *_END_OF_TEXT}
-        return frozenset({self.eos_id, *(id for name, id in self.vocabulary.control.items() if name in names)})
+        return frozenset(
+            {self.eos_id, *(id for name, id in self.vocabulary.control.items() if name in names)}
+        )
 
     def encode(self, text: str, *, markup: bool = False) -> list[int]:
-        """The text's ids, without beginning or end. markup=True: names of control tokens in it become these tokens."""
+        """The text's ids, without beginning or end. markup=True: names of control tokens in it
+        become these tokens.
+        """
         return self.encode_segments([Segment(text, False, markup)])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -78,22 +107,33 @@ class Tokenizer:
         return self.vocabulary.decode(list(ids))
 
     def piece(self, id: int) -> str:
-        """One token for people to look at: a control token's name, else its text (U+FFFD for a part of a character)."""
-        return self.vocabulary.name(id) if id in self.vocabulary.hidden else self.vocabulary.decode([id])
+        """One token for people to look at: a control token's name, else its text (U+FFFD for a part
+        of a character).
+        """
+        return (
+            self.vocabulary.name(id)
+            if id in self.vocabulary.hidden
+            else self.vocabulary.decode([id])
+        )
 
     def special_names(self) -> dict[str, str]:
-        """bos_token, eos_token and pad_token, as other programs call them -> the token's name, "" where there is none."""
+        """bos_token, eos_token and pad_token, as other programs call them -> the token's name, ""
+        where there is none.
+        """
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         return {kind: "" if id is None else self.vocabulary.name(id) for kind, id in ids.items()}
 
     def stream(self, *, reply: bool = False) -> Stream:
-        """A decoder for ids that arrive one by one. reply=True: without the white space that opens an answer in ChatGLM's formats."""
+        """A decoder for ids that arrive one by one. reply=True: without the white space that opens
+        an answer in ChatGLM's formats.
+        """
         return Stream(self, drop_blank=reply and bool(self.template.lead))
 
     def segments(self, conversation: Chat, *, open_turn: bool = False) -> list[Segment]:
         """The conversation in this tokenizer's template (see `cllm.data.template.render`).
 
-        Raises UserError if the tokenizer's own chat_template is used and refuses the conversation or cannot be trained on.
+        Raises UserError if the tokenizer's own chat_template is used and refuses the conversation
+        or cannot be trained on.
         """
         if self.template.jinja:
             return _render_native(self, conversation, open_turn=open_turn)
@@ -104,18 +144,23 @@ class Tokenizer:
         return self.encode_segments(self.segments(messages, open_turn=open_turn))[0]
 
     def encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of one conversation's segments, labels unshifted, IGNORE_INDEX where not supervised.
+        """(input_ids, labels) of one conversation's segments, labels unshifted, IGNORE_INDEX where
+        not supervised.
 
-        Neighbouring texts are encoded as one string unless a control token, an empty segment or the edge of what is supervised
-        stands between them.
+        Neighbouring texts are encoded as one string unless a control token, an empty segment or the
+        edge of what is supervised stands between them.
         """
         ids, labels = self.encode_batch([segments])[0]
         return ids.tolist(), labels.tolist()
 
     def encode_batch(self, batch: Iterable[Iterable[Segment]]) -> list[Ids]:
-        """`encode_segments` of many conversations: each different string is encoded once, on all cores."""
+        """`encode_segments` of many conversations: each different string is encoded once, on all
+        cores.
+        """
         plans = [self._plan(segments) for segments in batch]
-        texts = list(dict.fromkeys(part for plan in plans for part, _ in plan if isinstance(part, str)))
+        texts = list(
+            dict.fromkeys(part for plan in plans for part, _ in plan if isinstance(part, str))
+        )
         known = dict(zip(texts, self.vocabulary.encode(texts), strict=True))
         examples = []
         for plan in plans:
@@ -123,12 +168,20 @@ class Tokenizer:
             for part, label in plan:
                 new = known[part] if isinstance(part, str) else array("i", [part])
                 ids += new
-                labels += IGNORED * len(new) if label is None else new if label < 0 else array("i", [label])
+                labels += (
+                    IGNORED * len(new)
+                    if label is None
+                    else new
+                    if label < 0
+                    else array("i", [label])
+                )
             examples.append((ids, labels))
         return examples
 
     def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int | None]]:
-        """Texts and control tokens, in order, with the label: None where not supervised, -1 for the ids themselves."""
+        """Texts and control tokens, in order, with the label: None where not supervised, -1 for the
+        ids themselves.
+        """
         plan: list[tuple[str | int, int | None]] = []
         control, split = self.vocabulary.control, self._split
         strips = self._prefixed and not self.template.apart
@@ -140,7 +193,9 @@ class Tokenizer:
                 text = text.removeprefix(" ")  # the vocabulary puts one before every string
             for part in split(text) if markup else (text,) if text else ():
                 if markup and part in control:
-                    plan.append((control[part], control[target] if supervised and target else label))
+                    plan.append(
+                        (control[part], control[target] if supervised and target else label)
+                    )
                     joins = False
                 elif joins:
                     plan[-1] = (f"{plan[-1][0]}{part}", label)
@@ -158,35 +213,51 @@ class Tokenizer:
         """Markup -> its control tokens and the texts between them, remembered."""
         names = sorted(self.vocabulary.control, key=len, reverse=True)
         pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-        return functools.lru_cache(maxsize=4096)(lambda text: tuple(part for part in pattern.split(text) if part))
+        return functools.lru_cache(maxsize=4096)(
+            lambda text: tuple(part for part in pattern.split(text) if part)
+        )
 
     def first_control(self, text: str) -> tuple[str, str]:
-        """What stands in markup before its first control token, and that token; "" where there is none."""
+        """What stands in markup before its first control token, and that token; "" where there is
+        none.
+        """
         token = next((part for part in self._split(text) if part in self.vocabulary.control), "")
         return text[: text.index(token)] if token else text, token
 
     def with_stop(self) -> Tokenizer:
         """The same with the template's end token replaced by the tokenizer's own end of text.
 
-        For base models that never trained the end token (see `end_token_untrained`). Raises UserError without another end of text.
+        For base models that never trained the end token (see `end_token_untrained`). Raises
+        UserError without another end of text.
         """
         old = self.template.end.strip()
         names = (self.vocabulary.name(self.eos_id), *_END_OF_TEXT)
-        new = next((name for name in names if name != old and name in self.vocabulary.control), None)
+        new = next(
+            (name for name in names if name != old and name in self.vocabulary.control), None
+        )
         if new is None:
             raise UserError("tokenizer.no_end", token=old, template=self.template.name)
         stop = (*self.template.stop, old)  # a model that was taught it elsewhere still ends there
-        return replace(self, template=replace(self.template, end=self.template.end.replace(old, new), stop=stop))
+        return replace(
+            self,
+            template=replace(self.template, end=self.template.end.replace(old, new), stop=stop),
+        )
 
     @functools.cached_property
     def chat_template(self) -> str:
-        """The template in Jinja: the tokenizer's own text if it renders the same (it may know tools), else `cllm.data.dialects.jinja`.
+        """The template in Jinja: the tokenizer's own text if it renders the same (it may know
+        tools), else `cllm.data.dialects.jinja`.
 
-        "" if programs that encode the rendered text as one string would get other ids for a question: ChatGLM3 and Baichuan2 encode
-        markup and words apart, which no chat_template can say.
+        "" if programs that encode the rendered text as one string would get other ids for a
+        question: ChatGLM3 and Baichuan2 encode markup and words apart, which no chat_template can
+        say.
         """
         own = _own_template(self)
-        text = own if own and not self.template.jinja and _renders_like(self, own) else jinja(self.template)
+        text = (
+            own
+            if own and not self.template.jinja and _renders_like(self, own)
+            else jinja(self.template)
+        )
         if "enable_thinking" in self.template.jinja:
             text = f"{{% set enable_thinking = {str(self.template.thinking == 'keep').lower()} %}}{text}"
         question = [Message("user", "你好，今天 how are you?")]
@@ -194,22 +265,41 @@ class Tokenizer:
         return text if self.encode(whole, markup=True) == self.encode_chat(question) else ""
 
     def to_gguf(self, rows: int) -> dict[str, Any]:
-        """The `tokenizer.` keys of a GGUF file for an embedding of `rows`: the end of a turn is its end of text, the template opens
-        with the beginning. Raises UserError for a pre-tokenizer that llama.cpp has no name for."""
+        """The `tokenizer.` keys of a GGUF file for an embedding of `rows`: the end of a turn is its
+        end of text, the template opens with the beginning. Raises UserError for a pre-tokenizer
+        that llama.cpp has no name for.
+        """
         vocabulary, original = self.vocabulary, self.source / "tokenizer.model"
-        if isinstance(vocabulary, Bpe) and original.is_file() and '"byte_fallback":true' in vocabulary.model.to_str():
+        if (
+            isinstance(vocabulary, Bpe)
+            and original.is_file()
+            and '"byte_fallback":true' in vocabulary.model.to_str()
+        ):
             vocabulary = SentencePiece(original.read_bytes(), vocabulary.control)
         control = vocabulary.control
         turns = [control[name] for name in self.template.stop if name in control]
-        ids = {"bos": self.bos_id, "eos": control.get(self.template.end.strip(), self.eos_id), "padding": self.pad_id}
-        named = {f"{name}_token_id": id for name, id in (ids | {"eot": next(iter(turns), None)}).items() if id is not None}
-        keys = {f"ggml.{key}": value for key, value in (to_gguf(vocabulary, rows) | named | {"add_bos_token": False}).items()}
+        ids = {
+            "bos": self.bos_id,
+            "eos": control.get(self.template.end.strip(), self.eos_id),
+            "padding": self.pad_id,
+        }
+        named = {
+            f"{name}_token_id": id
+            for name, id in (ids | {"eot": next(iter(turns), None)}).items()
+            if id is not None
+        }
+        keys = {
+            f"ggml.{key}": value
+            for key, value in (to_gguf(vocabulary, rows) | named | {"add_bos_token": False}).items()
+        }
         return keys | ({"chat_template": self.chat_template} if self.chat_template else {})
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer's files, `template.json` and, as far as Jinja can say it, the same template as chat_template.jinja.
+        """Write the tokenizer's files, `template.json` and, as far as Jinja can say it, the same
+        template as chat_template.jinja.
 
-        `load_tokenizer` of the directory gives the same ids. The base's own chat_template stays behind.
+        `load_tokenizer` of the directory gives the same ids. The base's own chat_template stays
+        behind.
         """
         directory.mkdir(parents=True, exist_ok=True)
         if self.source.is_dir():
@@ -218,38 +308,66 @@ class Tokenizer:
                     shutil.copyfile(self.source / name, directory / name)
         else:
             self.vocabulary.save(directory)
-        _write_json(directory / "tokenizer_config.json", {key: value for key, value in self.config.items() if key != "chat_template"})
+        _write_json(
+            directory / "tokenizer_config.json",
+            {key: value for key, value in self.config.items() if key != "chat_template"},
+        )
         if self.chat_template:
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        ids = {"family": self.family, "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
-        original = {key: value for key, value in self.config.items() if key in ("tokenizer_class", "auto_map", "added_tokens_decoder")}
+        ids = {
+            "family": self.family,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "pad_id": self.pad_id,
+        }
+        original = {
+            key: value
+            for key, value in self.config.items()
+            if key in ("tokenizer_class", "auto_map", "added_tokens_decoder")
+        }
         if isinstance(self.vocabulary, SentencePiece):
-            original.setdefault("auto_map", {})  # tokenizer.model goes before a tokenizer.json made from it
-        _write_json(directory / TEMPLATE_FILE, {**ids, "template": asdict(self.template), "tokenizer": original})
+            # tokenizer.model goes before a tokenizer.json made from it
+            original.setdefault("auto_map", {})
+        _write_json(
+            directory / TEMPLATE_FILE,
+            {**ids, "template": asdict(self.template), "tokenizer": original},
+        )
 
 
 def portable(tokenizer: Tokenizer, directory: Path) -> None:
-    """Make a saved tokenizer readable without this package: a tokenizer.json, under a class of Transformers' own."""
+    """Make a saved tokenizer readable without this package: a tokenizer.json, under a class of
+    Transformers' own.
+    """
     foreign = "auto_map" in tokenizer.config or not (directory / "tokenizer.json").is_file()
     if isinstance(tokenizer.vocabulary, SentencePiece):
         tokenizer.vocabulary.save_json(directory)
         foreign = True
     elif foreign:
         tokenizer.vocabulary.save(directory)
-    dropped = ("chat_template", "auto_map", "added_tokens_decoder", "backend") if foreign else ("chat_template",)
+    dropped = (
+        ("chat_template", "auto_map", "added_tokens_decoder", "backend")
+        if foreign
+        else ("chat_template",)
+    )
     named = {kind: name for kind, name in tokenizer.special_names().items() if name}
     config = {key: value for key, value in tokenizer.config.items() if key not in dropped} | named
-    _write_json(directory / "tokenizer_config.json", config | ({"tokenizer_class": "PreTrainedTokenizerFast"} if foreign else {}))
+    _write_json(
+        directory / "tokenizer_config.json",
+        config | ({"tokenizer_class": "PreTrainedTokenizerFast"} if foreign else {}),
+    )
 
 
 class Stream:
-    """Text from ids one at a time: no piece holds half a character, and joined they are `decode` of all ids."""
+    """Text from ids one at a time: no piece holds half a character, and joined they are `decode` of
+    all ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, drop_blank: bool = False) -> None:
         self._decode, self._hidden = tokenizer.decode, tokenizer.vocabulary.hidden
         self._blank = drop_blank  # still at the white space to be dropped
         self._ids: list[int] = []
-        self._start = self._read = 0  # ids before `_read` are out; those from `_start` on give the next ones their context
+        # ids before `_read` are out; those from `_start` on give the next ones their context
+        self._start = self._read = 0
 
     def push(self, id: int) -> str:
         """The text that `id` completes; "" while a character is still incomplete."""
@@ -273,18 +391,23 @@ class Stream:
 
 
 # --- Loading
-def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["off", "keep"] = "off") -> Tokenizer:
+def load_tokenizer(
+    path: Path | str, template: str = "auto", thinking: Literal["off", "keep"] = "off"
+) -> Tokenizer:
     """The tokenizer in a model directory, a GGUF file or a directory written by `Tokenizer.save`.
 
-    template: "auto" takes the saved template, else the family's, else the one of ours that renders like the tokenizer's
-    chat_template, else that chat_template itself, else ChatML or plain; "native" insists on the chat_template; else a name in
-    `TEMPLATES`. thinking: what formats with <think> blocks do with the reasoning (a saved template keeps its own setting).
-    Raises UserError for a missing, damaged or unknown vocabulary and for an unknown template.
+    template: "auto" takes the saved template, else the family's, else the one of ours that renders
+    like the tokenizer's chat_template, else that chat_template itself, else ChatML or plain;
+    "native" insists on the chat_template; else a name in `TEMPLATES`. thinking: what formats with
+    <think> blocks do with the reasoning (a saved template keeps its own setting). Raises UserError
+    for a missing, damaged or unknown vocabulary and for an unknown template.
     """
     path = Path(path)
     saved: dict[str, Any] = {}
     if path.is_dir():
-        config = _read_json(path / "special_tokens_map.json") | _read_json(path / "tokenizer_config.json")
+        config = _read_json(path / "special_tokens_map.json") | _read_json(
+            path / "tokenizer_config.json"
+        )
         if (jinja := path / "chat_template.jinja").is_file():
             config["chat_template"] = jinja.read_text(encoding="utf-8")
         model, saved = _read_json(path / "config.json"), _read_json(path / TEMPLATE_FILE)
@@ -299,15 +422,28 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
         kind = found.template if found and "chat_template" not in config else "auto"
     else:
         raise UserError("tokenizer.missing", path=path)
-    ids = {kind: saved.get(f"{kind}_id", _special(vocabulary, config, model, kind)) for kind in ("bos", "eos", "pad")}
-    eos_id = ids["eos"] if ids["eos"] is not None else next((vocabulary.control[n] for n in _END_OF_TEXT if n in vocabulary.control), None)
+    ids = {
+        kind: saved.get(f"{kind}_id", _special(vocabulary, config, model, kind))
+        for kind in ("bos", "eos", "pad")
+    }
+    eos_id = (
+        ids["eos"]
+        if ids["eos"] is not None
+        else next((vocabulary.control[n] for n in _END_OF_TEXT if n in vocabulary.control), None)
+    )
     if eos_id is None:
         raise UserError("tokenizer.no_end", token="eos_token", template=template)
     pad_id = eos_id if ids["pad"] is None else ids["pad"]
     unset = Tokenizer(
-        vocabulary=vocabulary, template=TEMPLATES["plain"], bos_id=ids["bos"], eos_id=eos_id, pad_id=pad_id, source=path, config=config,
+        vocabulary=vocabulary,
+        template=TEMPLATES["plain"],
+        bos_id=ids["bos"],
+        eos_id=eos_id,
+        pad_id=pad_id,
+        source=path,
+        config=config,
         family=saved.get("family") or (found.name if found else model.get("model_type", "")),
-    )  # fmt: skip
+    )
     if template == "auto" and saved:
         try:
             return replace(unset, template=_stored(saved["template"]))
@@ -318,15 +454,30 @@ def load_tokenizer(path: Path | str, template: str = "auto", thinking: Literal["
 
 def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json's keys from GGUF metadata."""
-    own = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in metadata.items()}
-    names = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+    own = {
+        key.removeprefix("tokenizer.").removeprefix("ggml."): value
+        for key, value in metadata.items()
+    }
+    names = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "pad_token": "padding_token_id",
+    }
     config = {name: own["tokens"][own[key]] for name, key in names.items() if key in own}
     template = {"chat_template": own["chat_template"]} if "chat_template" in own else {}
-    return {**config, "add_bos_token": own.get("add_bos_token", own.get("model") == "llama"), **template}
+    return {
+        **config,
+        "add_bos_token": own.get("add_bos_token", own.get("model") == "llama"),
+        **template,
+    }
 
 
-def _special(vocabulary: Vocabulary, config: Mapping[str, Any], model: Mapping[str, Any], kind: str) -> int | None:
-    """The id of the bos, eos or pad token: by name in tokenizer_config.json, else by id in config.json."""
+def _special(
+    vocabulary: Vocabulary, config: Mapping[str, Any], model: Mapping[str, Any], kind: str
+) -> int | None:
+    """The id of the bos, eos or pad token: by name in tokenizer_config.json, else by id in
+    config.json.
+    """
     name = config.get(f"{kind}_token")
     name = name.get("content") if isinstance(name, Mapping) else name
     id = vocabulary.id(name) if isinstance(name, str) else model.get(f"{kind}_token_id")
@@ -345,16 +496,28 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- The template
 def _stored(values: Mapping[str, Any]) -> Template:
     """The template whose `asdict` went through JSON."""
-    parts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    parts: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
     return Template(**parts)
 
 
-def _choose(tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, Any], thinking: str) -> Template:
+def _choose(
+    tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, Any], thinking: str
+) -> Template:
     """The template of this name, fitted to the vocabulary; "auto": see `load_tokenizer`."""
     own = _own_template(tokenizer)
     if name == "auto":
-        name = _of_kind(tokenizer, family, model) or (own and (_same(tokenizer, own) or "native")) or ""
-        name = name or ("chatml" if {"<|im_start|>", "<|im_end|>"} <= tokenizer.vocabulary.control.keys() else "plain")
+        name = (
+            _of_kind(tokenizer, family, model)
+            or (own and (_same(tokenizer, own) or "native"))
+            or ""
+        )
+        name = name or (
+            "chatml"
+            if {"<|im_start|>", "<|im_end|>"} <= tokenizer.vocabulary.control.keys()
+            else "plain"
+        )
     if name == "native" and own:
         return _native(tokenizer, own, thinking)
     if name not in TEMPLATES:
@@ -370,33 +533,50 @@ def _own_template(tokenizer: Tokenizer) -> str:
 
 
 def _of_kind(tokenizer: Tokenizer, family: str, model: Mapping[str, Any]) -> str:
-    """The template that the original tokenizer class, the model type or the family names; "" if they say nothing."""
-    name = _KINDS.get(tokenizer.config.get("tokenizer_class", ""), _KINDS.get(model.get("model_type", ""), family))
+    """The template that the original tokenizer class, the model type or the family names; "" if
+    they say nothing.
+    """
+    name = _KINDS.get(
+        tokenizer.config.get("tokenizer_class", ""), _KINDS.get(model.get("model_type", ""), family)
+    )
     if name == "chatglm3":  # ChatGLM2, ChatGLM3 and GLM-4 share their class names
         names = f"{tokenizer.config.get('name_or_path')} {model.get('_name_or_path')}".lower()
-        return "glm4" if isinstance(tokenizer.vocabulary, Bpe) else "chatglm2" if "chatglm2" in names else "chatglm3"
+        return (
+            "glm4"
+            if isinstance(tokenizer.vocabulary, Bpe)
+            else "chatglm2"
+            if "chatglm2" in names
+            else "chatglm3"
+        )
     if name == "baichuan2" and tokenizer.vocab_size == 64000:
         return "baichuan"
     return name if name in TEMPLATES else ""
 
 
 def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template:
-    """The template with this tokenizer's own end of text where it lacks the template's, and its bos if it always has one."""
+    """The template with this tokenizer's own end of text where it lacks the template's, and its bos
+    if it always has one.
+    """
     vocabulary = tokenizer.vocabulary
     if template.thinking:
         template = replace(template, thinking=thinking)
     if (end := template.end.strip()) not in vocabulary.control:
-        text = json.dumps(asdict(template), ensure_ascii=False).replace(end, vocabulary.name(tokenizer.eos_id))
+        text = json.dumps(asdict(template), ensure_ascii=False).replace(
+            end, vocabulary.name(tokenizer.eos_id)
+        )
         template = _stored(json.loads(text))
     if tokenizer.bos_id is not None:
         bos = vocabulary.name(tokenizer.bos_id)
         own = vocabulary.begins_with(tokenizer.bos_id)
-        if bos not in template.prefix + template.user[0] and tokenizer.config.get("add_bos_token", own):
+        if bos not in template.prefix + template.user[0] and tokenizer.config.get(
+            "add_bos_token", own
+        ):
             template = replace(template, prefix=bos + template.prefix)
     return template
 
 
-# --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only its own text is markup
+# --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only
+# its own text is markup
 _MARK = re.compile("\ue000(\\d+)\ue001")
 
 
@@ -408,60 +588,97 @@ def _filled(text: str, words: Sequence[str]) -> str:
     return _MARK.sub(lambda match: words[int(match.group(1))], text)
 
 
-def _jinja(tokenizer: Tokenizer, source: str, thinking: str | None, messages: Sequence[Message], opened: bool, tools: str = "") -> str:
-    """The text that Transformers renders; thinking None: without saying so. Raises UserError with the chat_template's own complaint."""
+def _jinja(
+    tokenizer: Tokenizer,
+    source: str,
+    thinking: str | None,
+    messages: Sequence[Message],
+    opened: bool,
+    tools: str = "",
+) -> str:
+    """The text that Transformers renders; thinking None: without saying so. Raises UserError with
+    the chat_template's own complaint.
+    """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
         texts, _ = render_jinja_template(
-            conversations=[[m._asdict() for m in messages]], tools=json.loads(tools) if tools else None, chat_template=source,
-            add_generation_prompt=opened, **({} if thinking is None else {"enable_thinking": thinking == "keep"}),
+            conversations=[[m._asdict() for m in messages]],
+            tools=json.loads(tools) if tools else None,
+            chat_template=source,
+            add_generation_prompt=opened,
+            **({} if thinking is None else {"enable_thinking": thinking == "keep"}),
             **tokenizer.special_names(),
-        )  # fmt: skip
+        )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError("tokenizer.native", detail=error) from error
     return str(texts[0])
 
 
 def _same(tokenizer: Tokenizer, source: str) -> str:
-    """The name of our template that renders exactly like the chat_template, thinking or not, or ""."""
+    """The name of our template that renders exactly like the chat_template, thinking or not, or
+    "".
+    """
     modes = ("off", "keep")
     try:
-        texts = [[_jinja(tokenizer, source, mode, turns, opened) for turns, opened in _PROBES] for mode in modes]
+        texts = [
+            [_jinja(tokenizer, source, mode, turns, opened) for turns, opened in _PROBES]
+            for mode in modes
+        ]
     except UserError:
         return ""
     for name, template in TEMPLATES.items():
-        if [_probed(replace(template, thinking=mode if template.thinking else "")) for mode in modes] == texts:
+        if [
+            _probed(replace(template, thinking=mode if template.thinking else "")) for mode in modes
+        ] == texts:
             return name
     return ""
 
 
 def _probed(template: Template) -> list[str]:
-    return ["".join(segment.text for segment in render(turns, template, open_turn=opened)) for turns, opened in _PROBES]
+    return [
+        "".join(segment.text for segment in render(turns, template, open_turn=opened))
+        for turns, opened in _PROBES
+    ]
 
 
 def _renders_like(tokenizer: Tokenizer, source: str) -> bool:
-    """Whether the chat_template, called as everybody calls it, renders exactly like the tokenizer's template."""
+    """Whether the chat_template, called as everybody calls it, renders exactly like the tokenizer's
+    template.
+    """
     try:
-        return _probed(tokenizer.template) == [_jinja(tokenizer, source, None, turns, opened) for turns, opened in _PROBES]
+        return _probed(tokenizer.template) == [
+            _jinja(tokenizer, source, None, turns, opened) for turns, opened in _PROBES
+        ]
     except UserError:
         return False
 
 
 def _native(tokenizer: Tokenizer, source: str, thinking: str) -> Template:
-    """The chat_template as a Template; its end token is the first control token behind an answer."""
-    tail = _jinja(tokenizer, source, thinking, _marked(_PROBES[2][0]), False).rpartition("\ue001")[2]
+    """The chat_template as a Template; its end token is the first control token behind an
+    answer.
+    """
+    tail = _jinja(tokenizer, source, thinking, _marked(_PROBES[2][0]), False).rpartition("\ue001")[
+        2
+    ]
     end = tokenizer.first_control(tail)[1] or tokenizer.vocabulary.name(tokenizer.eos_id)
-    return Template(name="native", user=("", ""), assistant="", end=end, jinja=source, thinking=thinking)
+    return Template(
+        name="native", user=("", ""), assistant="", end=end, jinja=source, thinking=thinking
+    )
 
 
 def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) -> list[Segment]:
-    """Segments from the chat_template. An answer is what the rendering up to and with it has beyond the rendering that opens it;
-    both must begin the whole text."""
+    """Segments from the chat_template. An answer is what the rendering up to and with it has beyond
+    the rendering that opens it; both must begin the whole text.
+    """
     messages = messages_of(conversation)
     marked, words = _marked(messages), [m.content for m in messages]
-    source, thinking, tools = tokenizer.template.jinja, tokenizer.template.thinking, getattr(conversation, "tools", "")
+    source, thinking, tools = (
+        tokenizer.template.jinja,
+        tokenizer.template.thinking,
+        getattr(conversation, "tools", ""),
+    )
     text = functools.partial(_jinja, tokenizer, source, thinking, tools=tools)
     whole, actual = text(marked, open_turn), text(messages, open_turn)
     if _filled(whole, words) != actual:  # most often because the template strips the words
@@ -473,7 +690,9 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
     def put(chunk: str, supervised: bool) -> None:
         for at, part in enumerate(_MARK.split(chunk)):
             if part:
-                segments.append(Segment(words[int(part)] if at % 2 else part, supervised, at % 2 == 0))
+                segments.append(
+                    Segment(words[int(part)] if at % 2 else part, supervised, at % 2 == 0)
+                )
 
     done = 0
     for i in (i for i, message in enumerate(messages) if message.role == "assistant"):
@@ -496,28 +715,39 @@ def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool)
 
 # --- Preflight
 def with_trained_end(tokenizer: Tokenizer, model: Any) -> Tokenizer:
-    """The tokenizer, `with_stop` (and a note) if `model` never trained the end token of its template: it could not learn to stop."""
+    """The tokenizer, `with_stop` (and a note) if `model` never trained the end token of its
+    template: it could not learn to stop.
+    """
     modules = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = {id(m.weight): m.weight for m in modules if hasattr(m, "weight")}  # a tied head has the same rows, a 4-bit one none to look at
+    # a tied head has the same rows, a 4-bit one none to look at
+    rows = {id(m.weight): m.weight for m in modules if hasattr(m, "weight")}
     if not end_token_untrained(tokenizer, *rows.values()):
         return tokenizer
     changed = tokenizer.with_stop()
-    note("tokenizer.end_untrained", before=tokenizer.template.end.strip(), after=changed.template.end.strip())
+    note(
+        "tokenizer.end_untrained",
+        before=tokenizer.template.end.strip(),
+        after=changed.template.end.strip(),
+    )
     return changed
 
 
 def end_token_untrained(tokenizer: Tokenizer, *rows: Tensor) -> bool:
-    """Whether the template's end token was never trained, by its rows in `rows`: the embedding (V, D) and, if untied, the head.
+    """Whether the template's end token was never trained, by its rows in `rows`: the embedding (V,
+    D) and, if untied, the head.
 
-    Rows that nothing was ever trained on (beyond the vocabulary, or named unused or reserved) stay close together. The token is
-    untrained if in any of the matrices its row is as close to their mean as they are (1.5 times their median distance), and they
-    lie closer to it (half the median distance) than tokens in general. False where there are fewer than 4 such rows.
+    Rows that nothing was ever trained on (beyond the vocabulary, or named unused or reserved) stay
+    close together. The token is untrained if in any of the matrices its row is as close to their
+    mean as they are (1.5 times their median distance), and they lie closer to it (half the median
+    distance) than tokens in general. False where there are fewer than 4 such rows.
     """
     end = tokenizer.vocabulary.control.get(tokenizer.template.end.strip(), tokenizer.eos_id)
     unused = re.compile(r"unused|reserved|extra_\d", re.IGNORECASE)
     named = {id for name, id in tokenizer.vocabulary.control.items() if unused.search(name)} - {end}
     for matrix in rows:
-        never = sorted({*(id for id in named if id < len(matrix)), *range(tokenizer.vocab_size, len(matrix))})
+        never = sorted(
+            {*(id for id in named if id < len(matrix)), *range(tokenizer.vocab_size, len(matrix))}
+        )
         if len(never) < 4:
             continue
         mean = matrix[never].float().mean(0)

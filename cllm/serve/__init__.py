@@ -1,4 +1,6 @@
-"""Answering: a run or a bare model opened once, decoded by the engine, read by eval, the terminal, the page and the API."""
+"""Answering: a run or a bare model opened once, decoded by the engine, read by eval, the terminal,
+the page and the API.
+"""
 
 from typing import TYPE_CHECKING
 

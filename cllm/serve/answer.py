@@ -1,6 +1,8 @@
-"""From messages to the text of an answer, piece by piece: what the terminal, the page and the API all read from.
+"""From messages to the text of an answer, piece by piece: what the terminal, the page and the API
+all read from.
 
-Incomplete UTF-8 and what may become a stop string are held back; user text never becomes special tokens (the tokenizer's rule).
+Incomplete UTF-8 and what may become a stop string are held back; user text never becomes special
+tokens (the tokenizer's rule).
 """
 
 from __future__ import annotations
@@ -23,24 +25,38 @@ class ModelError(Exception):
 
 
 class Answer:
-    """One request, submitted when iterated: `for piece in answer` in a thread, `async for piece in answer` in an event loop.
+    """One request, submitted when iterated: `for piece in answer` in a thread, `async for piece in
+    answer` in an event loop.
 
-    Afterwards `finish_reason` is "stop", "length" or "cancelled"; raises ModelError if the engine failed. Closing the iterator early
-    frees the row.
+    Afterwards `finish_reason` is "stop", "length" or "cancelled"; raises ModelError if the engine
+    failed. Closing the iterator early frees the row.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, messages: Sequence[Message], sampling: Sampling,
-        adapter: int = 1, stop: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        self._engine, self._sampling, self._adapter, self._stop = engine, sampling, adapter, tuple(stop)
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        adapter: int = 1,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self._engine, self._sampling, self._adapter, self._stop = (
+            engine,
+            sampling,
+            adapter,
+            tuple(stop),
+        )
         # Half a surrogate pair, from JSON or a terminal, is no text that a tokenizer could read.
-        clean = [Message(role, content.encode("utf-8", "replace").decode()) for role, content in messages]
+        clean = [
+            Message(role, content.encode("utf-8", "replace").decode()) for role, content in messages
+        ]
         self.prompt = tokenizer.encode_chat(clean)
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
             raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
         self._decoder = tokenizer.stream(reply=True)
-        opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")  # Qwen3.5's prompt opens the reasoning
+        # Qwen3.5's prompt opens the reasoning
+        opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")
         self._held, self._cancelled = "<think>\n" if opened else "", False
         self._stream: Stream | None = None
         self.text, self.finish_reason = "", ""
@@ -48,18 +64,29 @@ class Answer:
         self.first_seconds, self.started = 0.0, time.perf_counter()
 
     def cancel(self) -> None:
-        """Stop decoding and free the row, from any thread; what was decoded so far stays in `text`."""
+        """Stop decoding and free the row, from any thread; what was decoded so far stays in
+        `text`.
+        """
         self._cancelled = True
         if self._stream is not None:
             self._stream.cancel()
 
     def cost(self) -> dict[str, Any]:
-        """The fields of chat.cost and ui.cost: tokens of prompt and answer, seconds until the first one, tokens per second so far."""
+        """The fields of chat.cost and ui.cost: tokens of prompt and answer, seconds until the first
+        one, tokens per second so far.
+        """
         speed = self.tokens / max(time.perf_counter() - self.started, 1e-9)
-        return {"prompt": self.prompt_tokens, "tokens": self.tokens, "first": f"{self.first_seconds:.2f}", "speed": f"{speed:.0f}"}
+        return {
+            "prompt": self.prompt_tokens,
+            "tokens": self.tokens,
+            "first": f"{self.first_seconds:.2f}",
+            "speed": f"{speed:.0f}",
+        }
 
     def _submit(self, listener: Listener | None = None) -> Stream:
-        self._stream = stream = self._engine.submit(self.prompt, self._sampling, self._adapter, listener)
+        self._stream = stream = self._engine.submit(
+            self.prompt, self._sampling, self._adapter, listener
+        )
         stream.cancelled = self._cancelled
         return stream
 
@@ -104,7 +131,9 @@ class Answer:
         return self._release(self._decoder.push(token))
 
     def _release(self, text: str, last: bool = False) -> str:
-        """What of held and new text cannot be part of a stop string; a whole one ends the answer before it."""
+        """What of held and new text cannot be part of a stop string; a whole one ends the answer
+        before it.
+        """
         self._held += text
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
@@ -121,7 +150,14 @@ class Answer:
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins a stop string."""
     longest = max((len(stop) for stop in stops), default=1) - 1
-    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
+    return next(
+        (
+            n
+            for n in range(min(longest, len(text)), 0, -1)
+            if any(s.startswith(text[-n:]) for s in stops)
+        ),
+        0,
+    )
 
 
 def chat_sampling(**values: Any) -> Sampling:

@@ -1,9 +1,11 @@
 """OpenAI's chat API over the engine, and the guard around everything that this process serves.
 
-Written after https://platform.openai.com/docs/api-reference/chat: request and response shapes, server-sent events, errors.
+Written after https://platform.openai.com/docs/api-reference/chat: request and response shapes,
+server-sent events, errors.
 """
 
-# No `from __future__ import annotations`: FastAPI must be able to evaluate the annotations of the functions in `build_app`.
+# No `from __future__ import annotations`: FastAPI must be able to evaluate the annotations of the
+# functions in `build_app`.
 import hmac
 import json
 import re
@@ -33,37 +35,74 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 BODY_BYTES = 256 * 2**10
 MAX_WAITING = 64
 COOKIE = "cllm_key"
-# The page's own scripts and styles are inline; nothing comes from, or goes to, another host: neither fonts nor model text.
-POLICY = {"default-src": "'self'", "img-src": "'self' data: blob:", "script-src": "'self' 'unsafe-inline'", "font-src": "'self' data:",
-          "style-src": "'self' 'unsafe-inline'", "object-src": "'none'", "base-uri": "'self'", "frame-ancestors": "'self'"}  # fmt: skip
+# The page's own scripts and styles are inline; nothing comes from, or goes to, another host:
+# neither fonts nor model text.
+POLICY = {
+    "default-src": "'self'",
+    "img-src": "'self' data: blob:",
+    "script-src": "'self' 'unsafe-inline'",
+    "font-src": "'self' data:",
+    "style-src": "'self' 'unsafe-inline'",
+    "object-src": "'none'",
+    "base-uri": "'self'",
+    "frame-ancestors": "'self'",
+}
 HEADERS = {
     "content-security-policy": "; ".join(f"{key} {value}" for key, value in POLICY.items()),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-ERROR_CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
+ERROR_CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    413: "request_too_large",
+    429: "rate_limit_exceeded",
+}
 
 
-def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """An error in OpenAI's shape."""
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or ERROR_CODES.get(status)}}
+    kind = (
+        "server_error"
+        if status >= 500
+        else "rate_limit_error"
+        if status == 429
+        else "invalid_request_error"
+    )
+    return {
+        "error": {
+            "message": message,
+            "type": kind,
+            "param": param,
+            "code": code or ERROR_CODES.get(status),
+        }
+    }
 
 
 class Guard:
-    """ASGI middleware: key, Host and Origin, JSON only, small bodies, and headers that keep a page from loading anything else.
+    """ASGI middleware: key, Host and Origin, JSON only, small bodies, and headers that keep a page
+    from loading anything else.
 
-    Without a key only a loopback Host is answered, because a foreign page can reach this port by DNS rebinding. `/?key=K` turns
-    the key into a cookie; clients send it as `Authorization: Bearer K`. Only /health needs none.
+    Without a key only a loopback Host is answered, because a foreign page can reach this port by
+    DNS rebinding. `/?key=K` turns the key into a cookie; clients send it as `Authorization: Bearer
+    K`. Only /health needs none.
     """
 
     def __init__(self, app: App, key: str = "") -> None:
         self.app, self.key = app, key
 
     async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
-        """Pass on what may pass; bodies are read whole first, so that a missing Content-Length hides nothing."""
+        """Pass on what may pass; bodies are read whole first, so that a missing Content-Length
+        hides nothing.
+        """
         if scope["type"] != "http":
-            await (self.app(scope, receive, send) if scope["type"] == "lifespan" else send({"type": "websocket.close"}))
+            await (
+                self.app(scope, receive, send)
+                if scope["type"] == "lifespan"
+                else send({"type": "websocket.close"})
+            )
             return
 
         async def guarded(message: Event) -> None:
@@ -72,7 +111,9 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *own]
             await send(message)
 
-        refusal = self._refusal(scope, {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]})
+        refusal = self._refusal(
+            scope, {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        )
         whole: list[Event] = []
         if refusal is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             body, more = b"", True
@@ -102,13 +143,20 @@ class Guard:
             if scope["path"] == "/" and self._is_key(given):
                 cookie = f"{COOKIE}={self.key}; Path=/; HttpOnly; SameSite=Lax; Max-Age=31536000"
                 return Response(status_code=303, headers={"location": "/", "set-cookie": cookie})
-            cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
-            sent = headers.get("authorization", "").removeprefix("Bearer ").strip() or cookies.get(COOKIE, "")
+            cookies = dict(
+                part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";")
+            )
+            sent = headers.get("authorization", "").removeprefix("Bearer ").strip() or cookies.get(
+                COOKIE, ""
+            )
             if not self._is_key(sent):
                 return _refuse(401, "serve.key")
-        is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+        is_json = (
+            headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+        )
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        if scope["method"] == "POST" and has_body and not is_json:  # neither a form of another site nor an upload gets further
+        # neither a form of another site nor an upload gets further
+        if scope["method"] == "POST" and has_body and not is_json:
             return _refuse(415, "serve.json")
         return None
 
@@ -116,7 +164,14 @@ class Guard:
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.key.encode())
 
 
-def _refuse(status: int, message_code: str, *, param: str | None = None, code: str | None = None, **values: object) -> JSONResponse:
+def _refuse(
+    status: int,
+    message_code: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    **values: object,
+) -> JSONResponse:
     """The response that says why; an ASGI application, too."""
     body = error_body(status, say(message_code, **values), param=param, code=code)
     return JSONResponse(body, status, {"Retry-After": "5"} if status == 429 else None)
@@ -142,7 +197,11 @@ class ChatMessage(Strict):
     content: str | list[TextPart] | None = None
 
     def plain(self) -> Message:
-        text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        text = (
+            "".join(part.text for part in self.content)
+            if isinstance(self.content, list)
+            else self.content or ""
+        )
         return Message("system" if self.role == "developer" else self.role, text)
 
 
@@ -156,7 +215,8 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = BeforeValidator(_whole)  # strict, but JSON Schema's integers include 57.0, which some languages write for 57
+# strict, but JSON Schema's integers include 57.0, which some languages write for 57
+Whole = BeforeValidator(_whole)
 TokenCount = Annotated[int, Field(ge=1, le=LIMITS["max_new_tokens"][1]), Whole]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -182,28 +242,51 @@ class ChatRequest(Strict):
     n: Annotated[Literal[1], Whole] | None = None
 
 
-# Fields of OpenAI's that would change the answer are refused; others that are not understood are ignored.
+# Fields of OpenAI's that would change the answer are refused; others that are not understood are
+# ignored.
 UNSUPPORTED = (
-    *("tools", "functions", "response_format", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty"),
+    *(
+        "tools",
+        "functions",
+        "response_format",
+        "logprobs",
+        "top_logprobs",
+        "logit_bias",
+        "frequency_penalty",
+    ),
     *("presence_penalty", "audio", "prediction"),
 )
 
 
 # What the OpenAPI description says of answers: JSON or events, and every error in one shape.
-ERROR = {"type": "object", "required": ["message", "type", "param", "code"], "properties": {"message": {"type": "string"}}}
-ERRORS = {"content": {"application/json": {"schema": {"type": "object", "required": ["error"], "properties": {"error": ERROR}}}}}
+ERROR = {
+    "type": "object",
+    "required": ["message", "type", "param", "code"],
+    "properties": {"message": {"type": "string"}},
+}
+ERRORS = {
+    "content": {
+        "application/json": {
+            "schema": {"type": "object", "required": ["error"], "properties": {"error": ERROR}}
+        }
+    }
+}
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 RESPONSES: Any = {
-    200: {"content": {"text/event-stream": {"schema": EVENT}}},  # up to OpenAPI 3.1 this describes one event
+    # up to OpenAPI 3.1 this describes one event
+    200: {"content": {"text/event-stream": {"schema": EVENT}}},
     "default": {"description": "An error in OpenAI's shape", **ERRORS},
 }
 
 
 def build_app(loaded: Loaded, engine: Any) -> Any:
-    """The FastAPI application with /health, /v1/models and /v1/chat/completions; models: `base` and the adapter's name."""
+    """The FastAPI application with /health, /v1/models and /v1/chat/completions; models: `base` and
+    the adapter's name.
+    """
     from fastapi import FastAPI, Request
 
-    app = FastAPI(title="cllm", docs_url=None, redoc_url=None)  # FastAPI's own documentation pages load from other hosts
+    # FastAPI's own documentation pages load from other hosts
+    app = FastAPI(title="cllm", docs_url=None, redoc_url=None)
     models, started = loaded.models, int(time.time())
     _handle_errors(app)
 
@@ -214,25 +297,39 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
 
     @app.get("/v1/models", responses={"default": RESPONSES["default"]})
     async def list_models() -> dict[str, Any]:
-        data = [{"id": name, "object": "model", "created": started, "owned_by": "cllm"} for name in models]
+        data = [
+            {"id": name, "object": "model", "created": started, "owned_by": "cllm"}
+            for name in models
+        ]
         return {"object": "list", "data": data}
 
     @app.post("/v1/chat/completions", responses=RESPONSES)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         name = body.model or next(iter(models))
         if name not in models:
-            return _refuse(404, "serve.model", param="model", code="model_not_found", name=name, known=", ".join(models))
+            return _refuse(
+                404,
+                "serve.model",
+                param="model",
+                code="model_not_found",
+                name=name,
+                known=", ".join(models),
+            )
         if given := [field for field in UNSUPPORTED if (body.model_extra or {}).get(field)]:
             return _refuse(400, "serve.unsupported", param=given[0], fields=", ".join(given))
         if len(engine.waiting) >= MAX_WAITING:
             return _refuse(429, "serve.busy")
         sampling = chat_sampling(
             max_new_tokens=body.max_completion_tokens or body.max_tokens,
-            **body.model_dump(include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}),
+            **body.model_dump(
+                include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
+            ),
         )
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         messages = [message.plain() for message in body.messages]
-        answer = await run_in_threadpool(Answer, engine, loaded.tokenizer, messages, sampling, models[name], stop)
+        answer = await run_in_threadpool(
+            Answer, engine, loaded.tokenizer, messages, sampling, models[name], stop
+        )
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
@@ -244,8 +341,15 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
         finally:
             answer.cancel()
         said = {"role": "assistant", "content": answer.text}
-        choice = {"index": 0, "message": said, "finish_reason": answer.finish_reason, "logprobs": None}
-        return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)})
+        choice = {
+            "index": 0,
+            "message": said,
+            "finish_reason": answer.finish_reason,
+            "logprobs": None,
+        }
+        return JSONResponse(
+            {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
+        )
 
     return app
 
@@ -256,9 +360,14 @@ def _handle_errors(app: Any) -> None:
 
     async def reply(_: object, error: Any) -> JSONResponse:
         if isinstance(error, HTTPException):
-            return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+            return JSONResponse(
+                error_body(error.status_code, str(error.detail)), error.status_code, error.headers
+            )
         if isinstance(error, RequestValidationError):
-            problems = [(".".join(str(part) for part in e["loc"] if part != "body"), e["msg"]) for e in error.errors()]
+            problems = [
+                (".".join(str(part) for part in e["loc"] if part != "body"), e["msg"])
+                for e in error.errors()
+            ]
             message = "; ".join(f"{where}: {what}" if where else what for where, what in problems)
             return JSONResponse(error_body(400, message, param=problems[0][0] or None), 400)
         if isinstance(error, UserError):
@@ -274,7 +383,11 @@ async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIte
     """Server-sent events: the role, the pieces, the reason, the usage if asked for, [DONE]."""
 
     def event(delta: dict[str, str] | None, reason: str | None = None) -> str:
-        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}]
+        choices = (
+            []
+            if delta is None
+            else [{"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}]
+        )
         chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
         if usage:
             chunk["usage"] = _usage(answer) if delta is None else None
@@ -296,4 +409,8 @@ async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIte
 
 def _usage(answer: Answer) -> dict[str, int]:
     total = answer.prompt_tokens + answer.tokens
-    return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "total_tokens": total}
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.tokens,
+        "total_tokens": total,
+    }

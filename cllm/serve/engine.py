@@ -1,9 +1,10 @@
-"""Continuous batching: many conversations, base and adapter alike, decoded together by one model. Token ids, no text.
+"""Continuous batching: many conversations, base and adapter alike, decoded together by one model.
+Token ids, no text.
 
-Every step: free what was cancelled, admit waiting requests within the KV-token budget, prefill a bounded number of
-tokens, one decode forward over all rows, emit, drop what finished. Rows are right-aligned in one cache (left padding,
-`position_ids` and a 2-D mask), so every Transformers causal LM runs unmodified. Whether a row is base or adapter is
-LoRA's gate of that row.
+Every step: free what was cancelled, admit waiting requests within the KV-token budget, prefill a
+bounded number of tokens, one decode forward over all rows, emit, drop what finished. Rows are
+right-aligned in one cache (left padding, `position_ids` and a 2-D mask), so every Transformers
+causal LM runs unmodified. Whether a row is base or adapter is LoRA's gate of that row.
 """
 
 from __future__ import annotations
@@ -29,25 +30,33 @@ from cllm.messages import UserError, note, say
 from cllm.model.lora import lora_layers
 from cllm.model.offload import device_of
 
-HEADROOM_TOKENS = 128  # what an admitted row is expected to grow by; a wrong guess costs one preemption
+# what an admitted row is expected to grow by; a wrong guess costs one preemption
+HEADROOM_TOKENS = 128
 MAX_TOP_K = 1024
 LIMITS = {
-    "max_new_tokens": (1, 2**31), "temperature": (0, 10), "top_p": (1e-6, 1), "top_k": (1, MAX_TOP_K), "min_p": (0, 1),
+    "max_new_tokens": (1, 2**31),
+    "temperature": (0, 10),
+    "top_p": (1e-6, 1),
+    "top_k": (1, MAX_TOP_K),
+    "min_p": (0, 1),
     "repetition_penalty": (0.1, 10),
-}  # fmt: skip
+}
 Listener = Callable[[int | None], None]
-_owners: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # one per model: its gate and its mode are shared state
+# one per model: its gate and its mode are shared state
+_owners: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one row is continued. Order as in Transformers: repetition penalty, temperature, top-k, top-p, min-p.
+    """How one row is continued. Order as in Transformers: repetition penalty, temperature, top-k,
+    top-p, min-p.
 
-    `temperature` 0 is greedy. Candidates are always the `top_k` (1 … 1024) most likely tokens, with their probabilities
-    renormalised; then the smallest set whose probability reaches `top_p` (nucleus sampling, arXiv:1904.09751); then
-    those with at least `min_p` times the best one's probability (arXiv:2407.01082). `repetition_penalty` is CTRL's
-    (arXiv:1909.05858). `seed` None draws one. `stop_ids` None means the engine's; the empty set never stops early.
-    Raises UserError naming every value out of range.
+    `temperature` 0 is greedy. Candidates are always the `top_k` (1 … 1024) most likely tokens, with
+    their probabilities renormalised; then the smallest set whose probability reaches `top_p`
+    (nucleus sampling, arXiv:1904.09751); then those with at least `min_p` times the best one's
+    probability (arXiv:2407.01082). `repetition_penalty` is CTRL's (arXiv:1909.05858). `seed` None
+    draws one. `stop_ids` None means the engine's; the empty set never stops early. Raises UserError
+    naming every value out of range.
     """
 
     max_new_tokens: int = 256
@@ -61,22 +70,34 @@ class Sampling:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{key} = {value} ({low} … {high})" for key, (low, high) in LIMITS.items() if not low <= (value := getattr(self, key)) <= high
+            f"{key} = {value} ({low} … {high})"
+            for key, (low, high) in LIMITS.items()
+            if not low <= (value := getattr(self, key)) <= high
         ]
         if wrong:
             raise UserError("serve.sampling", problems="; ".join(wrong))
 
 
 class Stream:
-    """One request and the token ids of its answer: iterate over it in any thread. Stop ids are not among them.
+    """One request and the token ids of its answer: iterate over it in any thread. Stop ids are not
+    among them.
 
-    With `listener`, every id and finally None go to that function instead, called in the engine's thread. After the end
-    `finish_reason` is "stop", "length", "cancelled" or "error" (then `error` says why).
+    With `listener`, every id and finally None go to that function instead, called in the engine's
+    thread. After the end `finish_reason` is "stop", "length", "cancelled" or "error" (then `error`
+    says why).
     """
 
-    def __init__(self, prompt: list[int], sampling: Sampling, adapter: int, listener: Listener | None = None) -> None:
-        # `ids` is the prompt and what was generated; while decoding, the last of them is not in the cache yet.
-        self.ids, self.prompt_tokens, self.sampling, self.adapter = list(prompt), len(prompt), sampling, adapter
+    def __init__(
+        self, prompt: list[int], sampling: Sampling, adapter: int, listener: Listener | None = None
+    ) -> None:
+        # `ids` is the prompt and what was generated; while decoding, the last of them is not in the
+        # cache yet.
+        self.ids, self.prompt_tokens, self.sampling, self.adapter = (
+            list(prompt),
+            len(prompt),
+            sampling,
+            adapter,
+        )
         self.random = random.Random(sampling.seed)
         self.finish_reason, self.error, self.cancelled = "", "", False
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -101,16 +122,19 @@ class Stream:
 
 
 class _RowLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values of all rows in preallocated buffers (rows, heads, slots, head_dim).
+    """One layer's keys and values of all rows in preallocated buffers (rows, heads, slots,
+    head_dim).
 
-    The slots [start, end) are live. Appending writes in place; a row leaves by the last row taking its place; a row
-    joins by a copy of that row alone.
+    The slots [start, end) are live. Appending writes in place; a row leaves by the last row taking
+    its place; a row joins by a copy of that row alone.
     """
 
     rows = start = end = 0
 
     def _resize(self, rows: int, window: int, spare: int) -> None:
-        """New buffers whose live slots end at `window`, with `spare` slots behind; zeros, as garbage could be NaN."""
+        """New buffers whose live slots end at `window`, with `spare` slots behind; zeros, as
+        garbage could be NaN.
+        """
         live, kept = self.end - self.start, min(self.rows, rows)
         for i, old in enumerate(self.buffers):
             new = old.new_zeros(rows, old.shape[1], window + spare, old.shape[3])
@@ -118,10 +142,15 @@ class _RowLayer(DynamicLayer):  # type: ignore[misc]
             self.buffers[i] = new
         self.start, self.end = window - live, window
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffers, self.rows = [key_states[:, :, :0], value_states[:, :, :0]], key_states.shape[0]
+            self.buffers, self.rows = (
+                [key_states[:, :, :0], value_states[:, :, :0]],
+                key_states.shape[0],
+            )
         new = key_states.shape[2]
         if self.end + new > self.buffers[0].shape[2]:
             window = self.end - self.start
@@ -129,7 +158,9 @@ class _RowLayer(DynamicLayer):  # type: ignore[misc]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[: self.rows, :, self.end : self.end + new] = states
         self.end += new
-        self.keys, self.values = (buffer[: self.rows, :, self.start : self.end] for buffer in self.buffers)
+        self.keys, self.values = (
+            buffer[: self.rows, :, self.start : self.end] for buffer in self.buffers
+        )
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -146,14 +177,18 @@ class _RowLayer(DynamicLayer):  # type: ignore[misc]
             rows = max(self.buffers[0].shape[0], self.rows + 1 + self.rows // 4)
             self._resize(rows, max(length, self.end - self.start), 64 + length // 8)
         for buffer, theirs in zip(self.buffers, other.buffers, strict=True):
-            buffer[self.rows, :, self.end - length : self.end] = theirs[index, :, other.end - length : other.end]
+            buffer[self.rows, :, self.end - length : self.end] = theirs[
+                index, :, other.end - length : other.end
+            ]
         self.rows += 1
         self.start = min(self.start, self.end - length)
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Rows that are computed together, and their cache; of a prefill, `filled` of the padded columns are in it."""
+    """Rows that are computed together, and their cache; of a prefill, `filled` of the padded
+    columns are in it.
+    """
 
     rows: list[Stream]
     cache: Cache
@@ -165,20 +200,27 @@ class _Batch:
 
 
 class Engine:
-    """`model` is a Transformers causal LM, its adapters injected; a request's `adapter` is the number of one (0 or False: the
-    base, 1 or True: the first). `kv_tokens` bounds rows times padded length.
+    """`model` is a Transformers causal LM, its adapters injected; a request's `adapter` is the
+    number of one (0 or False: the base, 1 or True: the first). `kv_tokens` bounds rows times padded
+    length.
 
-    By default the budget is half of the free GPU memory (on the CPU 2 GiB) over the bytes of one token's keys and
-    values. `submit` starts the engine's thread; `generate` works without it, in the calling thread. Both may be used at
-    once, of several engines too: every step holds the model's one lock. Gradients are off, `autocast` is on;
-    the gate and the training mode are put back after every step.
+    By default the budget is half of the free GPU memory (on the CPU 2 GiB) over the bytes of one
+    token's keys and values. `submit` starts the engine's thread; `generate` works without it, in
+    the calling thread. Both may be used at once, of several engines too: every step holds the
+    model's one lock. Gradients are off, `autocast` is on; the gate and the training mode are put
+    back after every step.
     """
 
     def __init__(
-        self, model: nn.Module, *, stop_ids: frozenset[int] = frozenset(), pad_id: int = 0,
-        kv_tokens: int | None = None, prefill_tokens: int | None = None,
+        self,
+        model: nn.Module,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        pad_id: int = 0,
+        kv_tokens: int | None = None,
+        prefill_tokens: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.stop_ids, self.pad_id, self.autocast = model, stop_ids, pad_id, autocast
         self.device = device_of(model)
         self.gates = {layer.gate.number: layer.gate for layer in lora_layers(model).values()}
@@ -187,7 +229,9 @@ class Engine:
         self.stateful = bool(getattr(model, "_is_stateful", False))
         if self.stateful:
             note("serve.stateful", architecture=type(model).__name__)
-        token_bytes, row_bytes = _cache_bytes(config, next(p.dtype for p in model.parameters() if p.is_floating_point()))
+        token_bytes, row_bytes = _cache_bytes(
+            config, next(p.dtype for p in model.parameters() if p.is_floating_point())
+        )
         self.row_tokens = -(-row_bytes // token_bytes)
         self.kv_tokens = kv_tokens or _free_bytes(self.device) // token_bytes
         self.prefill_tokens = prefill_tokens or (256 if self.device.type == "cpu" else 2048)
@@ -197,7 +241,11 @@ class Engine:
         self.batch = self._new_batch([])
         self._owner, self._work = _owners.setdefault(model, threading.Lock()), threading.Condition()
         # Transformers 5.24 renamed the argument.
-        self.cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        self.cache_argument = (
+            "cache"
+            if "cache" in inspect.signature(type(model).forward).parameters
+            else "past_key_values"
+        )
         self._thread: threading.Thread | None = None
 
     @property
@@ -205,8 +253,16 @@ class Engine:
         """The longest prompt and answer together: the model's positions or the whole budget."""
         return min(self.positions, self.kv_tokens - self.row_tokens)
 
-    def submit(self, prompt: list[int], sampling: Sampling, adapter: int = 1, listener: Listener | None = None) -> Stream:
-        """Queue one request; returns at once. Raises UserError for an empty prompt or one that is too long."""
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        adapter: int = 1,
+        listener: Listener | None = None,
+    ) -> Stream:
+        """Queue one request; returns at once. Raises UserError for an empty prompt or one that is
+        too long.
+        """
         row = self._row(prompt, sampling, adapter, listener)
         with self._work:
             if self._closed:
@@ -220,17 +276,25 @@ class Engine:
         return row
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, adapter: int | Sequence[int] = 1,
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        adapter: int | Sequence[int] = 1,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[int]]:  # fmt: skip
-        """Answers to all prompts in their order; longest prompts first, so that rows of like length share a forward.
+    ) -> list[list[int]]:
+        """Answers to all prompts in their order; longest prompts first, so that rows of like length
+        share a forward.
 
-        A given seed becomes seed + index. `progress(done, total)` is called whenever an answer is complete. Raises
-        UserError for a prompt that does not fit, before anything is computed, and RuntimeError if the model fails.
+        A given seed becomes seed + index. `progress(done, total)` is called whenever an answer is
+        complete. Raises UserError for a prompt that does not fit, before anything is computed, and
+        RuntimeError if the model fails.
         """
         adapters = [adapter] * len(prompts) if isinstance(adapter, int) else adapter
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
-        rows = [self._row(p, replace(sampling, seed=s), a) for p, s, a in zip(prompts, seeds, adapters, strict=True)]
+        rows = [
+            self._row(p, replace(sampling, seed=s), a)
+            for p, s, a in zip(prompts, seeds, adapters, strict=True)
+        ]
         self.waiting.extend(sorted(rows, key=lambda row: -len(row.ids)))
         done = 0
         try:
@@ -253,10 +317,14 @@ class Engine:
         """What /health and the monitor show."""
         rows, prefilling = len(self.batch.rows), len(self.prefill.rows) if self.prefill else 0
         return {
-            "healthy": self.healthy, "running": rows + prefilling, "waiting": len(self.waiting), "steps": self.steps,
-            "generated_tokens": self.generated_tokens, "kv_tokens": self.kv_tokens,
+            "healthy": self.healthy,
+            "running": rows + prefilling,
+            "waiting": len(self.waiting),
+            "steps": self.steps,
+            "generated_tokens": self.generated_tokens,
+            "kv_tokens": self.kv_tokens,
             "kv_tokens_used": self._cost(rows, self.batch.window),
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
         """End the thread; what still runs is cancelled."""
@@ -270,7 +338,9 @@ class Engine:
         self.waiting.clear()
 
     def step(self) -> None:
-        """One turn of the loop. A failure ends the running requests; out-of-memory halves the budget and retries."""
+        """One turn of the loop. A failure ends the running requests; out-of-memory halves the
+        budget and retries.
+        """
         with self._owner, torch.no_grad(), self.autocast():
             training = self.model.training
             if training:
@@ -295,13 +365,17 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._closed or self.waiting or self.prefill or self.batch.rows)
+                self._work.wait_for(
+                    lambda: self._closed or self.waiting or self.prefill or self.batch.rows
+                )
                 if self._closed:
                     return
             self.step()
             time.sleep(0)  # let a waiting `generate` or `submit` have its turn
 
-    def _row(self, prompt: list[int], sampling: Sampling, adapter: int, listener: Listener | None = None) -> Stream:
+    def _row(
+        self, prompt: list[int], sampling: Sampling, adapter: int, listener: Listener | None = None
+    ) -> Stream:
         if not prompt:
             raise UserError("serve.empty")
         if len(prompt) >= self.max_tokens:
@@ -310,8 +384,14 @@ class Engine:
         return Stream(prompt, replace(sampling, max_new_tokens=longest), adapter, listener)
 
     def _new_batch(self, rows: list[Stream]) -> _Batch:
-        # Recurrent layers have cache types that cannot be padded or joined: such models run one request at a time.
-        return _Batch(rows, DynamicCache(config=self.model.config) if self.stateful else Cache(layer_class_to_replicate=_RowLayer))
+        # Recurrent layers have cache types that cannot be padded or joined: such models run one
+        # request at a time.
+        return _Batch(
+            rows,
+            DynamicCache(config=self.model.config)
+            if self.stateful
+            else Cache(layer_class_to_replicate=_RowLayer),
+        )
 
     def _take_all(self) -> list[Stream]:
         """Empty the engine; returns what was prefilling or decoding."""
@@ -321,7 +401,8 @@ class Engine:
 
     def _sweep(self) -> None:
         """Free the rows whose requests were cancelled."""
-        for row in [row for row in list(self.waiting) if row.cancelled]:  # a copy: `submit` appends meanwhile
+        # a copy: `submit` appends meanwhile
+        for row in [row for row in list(self.waiting) if row.cancelled]:
             self.waiting.remove(row)
             row.finish("cancelled")
         for row in [row for row in self.batch.rows if row.cancelled]:
@@ -335,8 +416,9 @@ class Engine:
         return rows * (window + self.row_tokens)
 
     def _admit(self) -> None:
-        """Form the next group to prefill: within the budget, and small enough for one slice unless it is one row; a stateful model
-        has one row at a time."""
+        """Form the next group to prefill: within the budget, and small enough for one slice unless
+        it is one row; a stateful model has one row at a time.
+        """
         if self.prefill:
             return
         rows, group = self.batch.rows[:], list[Stream]()
@@ -344,7 +426,9 @@ class Engine:
             rows.append(self.waiting[0])
             window = max(len(row.ids) + min(row.remaining, HEADROOM_TOKENS) for row in rows)
             longest = max(len(row.ids) for row in [*group, rows[-1]])
-            over_budget = len(rows) > 1 and (self.stateful or self._cost(len(rows), window) > self.kv_tokens)
+            over_budget = len(rows) > 1 and (
+                self.stateful or self._cost(len(rows), window) > self.kv_tokens
+            )
             if over_budget or (group and (len(group) + 1) * longest > self.prefill_tokens):
                 break
             group.append(self.waiting.popleft())
@@ -352,7 +436,9 @@ class Engine:
             self.prefill = self._new_batch(group)
 
     def _forward(self, batch: _Batch, stop: int) -> Tensor:
-        """Compute the padded columns [filled, stop) of the batch; returns the logits (B, V) float32 after the last."""
+        """Compute the padded columns [filled, stop) of the batch; returns the logits (B, V) float32
+        after the last.
+        """
         window, columns, ids = batch.window, torch.arange(stop, device=self.device), []
         pads = [window - len(row.ids) for row in batch.rows]
         for row, pad in zip(batch.rows, pads, strict=True):
@@ -361,20 +447,34 @@ class Engine:
         pad_columns = torch.tensor(pads, device=self.device)[:, None]
         for number, gate in self.gates.items():
             chosen = [row.adapter == number for row in batch.rows]
-            gate.rows = None if all(chosen) else torch.tensor(chosen, device=self.device) if any(chosen) else 0.0
+            gate.rows = (
+                None
+                if all(chosen)
+                else torch.tensor(chosen, device=self.device)
+                if any(chosen)
+                else 0.0
+            )
         output = self.model(
-            input_ids=torch.tensor(ids, device=self.device), attention_mask=(columns >= pad_columns).long(),
-            position_ids=(columns[batch.filled :] - pad_columns).clamp(min=0), use_cache=True,
-            # By index, which copies: of a slice, PyTorch multiplies each row with a copy of the head of its own (fp32: 7 times as slow).
-            logits_to_keep=torch.tensor([-1], device=self.device), **{self.cache_argument: batch.cache},
-        )  # fmt: skip
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=(columns >= pad_columns).long(),
+            position_ids=(columns[batch.filled :] - pad_columns).clamp(min=0),
+            use_cache=True,
+            # By index, which copies: of a slice, PyTorch multiplies each row with a copy of the
+            # head of its own (fp32: 7 times as slow).
+            logits_to_keep=torch.tensor([-1], device=self.device),
+            **{self.cache_argument: batch.cache},
+        )
         batch.filled = stop
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
     def _prefill_slice(self, batch: _Batch) -> None:
-        """Compute the next columns of the group's prompts; after the last, join the decoding rows and emit."""
-        logits = self._forward(batch, min(batch.window, batch.filled + max(1, self.prefill_tokens // len(batch.rows))))
+        """Compute the next columns of the group's prompts; after the last, join the decoding rows
+        and emit.
+        """
+        logits = self._forward(
+            batch, min(batch.window, batch.filled + max(1, self.prefill_tokens // len(batch.rows)))
+        )
         if batch.filled < batch.window:
             return
         self.prefill = None
@@ -391,19 +491,24 @@ class Engine:
     def _decode(self, batch: _Batch) -> None:
         while len(batch.rows) > 1 and self._cost(len(batch.rows), batch.window) > self.kv_tokens:
             youngest = min(batch.rows, key=lambda row: len(row.ids) - row.prompt_tokens)
-            self._drop(youngest)  # preempted: first in line again, it will be prefilled with what it has generated
+            # preempted: first in line again, it will be prefilled with what it has generated
+            self._drop(youngest)
             self.waiting.appendleft(youngest)
         batch.filled = batch.window - 1
         for layer in batch.cache.layers:
             if isinstance(layer, _RowLayer):
-                layer.start = max(layer.start, layer.end - batch.filled)  # the longest row may have left
+                # the longest row may have left
+                layer.start = max(layer.start, layer.end - batch.filled)
         self._emit(batch.rows, self._forward(batch, batch.window))
 
     def _emit(self, rows: list[Stream], logits: Tensor) -> None:
-        for row, token in zip(rows[:], _sample(logits, rows), strict=True):  # a copy: rows that end leave the batch's own list
+        # a copy: rows that end leave the batch's own list
+        for row, token in zip(rows[:], _sample(logits, rows), strict=True):
             if token < 0:
                 self._drop(row, "error", say("serve.not_finite"))
-            elif token in (self.stop_ids if row.sampling.stop_ids is None else row.sampling.stop_ids):
+            elif token in (
+                self.stop_ids if row.sampling.stop_ids is None else row.sampling.stop_ids
+            ):
                 self._drop(row, "stop")
             else:
                 row.ids.append(token)
@@ -446,7 +551,9 @@ class Engine:
 
 
 def _sample(logits: Tensor, rows: Sequence[Stream]) -> list[int]:
-    """The next token of every row from logits (B, V), which are overwritten; -1 where they are not finite."""
+    """The next token of every row from logits (B, V), which are overwritten; -1 where they are not
+    finite.
+    """
     for i, row in enumerate(rows):
         if (penalty := row.sampling.repetition_penalty) != 1:
             seen = torch.tensor(sorted(set(row.ids)), device=logits.device)
@@ -460,16 +567,24 @@ def _sample(logits: Tensor, rows: Sequence[Stream]) -> list[int]:
 
 
 def _draw(logits: Tensor, rows: Sequence[Stream]) -> Tensor:
-    """One token per row (S,) by inverting the cumulative distribution of its candidates at the row's own random number.
+    """One token per row (S,) by inverting the cumulative distribution of its candidates at the
+    row's own random number.
 
     Only the top-k are sorted: sorting 16 x 262,144 logits takes 400 ms on a CPU, `topk(64)` 8 ms.
     """
     plans = [row.sampling for row in rows]
-    settings = [[s.temperature, s.top_p, s.top_k, s.min_p, row.random.random()] for s, row in zip(plans, rows, strict=True)]
-    temperature, top_p, top_k, min_p, point = torch.tensor(settings, device=logits.device).T[..., None]
+    settings = [
+        [s.temperature, s.top_p, s.top_k, s.min_p, row.random.random()]
+        for s, row in zip(plans, rows, strict=True)
+    ]
+    temperature, top_p, top_k, min_p, point = torch.tensor(settings, device=logits.device).T[
+        ..., None
+    ]
     values, candidates = logits.topk(min(logits.shape[-1], max(s.top_k for s in plans)))
     scores = (values - values[:, :1]) / temperature.clamp(min=1e-4)
-    scores = scores.masked_fill(torch.arange(values.shape[1], device=logits.device) >= top_k, float("-inf"))
+    scores = scores.masked_fill(
+        torch.arange(values.shape[1], device=logits.device) >= top_k, float("-inf")
+    )
     probabilities = torch.softmax(scores, dim=-1)
     more_likely = probabilities.cumsum(-1) - probabilities
     kept = (more_likely < top_p) & (probabilities >= min_p * probabilities[:, :1])
@@ -479,11 +594,16 @@ def _draw(logits: Tensor, rows: Sequence[Stream]) -> Tensor:
 
 
 def _cache_bytes(config: Any, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of one token's keys and values, and of one row's logits (model dtype, float32 and a copy of that)."""
+    """Bytes of one token's keys and values, and of one row's logits (model dtype, float32 and a
+    copy of that).
+    """
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize, 10 * config.vocab_size
+    return (
+        2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
+        10 * config.vocab_size,
+    )
 
 
 def _free_bytes(device: torch.device) -> int:
