@@ -101,9 +101,10 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
 
     from cllm.data.packing import collate
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import Precision, make_optimizer, train_step
+    from cllm.learn.optim import make_optimizer, train_step
     from cllm.learn.proof import peak_bytes
     from cllm.model.checkpoint import load_model
+    from cllm.model.device import Precision
     from cllm.model.lora import load_adapter
     from cllm.model.offload import checkpoint_layers
 

@@ -92,8 +92,8 @@ def judge(run: str, folder: Path) -> dict[str, Any]:
     import llama_cpp
 
     from cllm import export
+    from cllm.assembly import open_model
     from cllm.data.schema import Message
-    from cllm.serve import open_model
     from cllm.serve.engine import Engine, Sampling
 
     out = folder / Path(run).name

@@ -26,9 +26,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cllm.bench import ROWS_PER_STEP, random_row
-from cllm.learn.optim import Precision
 from cllm.learn.proof import peak_storage_bytes, storage_bytes
 from cllm.model.checkpoint import random_model
+from cllm.model.device import Precision
 
 
 class Rows(Dataset[dict[str, Any]]):

@@ -36,9 +36,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from cllm.assembly import Loaded, open_model
 from cllm.data.schema import Message
 from cllm.serve.engine import Engine, Sampling
-from cllm.serve.load import Loaded, open_model
 
 CHATS = 16
 PORT = 7899

@@ -21,8 +21,8 @@ from pathlib import Path
 import httpx
 import uvicorn
 
+from cllm.assembly import open_model
 from cllm.serve.api import Guard, build_app
-from cllm.serve.load import open_model
 from cllm.serve.ui import mount_page
 
 WAVES = 10

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from cllm import memory
 from cllm.config import Config, load_config
-from cllm.memory import GIB, MIB, Settings, estimate_vram, make_plan
+from cllm.corpus import tokenizer_of
+from cllm.memory import GIB, MIB, AdapterShape, Settings, estimate_vram, make_plan
 from cllm.messages import UserError, note, say, table
-from cllm.prepare import load_trainable, row_settings, tokenizer_of
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
@@ -63,51 +63,57 @@ def random_row(tokens: int, vocabulary: int, seed: int = 0) -> PackedBatch:
 class Subject:
     """One model on one device with the trainer's settings: its adapter, optimizer and step."""
 
-    def __init__(self, config: Config, name: str, original: dict[str, Any] | None) -> None:
-        import torch
-
+    def __init__(
+        self, config: Config, name: str, original: dict[str, Any] | None, row_tokens: int
+    ) -> None:
+        from cllm.assembly import assemble
         from cllm.learn.loss import sft_loss
-        from cllm.learn.optim import Precision, make_optimizer
-        from cllm.learn.proof import cap_allocator, choose_device
-        from cllm.model.offload import place
+        from cllm.learn.optim import Trainee, make_optimizer
+        from cllm.model.checkpoint import original_config
         from cllm.model.source import resolve
 
-        device = choose_device(config.model.device)
-        self.config, self.name, self.device, self.cuda = (
-            config,
-            name,
-            torch.device(device),
-            device.startswith("cuda"),
+        source = original or resolve(config.model.path)
+        self.config = config
+        self.name = name
+        self.assembly = assemble(
+            source,
+            config.model,
+            config.memory,
+            adapter=config.lora,
+            row_tokens=row_tokens,
+            optimizer=config.train.optimizer,
+            name=name,
+            seed=config.train.seed,
         )
-        self.budget = cap_allocator(config.memory.budget_gib, device)
-        self.precision = Precision.choose(config.model.precision, self.device.type)
-        model, _ = load_trainable(
-            config, original or resolve(config.model.path), self.precision, device
+        self.device = self.assembly.device
+        self.cuda = self.device.type == "cuda"
+        known = original_config(source) if isinstance(source, Path) else source
+        self.shape = memory.shape_of(known, name)
+        chunk_bytes = config.memory.chunk_mib * MIB
+        model = self.assembly.model.train()
+        self.trainee = Trainee(
+            model,
+            lambda model, row: sft_loss(model, row, chunk_bytes),
+            make_optimizer(model, 1e-4, name=config.train.optimizer),
+            self.assembly.precision,
+            self.assembly.precision.scaler(),
         )
-        self.shape = memory.shape_of(original or model.config.to_dict(), name)
-        place(model, config.memory, device)
-        self.model, self.scaler = model.train(), self.precision.scaler()
-        self.optimizer = make_optimizer(model, 1e-4, name=config.train.optimizer)
-        self.objective = lambda model, row: sft_loss(model, row, config.memory.chunk_mib * MIB)
 
     def settings(self, tokens: int) -> Settings:
         """What a run on rows of `tokens` would use: as few recomputed layers as fit, if there is a
         budget and the config leaves it open.
         """
-        settings = row_settings(self.config, tokens, self.precision.name, self.device.type)
-        return (
-            make_plan(self.shape, settings, self.budget / GIB).settings if self.budget else settings
-        )
+        layers = self.config.memory.checkpoint_layers
+        settings = replace(self.assembly.settings, row_tokens=tokens, checkpoint_layers=layers)
+        budget = self.assembly.budget
+        return make_plan(self.shape, settings, budget / GIB).settings if budget else settings
 
     def step(self, row: PackedBatch, rows: int = ROWS_PER_STEP) -> tuple[float, float]:
         """One optimizer step; returns its loss and seconds."""
         import torch
 
-        from cllm.learn.optim import train_step
-
         start = time.perf_counter()
-        how: dict[str, Any] = {"precision": self.precision, "scaler": self.scaler, "max_norm": 1.0}
-        loss = train_step(self.model, [row] * rows, self.objective, self.optimizer, **how).loss
+        loss = self.trainee.step([row] * rows).loss
         if self.cuda:
             torch.cuda.synchronize(self.device)
         return loss, time.perf_counter() - start
@@ -122,24 +128,24 @@ class Subject:
         from cllm.learn.proof import peak_bytes
         from cllm.model.offload import checkpoint_layers
 
+        model = self.trainee.model
         row, settings = random_row(tokens, self.shape.vocab), self.settings(tokens)
-        checkpoint_layers(self.model, settings.checkpoint_layers, offload=settings.offload_inputs)
+        checkpoint_layers(model, settings.checkpoint_layers, offload=settings.offload_inputs)
         estimate = estimate_vram(self.shape, settings)
         result = {
             "model": self.name,
             "layers": self.shape.layers,
             **asdict(settings),
-            "budget_bytes": self.budget,
+            "budget_bytes": self.assembly.budget,
             "reserved_bytes": None,
+            "estimate_bytes": estimate.allocated,
+            "estimate_total_bytes": estimate.total,
+            "link_bytes": ROWS_PER_STEP * memory.crossing_bytes(self.shape, settings),
         }
-        result |= {"estimate_bytes": estimate.allocated, "estimate_total_bytes": estimate.total}
-        result["link_bytes"] = ROWS_PER_STEP * memory.crossing_bytes(self.shape, settings)
         try:
             result["first_loss"], _ = self.step(row)
-            seconds = result["step_seconds"] = statistics.median(
-                self.step(row)[1] for _ in range(steps)
-            )
-            peak = peak_bytes(lambda: self.step(row), self.model, self.optimizer)
+            seconds = statistics.median(self.step(row)[1] for _ in range(steps))
+            peak = peak_bytes(lambda: self.step(row), model, self.trainee.optimizer)
         except StepOutOfMemoryError:
             return {**result, "out_of_memory": True}
         if self.cuda:
@@ -147,16 +153,15 @@ class Subject:
             free, total = torch.cuda.mem_get_info(self.device)
             # and whatever else uses the card
             result["context_bytes"] = total - free - torch.cuda.memory_reserved(self.device)
-        useful = (
-            ROWS_PER_STEP
-            * memory.row_flops(self.shape, Settings(tokens, checkpoint_layers=0))
-            / seconds
-        )
-        result |= {
+        needed = memory.row_flops(self.shape, Settings(tokens, checkpoint_layers=0))
+        return {
+            **result,
+            "step_seconds": seconds,
             "tokens_per_second": ROWS_PER_STEP * tokens / seconds,
-            "mfu": useful / self.matmul_rate(),
+            "mfu": ROWS_PER_STEP * needed / seconds / self.matmul_rate(),
+            "peak_bytes": peak,
+            "estimate_ratio": estimate.allocated / peak,
         }
-        return {**result, "peak_bytes": peak, "estimate_ratio": estimate.allocated / peak}
 
     def matmul_rate(self) -> float:
         """Operations per second of one large matrix product on this device: what MFU is a share
@@ -165,23 +170,17 @@ class Subject:
         import torch
 
         size = 8192 if self.cuda else 1024
-        a = torch.ones(
-            size,
-            size,
-            dtype=torch.float16 if self.precision.name == "fp16" else self.precision.weights,
-            device=self.device,
-        )
-        return float(
-            2 * size**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4))
-        )
+        a = torch.ones(size, size, dtype=self.assembly.precision.weights, device=self.device)
+        seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)
+        return float(2 * size**3 / min(seconds))
 
     def generation(self, prompt_tokens: int = 128) -> list[dict[str, Any]]:
         """Time to the first token and decoded tokens per second for 1, 4 and 16 random prompts at
         once.
         """
-        from cllm.serve.engine import Engine, Sampling
+        from cllm.serve.engine import Sampling
 
-        engine = Engine(self.model, autocast=self.precision.autocast)
+        engine = self.assembly.engine()
         results = []
         for rows in (1, 4, 16):
             prompts = [
@@ -209,6 +208,19 @@ class Subject:
         return results
 
 
+def _settings(config: Config, precision: str, device: str) -> Settings:
+    """What a training of this config comes to on such a device."""
+    return Settings.of(
+        config.model,
+        config.memory,
+        AdapterShape.of(config.lora),
+        row_tokens=config.train.row_tokens,
+        precision=precision,
+        device=device,
+        optimizer=config.train.optimizer,
+    )
+
+
 def show_plan(
     config: Config, name: str, original: dict[str, Any], work: dict[str, Any]
 ) -> dict[str, Any]:
@@ -217,7 +229,7 @@ def show_plan(
     """
     shape, budget = memory.shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
-    settings = row_settings(config, config.train.row_tokens, precision, "cuda")
+    settings = _settings(config, precision, "cuda")
     plan = make_plan(shape, settings, budget)
     estimate = plan.estimate
     print(
@@ -343,13 +355,13 @@ def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
     )[0]
     rows, tokens = PackedRows(examples, row_tokens, seed=config.train.seed), sum(examples.sizes)
     work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * row_tokens)}
-    settings = row_settings(config, row_tokens, "fp32", "cpu")
+    settings = _settings(config, "fp32", "cpu")
     if (
         torch.cuda.is_available()
         or memory.row_seconds(memory.shape_of(original), settings, CPU) < SLOWEST_WARM_ROW
     ):
         note("bench.timing", steps=WARM_STEPS)
-        subject = Subject(config, config.model.path, None)
+        subject = Subject(config, config.model.path, None, row_tokens)
         work["row_seconds"] = statistics.median(
             [subject.step(row, 1)[1] for row in rows.take(WARM_STEPS + 1)][1:]
         )
@@ -482,7 +494,7 @@ def main(argv: list[str]) -> int:
             for tokens in rows
         ]
         note("bench.building", name=name)
-        subject = Subject(config, name, original)
+        subject = Subject(config, name, original, min(rows))
         report |= _machine(subject.device)
         report["results"] += [
             {**subject.measure(tokens, arguments.steps), "peft": peer}

@@ -17,7 +17,7 @@ from cllm.data.schema import Message
 from cllm.messages import UserError, note, say
 
 if TYPE_CHECKING:
-    from cllm.serve import Loaded
+    from cllm.assembly import Loaded
     from cllm.serve.engine import Engine
 
 
@@ -140,8 +140,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Open the model, then serve it or talk in the terminal; the latter ends with one JSON line."""
     arguments = _arguments(argv)
-    from cllm.learn.snapshot import newest_run
-    from cllm.serve import open_beside, open_model
+    from cllm.assembly import open_beside, open_model
+    from cllm.runs import newest_run
 
     name, *more = arguments.models or [newest_run()]
     note("chat.loading", model=name)

@@ -96,8 +96,8 @@ def _config(target: str, overrides: list[str]) -> Config:
 
 def _tokenizer(config: Config) -> Tokenizer | None:
     """The model's tokenizer if the model is on this machine; looking at data downloads nothing."""
+    from cllm.corpus import tokenizer_of
     from cllm.model.source import resolve
-    from cllm.prepare import tokenizer_of
 
     before = os.environ.get("HF_HUB_OFFLINE", "0")
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -29,6 +29,10 @@ else:
 PRESETS = Path(__file__).parent / "assets" / "presets"
 
 
+Quantize = Literal["none", "nf4"]
+PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
+
+
 def _at_least(low: float, default: Any, at_most: float = math.inf) -> Any:
     return field(default=default, metadata={"limits": (low, at_most)})
 
@@ -45,13 +49,13 @@ class ModelConfig:
     """Chat template: `auto` (by model family) or a name from cllm/data/template.py."""
     thinking: Literal["off", "keep"] = "off"
     """Models with <think> blocks: leave the reasoning out, or train it."""
-    quantize: Literal["none", "nf4"] = "none"
+    quantize: Quantize = "none"
     """`nf4`: 4-bit base (QLoRA)."""
     head: Literal["16bit", "int8", "nf4"] = "16bit"
     """The output head in fewer bits too: `int8` halves it (as good as exact), `nf4` quarters it (up
     to 0.9 GiB; logits change a little).
     """
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: PrecisionName = "auto"
     """`auto`: bf16 where the GPU has it, else fp16 with a loss scaler; fp32 on a CPU."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""

@@ -21,8 +21,8 @@ from cllm.data.schema import Conversation
 from cllm.messages import UserError, note, say, table
 
 if TYPE_CHECKING:
+    from cllm.assembly import Loaded
     from cllm.evaluate.report import Results, Samples
-    from cllm.serve import Loaded
 
 EXAM_SHOTS = 5
 
@@ -71,9 +71,9 @@ def main(argv: list[str]) -> int:
         if is_run and config.data.kind == "chat" and not arguments.task
         else []
     )
+    from cllm.assembly import open_model
     from cllm.evaluate.report import report, write_results
-    from cllm.learn.snapshot import new_run
-    from cllm.serve import open_model
+    from cllm.runs import new_run
 
     loaded = open_model(arguments.model, adapter=not arguments.base)
 

@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cllm.config import LoraConfig, MemoryConfig, ModelConfig
 from cllm.messages import UserError, note, say
 from cllm.model import families
 
@@ -228,6 +229,44 @@ def find_shape(name: str) -> Shape:
     return shape_of(config, known)
 
 
+class AdapterShape(NamedTuple):
+    """What the bytes of an adapter depend on."""
+
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = 0.0
+    dora: bool = False
+
+    @classmethod
+    def of(cls, adapter: LoraConfig | Path | None) -> AdapterShape:
+        """Of [lora], or of the adapter in a folder (then without dropout); None: no adapter.
+
+        Raises UserError if the folder's adapter_config.json cannot be read.
+        """
+        if adapter is None:
+            return cls(rank=0)
+        if isinstance(adapter, Path):
+            return cls._stored(adapter, 0.0)
+        if adapter.init_from:
+            run = Path(adapter.init_from)
+            stored = run / "adapter" if (run / "adapter").is_dir() else run
+            return cls._stored(stored, adapter.dropout)
+        targets = adapter.targets
+        names = targets if isinstance(targets, str) else tuple(targets)
+        return cls(adapter.rank, names, adapter.dropout, adapter.dora)
+
+    @classmethod
+    def _stored(cls, folder: Path, dropout: float) -> AdapterShape:
+        file = folder / "adapter_config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            targets = config["target_modules"]
+            names = targets if isinstance(targets, str) else tuple(targets)
+            return cls(int(config["r"]), names, dropout, bool(config.get("use_dora")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError("adapter.damaged", path=file, detail=error) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the bytes depend on besides the shape; the values mean what they mean in cllm.toml."""
@@ -246,10 +285,45 @@ class Settings:
     stream_layers: int = 0
     mlp_tile_tokens: int = 0
     embedding: str = "auto"
-    fused: bool = True
-    """LoRA linears and gated MLPs run as the autograd functions of cllm.model.lora (not with
-    dropout or DoRA).
-    """
+    dropout: bool = False
+    dora: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        memory: MemoryConfig,
+        adapter: AdapterShape,
+        *,
+        row_tokens: int,
+        precision: str,
+        device: str,
+        optimizer: str = "adamw",
+    ) -> Settings:
+        """What a config's sections come to; precision and device as they were resolved."""
+        return cls(
+            row_tokens,
+            model.quantize,
+            precision,
+            adapter.rank,
+            adapter.targets,
+            checkpoint_layers=memory.checkpoint_layers,
+            chunk_bytes=memory.chunk_mib * MIB,
+            device=device,
+            head=model.head,
+            optimizer=optimizer,
+            offload_inputs=memory.offload_inputs,
+            stream_layers=memory.stream_layers,
+            mlp_tile_tokens=memory.mlp_tile_tokens,
+            embedding=memory.embedding,
+            dropout=adapter.dropout > 0,
+            dora=adapter.dora,
+        )
+
+    @property
+    def fused(self) -> bool:
+        """Whether LoRA linears and gated MLPs run as the autograd functions of cllm.model.lora."""
+        return not (self.dropout or self.dora)
 
     def adapts(self, name: str) -> bool:
         """Whether a linear called `name` gets an adapter; of a dotted name or a glob the last part
@@ -378,7 +452,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     adapted = [(count, i, o) for count, name, i, o in every if s.adapts(name)]
     lora = 4 * s.rank * sum(count * (i + o) for count, i, o in adapted)
     recomputed = len(_recomputed(shape, s))
-    offloaded = len(_recomputed(shape, replace(s, stream_layers=0))) if s.offload_inputs else 0
+    offloaded = recomputed if s.offload_inputs else 0
     shared = shape.tied and s.head == "16bit"
     away = s.embedding == "cpu" or (s.embedding == "auto" and cuda and nf4 and not shared)
     layer_input = s.row_tokens * shape.hidden * s.residual
@@ -756,28 +830,85 @@ def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
     )
 
 
-def plan_run(
-    original: Mapping[str, Any], name: str, settings: Settings, budget: int
-) -> tuple[Settings, VramEstimate | None]:
-    """What a run is to use: `fit` with a line about it; no estimate without a budget, or for an
-    architecture without a known shape.
-    """
-    if not budget:
-        return settings, None
+def _known_shape(original: Mapping[str, Any], name: str) -> Shape | None:
+    """`shape_of`, or None and a line about it for an architecture that is not known here."""
     try:
-        shape = shape_of(original, name)
+        return shape_of(original, name)
     except UserError as error:
         note("memory.unplanned", reason=error.args[0])
+        return None
+
+
+def plan_training(
+    original: Mapping[str, Any], name: str, settings: Settings, budget: int
+) -> tuple[Settings, VramEstimate | None]:
+    """What a training is to use: `fit` with a line about it; no estimate without a budget, or for
+    an architecture without a known shape.
+    """
+    shape = _known_shape(original, name) if budget else None
+    if shape is None:
         return settings, None
     settings = fit(shape, settings, budget)
-    estimate, sizes = (
-        estimate_vram(shape, settings),
-        {"budget": f"{budget / GIB:.2f}", "row": settings.row_tokens, "layers": shape.layers},
-    )
+    estimate = estimate_vram(shape, settings)
     note(
         "memory.plan",
         total=f"{estimate.total / GIB:.2f}",
+        budget=f"{budget / GIB:.2f}",
+        row=settings.row_tokens,
         recomputed=len(_recomputed(shape, settings)),
-        **sizes,
+        layers=shape.layers,
+    )
+    return settings, estimate
+
+
+def estimate_answering(shape: Shape, settings: Settings) -> VramEstimate:
+    """Bytes while prompts of `row_tokens` tokens are read without gradients, before any cache: the
+    weights as in training, an adapter without gradients or moments, one layer's activations.
+    """
+    trained = estimate_vram(shape, settings)
+    tokens = settings.row_tokens
+    kv_heads = 2 * shape.kv_heads + 2 * shape.heads
+    layer = settings.width * tokens * max(3 * shape.intermediate, kv_heads * shape.head_dim)
+    stream = tokens * shape.hidden * (2 * settings.residual + 8)  # a norm computes in float32
+    mask = tokens**2 * (1 + settings.width)
+    dense = settings.width * shape.hidden * shape.intermediate * _quantized(shape, settings)
+    items = {
+        **trained.items,
+        "gradients": 0,
+        "optimizer": 0,
+        "layer_inputs": 0,
+        "activations": layer + stream + mask + dense,
+    }
+    return VramEstimate(items, "answering", trained.host)
+
+
+def plan_answering(
+    original: Mapping[str, Any], name: str, settings: Settings, budget: int
+) -> tuple[Settings, VramEstimate | None]:
+    """How a model is to be held for answering: with as few more streamed layers as fit `budget`
+    bytes beside a prefill of `row_tokens` tokens and its keys and values; said in a line.
+
+    No estimate without a budget, or for an architecture without a known shape.
+    """
+    shape = _known_shape(original, name) if budget else None
+    if shape is None:
+        return settings, None
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * settings.width
+    room = budget - token * settings.row_tokens
+    counts = [settings.stream_layers, *range(3, shape.layers + 1)]
+    options = [replace(settings, stream_layers=n) for n in counts if n >= settings.stream_layers]
+    fitting = (s for s in options if estimate_answering(shape, s).total <= room)
+    settings = next(fitting, options[-1])
+    estimate = estimate_answering(shape, settings)
+    note(
+        "memory.answering",
+        weights=f"{(estimate.allocated - estimate.items['activations']) / GIB:.2f}",
+        prefill=f"{estimate.items['activations'] / GIB:.2f}",
+        row=settings.row_tokens,
+        cache=f"{max(0, budget - estimate.total) / GIB:.2f}",
+        tokens=f"{max(0, budget - estimate.total) // token:,}",
+        budget=f"{budget / GIB:.2f}",
+        streamed=min(settings.stream_layers, shape.layers),
+        layers=shape.layers,
     )
     return settings, estimate

@@ -7,7 +7,9 @@ they are English, for programs.
 from __future__ import annotations
 
 import functools
+import json
 import locale
+import math
 import os
 import sys
 import unicodedata
@@ -69,6 +71,21 @@ def note(code: str, /, **values: object) -> None:
     """
     if os.environ.get("RANK", "0") == "0":
         print(say(code, **values), file=sys.stderr, flush=True)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that every reader takes: numbers that are not finite become null."""
+    return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
 
 
 def table(rows: list[list[str]]) -> str:

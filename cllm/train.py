@@ -11,30 +11,53 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, differences, load_config, to_toml
-from cllm.messages import UserError, note, say
-from cllm.prepare import Prepared
+from cllm.corpus import Encoded, encode_corpus, read_corpus, tokenizer_of
+from cllm.messages import UserError, note, say, to_json
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
+    from cllm.learn.ladder import Ladder
     from cllm.learn.optim import StepStats
+    from cllm.model.tokenizer import Tokenizer
 
 MAX_BAD_STEPS = 20
 STATE_SECTIONS = ("model", "lora", "data", "train")
 """Settings that decide what the next step does: a resumed run must agree on them."""
 
-PROGRESS = ("step", "evaluated", "best", "stale", "bad")
-"""Of a Training: steps done, the last one evaluated, the best held-out loss, evaluations since,
-steps skipped in a row.
-"""
+
+@dataclass
+class Progress:
+    """How far a run has come; kept in its snapshots."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    evaluated: int = -1
+    """The last step that was evaluated."""
+    best: float | None = None
+    """The lowest held-out loss so far."""
+    stale: int = 0
+    """Evaluations since the lowest loss."""
+    bad: int = 0
+    """Steps skipped in a row."""
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> Progress:
+        """From a snapshot's state.json. Raises LookupError, TypeError or ValueError."""
+        best = None if state["best"] in (None, float("inf")) else float(state["best"])
+        step, evaluated = int(state["step"]), int(state["evaluated"])
+        return cls(step, evaluated, best, int(state["stale"]), int(state["bad"]))
 
 
-class Training(Prepared):
-    """One run: what was read and loaded, and the loop over it."""
+class Training:
+    """One run: its data and its model, put together, and the loop over them.
+
+    Everything that can be refused without weights is refused before they are loaded.
+    """
 
     def __init__(
         self,
@@ -44,42 +67,147 @@ class Training(Prepared):
         allow_changes: bool = False,
         resume: Path | None = None,
     ) -> None:
-        super().__init__(config, accept_rejects=accept_rejects)
+        self.config = config
         self.allow_changes = allow_changes
+        self.progress = Progress()
+        self.interrupted = False
+        self.saved_at = time.monotonic()
+        # Before torch is loaded, which takes seconds.
+        self.corpus = read_corpus(config.data, accept_rejects=accept_rejects)
+        self._put_together()
         self._plan_steps()
-        self.step, self.evaluated, self.best, self.stale, self.bad = 0, -1, float("inf"), 0, 0
-        self.interrupted, self.saved_at = False, time.monotonic()
         with contextlib.ExitStack() as resources:
             self._open_run(resume, resources)
             self.close = resources.pop_all().close  # gives the run directory back
 
     # ------------------------------------------------------------------ before the first step
 
-    def _plan_steps(self) -> None:
-        train = self.config.train
-        self.total = train.steps or max(
-            1, round(train.epochs * len(self.rows) / self.rows_per_step)
+    def _put_together(self) -> None:
+        """Rows, then base with adapter, then what only the loaded model tells: whether its end
+        token was ever trained, and whether sequences may share a row.
+        """
+        from cllm.assembly import assemble
+        from cllm.learn.dist import World
+        from cllm.learn.ladder import Ladder
+        from cllm.learn.loss import sft_loss
+        from cllm.learn.optim import Trainee, make_optimizer
+        from cllm.model.device import choose_device
+        from cllm.model.source import resolve
+
+        config = self.config
+        row_tokens = config.train.row_tokens
+        self.ladder = Ladder(row_tokens, row_tokens, offload_inputs=config.memory.offload_inputs)
+        self.base = resolve(config.model.path)
+        tokenizer = tokenizer_of(config, self.base)
+        self.single = False
+        self.encoded = self._encode(tokenizer)
+        self.world = World.join(choose_device(config.model.device))
+        self.assembly = assemble(
+            self.base,
+            config.model,
+            config.memory,
+            device=self.world.device,
+            adapter=config.lora,
+            row_tokens=len(self.encoded.rows.longest().input_ids),
+            optimizer=config.train.optimizer,
+            tokenizer=tokenizer,
+            seed=config.train.seed,
         )
+        self.model = self.assembly.model
+        self.chunk_bytes = config.memory.chunk_mib * 2**20
+        precision = self.assembly.precision
+        self.trainee = Trainee(
+            self.model,
+            lambda model, batch: sft_loss(model, batch, self.chunk_bytes),
+            make_optimizer(
+                self.model,
+                config.train.learning_rate,
+                weight_decay=config.train.weight_decay,
+                plus_ratio=config.lora.plus_ratio,
+                name=config.train.optimizer,
+            ),
+            precision,
+            precision.scaler(),
+            config.train.max_norm,
+        )
+        self._introduce()
+        self.single = not self._rows_may_be_shared()
+        if self.single or self.tokenizer is not tokenizer:
+            self.encoded = self._encode(self.tokenizer)
+        self.engine = self.assembly.engine()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's, with an end token that the base knows."""
+        assert self.assembly.tokenizer is not None
+        return self.assembly.tokenizer
+
+    def _encode(self, tokenizer: Tokenizer) -> Encoded:
+        config, row_tokens = self.config, self.ladder.row_tokens
+        return encode_corpus(
+            self.corpus,
+            tokenizer,
+            config.data,
+            config.train,
+            row_tokens=row_tokens,
+            single=self.single,
+        )
+
+    def _introduce(self) -> None:
+        """One line about the model and its adapter."""
+        from cllm.model.lora import lora_layers
+        from cllm.model.nf4 import QuantizedLinear
+
+        layers = lora_layers(self.model)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        quantized = (m for m in self.model.modules() if isinstance(m, QuantizedLinear))
+        total = sum(p.numel() for p in self.model.parameters())
+        total += sum(linear.in_features * linear.out_features for linear in quantized)
+        quantize, precision = self.config.model.quantize, self.assembly.precision.name
+        note(
+            "train.model",
+            name=self.config.model.path,
+            precision=precision if quantize == "none" else quantize,
+            rank=next(iter(layers.values())).rank,
+            linears=len(layers),
+            millions=f"{trained / 1e6:.2f}",
+            share=f"{trained / total:.1%}",
+            device=self.assembly.device,
+        )
+
+    def _rows_may_be_shared(self) -> bool:
+        from cllm.model.attention import packs
+        from cllm.model.head import check_head
+
+        # Adapters are made in training mode, and dropout would look like an unknown head.
+        self.model.eval()
+        with self.assembly.precision.autocast():
+            check_head(self.model)
+            shared = packs(self.model)
+        if not shared:
+            note("train.single", architecture=type(self.model).__name__)
+        return shared
+
+    def _plan_steps(self) -> None:
+        train, encoded = self.config.train, self.encoded
+        per_epoch = len(encoded.rows) / encoded.rows_per_step
+        self.total = train.steps or max(1, round(train.epochs * per_epoch))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every
-        if len(self.rows) < self.rows_per_step:
-            note("train.small", rows=len(self.rows), step=self.rows_per_step, steps=self.total)
+        if len(encoded.rows) < encoded.rows_per_step:
+            note(
+                "train.small", rows=len(encoded.rows), step=encoded.rows_per_step, steps=self.total
+            )
 
     def _open_run(self, resume: Path | None, resources: contextlib.ExitStack) -> None:
         """A new run with its config and manifest, or the newest whole snapshot of an old one; rank
         0 writes, all agree.
         """
-        from cllm.learn.snapshot import (
-            adapter_fingerprint,
-            base_fingerprint,
-            changes_since,
-            locked,
-            manifest_of,
-            new_run,
-            replace_file,
-        )
+        from cllm.learn.snapshot import adapter_fingerprint
+        from cllm.runs import base_fingerprint, locked, new_run
 
-        hashes = {"data_sha256": self.data_hash, "base_sha256": base_fingerprint(self.base)}
+        base_sha256 = base_fingerprint(self.base)
+        hashes = {"data_sha256": self.encoded.sha256, "checkpoint_sha256": base_sha256}
         self.untrained = adapter_fingerprint(self.model)
         own = json.dumps([hashes, self.untrained]).encode()
         if self.world.share(own) != own:
@@ -88,56 +216,61 @@ class Training(Prepared):
         if self.world.rank == 0:
             self.run = resume or new_run(self.config.run.dir)
             resources.enter_context(locked(self.run))
-            changes: list[str] = []
-            if resume:
-                found = differences(load_config(self.run / "config.toml"), self.config)
-                changes = changes_since(
-                    self.run, found, hashes, vital=STATE_SECTIONS, allow=self.allow_changes
-                )
-            if changes or not resume:
-                manifest = manifest_of(
-                    self.device,
-                    ranks=self.world.size,
-                    seed=self.config.train.seed,
-                    steps=self.total,
-                    precision=self.precision.name,
-                    template=self.tokenizer.template.name,
-                    changes=changes,
-                    **hashes,
-                )
-                replace_file(self.run / "config.toml", to_toml(self.config).encode())
-                replace_file(self.run / "manifest.json", manifest)
+            self._write_manifest(hashes, resumed=resume is not None)
         if resume:
             self._restore()
-            note("train.resumed", run=self.run, step=self.step, total=self.total)
+            note("train.resumed", run=self.run, step=self.progress.step, total=self.total)
         else:
             self._snapshot()
+
+    def _write_manifest(self, hashes: dict[str, str], *, resumed: bool) -> None:
+        """config.toml and manifest.json of a new run, or of a resumed one that was changed."""
+        import torch
+
+        from cllm.runs import changes_since, manifest_of, replace_file
+
+        changes: list[str] = []
+        if resumed:
+            changed = differences(load_config(self.run / "config.toml"), self.config)
+            allow = self.allow_changes
+            changes = changes_since(self.run, changed, hashes, vital=STATE_SECTIONS, allow=allow)
+            if not changes:
+                return
+        device = self.assembly.device
+        manifest = manifest_of(
+            torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+            {
+                "ranks": self.world.size,
+                "seed": self.config.train.seed,
+                "steps": self.total,
+                "precision": self.assembly.precision.name,
+                "template": self.tokenizer.template.name,
+                "changes": changes,
+                **hashes,
+            },
+        )
+        replace_file(self.run / "config.toml", to_toml(self.config).encode())
+        replace_file(self.run / "manifest.json", manifest)
 
     def _restore(self) -> None:
         """Back to the newest whole snapshot, on every rank rank 0's."""
         from safetensors.torch import load
 
-        from cllm.learn.ladder import Ladder
-        from cllm.learn.snapshot import load_snapshot, replace_file, restore
+        from cllm.learn.snapshot import load_snapshot, restore
+        from cllm.runs import replace_file
 
-        state_json, tensors, metrics = map(
-            self.world.share, load_snapshot(self.run) if self.world.rank == 0 else [b"", b"", b""]
-        )
-        state = json.loads(state_json)
+        files = load_snapshot(self.run) if self.world.rank == 0 else (b"", b"", b"")
+        state_json, tensors, metrics = map(self.world.share, files)
         try:
-            ladder = Ladder(
-                **{
-                    name: type(value)(state["ladder"][name])
-                    for name, value in asdict(self.ladder).items()
-                }
-            )
-            for name in PROGRESS:
-                setattr(self, name, type(getattr(self, name))(state[name]))
+            state = json.loads(state_json)
+            stored = {f.name: state["ladder"][f.name] for f in fields(self.ladder)}
+            self.progress = Progress.restored(state)
             epoch, row = map(int, state["rows"])
-            self.scaler = self.precision.scaler()
-            self.scaler.load_state_dict(state["scaler"])
-            self.apply(ladder)
-            self.rows.seek(epoch, row)
+            scaler = self.assembly.precision.scaler()
+            scaler.load_state_dict(state["scaler"])
+            self.trainee = replace(self.trainee, scaler=scaler)
+            self._apply(type(self.ladder).restored(stored))
+            self.encoded.rows.seek(epoch, row)
         except (
             LookupError,
             TypeError,
@@ -146,45 +279,47 @@ class Training(Prepared):
             OverflowError,
             AttributeError,
         ) as error:
-            raise UserError(
-                "snapshot.foreign", count=1, problems=f"{type(error).__name__}: {error}"
-            ) from error
-        restore(self.model, self.optimizer, load(tensors))
+            problem = f"{type(error).__name__}: {error}"
+            raise UserError("snapshot.foreign", count=1, problems=problem) from error
+        restore(self.model, self.trainee.optimizer, load(tensors))
         if self.world.rank == 0:
             replace_file(self.run / "metrics.jsonl", metrics)
 
     # ------------------------------------------------------------------ the loop
 
-    def loop(self) -> float:
+    def loop(self) -> float | None:
         """Train to the last step, an early stop or an interruption; returns the last training
-        loss.
+        loss, of a run that was finished before its last recorded one.
         """
         from cllm.learn.dist import stop_on_signal
-        from cllm.learn.log import RunLog, open_tracker, peak_memory_bytes
-        from cllm.learn.snapshot import writing
+        from cllm.learn.log import RunLog, last_loss, open_tracker, peak_memory_bytes
+        from cllm.runs import writing
 
         if self.world.rank == 0:
-            self.log = RunLog(self.run, self.total, open_tracker(self.config.log.tracker, self.run))
+            tracker = open_tracker(self.config.log.tracker, self.run)
+            self.log = RunLog(self.run, self.total, tracker)
         self.model.train()
-        if self.budget:
+        if self.assembly.budget:
             self._prove()
-        loss, start = float("nan"), time.perf_counter()
+        start = time.perf_counter()
+        loss = last_loss(self.run / "metrics.jsonl") if self.world.rank == 0 else None
         with stop_on_signal() as signals:
             while not self.interrupted:
-                if self._evaluation_due() and self.held_rows and self.evaluated != self.step:
+                due = self._evaluation_due() and self.progress.evaluated != self.progress.step
+                if due and self.encoded.held_rows:
                     self._evaluate()
-                if self.step >= self.total or self._stopped_early():
+                if self.progress.step >= self.total or self._stopped_early():
                     break
                 began = time.perf_counter()
                 stats = self._step()  # None: memory ran out, once more with less
                 if stats is not None:
                     loss = loss if stats.skipped else stats.loss
                     row = {
-                        "step": self.step,
+                        "step": self.progress.step,
                         "lr": self.rate,
                         **stats._asdict(),
                         "tokens_per_second": stats.tokens / (time.perf_counter() - began),
-                        "peak_memory_bytes": peak_memory_bytes(self.device),
+                        "peak_memory_bytes": peak_memory_bytes(self.assembly.device),
                         "seconds": time.perf_counter() - start,
                     }
                     if self.world.rank == 0:
@@ -196,74 +331,65 @@ class Training(Prepared):
         return loss
 
     def _prove(self) -> None:
-        """The plan on the longest row, before anything is learned; what does not fit steps down as
-        any step does.
+        """The plan on the largest rows, before anything is learned; what does not fit, on any
+        rank, steps down as any step does.
         """
         from cllm.learn.optim import StepOutOfMemoryError
         from cllm.learn.proof import prove
 
         while True:
-            rows = [self.rows.longest()] * min(2, self.rows_per_step)
+            rows = self.encoded.rows.largest()
+            detail = ""
             try:
                 prove(
-                    self.model,
+                    self.trainee,
                     rows,
-                    self.objective,
-                    self.optimizer,
-                    precision=self.precision,
-                    scaler=self.scaler,
-                    max_norm=self.config.train.max_norm,
-                    plan=self.planned,
-                    budget=self.budget,
+                    plan=self.assembly.plan,
+                    budget=self.assembly.budget,
                     micro_tokens=self.ladder.micro_tokens,
                 )
-                return
             except StepOutOfMemoryError as error:
                 detail = str(error)
-            self._step_down(rows, detail)
+            if not self.world.any(bool(detail)):
+                return
+            self._step_down(rows, detail or "another rank")
 
     def _step(self) -> StepStats | None:
         """One optimizer step. None if memory ran out: the state is as before (or at the last
         snapshot), and less will be used.
         """
-        from cllm.learn.optim import (
-            StepOutOfMemoryError,
-            learning_rate,
-            set_learning_rate,
-            train_step,
-        )
+        from cllm.learn.optim import StepOutOfMemoryError, learning_rate, set_learning_rate
 
-        train, position = self.config.train, self.rows.state
-        warmup = round(train.warmup * self.total)
+        train, rows, progress = self.config.train, self.encoded.rows, self.progress
+        position = rows.state
         self.rate = learning_rate(
-            self.step + 1, self.total, train.learning_rate, schedule=train.schedule, warmup=warmup
+            progress.step + 1,
+            self.total,
+            train.learning_rate,
+            schedule=train.schedule,
+            warmup=round(train.warmup * self.total),
         )
-        set_learning_rate(self.optimizer, self.rate)
-        batches = self.rows.take(self.rows_per_step)
+        set_learning_rate(self.trainee.optimizer, self.rate)
+        batches = rows.take(self.encoded.rows_per_step)
         try:
-            stats = train_step(
-                self.model,
+            stats = self.trainee.step(
                 batches,
-                self.objective,
-                self.optimizer,
-                precision=self.precision,
-                scaler=self.scaler,
-                max_norm=train.max_norm,
                 world=self.world,
-                seed=f"{train.seed}/{self.step}",
+                seed=f"{train.seed}/{progress.step}",
                 micro_tokens=self.ladder.micro_tokens,
             )
         except StepOutOfMemoryError as error:
             detail, altered = str(error), error.altered
         else:
-            self.step += 1
-            self.bad = self.bad + 1 if stats.skipped else 0
-            if stats.skipped and (self.bad >= MAX_BAD_STEPS or not self.scaler.is_enabled()):
+            progress.step += 1
+            progress.bad = progress.bad + 1 if stats.skipped else 0
+            hopeless = progress.bad >= MAX_BAD_STEPS or not self.trainee.scaler.is_enabled()
+            if stats.skipped and hopeless:
                 self._refuse_nonfinite(batches)
             if stats.loss == 0.0:
-                raise UserError("train.zero_loss", step=self.step)
+                raise UserError("train.zero_loss", step=progress.step)
             return stats
-        self.rows.state = position
+        rows.state = position
         if altered:
             self._restore()
         self._step_down(batches, detail)
@@ -274,114 +400,121 @@ class Training(Prepared):
         ladder = self.ladder.down(rows, shorten=self.allow_changes)
         if ladder is None:
             raise UserError("train.memory", detail=detail)
-        note(
-            "train.step_down",
-            step=self.step + 1,
-            detail=detail,
-            ladder=", ".join(f"{k} {v}" for k, v in asdict(ladder).items()),
-        )
-        self.apply(ladder)
+        shown = ", ".join(f"{name} {value}" for name, value in asdict(ladder).items())
+        note("train.step_down", step=self.progress.step + 1, detail=detail, ladder=shown)
+        self._apply(ladder)
         self._snapshot()
 
+    def _apply(self, ladder: Ladder) -> None:
+        """Make the model and the rows what `ladder` says; may be called again."""
+        from cllm.model.device import release_memory
+        from cllm.model.offload import checkpoint_layers, embedding_on_cpu
+
+        before = self.ladder
+        self.ladder = ladder
+        if ladder.offload_inputs:
+            checkpoint_layers(self.model, -1, offload=True)
+        if ladder.embedding_on_cpu and not before.embedding_on_cpu:
+            embedding_on_cpu(self.model, self.assembly.device)
+        if ladder.row_tokens != before.row_tokens:
+            rows = self.encoded.rows
+            epoch, row = rows.state
+            self.encoded = self._encode(self.tokenizer)
+            self.encoded.rows.seek(epoch, row * len(self.encoded.rows) // len(rows))
+        release_memory()
+
     def _evaluation_due(self) -> bool:
-        return self.step % self.eval_every == 0 or self.step == self.total
+        return self.progress.step % self.eval_every == 0 or self.progress.step == self.total
 
     def _snapshot_due(self) -> bool:
         minutes = self.config.run.snapshot_minutes
         late = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
-        return late or self.step % self.snapshot_every == 0 or self._evaluation_due()
+        return late or self.progress.step % self.snapshot_every == 0 or self._evaluation_due()
 
     def _stopped_early(self) -> bool:
-        if self.config.eval.patience and self.stale >= self.config.eval.patience:
-            note("train.early", step=self.step, patience=self.config.eval.patience)
+        patience = self.config.eval.patience
+        if patience and self.progress.stale >= patience:
+            note("train.early", step=self.progress.step, patience=patience)
             return True
         return False
 
     def _refuse_nonfinite(self, batches: Sequence[PackedBatch]) -> None:
         from cllm.learn.optim import first_nonfinite
 
+        precision = self.assembly.precision
         names = (
-            first_nonfinite(self.model, batch, self.objective, self.precision) for batch in batches
+            first_nonfinite(self.model, batch, self.trainee.objective, precision)
+            for batch in batches
         )
-        module = next((name for name in names if name), "?")
         raise UserError(
             "train.nonfinite",
-            step=self.step,
-            bad=self.bad,
-            module=module,
-            precision=self.precision.name,
+            step=self.progress.step,
+            bad=self.progress.bad,
+            module=next((name for name in names if name), "?"),
+            precision=precision.name,
         )
 
     def _snapshot(self) -> None:
         from cllm.learn.snapshot import capture, save_snapshot
 
         self.saved_at = time.monotonic()
+        if self.world.rank:
+            return
         state = {
-            "rows": self.rows.state,
-            "scaler": self.scaler.state_dict(),
+            "rows": self.encoded.rows.state,
+            "scaler": self.trainee.scaler.state_dict(),
             "ladder": asdict(self.ladder),
+            **asdict(self.progress),
         }
-        state |= {name: getattr(self, name) for name in PROGRESS}
-        if self.world.rank == 0:
-            save_snapshot(
-                self.run,
-                self.step,
-                capture(self.model, self.optimizer),
-                state,
-                keep=self.config.run.keep,
-            )
+        tensors = capture(self.model, self.trainee.optimizer)
+        save_snapshot(self.run, self.progress.step, tensors, state, keep=self.config.run.keep)
 
     def _evaluate(self) -> None:
         """Held-out loss (on rank 0, for all), the best adapter so far, one answer to look at."""
-        from cllm.evaluate.answers import (
-            answer_of,
-            generate,
-            held_out_loss,
-            question_of,
-            unless_memory_is_short,
-        )
-        from cllm.learn.snapshot import writing
+        from cllm.evaluate.answers import held_out_loss
+        from cllm.runs import writing
 
-        own = (
-            held_out_loss(self.model, self.held_rows, self.precision, self.chunk_bytes)
-            if self.world.rank == 0
-            else 0.0
-        )
-        loss = float(self.world.share(repr(own).encode()))
-        improved = loss < self.best
-        self.best, self.stale, self.evaluated = (
-            (loss, 0, self.step) if improved else (self.best, self.stale + 1, self.step)
-        )
+        progress = self.progress
+        measured = 0.0
+        if self.world.rank == 0:
+            precision, held_rows = self.assembly.precision, self.encoded.held_rows
+            measured = held_out_loss(self.model, held_rows, precision, self.chunk_bytes)
+        loss = float(self.world.share(repr(measured).encode()))
+        improved = progress.best is None or loss < progress.best
+        progress.evaluated = progress.step
+        progress.stale = 0 if improved else progress.stale + 1
+        progress.best = loss if improved else progress.best
         if self.world.rank:
             return
-        if improved and self.step:
+        if improved and progress.step:
             self.save_adapter()
         self.log.break_line()
         with writing(self.log.path):
-            self.log.write({"step": self.step, "eval_loss": loss, "best": improved})
-        note("train.eval_loss", step=self.step, loss=f"{loss:.3f}{' *' * improved}")
+            self.log.write({"step": progress.step, "eval_loss": loss, "best": improved})
+        note("train.eval_loss", step=progress.step, loss=f"{loss:.3f}{' *' * improved}")
         if self.config.data.kind == "chat":
-            shown = self.held_set[(self.step // self.eval_every) % len(self.held_set)]
-            with unless_memory_is_short(self.engine):
-                answer = generate(
-                    self.engine,
-                    self.tokenizer,
-                    [question_of(shown)],
-                    adapter=True,
-                    max_new_tokens=48,
-                )[0]
-                texts = [
-                    text.replace("\n", " ")[:60]
-                    for text in (question_of(shown)[-1].content, answer, answer_of(shown))
-                ]
-                note("train.eval", question=texts[0], answer=texts[1], reference=texts[2])
+            self._show_an_answer()
+
+    def _show_an_answer(self) -> None:
+        """One held-out question, what the adapter answers, and the reference."""
+        from cllm.evaluate.answers import answer_of, generate, question_of, unless_memory_is_short
+
+        held_out = self.encoded.held_out
+        shown = held_out[(self.progress.step // self.eval_every) % len(held_out)]
+        question, reference = question_of(shown), answer_of(shown)
+        with unless_memory_is_short(self.engine):
+            tokenizer = self.tokenizer
+            answers = generate(self.engine, tokenizer, [question], adapter=True, max_new_tokens=48)
+            texts = (question[-1].content, answers[0], reference)
+            lines = [text.replace("\n", " ")[:60] for text in texts]
+            note("train.eval", question=lines[0], answer=lines[1], reference=lines[2])
 
     def save_adapter(self) -> None:
         """adapter/: PEFT's two files, the tokenizer and the template; complete before it replaces
         the one before.
         """
-        from cllm.learn.snapshot import replace_files, writing
         from cllm.model.lora import save_adapter
+        from cllm.runs import replace_files, writing
 
         with writing(self.run / "adapter"):
             save_adapter(self.model, self.run / "adapter.new", base=self.config.model.path)
@@ -394,46 +527,56 @@ class Training(Prepared):
         """Put the best adapter back, answer the held-out questions with and without it, write and
         return the scores.
         """
-        from safetensors.torch import load_file
-
-        from cllm.evaluate.answers import compare, sequence_nll
-        from cllm.evaluate.report import Progress, report, write_results
-        from cllm.learn.snapshot import adapter_fingerprint, writing
-        from cllm.model.lora import adapter_tensors
+        from cllm.learn.snapshot import adapter_fingerprint
+        from cllm.runs import writing
 
         with writing(self.run / "loss.png"):
             self.log.close()
         if adapter_fingerprint(self.model) == self.untrained:
-            raise UserError("train.unchanged", steps=self.step)
+            raise UserError("train.unchanged", steps=self.progress.step)
         if not (self.run / "adapter").is_dir():
-            if self.held_rows:
-                note("train.no_better", loss=f"{self.best:.3f}")
+            if self.progress.best is not None:
+                note("train.no_better", loss=f"{self.progress.best:.3f}")
             self.save_adapter()
-        best = load_file(self.run / "adapter" / "adapter_model.safetensors", device=self.device)
+        self._take_best()
+        return self._final_scores() if self.encoded.held_rows else {}
+
+    def _take_best(self) -> None:
+        """The model becomes what adapter/ holds."""
+        from safetensors.torch import load_file
+
+        from cllm.model.lora import adapter_tensors
+
+        best = load_file(self.run / "adapter" / "adapter_model.safetensors")
         for name, tensor in adapter_tensors(self.model).items():
             tensor.data.copy_(best[name])
         self.model.eval()
-        if not self.held_rows:
-            return {}
-        settings = self.config.eval
-        asked = self.held_set[: settings.samples if self.config.data.kind == "chat" else 0]
+
+    def _final_scores(self) -> dict[str, Any]:
+        from cllm.evaluate.answers import compare, sequence_nll
+        from cllm.evaluate.report import Progress as AnsweringProgress
+        from cllm.evaluate.report import report, write_results
+        from cllm.runs import writing
+
+        settings, encoded = self.config.eval, self.encoded
+        precision = self.assembly.precision
+        asked = encoded.held_out[: settings.samples if self.config.data.kind == "chat" else 0]
         if asked:
             note("train.answering", count=len(asked))
-        held_out = functools.partial(
-            sequence_nll, self.model, self.held_rows, self.precision, self.chunk_bytes
-        )
         results, samples, _ = compare(
             self.engine,
             self.tokenizer,
             asked,
-            held_out,
-            self.precision,
+            functools.partial(
+                sequence_nll, self.model, encoded.held_rows, precision, self.chunk_bytes
+            ),
+            precision,
             self.chunk_bytes,
-            train=list(self.train_set),
+            train=list(encoded.train),
             shots=settings.shots,
             max_new_tokens=settings.max_new_tokens,
             seed=self.config.train.seed,
-            progress=Progress(),
+            progress=AnsweringProgress(),
         )
         with writing(self.run / "eval.json"):
             write_results(self.run, results, samples)
@@ -465,7 +608,7 @@ def main(argv: list[str]) -> int:
     config = load_config(arguments.config, arguments.overrides)
     resume = None
     if arguments.resume:
-        from cllm.learn.snapshot import last_run
+        from cllm.runs import last_run
 
         resume = last_run(config.run.dir)
     training = Training(
@@ -479,23 +622,15 @@ def main(argv: list[str]) -> int:
         training.world.leave()
         if training.world.rank:
             return 130 if training.interrupted else 0
+        steps = training.progress.step
         if training.interrupted:
             training.log.close()
-            note(
-                "train.interrupted",
-                step=training.step,
-                total=training.total,
-                command=f"python -m cllm.train {arguments.config} --resume",
-            )
+            command = f"python -m cllm.train {arguments.config} --resume"
+            note("train.interrupted", step=steps, total=training.total, command=command)
             return 130
         results = training.finish()
         note("train.done", run=training.run)
-        print(
-            json.dumps(
-                {"run": str(training.run), "steps": training.step, "loss": loss, "eval": results},
-                ensure_ascii=False,
-            )
-        )
+        print(to_json({"run": str(training.run), "steps": steps, "loss": loss, "eval": results}))
         return 0
 
 

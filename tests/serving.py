@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cllm.serve.load import Loaded, open_beside, open_model
+from cllm.assembly import Loaded, open_beside, open_model
 
 
 def tiny_base(directory: Path) -> Path:

@@ -136,14 +136,14 @@ def test_what_is_measured_is_what_the_trainer_would_make() -> None:
         "tiny-zh",
         ["model.quantize=none", "model.device=cpu", "train.optimizer=adamw8bit", "lora.dora=true"],
     )
-    subject = bench.Subject(config, *bench._original(config, 1))
-    assert type(subject.optimizer).__name__ == "AdamW8bit"
-    assert all(layer.magnitude is not None for layer in lora_layers(subject.model).values())
+    subject = bench.Subject(config, *bench._original(config, 1), 64)
+    assert type(subject.trainee.optimizer).__name__ == "AdamW8bit"
+    assert all(layer.magnitude is not None for layer in lora_layers(subject.trainee.model).values())
 
 
 def test_generation_is_timed() -> None:
     config = bench._config("tiny-zh", ["model.quantize=none", "model.device=cpu"])
-    results = bench.Subject(config, *bench._original(config, 1)).generation(prompt_tokens=8)
+    results = bench.Subject(config, *bench._original(config, 1), 64).generation(prompt_tokens=8)
     assert [r["rows"] for r in results] == [1, 4, 16]
     assert all(r["first_token_seconds"] > 0 and r["decode_tokens_per_second"] > 0 for r in results)
 

@@ -11,16 +11,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from serving import open_tiny
 
+from cllm.assembly import Loaded, open_model
 from cllm.chat import Terminal
 from cllm.data.schema import Message
 from cllm.messages import UserError
-from cllm.serve import Loaded, open_model
 from cllm.serve.engine import Engine, Sampling
 
 
@@ -120,7 +121,7 @@ def test_terminal_shows_mistakes_and_goes_on(
     loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal, out = talk(
-        loaded._replace(home=None),
+        replace(loaded, home=None),
         engine,
         "/adapter",
         "字" * 2000,

@@ -29,8 +29,9 @@ def step_of(
     """(model, run one step -> StepStats, settings) as the trainer makes them."""
     from cllm.bench import random_row
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import Precision, make_optimizer, train_step
+    from cllm.learn.optim import make_optimizer, train_step
     from cllm.model.checkpoint import random_model
+    from cllm.model.device import Precision
     from cllm.model.lora import inject_lora
     from cllm.model.offload import checkpoint_layers
 
@@ -132,7 +133,8 @@ def test_what_a_capped_card_cannot_take_whole_it_takes_in_parts() -> None:
     from cllm.data.encode import Example
     from cllm.data.packing import collate
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import Precision, StepOutOfMemoryError, make_optimizer, train_step
+    from cllm.learn.optim import StepOutOfMemoryError, make_optimizer, train_step
+    from cllm.model.device import Precision
 
     model, _, _ = step_of("none", "fp32", rows=1, tokens=64)
     texts = torch.randint(0, 4096, (8, 512), generator=torch.Generator().manual_seed(0)).tolist()

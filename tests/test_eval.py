@@ -31,8 +31,8 @@ from cllm.evaluate.answers import (
 from cllm.evaluate.choice import LETTERS, letter_ids, log_likelihoods, read_subjects
 from cllm.evaluate.report import report, write_results
 from cllm.evaluate.votes import summarise
-from cllm.learn.optim import Precision
 from cllm.model import load_model, load_tokenizer
+from cllm.model.device import Precision
 from cllm.serve.engine import Engine
 from tests.conftest import tiny_model
 

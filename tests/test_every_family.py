@@ -20,10 +20,11 @@ from cllm.data.encode import Example
 from cllm.data.packing import PackedRows
 from cllm.learn.log import read_metrics
 from cllm.learn.loss import row_nll, sft_loss
-from cllm.learn.optim import Precision, make_optimizer, train_step
+from cllm.learn.optim import make_optimizer, train_step
 from cllm.learn.snapshot import capture, load_snapshot, restore, save_snapshot
 from cllm.model.attention import packs
 from cllm.model.checkpoint import load_model
+from cllm.model.device import Precision
 from cllm.model.lora import inject_lora, merge_lora
 from cllm.model.offload import checkpoint_layers
 
@@ -153,11 +154,14 @@ def test_a_recurrent_model_trains_on_rows_of_one_sequence(
     )
     with contextlib.closing(training):
         assert all(
-            len(row.cu_seqlens) == 2 for row in [*training.rows.take(8), *training.held_rows]
+            len(row.cu_seqlens) == 2
+            for row in [*training.encoded.rows.take(8), *training.encoded.held_rows]
         )
-        mean = sum(len(example.input_ids) for example in training.examples) / len(training.examples)
-        assert training.rows_per_step == max(1, int(256 // mean)) > 2
-        training.rows.state = (0, 0)
+        mean = sum(len(example.input_ids) for example in training.encoded.rows.examples) / len(
+            training.encoded.rows.examples
+        )
+        assert training.encoded.rows_per_step == max(1, int(256 // mean)) > 2
+        training.encoded.rows.state = (0, 0)
         loss = training.loop()
     losses = [row["loss"] for row in read_metrics(training.run / "metrics.jsonl") if "loss" in row]
     assert len(losses) == 3 and loss == losses[-1] < losses[0]

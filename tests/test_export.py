@@ -368,7 +368,7 @@ def test_merged_program_checks_and_the_template_contract_holds(
 ) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
-    from cllm.serve import open_model
+    from cllm.assembly import open_model
 
     out = tmp_path / "out"
     assert run(trained, "merged", out) == 0

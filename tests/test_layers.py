@@ -20,6 +20,7 @@ LAYER_1 = {
     "config",
     "messages",
     "memory",
+    "runs",
     "data",
     "data.reader",
     "data.schema",
@@ -45,6 +46,8 @@ LAYER_2 = {
     "model.lora",
     "model.attention",
     "model.offload",
+    "model.device",
+    "model.head",
     "learn",
     "learn.loss",
     "learn.optim",
@@ -66,7 +69,10 @@ HEAVY = {
     "gguf",
 }
 # docs/architecture.md says why not the planned 6,000
-MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 9350, 400, 60
+MAX_TOKENS = 123_500
+MAX_FILE_LINES = 1000
+MAX_FUNCTION_LINES = 90
+WIDTH = 140
 
 
 def modules() -> dict[str, Path]:
@@ -133,7 +139,7 @@ def test_imports_point_upwards_only(name: str) -> None:
 def test_rooms_meet_in_the_programs_only(name: str) -> None:
     room = name.split(".")[0]
     allowed = (
-        {"data.encode", "data.packing"}
+        {"data.encode", "data.packing", "model.device", "model.head"}
         if room == "learn"
         else {"data.template", "data.dialects", "data.schema", "data.encode"}
         if name == "model.tokenizer"
@@ -219,41 +225,34 @@ def test_what_is_public_is_documented(name: str) -> None:
     assert ast.get_docstring(tree) and not undocumented, undocumented
 
 
-def code_lines(text: str) -> int:
-    tree = ast.parse(text)
-    skipped: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                skipped |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    drop = (
-        tokenize.COMMENT,
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    )
-    kept: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in drop:
-            kept |= set(range(token.start[0], token.end[0] + 1))
-    return len(kept - skipped)
+def code_tokens(text: str) -> int:
+    """Names, numbers, operators and strings; strings that document something are left out."""
+    documentation: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if alone and isinstance(node.value.value, str):
+            documentation |= set(range(node.lineno, node.end_lineno + 1))
+    counted = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    # From Python 3.12 on an f-string comes in pieces, with types of its own.
+    pieces = [t for t in tokens if t.type in counted or tokenize.tok_name[t.type].startswith("FS")]
+    return sum(token.start[0] not in documentation for token in pieces)
 
 
-def test_line_budget() -> None:
+def test_token_budget() -> None:
     counts = {
-        name: code_lines(path.read_text(encoding="utf-8")) for name, path in modules().items()
+        name: code_tokens(path.read_text(encoding="utf-8")) for name, path in modules().items()
     }
-    assert not {n: c for n, c in counts.items() if c > MAX_FILE}
-    assert sum(counts.values()) <= MAX_PACKAGE, f"{sum(counts.values())} lines of code"
-    for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or node.lineno) - node.lineno
-                assert length <= MAX_FUNCTION, f"{name}.{node.name} has {length} lines"
+    largest = sorted(counts.items(), key=lambda item: -item[1])[:5]
+    assert sum(counts.values()) <= MAX_TOKENS, f"{sum(counts.values())} tokens, most in {largest}"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_files_and_functions_are_short_and_narrow(name: str) -> None:
+    text = modules()[name].read_text(encoding="utf-8")
+    assert text.count("\n") < MAX_FILE_LINES
+    assert not [line for line in text.split("\n") if len(line) > WIDTH]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"

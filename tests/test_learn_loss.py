@@ -18,7 +18,7 @@ from torch import nn
 from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import PackedRows, collate
 from cllm.learn import loss
-from cllm.learn.loss import check_head, row_nll, sft_loss, token_nll
+from cllm.learn.loss import row_nll, sft_loss, token_nll
 from cllm.learn.optim import (
     Precision,
     first_nonfinite,
@@ -28,6 +28,7 @@ from cllm.learn.optim import (
     train_step,
 )
 from cllm.messages import UserError
+from cllm.model.head import check_head
 from cllm.model.int8 import Int8Linear
 from cllm.model.lora import adapter_tensors, inject_lora
 from cllm.model.nf4 import NF4Linear

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from cllm import train
-from cllm.learn.optim import Precision, make_optimizer
-from cllm.learn.proof import cap_allocator, choose_device, peak_storage_bytes, prove, storage_bytes
+from cllm.learn.optim import Trainee, make_optimizer
+from cllm.learn.proof import peak_storage_bytes, prove, storage_bytes
 from cllm.memory import GIB, Settings, estimate_vram, find_shape
 from cllm.messages import UserError
+from cllm.model.device import Precision, cap_allocator, choose_device
+
+CPU = torch.device("cpu")
 
 
 def test_census_counts_storages_not_tensors() -> None:
@@ -83,7 +86,7 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "cllm.model.checkpoint.load_model", lambda *_, **__: pytest.fail("weights were read")
+        "cllm.assembly.load_model", lambda *_, **__: pytest.fail("weights were read")
     )
     with pytest.raises(UserError) as error:
         run(tmp_path / "run", "memory.budget_gib=0.01")
@@ -101,19 +104,17 @@ def test_a_step_over_budget_is_refused_and_put_back() -> None:
     before = [p.clone() for p in model.parameters()]
     generator = torch.get_rng_state()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
-    how = {"precision": precision, "scaler": scaler, "max_norm": 1.0, "plan": None}
 
     def objective(m, b):
         return torch.nn.functional.cross_entropy(
             torch.dropout(m(b.input_ids), 0.1, True), b.input_ids, reduction="sum"
         )
 
+    trainee = Trainee(model, objective, optimizer, precision, scaler)
     with pytest.raises(UserError) as error:
-        prove(model, [random_row(32, 50)], objective, optimizer, budget=1000, **how)  # type: ignore[arg-type]
+        prove(trainee, [random_row(32, 50)], plan=None, budget=1000)
     assert error.value.code == "memory.over"
-    assert (
-        prove(model, [random_row(32, 50)], objective, optimizer, budget=GIB, **how) > 50 * 8 * 4 * 2
-    )  # type: ignore[arg-type]
+    assert prove(trainee, [random_row(32, 50)], plan=None, budget=GIB) > 50 * 8 * 4 * 2  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters()) and not optimizer.state
     assert torch.equal(generator, torch.get_rng_state()) and scaler.get_scale() == 8.0
@@ -125,8 +126,8 @@ def test_a_gpu_that_is_not_there_is_named_in_one_line() -> None:
     with pytest.raises(UserError, match=r"model\.device=cpu") as error:
         choose_device("cuda:0")
     assert "\n" not in str(error.value)
-    assert choose_device("auto") == choose_device("cpu") == "cpu"
-    assert cap_allocator(2.0, "cpu") == 2 * GIB and cap_allocator(0.0, "cpu") == 0
+    assert choose_device("auto") == choose_device("cpu") == CPU
+    assert cap_allocator(2.0, CPU) == 2 * GIB and cap_allocator(0.0, CPU) == 0
 
 
 def test_a_card_without_bf16_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

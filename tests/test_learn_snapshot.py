@@ -22,16 +22,9 @@ from torch import Tensor, nn
 
 from cllm.learn import snapshot
 from cllm.learn.optim import make_optimizer
-from cllm.learn.snapshot import (
-    base_fingerprint,
-    capture,
-    load_snapshot,
-    locked,
-    restore,
-    save_snapshot,
-    snapshots,
-)
+from cllm.learn.snapshot import capture, load_snapshot, restore, save_snapshot, snapshots
 from cllm.messages import UserError
+from cllm.runs import base_fingerprint, locked
 
 ROOT = Path(__file__).parents[1]
 
@@ -238,13 +231,14 @@ def test_one_run_one_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with locked(tmp_path):
         pass
     assert capsys.readouterr().err == ""
-    code = f"import os, pathlib, cllm.learn.snapshot as s; s.locked(pathlib.Path({str(tmp_path)!r})).__enter__(); os._exit(9)"
+    code = f"import os, pathlib, cllm.runs as s; s.locked(pathlib.Path({str(tmp_path)!r})).__enter__(); os._exit(9)"
     gone = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     assert gone.wait() == 9
     with locked(tmp_path):
         assert f"left by a process that is gone (pid {gone.pid} on " in capsys.readouterr().err
-        assert (tmp_path / "lock").read_text(encoding="utf-8").startswith(f"pid {os.getpid()} on ")
-    assert (tmp_path / "lock").read_text(encoding="utf-8") == ""
+        owner = (tmp_path / "owner").read_text(encoding="utf-8")
+        assert owner.startswith(f"pid {os.getpid()} on ")
+    assert not (tmp_path / "owner").exists()
 
 
 def test_another_base_of_the_same_size_is_noticed(tmp_path: Path) -> None:

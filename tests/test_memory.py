@@ -10,9 +10,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cllm.config import LoraConfig, MemoryConfig, ModelConfig
 from cllm.memory import (
     GIB,
     MIB,
@@ -24,12 +26,15 @@ from cllm.memory import (
     fit,
     make_plan,
     nf4_parts,
-    plan_run,
+    plan_training,
     row_flops,
     row_seconds,
     shape_of,
 )
 from cllm.messages import UserError
+
+if TYPE_CHECKING:
+    from cllm.assembly import Assembly
 
 PUBLISHED = json.loads(SHAPES.read_text(encoding="utf-8"))
 PARAMETERS = {  # billions, as the model cards say
@@ -77,50 +82,71 @@ COMMON = {
 }  # fmt: skip
 
 
-def tiny(kind: str) -> dict[str, object]:
+def tiny(kind: str) -> dict[str, Any]:
     gpt2 = {"vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2}
     return {"model_type": kind, **(gpt2 if kind == "gpt2" else COMMON), **TINY[kind]}
 
 
-def build(config: dict[str, object], settings: Settings):  # type: ignore[no-untyped-def]
-    """(model, optimizer, precision, bytes of the slots of streamed layers) as the trainer makes
-    them.
-    """
+def assembled(config: dict[str, Any], settings: Settings) -> Assembly:
+    """A random model as every program puts it together, for training on rows of these settings."""
     import torch
 
-    from cllm.learn.optim import Precision, make_optimizer
-    from cllm.model import offload
-    from cllm.model.checkpoint import random_model
-    from cllm.model.lora import inject_lora
+    from cllm.assembly import assemble
     from cllm.model.nf4 import dequantize, quantize_nf4
 
     # the kernel is chosen and its tables are made before anything is counted
     dequantize(quantize_nf4(torch.ones(64)))
-    torch.manual_seed(0)
-    precision = Precision.choose(settings.precision, "cpu")
-    quantize = None if settings.quantize == "none" else "nf4"
-    model = random_model(
-        config, dtype=precision.weights, quantize=quantize, head=settings.head
-    ).train()
-    for layer in inject_lora(model, rank=settings.rank, alpha=16).values():
-        layer.fused = settings.fused
-    precision.prepare(model)
-    offload.place(model, replace(settings, stream_layers=0), "cpu")
-    slots = offload.stream_layers(model, settings.stream_layers, "cpu")
-    return model, make_optimizer(model, 1e-4, name=settings.optimizer), precision, slots
+    assembly = assemble(
+        config,
+        ModelConfig(
+            quantize=settings.quantize,  # type: ignore[arg-type]
+            precision=settings.precision,  # type: ignore[arg-type]
+            head=settings.head,  # type: ignore[arg-type]
+            device="cpu",
+        ),
+        MemoryConfig(
+            checkpoint_layers=settings.checkpoint_layers,
+            offload_inputs=settings.offload_inputs,
+            stream_layers=settings.stream_layers,
+            mlp_tile_tokens=settings.mlp_tile_tokens,
+            embedding=settings.embedding,  # type: ignore[arg-type]
+        ),
+        adapter=LoraConfig(
+            rank=settings.rank, alpha=16, dropout=0.05 * settings.dropout, dora=settings.dora
+        ),
+        row_tokens=settings.row_tokens,
+        optimizer=settings.optimizer,
+    )
+    assembly.model.train()
+    return assembly
 
 
-def census(config: dict[str, object], settings: Settings) -> tuple[int, int]:
+def slot_bytes(model: Any) -> int:
+    """Bytes of the two slots that streamed layers pass through."""
+    weights = (getattr(layer.forward, "weights", None) for layer in model.base_model.modules())
+    streaming = next((pair[0] for pair in weights if pair), None)
+    return sum(slot.nbytes for slot in streaming.slots) if streaming else 0
+
+
+def census(config: dict[str, Any], settings: Settings) -> tuple[int, int]:
     """(bytes of parameters, buffers and slots; peak of one accumulated step on top of them, which
     ends before AdamW makes its moments).
     """
     from cllm.data.encode import Example
     from cllm.data.packing import collate
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import train_step
+    from cllm.learn.optim import Trainee, make_optimizer
     from cllm.learn.proof import peak_storage_bytes, storage_bytes
 
-    model, optimizer, precision, slots = build(config, settings)
+    assembly = assembled(config, settings)
+    model, precision = assembly.model, assembly.precision
+    trainee = Trainee(
+        model,
+        lambda m, b: sft_loss(m, b, settings.chunk_bytes),
+        make_optimizer(model, 1e-4, name=settings.optimizer),
+        precision,
+        precision.scaler(),
+    )
     # two: attention's outputs are put together
     long, short = [3 + i % 100 for i in range(settings.row_tokens - 8)], list(range(8))
     single = config["model_type"] == "qwen3_5_text"  # recurrent layers take one
@@ -129,20 +155,8 @@ def census(config: dict[str, object], settings: Settings) -> tuple[int, int]:
         if single
         else [Example(long, long), Example(short, short)]
     )
-    held = storage_bytes([*model.parameters(), *model.buffers()]) + slots
-
-    def step() -> None:
-        train_step(
-            model,
-            [row, row],
-            lambda m, b: sft_loss(m, b, settings.chunk_bytes),
-            optimizer,
-            precision=precision,
-            scaler=precision.scaler(),
-            max_norm=1.0,
-        )
-
-    return held, peak_storage_bytes(step)
+    held = storage_bytes([*model.parameters(), *model.buffers()]) + slot_bytes(model)
+    return held, peak_storage_bytes(lambda: trainee.step([row, row]))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +177,7 @@ def test_parameters_and_optimizer_are_counted_byte_for_byte(kind: str, quantize:
     ],
     ids=str,
 )
-def test_new_settings_are_counted_byte_for_byte(change: dict[str, object]) -> None:
+def test_new_settings_are_counted_byte_for_byte(change: dict[str, Any]) -> None:
     check_fixed(
         "llama",
         replace(Settings(64, "nf4", "bf16", rank=4, device="cpu"), **change),
@@ -173,10 +187,13 @@ def test_new_settings_are_counted_byte_for_byte(change: dict[str, object]) -> No
 
 def check_fixed(kind: str, settings: Settings, **sizes: int) -> None:
     """What is loaded, and the optimizer's moments after a step."""
+    from cllm.learn.optim import make_optimizer
     from cllm.learn.proof import storage_bytes
 
     config = {**tiny(kind), **sizes}
-    model, optimizer, _, slots = build(config, settings)
+    model = assembled(config, settings).model
+    optimizer = make_optimizer(model, 1e-4, name=settings.optimizer)
+    slots = slot_bytes(model)
     estimate = estimate_vram(shape_of(config), settings)
     items = estimate.items
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -219,8 +236,10 @@ CASES = [
         for precision in ("fp32", "bf16")
     ),
     ("gpt2", {"checkpoint_layers": 0}),
-    ("llama", {"fused": False}),
-    ("glm", {"fused": False, "checkpoint_layers": 0}),
+    ("llama", {"dropout": True}),
+    ("glm", {"dropout": True, "checkpoint_layers": 0}),
+    ("llama", {"dora": True}),
+    ("glm", {"dora": True, "checkpoint_layers": 0}),
     ("llama", {"offload_inputs": True}),
     ("llama", {"mlp_tile_tokens": 64}),
     ("llama", {"mlp_tile_tokens": 64, "checkpoint_layers": 0}),
@@ -233,9 +252,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "change"), CASES, ids=lambda value: str(value))
-def test_peak_is_within_five_percent_of_a_storage_census(
-    kind: str, change: dict[str, object]
-) -> None:
+def test_peak_is_within_five_percent_of_a_storage_census(kind: str, change: dict[str, Any]) -> None:
     """On the CPU host memory is in the census too."""
     settings = replace(
         Settings(192, "nf4", "bf16", rank=4, device="cpu"),
@@ -389,7 +406,7 @@ def test_alibi_within_five_percent_of_a_storage_census(checkpoint_layers: int) -
         ),
     ],
 )
-def test_unknown_shapes_are_refused_in_one_line(config: dict[str, object], part: str) -> None:
+def test_unknown_shapes_are_refused_in_one_line(config: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError) as error:
         shape_of(config, "X")
     assert part in str(error.value) and "\n" not in str(error.value)
@@ -502,12 +519,12 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 def test_a_run_without_budget_or_shape_goes_unplanned(capsys: pytest.CaptureFixture[str]) -> None:
     settings = Settings(64, device="cpu")
     assert (
-        plan_run(PUBLISHED["Qwen/Qwen3-4B"], "x", settings, 0) == (settings, None)
+        plan_training(PUBLISHED["Qwen/Qwen3-4B"], "x", settings, 0) == (settings, None)
         and not capsys.readouterr().err
     )
-    assert plan_run({"model_type": "qwen3_moe"}, "x", settings, GIB) == (settings, None)
+    assert plan_training({"model_type": "qwen3_moe"}, "x", settings, GIB) == (settings, None)
     assert "qwen3_moe" in capsys.readouterr().err
-    _, estimate = plan_run(PUBLISHED["HuggingFaceTB/SmolLM2-135M"], "x", settings, 8 * GIB)
+    _, estimate = plan_training(PUBLISHED["HuggingFaceTB/SmolLM2-135M"], "x", settings, 8 * GIB)
     assert (
         estimate is not None
         and f"plan {estimate.total / GIB:.2f} of 8.00 GiB" in capsys.readouterr().err

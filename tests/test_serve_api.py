@@ -17,9 +17,9 @@ import pytest
 import uvicorn
 from serving import open_tiny
 
+from cllm.assembly import Loaded
 from cllm.serve.api import BODY_BYTES, HEADERS, MAX_WAITING, Guard, build_app
 from cllm.serve.engine import Engine
-from cllm.serve.load import Loaded
 
 KEY = "k-" + "s" * 20
 HELLO = [{"role": "user", "content": "你好"}]

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from serving import open_two
 
+from cllm.assembly import Loaded
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
 from cllm.serve.engine import Sampling
-from cllm.serve.load import Loaded
 from cllm.serve.ui import _chart, build_page, mount_page
 
 GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order

@@ -375,7 +375,11 @@ def test_rejects_over_a_fifth_can_be_accepted(config: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"33% of the rows were rejected \(10\)"):
         Training(load_config(config, [f"data.train={mixed}"]))
     assert (
-        len(Training(load_config(config, [f"data.train={mixed}"]), accept_rejects=True).examples)
+        len(
+            Training(
+                load_config(config, [f"data.train={mixed}"]), accept_rejects=True
+            ).encoded.rows.examples
+        )
         == 16
     )
 
@@ -444,8 +448,8 @@ def test_a_base_with_nan_is_named_and_nothing_is_overwritten(
 
 def test_nothing_to_learn_and_nothing_learned_both_fail(config: Path) -> None:
     training = Training(load_config(config, ["data.held_out=0"]))
-    masked = [Example(e.input_ids, [-100] * len(e.labels)) for e in training.examples]
-    training.rows.examples = masked
+    masked = [Example(e.input_ids, [-100] * len(e.labels)) for e in training.encoded.rows.examples]
+    training.encoded.rows.examples = masked
     with pytest.raises(UserError, match="step 1: the loss is exactly 0"):
         training.loop()
     still = Training(
@@ -529,7 +533,7 @@ def test_killed_runs_end_as_if_nothing_had_happened() -> None:
 
 def test_mixture_weights_and_continued_pretraining(config: Path, tmp_path: Path) -> None:
     half = f"data.train=[{{path={json.dumps(str(tmp_path / 'data.jsonl'))}, weight=1.5}}]"
-    assert len(Training(load_config(config, [half, "data.held_out=0"])).examples) == 60
+    assert len(Training(load_config(config, [half, "data.held_out=0"])).encoded.rows.examples) == 60
     texts = tmp_path / "texts.jsonl"
     texts.write_text(
         "".join(
@@ -542,5 +546,5 @@ def test_mixture_weights_and_continued_pretraining(config: Path, tmp_path: Path)
             config, [f"data.train={texts}", "data.kind=text", "data.held_out=0", "eval.samples=0"]
         )
     )
-    assert len(training.examples) == 20
+    assert len(training.encoded.rows.examples) == 20
     assert training.loop() > 0 and training.finish() == {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cllm.data.encode import Example
 from cllm.data.packing import collate
 from cllm.learn.ladder import Ladder
 from cllm.learn.log import read_metrics
+from cllm.learn.optim import Objective
 from cllm.train import Training
 
 OPTIONS = ["lora.dropout=0", "eval.samples=0", "run.snapshot_every=2"]
@@ -47,26 +49,34 @@ def finished(
     return training
 
 
+def learn_from(training: Training, objective: Objective) -> None:
+    """Give the training another loss."""
+    training.trainee = replace(training.trainee, objective=objective)
+
+
 def over(limit: int) -> Callable[[Training], None]:
     """The forward fits at most `limit` tokens."""
 
     def disturb(training: Training) -> None:
-        objective = training.objective
-        training.objective = lambda model, batch: (
-            boom() if len(batch.input_ids) > limit else objective(model, batch)
+        objective = training.trainee.objective
+        learn_from(
+            training,
+            lambda model, batch: (
+                boom() if len(batch.input_ids) > limit else objective(model, batch)
+            ),
         )
 
     return disturb
 
 
 def backward_once(training: Training) -> None:
-    objective, state = training.objective, {"left": 1}
+    objective, state = training.trainee.objective, {"left": 1}
 
     def failing(model: Any, batch: Any) -> Tensor:
         loss: Tensor = objective(model, batch)
 
         def hook(gradient: Tensor) -> Tensor:
-            if training.step == 3 and state["left"]:
+            if training.progress.step == 3 and state["left"]:
                 state["left"] = 0
                 boom()
             return gradient
@@ -74,11 +84,11 @@ def backward_once(training: Training) -> None:
         loss.register_hook(hook)
         return loss
 
-    training.objective = failing
+    learn_from(training, failing)
 
 
 def optimizer_once(training: Training) -> None:
-    step, state = training.optimizer.step, {"calls": 0}
+    step, state = training.trainee.optimizer.step, {"calls": 0}
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         state["calls"] += 1
@@ -88,16 +98,19 @@ def optimizer_once(training: Training) -> None:
             boom()
         return step(*args, **kwargs)
 
-    training.optimizer.step = failing  # type: ignore[method-assign]
+    training.trainee.optimizer.step = failing  # type: ignore[method-assign]
 
 
 def until(rung: str) -> Callable[[Training], None]:
     """No forward fits before the ladder is down at `rung`."""
 
     def disturb(training: Training) -> None:
-        objective = training.objective
-        training.objective = lambda model, batch: (
-            objective(model, batch) if getattr(training.ladder, rung) else boom()
+        objective = training.trainee.objective
+        learn_from(
+            training,
+            lambda model, batch: (
+                objective(model, batch) if getattr(training.ladder, rung) else boom()
+            ),
         )
 
     return disturb
@@ -158,15 +171,18 @@ def test_shorter_rows_need_leave_and_what_never_fits_ends_in_one_line(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def short_rows_only(training: Training) -> None:
-        objective = training.objective
-        training.objective = lambda model, batch: (
-            objective(model, batch) if training.ladder.row_tokens < 128 else boom()
+        objective = training.trainee.objective
+        learn_from(
+            training,
+            lambda model, batch: (
+                objective(model, batch) if training.ladder.row_tokens < 128 else boom()
+            ),
         )
 
     training = finished(config, short_rows_only, allow_changes=True)
     assert (
-        training.step == 6
-        and training.rows_per_step == 4
+        training.progress.step == 6
+        and training.encoded.rows_per_step == 4
         and "row_tokens 64" in capsys.readouterr().err
     )
     # its ladder is taken up from the snapshot

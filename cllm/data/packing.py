@@ -185,3 +185,11 @@ class PackedRows:
         """The row with the most tokens of the first epoch: what the memory plan is proven on."""
         longest = max(self._rows(0), key=lambda row: sum(self.sizes[i] for i in row))
         return collate([self.examples[i] for i in longest])
+
+    def largest(self) -> list[PackedBatch]:
+        """The rows that a memory plan is proven on: the one with the most tokens, and the one with
+        the longest sequence, which attention's memory may follow.
+        """
+        rows = self._rows(0)
+        longest = max(rows, key=lambda row: max(self.sizes[i] for i in row))
+        return [self.longest(), collate([self.examples[i] for i in longest])]

@@ -23,12 +23,11 @@ from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import PackedBatch, best_fit, collate
 from cllm.data.schema import Conversation, Message
 from cllm.learn.loss import row_nll
-from cllm.learn.optim import Precision, out_of_memory
 from cllm.messages import UserError, note
 from cllm.metrics import BLEU, ROUGE, Score, corpus_statistics, generation_scores, paired_bootstrap
 from cllm.model.attention import packs
+from cllm.model.device import Precision, device_of, out_of_memory, release_memory
 from cllm.model.lora import disable_lora, lora_layers
-from cllm.model.offload import device_of
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.serve.engine import Engine, Sampling
 
@@ -135,7 +134,7 @@ def _row_sums(model: nn.Module, row: PackedBatch, chunk_bytes: int) -> Rows:
         if not out_of_memory(error):
             raise
     # here, not in the handler: the traceback holds on to the failed tensors
-    torch.cuda.empty_cache()
+    release_memory()
     if len(lengths) == 1:
         note("eval.memory", tokens=lengths[0])
         return [[0.0, 0.0]]

@@ -23,10 +23,10 @@ from transformers import DynamicCache
 
 from cllm.data.schema import Message
 from cllm.evaluate.answers import Rows, before_after, versus
-from cllm.learn.loss import output_head
-from cllm.learn.optim import out_of_memory
 from cllm.messages import UserError
 from cllm.metrics import wilson_interval
+from cllm.model.device import out_of_memory
+from cllm.model.head import output_head
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.serve.engine import Engine
 

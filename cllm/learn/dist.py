@@ -31,28 +31,27 @@ class World:
     once.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device or torch.device("cpu")
 
     @classmethod
-    def join(cls, device: str) -> World:
+    def join(cls, device: torch.device) -> World:
         """The world of torchrun's environment, each rank of a machine on its own GPU; without
         torchrun a world of one.
 
         Raises UserError under a launcher that shards parameters: FSDP and DeepSpeed are not built.
         """
-        if sharding := [
-            n
-            for n in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-            if os.environ.get(n, "").lower() == "true"
-        ]:
-            raise UserError("dist.sharded", name=sharding[0])
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            if os.environ.get(name, "").lower() == "true":
+                raise UserError("dist.sharded", name=name)
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return cls(device=device)
-        cuda = device.startswith("cuda")
+        cuda = device.type == "cuda"
         if cuda:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         world = cls(int(os.environ["RANK"]), size, device)
         with world._peers():

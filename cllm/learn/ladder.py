@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cllm.data.packing import PackedBatch
 
@@ -25,6 +26,13 @@ class Ladder:
     offload_inputs: bool = False
     """Inputs of all layers wait in host memory, and the layers are recomputed."""
     embedding_on_cpu: bool = False
+
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> Ladder:
+        """From a snapshot's state.json. Raises LookupError, TypeError or ValueError."""
+        micro_tokens, row_tokens = int(values["micro_tokens"]), int(values["row_tokens"])
+        on_cpu = bool(values["embedding_on_cpu"])
+        return cls(micro_tokens, row_tokens, bool(values["offload_inputs"]), on_cpu)
 
     def down(self, rows: Sequence[PackedBatch], *, shorten: bool) -> Ladder | None:
         """The next rung after `rows` did not fit; None if nothing is left (shorter rows only if

@@ -5,14 +5,18 @@ optional tracker.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cllm.messages import UserError, note
+from cllm.messages import UserError, note, to_json
+
+if TYPE_CHECKING:
+    import torch
 
 LOGGED_SECONDS = 30
 """A log file that is no terminal gets a line at least this often."""
@@ -66,10 +70,9 @@ class RunLog:
 
     def __init__(self, directory: Path, total_steps: int, tracker: Tracker | None = None) -> None:
         self.path = directory / "metrics.jsonl"
-        self.total, self.tracker = total_steps, tracker
-        self._recent = deque(
-            (row["loss"] for row in read_metrics(self.path) if "loss" in row), maxlen=50
-        )
+        self.total = total_steps
+        self.tracker = tracker
+        self._recent = deque((loss for _, loss in losses(read_metrics(self.path))), maxlen=50)
         # seconds of the last steps; evaluations do not count
         self._paces: deque[float] = deque(maxlen=50)
         self._printed = time.perf_counter()
@@ -83,9 +86,11 @@ class RunLog:
         step = values["step"]
         self._paces.append(values["tokens"] / values["tokens_per_second"])
         remaining = sum(self._paces) / len(self._paces) * (self.total - step)
+        peak = values["peak_memory_bytes"] / 2**30
         line = (
-            f"step {step:>5}/{self.total}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
-            f"{values['tokens_per_second']:,.0f} tok/s  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB  eta {duration(remaining)}"
+            f"step {step:>5}/{self.total}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  "
+            f"grad {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
+            f"peak {peak:.2f} GiB  eta {duration(remaining)}"
         )
         due = (
             time.perf_counter() - self._printed > LOGGED_SECONDS
@@ -111,12 +116,13 @@ class RunLog:
                 count=len(self._recent),
                 most=f"{max(self._recent):.3f}",
             )
-        self._recent.append(values["loss"])
+        if math.isfinite(values["loss"]):
+            self._recent.append(values["loss"])
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one object at once, so that a crash loses nothing and the page can follow."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            file.write(to_json(values) + "\n")
         if self.tracker:
             numbers = {
                 k: float(v) for k, v in values.items() if isinstance(v, int | float) and k != "step"
@@ -135,13 +141,13 @@ class RunLog:
         draw_loss(self.path, self.path.with_name("loss.png"))
 
 
-def peak_memory_bytes(device: str) -> int:
-    """Most memory taken so far: allocated on a GPU, resident in this process on the CPU (0 where
+def peak_memory_bytes(device: torch.device | None) -> int:
+    """Most memory taken so far: allocated on a GPU, resident in this process on the CPU or for None (0 where
     the system does not tell).
     """
-    import torch
+    if device is not None and device.type == "cuda":
+        import torch
 
-    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
@@ -174,13 +180,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def losses(rows: list[dict[str, Any]], key: str = "loss") -> list[tuple[int, float]]:
+    """(step, loss) of a metrics.jsonl's objects; steps whose loss was not finite are left out."""
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def last_loss(path: Path) -> float | None:
+    """The last training loss in a metrics.jsonl; None where there is none yet."""
+    recorded = losses(read_metrics(path))
+    return recorded[-1][1] if recorded else None
+
+
 def draw_loss(metrics: Path, target: Path) -> None:
     """Training loss (raw and smoothed) and held-out loss over the steps, as a PNG."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics)
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    held = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    train = losses(rows)
+    held = losses(rows, "eval_loss")
     if not train:
         return
     smooth, value = [], train[0][1]

@@ -18,59 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from cllm.data.encode import IGNORE_INDEX
 from cllm.data.packing import PackedBatch
-from cllm.messages import UserError
+from cllm.model.head import output_head
 
 CHUNK_BYTES = 128 * 2**20
 _TILE = 2**25  # weights of a 4-bit head dequantized at a time: 64 MiB in 16 bits, twice
 # of a chunk, this much at a time is looked at in float32: it stays in the processor's cache
 _FP32_BYTES = 16 * 2**20
-
-
-class ScaledHead(nn.Module):
-    """lm_head followed by what some architectures do to its logits: c tanh(x / c) (Gemma 2) or a
-    factor (Granite, Cohere).
-    """
-
-    def __init__(self, head: nn.Module, softcap: float | None, factor: float) -> None:
-        super().__init__()
-        self.head, self.softcap, self.factor = head, softcap, factor
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden) * self.factor
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
-
-
-def output_head(model: Any) -> nn.Module:
-    """What turns the last hidden states of a Transformers model into its logits: the bare lm_head
-    wherever that is the truth.
-    """
-    head: nn.Module = model.get_output_embeddings()
-    config = model.config
-    softcap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None) or 1.0 / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return head if softcap is None and factor == 1.0 else ScaledHead(head, softcap, factor)
-
-
-@torch.no_grad()
-def check_head(model: Any) -> None:
-    """Raises UserError if the model's logits are not `output_head` of its last hidden states: its
-    loss would be another one.
-    """
-    ids, was_training = (
-        torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None],
-        model.training,
-    )
-    model.eval()  # dropout would make two passes differ
-    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    model.train(was_training)
-    if (
-        hidden is None
-        or (output_head(model)(hidden).float() - logits).abs().max() > 0.01 * logits.abs().max()
-    ):
-        raise UserError("train.head", architecture=type(model).__name__)
 
 
 def token_nll(

@@ -10,7 +10,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cllm.data.packing import PackedBatch
 from cllm.learn.dist import World
-from cllm.messages import UserError
+from cllm.model.device import Precision, out_of_memory
 
 Result = TypeVar("Result")
 Objective = Callable[[nn.Module, PackedBatch], Tensor]
@@ -39,65 +39,6 @@ class StepStats(NamedTuple):
     """The loss or the gradient was not finite: nothing was updated (and an enabled scaler lowered
     its scale).
     """
-
-
-class Precision(NamedTuple):
-    """How numbers are held and multiplied: weights of the base, and whether fp16 autocast with a
-    scaler is on.
-    """
-
-    name: str
-    weights: torch.dtype
-    device: str
-
-    @classmethod
-    def choose(cls, name: str, device: str) -> Precision:
-        """ "auto": bf16 where the GPU computes in it, else fp16 with a scaler; float32 on the CPU.
-
-        Raises UserError for bf16 on a card that only emulates it."""
-        if name == "auto":
-            name = (
-                "fp32"
-                if device == "cpu"
-                else "bf16"
-                if torch.cuda.is_bf16_supported(including_emulation=False)
-                else "fp16"
-            )
-        if (
-            name == "bf16"
-            and device == "cuda"
-            and not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
-            raise UserError("memory.no_bf16")
-        return cls(
-            name,
-            {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name],
-            device,
-        )
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """fp16 runs under autocast; bf16 and fp32 need none, the adapters follow their input."""
-        return (
-            torch.autocast(self.device, dtype=torch.float16)
-            if self.name == "fp16"
-            else nullcontext()
-        )
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """A scaler that is switched on for fp16 only."""
-        return torch.amp.GradScaler(self.device, enabled=self.name == "fp16")
-
-    def prepare(self, model: Any) -> None:
-        """fp16: keep the residual stream in float32, where 8-bit exponents of large activations
-        would overflow.
-        """
-        if self.name == "fp16":
-            for module in model.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.float()  # the CPU's takes weights of its input's dtype only
-            model.get_input_embeddings().register_forward_hook(
-                lambda _module, _inputs, output: output.float()
-            )
 
 
 def learning_rate(
@@ -247,15 +188,6 @@ class StepOutOfMemoryError(Exception):
         self.altered = altered
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device, or the host, has no memory left."""
-    # The CPU's allocator and cuBLAS have no exception class of their own.
-    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in said
-    )
-
-
 def train_step(
     model: nn.Module,
     batches: Sequence[PackedBatch],
@@ -379,3 +311,37 @@ def first_nonfinite(
         for handle in handles:
             handle.remove()
     return found[0] if found else ""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What learns: a model with its objective, optimizer and number format."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    scaler: torch.amp.GradScaler
+    max_norm: float = 1.0
+
+    def step(
+        self,
+        rows: Sequence[PackedBatch],
+        *,
+        world: World | None = None,
+        seed: str = "",
+        micro_tokens: int = sys.maxsize,
+    ) -> StepStats:
+        """`train_step` on these rows."""
+        return train_step(
+            self.model,
+            rows,
+            self.objective,
+            self.optimizer,
+            precision=self.precision,
+            scaler=self.scaler,
+            max_norm=self.max_norm,
+            world=world,
+            seed=seed,
+            micro_tokens=micro_tokens,
+        )

@@ -1,5 +1,5 @@
-"""What a step really takes: the census of storages, the allocator's cap, and the proof of a plan on
-the longest row before training.
+"""What a step really takes: the census of storages, and the proof of a plan on the largest rows
+before training.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cllm.data.packing import PackedBatch
-from cllm.learn.optim import Objective, Precision, train_step
+from cllm.learn.optim import Trainee
 from cllm.learn.snapshot import capture, restore
-from cllm.memory import CONTEXT_BYTES, GIB, VramEstimate
+from cllm.memory import GIB, VramEstimate
 from cllm.messages import UserError, note
+from cllm.model.device import device_of
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind `tensors`."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def peak_storage_bytes(run: Callable[[], object]) -> int:
@@ -39,14 +42,10 @@ def peak_storage_bytes(run: Callable[[], object]) -> int:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             result = func(*args, **(kwargs or {}))
-            old = {
-                t.untyped_storage()._cdata
-                for t in tree_leaves((args, kwargs))
-                if isinstance(t, torch.Tensor)
-            }
-            for storage in (
-                t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)
-            ):
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            old = {t.untyped_storage()._cdata for t in inputs}
+            outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+            for storage in (t.untyped_storage() for t in outputs):
                 if storage._cdata not in old and storage._cdata not in known:
                     known[storage._cdata] = storage.nbytes()
                     self.alive += storage.nbytes()
@@ -70,54 +69,22 @@ def peak_bytes(
     """Peak while `run` runs: `max_memory_allocated` on a GPU, else what model and optimizer hold
     and a census of the rest.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device)
     state = [t for values in optimizer.state.values() for t in values.values()]
-    return storage_bytes([*model.parameters(), *model.buffers(), *state]) + peak_storage_bytes(run)
-
-
-def cap_allocator(budget_gib: float, device: torch.device | str) -> int:
-    """Keep PyTorch within `budget_gib` less the CUDA context (0: within what is free); returns the
-    budget in bytes.
-
-    On the CPU nothing can be capped, and 0 means no budget.
-    """
-    budget = int(budget_gib * GIB)
-    if torch.device(device).type != "cuda":
-        return budget
-    free, total = torch.cuda.mem_get_info(device)  # makes the context, so free is without it
-    usable = min(free, budget - CONTEXT_BYTES) if budget else free
-    torch.cuda.set_per_process_memory_fraction(max(0.0, usable / total), device)
-    return usable + CONTEXT_BYTES
-
-
-def choose_device(name: str) -> str:
-    """ "auto": the GPU if torch can use one, else the CPU. Raises UserError for a GPU that is asked
-    for and cannot be used.
-    """
-    if name.startswith("cuda"):
-        try:
-            torch.cuda.init()
-        except (RuntimeError, AssertionError) as error:  # no driver, an old one, a build for CPUs
-            raise UserError(
-                "memory.no_gpu", device=name, reason=str(error).strip().splitlines()[0]
-            ) from error
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [t for t in state if isinstance(t, Tensor)]
+    held = storage_bytes([*model.parameters(), *model.buffers(), *tensors])
+    return held + peak_storage_bytes(run)
 
 
 def prove(
-    model: nn.Module,
+    trainee: Trainee,
     rows: list[PackedBatch],
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
     *,
-    precision: Precision,
-    scaler: torch.amp.GradScaler,
-    max_norm: float,
     plan: VramEstimate | None,
     budget: int,
     micro_tokens: int = sys.maxsize,
@@ -129,26 +96,18 @@ def prove(
     generators are put back; a copy of the scaler serves, as a failure spoils it. Raises UserError
     if it takes more than the budget, StepOutOfMemoryError if memory ran out.
     """
-    own = copy.deepcopy(scaler)
+    model, optimizer = trainee.model, trainee.optimizer
+    tried = replace(trainee, scaler=copy.deepcopy(trainee.scaler))
     before = {name: tensor.clone() for name, tensor in capture(model, optimizer).items()}
-    how: dict[str, Any] = {
-        "precision": precision,
-        "scaler": own,
-        "max_norm": max_norm,
-        "micro_tokens": micro_tokens,
-    }
     try:
-        train_step(model, rows[0].split(1)[-1:], objective, optimizer, **how)
-        peak = peak_bytes(
-            lambda: train_step(model, rows, objective, optimizer, **how), model, optimizer
-        )
+        tried.step(rows[0].split(1)[-1:], micro_tokens=micro_tokens)
+        peak = peak_bytes(lambda: tried.step(rows, micro_tokens=micro_tokens), model, optimizer)
     finally:
         restore(model, optimizer, before)
-    values = {"row": len(rows[0].input_ids), "peak": f"{peak / GIB:.3f}"}
+    row, measured = max(len(batch.input_ids) for batch in rows), f"{peak / GIB:.3f}"
     if peak + (plan.items["context"] if plan else 0) > budget:
-        raise UserError("memory.over", **values, budget=f"{budget / GIB:.3f}")
-    planned, ratio = (
-        (f"{plan.allocated / GIB:.3f}", f"{peak / plan.allocated:.0%}") if plan else ("?", "?")
-    )
-    note("memory.proven", **values, plan=planned, ratio=ratio)
+        raise UserError("memory.over", row=row, peak=measured, budget=f"{budget / GIB:.3f}")
+    planned = f"{plan.allocated / GIB:.3f}" if plan else "?"
+    ratio = f"{peak / plan.allocated:.0%}" if plan else "?"
+    note("memory.proven", row=row, peak=measured, plan=planned, ratio=ratio)
     return peak

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ from cllm.model.shards import (
     weight_files,
     write_safetensors,
 )
+
+_RANDOM = 2**24  # random weights made at a time
 
 
 class Checkpoint(NamedTuple):
@@ -254,6 +257,35 @@ def converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Ten
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """In which form the weights of a model are held, and where each part lives."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the floating-point weights; rotary frequencies stay float32."""
+    device: torch.device | str = "cpu"
+    quantize: str | None = None
+    """"nf4": every Linear but the head becomes `cllm.model.nf4.NF4Linear`."""
+    head: str = "16bit"
+    """"nf4" or "int8": the head is quantized too, after a tied embedding has been kept."""
+    stream_layers: int = 0
+    """So many layers stay in host memory, for `cllm.model.offload.stream_layers`."""
+    embedding: str = "device"
+    """"cpu": in host memory; "auto": there beside an NF4 base on a GPU, unless a 16-bit head
+    shares it.
+    """
+
+    def __post_init__(self) -> None:
+        if self.quantize not in (None, "nf4"):
+            raise ValueError(f"quantize = {self.quantize!r}")
+
+    def embedding_waits(self, *, tied: bool) -> bool:
+        """Whether the embedding lives in host memory while the model computes elsewhere."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        automatic = on_gpu and self.quantize == "nf4" and not (tied and self.head == "16bit")
+        return self.embedding == "cpu" or (self.embedding == "auto" and automatic)
+
+
 def load_model(
     path: str | Path,
     *,
@@ -262,30 +294,19 @@ def load_model(
     quantize: str | None = None,
     head: str = "16bit",
     stream_layers: int = 0,
+    embedding: str = "device",
 ) -> nn.Module:
     """The native Transformers causal LM of a checkpoint directory or `.gguf` file, in evaluation
-    mode, attention "cllm".
+    mode, attention "cllm"; the keywords are those of `Placement`.
 
-    dtype: of the floating-point weights (rotary frequencies stay float32). quantize="nf4": every
-    Linear but the head becomes `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the
-    whole model never exists; head="nf4" or "int8": the head too, after a tied embedding has been
-    kept. stream_layers: so many layers stay in host memory, for `cllm.model.offload.stream_layers`.
-    Call it like the native class: `model(input_ids=...).logits`. Raises UserError as
-    `open_checkpoint`, `check` and `cllm.model.shards` say.
+    Weights are converted and quantized while they stream: a 16-bit copy of a quantized model never
+    exists, and what is to live in host memory never visits the device. Call the result like the
+    native class: `model(input_ids=...).logits`. Raises UserError as `open_checkpoint`, `check` and
+    `cllm.model.shards` say.
     """
-    if quantize not in (None, "nf4"):
-        raise ValueError(f"quantize = {quantize!r}")
+    placement = Placement(dtype, device, quantize, head, stream_layers, embedding)
     checkpoint, model, layout = open_native(Path(path), dtype)
-    _fill(
-        model,
-        checkpoint,
-        layout,
-        converted(checkpoint, layout),
-        device,
-        quantize=quantize,
-        head=head,
-        stream_layers=stream_layers,
-    )
+    _fill(model, checkpoint, layout, converted(checkpoint, layout), placement)
     model.name_or_path = str(path)
     return model  # type: ignore[no-any-return]
 
@@ -295,15 +316,18 @@ def random_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    **options: Any,
+    quantize: str | None = None,
+    head: str = "16bit",
+    stream_layers: int = 0,
+    embedding: str = "device",
 ) -> nn.Module:
-    """As `load_model` with its `options`, from the sizes in a config.json (original or native) and
-    random weights: what a card does, without a download.
+    """As `load_model`, from the sizes in a config.json (original or native) and random weights:
+    what a card does, without a download.
     """
+    placement = Placement(dtype, device, quantize, head, stream_layers, embedding)
     family = families.family_of(config) or families.NATIVE
-    checkpoint = Checkpoint(
-        Path("config.json"), family, _native_config(Path("config.json"), family, config), []
-    )
+    file = Path("config.json")
+    checkpoint = Checkpoint(file, family, _native_config(file, family, config), [])
     model = skeleton(checkpoint, dtype)
     layout: Layout = {
         name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()
@@ -311,15 +335,16 @@ def random_model(
 
     def random() -> Iterator[tuple[str, Tensor]]:
         for name, (shape, _) in layout.items():
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            yield (
-                name,
-                tensor.normal_(0, 0.02)
-                if len(shape) > 1
-                else tensor.fill_(name.endswith("weight")),
-            )
+            tensor = torch.empty(shape, dtype=dtype)
+            if len(shape) == 1:
+                yield name, tensor.fill_(name.endswith("weight"))
+                continue
+            # The device's generator is faster; it is given a little at a time, as of a checkpoint.
+            for rows in tensor.split(max(1, _RANDOM // shape[1])):
+                rows.copy_(torch.empty(rows.shape, dtype=dtype, device=device).normal_(0, 0.02))
+            yield name, tensor
 
-    _fill(model, checkpoint, layout, random(), device, **options)
+    _fill(model, checkpoint, layout, random(), placement)
     return model  # type: ignore[no-any-return]
 
 
@@ -328,41 +353,53 @@ def _fill(
     checkpoint: Checkpoint,
     layout: Layout,
     tensors: Iterator[tuple[str, Tensor]],
-    device: str | torch.device,
-    *,
-    quantize: str | None = None,
-    head: str = "16bit",
-    stream_layers: int = 0,
+    placement: Placement,
 ) -> None:
     """Put native tensors into a model on the meta device, quantizing as they come; then what no
     checkpoint stores.
     """
-    output, layers = model.get_output_embeddings(), decoder_layers(model)
-    streamed = {
-        id(module)
-        for index in streamed_layers(len(layers), stream_layers)
-        for module in layers[index].modules()
-    }
+    device = torch.device(placement.device)
+    output = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    layers = decoder_layers(model)
+    streamed = (layers[i] for i in streamed_layers(len(layers), placement.stream_layers))
+    waiting = {id(module) for layer in streamed for module in layer.modules()}
+    if placement.embedding_waits(tied=embedding.weight is output.weight):
+        waiting.add(id(embedding))
+    if placement.head != "16bit":
+        waiting.add(id(output))  # what is quantized at the end needs no room on the device before
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        home = "cpu" if id(module) in streamed else device
-        if quantize and leaf == "weight" and type(module) is nn.Linear and module is not output:
-            model.set_submodule(owner, _quantized(module, tensor.to(device), home))
+        home = torch.device("cpu") if id(module) in waiting else device
+        linear = leaf == "weight" and type(module) is nn.Linear and module is not output
+        if placement.quantize and linear:
+            model.set_submodule(owner, _quantized(module, tensor, device, home))
         else:
             _place(module, leaf, tensor.to(home))
     _tie(model, layout)
-    _fill_buffers(model, torch.device(device))
+    _fill_buffers(model, device)
     if checkpoint.family.alibi:
         _use_alibi(model)
-    if head != "16bit":  # a tied embedding stays as it is
-        with _quantizing():
-            model.set_output_embeddings(
-                {"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](
-                    model.get_output_embeddings()
-                )
-            )
+    _finish_head(model, placement, device)
     model.eval()
+
+
+def _finish_head(model: Any, placement: Placement, device: torch.device) -> None:
+    """Quantize the head if that is asked for; a tied embedding stays as it is. A 16-bit head
+    computes on the device, wherever the embedding that it was tied to lives.
+    """
+    head = model.get_output_embeddings()
+    if placement.head == "16bit":
+        if head.weight.device != device:
+            head.weight = nn.Parameter(head.weight.detach().to(device), requires_grad=False)
+        return
+    with _quantizing():
+        if placement.head == "nf4":
+            quantized: nn.Module = _quantized(head, head.weight.detach(), device, device)
+        else:
+            quantized = Int8Linear(head).to(device)
+    model.set_output_embeddings(quantized)
 
 
 def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -390,15 +427,19 @@ def _quantizing() -> Iterator[None]:
         raise UserError("checkpoint.unquantizable", detail=error) from error
 
 
-def _quantized(linear: nn.Linear, weight: Tensor, home: str | torch.device) -> NF4Linear:
-    """NF4 in place of `linear`, quantized where `weight` lies, kept at `home`; its bias, in place
-    already or still to come, goes along.
+def _quantized(
+    linear: nn.Linear, weight: Tensor, device: torch.device, home: torch.device
+) -> NF4Linear:
+    """NF4 in place of `linear`, quantized on `device`, kept at `home`; its bias, in place already
+    or still to come, goes along.
     """
     module = NF4Linear(linear.in_features, linear.out_features, device="meta")
     with _quantizing():
-        module.load_weight(weight)
+        module.load_weight(weight, device=device)
     module.to(home)
-    module.bias = None if linear.bias is None else linear.bias.detach()
+    if linear.bias is not None:
+        bias = linear.bias.detach()
+        module.bias = bias if bias.is_meta else bias.to(home)
     return module
 
 
@@ -407,15 +448,19 @@ def _tie(model: Any, layout: Layout) -> None:
     (as in Transformers).
     """
     for target, source in list(model.all_tied_weights_keys.items()):
-        if {target, source} <= layout.keys() and not torch.equal(
-            model.get_parameter(target), model.get_parameter(source)
-        ):
+        both = {target, source} <= layout.keys()
+        if both and not _equal(model.get_parameter(target), model.get_parameter(source)):
             del model.all_tied_weights_keys[target]
             model.config.tie_word_embeddings = False
             continue
         kept, other = (source, target) if source in layout else (target, source)
         owner, _, leaf = other.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(kept))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Of tensors that may live on different devices."""
+    return a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
 
 
 def _fill_buffers(model: Any, device: torch.device) -> None:

@@ -68,25 +68,27 @@ def empty_nf4(shape: tuple[int, ...], device: torch.device | str | None = None) 
     return NF4Tensor(packed, absmax, scales, shape)
 
 
-def quantize_nf4(weight: Tensor) -> NF4Tensor:
-    """Quantize a floating-point weight of any shape where it lies, in chunks (no second float32
-    copy of it exists).
+def quantize_nf4(weight: Tensor, device: torch.device | None = None) -> NF4Tensor:
+    """Quantize a floating-point weight of any shape on `device` (default: where it lies), in
+    chunks: neither a float32 copy of it nor, on another device, the whole of it ever exists.
 
     Raises ValueError if a value is inf or NaN.
     """
+    device = device or weight.device
     flat = weight.detach().reshape(-1)
-    result = empty_nf4(tuple(weight.shape), weight.device)
-    absmax = torch.empty(result.absmax.shape, device=weight.device)
+    result = empty_nf4(tuple(weight.shape), device)
+    absmax = torch.empty(result.absmax.shape, device=device)
     whole = flat.numel() // BLOCK * BLOCK
     for start in range(0, whole, CHUNK):
-        blocks = flat[start : min(start + CHUNK, whole)].float().view(-1, BLOCK)
+        chunk = flat[start : min(start + CHUNK, whole)].to(device)
+        blocks = chunk.float().view(-1, BLOCK)
         low, high = torch.aminmax(blocks, dim=1)
         largest = torch.maximum(high, -low)
         absmax[start // BLOCK :][: largest.numel()] = largest
         _pack(blocks * (1.0 / largest.clamp(min=1e-38))[:, None], result.packed[start // 2 :])
     # bitsandbytes divides in the last, short block, and keeps its absmax off zero
     if whole < flat.numel():
-        block = flat[whole:].float()
+        block = flat[whole:].to(device).float()
         absmax[-1] = block.abs().amax().clamp(min=1e-38)
         _pack(block / absmax[-1], result.packed[whole // 2 :])
     if not absmax.isfinite().all():
@@ -319,15 +321,16 @@ class NF4Linear(QuantizedLinear):
         """Quantize a dense linear layer."""
         return cls.from_weight(linear.weight, linear.bias)
 
-    def load_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Replace weight and bias by these dense ones (out, in), (out,); the buffers move to their
-        device.
+    def load_weight(
+        self, weight: Tensor, bias: Tensor | None = None, device: torch.device | None = None
+    ) -> None:
+        """Replace weight and bias by these dense ones (out, in), (out,), quantized on `device`
+        (default: where the weight lies); the buffers move there.
         """
-        if weight.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"weight {tuple(weight.shape)} for a layer of {(self.out_features, self.in_features)}"
-            )
-        self.packed, self.absmax, self.scales, _ = quantize_nf4(weight)
+        expected = (self.out_features, self.in_features)
+        if weight.shape != expected:
+            raise ValueError(f"weight {tuple(weight.shape)} for a layer of {expected}")
+        self.packed, self.absmax, self.scales, _ = quantize_nf4(weight, device)
         self.bias = None if bias is None else bias.detach().clone()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

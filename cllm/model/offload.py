@@ -1,22 +1,23 @@
-"""What of a model does not have to live on the device all the time: layer activations, layer
-inputs, embedding rows, frozen weights.
+"""What of a model does not have to live on the device all the time: activations, layer inputs,
+embedding rows, frozen weights.
 
-    checkpoint_layers(model, count=-1, *, offload=False)   recompute layers in the backward; their inputs wait in host memory
-    stream_layers(model, count, device)                    frozen linears of layers live in host memory, pass through two device slots
-    embedding_on_cpu(model, device)                        lookup in host memory, rows copied to the device
-    tile_mlp(model, tokens)                                the MLP of a layer runs in tiles of so many tokens
-    place(model, memory, device)                           all of these as the [memory] section says
+* `checkpoint_layers`: layers are recomputed in the backward; their inputs may wait in host memory.
+* `stream_layers`: frozen linears of layers live in host memory and pass through two device slots.
+* `embedding_on_cpu`: ids are looked up in host memory, the rows are copied to the device.
+* `tile_mlp`: the MLP of a layer runs in tiles of so many tokens.
+* `place`: all of these as the [memory] section says.
 
 Each may be called at any time after `inject_lora`, again and in any order, and changes no value:
 losses and gradients are bit-equal (tiles sum adapter gradients in another order). Copies run on a
-side stream, the next one under way while a layer computes; on the CPU the same calls run in order.
-References: checkpointing Chen et al., arXiv:1604.06174, equal in gradients to
-`torch.utils.checkpoint`, dropout included; streaming: the base never changes, so nothing flows
-back.
+side stream, the next one under way while a layer computes, and the host waits for none of them; on
+the CPU the same calls run in order. References: checkpointing Chen et al., arXiv:1604.06174, equal
+in gradients to `torch.utils.checkpoint`, dropout included; streaming: the base never changes, so
+nothing flows back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cllm.memory import streamed_layers
+from cllm.memory import Settings, streamed_layers
 from cllm.messages import note
 from cllm.model.lora import linear_shape
 
@@ -33,7 +34,7 @@ _ALIGNMENT = 256  # bytes between tensors of a packed layer
 
 class _Lane:
     """Copies between host and device beside the computation: on a CUDA stream of its own, on the
-    CPU at once.
+    CPU at once. Whoever starts a copy keeps both tensors until `wait` was called for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,9 +42,7 @@ class _Lane:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """target <- source once all work issued so far is done; the result is what `wait` waits
-        for.
-        """
+        """target <- source once all work issued so far is done; the result is for `wait`."""
         if self.stream is None:
             target.copy_(source)
             return None
@@ -52,8 +51,6 @@ class _Lane:
             target.copy_(source, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self.stream)
-        # its memory is not reused before the copy is done
-        (target if target.is_cuda else source).record_stream(self.stream)
         return done
 
     def wait(self, done: torch.cuda.Event | None) -> None:
@@ -62,17 +59,42 @@ class _Lane:
             torch.cuda.current_stream(self.device).wait_event(done)
 
 
-class _Input:
-    """One layer's input in host memory, and (`below`) that of the layer below."""
+def _pin(host: Tensor, device: torch.device) -> None:
+    """Page-lock `host` in place while it lives, for copies beside the computation; torch's pinned
+    allocator would round up to a power of two.
+    """
+    if device.type != "cuda":
+        return
+    runtime: Any = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)) == 0:
+        weakref.finalize(host.untyped_storage(), runtime.cudaHostUnregister, host.data_ptr())
+        return
+    note("memory.unpinned")
+    # CUDA remembers the failure, and the next kernel launch would be blamed for it.
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
-    def __init__(self, lane: _Lane, hidden: Tensor, below: _Input | None) -> None:
-        self.lane, self.below = lane, below
-        self.host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
+
+class _Input:
+    """One layer's input in host memory, and (`below`) that of the offloaded layer below."""
+
+    def __init__(self, inputs: _Inputs, hidden: Tensor, index: int, below: _Input | None) -> None:
+        self.inputs = inputs
+        self.lane = inputs.lane_of(hidden.device)
+        self.index = index
+        self.below = below
+        self.buffer = inputs.buffer(hidden)
+        self.host = self.buffer[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
+        self.source: Tensor | None = hidden
         self.back: Tensor | None = None
-        self.done = lane.copy(self.host, hidden)
-        if below and below.below and below.below.done:
-            # the host runs two layers ahead at most, so that only two inputs wait on the device
-            below.below.done.synchronize()
+        self.done = self.lane.copy(self.host, hidden)
+        if below and below.below:
+            below.below.release()  # at most two inputs wait on the device
+
+    def release(self) -> None:
+        """Let go of the input on the device: what runs from now on runs after its copy."""
+        self.lane.wait(self.done)
+        self.source = None
 
     def fetch(self) -> None:
         """Start the copy back to the device."""
@@ -83,24 +105,48 @@ class _Input:
     def take(self) -> Tensor:
         """The input on the device, once; the copy of the one below starts."""
         self.fetch()
-        self.lane.wait(self.done)
+        self.release()
         if self.below:
             self.below.fetch()
-        taken, self.back = self.back, None
-        assert taken is not None
-        return taken
+        hidden = self.back
+        assert hidden is not None
+        self.back = None
+        # Copies of one lane run in order, so the next forward may write there.
+        self.inputs.free.append(self.buffer)
+        return hidden
 
 
 class _Inputs:
-    """The layers' inputs of the forward that runs."""
+    """The layers' inputs of the forward that runs, and host buffers for those of the next one."""
 
     def __init__(self) -> None:
+        self.free: list[Tensor] = []
         self.lane: _Lane | None = None
         self.last: Callable[[], _Input | None] = lambda: None
 
-    def put(self, hidden: Tensor, first: bool) -> _Input:
-        self.lane = self.lane or _Lane(hidden.device)
-        kept = _Input(self.lane, hidden, None if first else self.last())
+    def lane_of(self, device: torch.device) -> _Lane:
+        """The one lane of all copies, so that a buffer is read before it is written again."""
+        if self.lane is None or self.lane.device != device:
+            self.lane = _Lane(device)
+        return self.lane
+
+    def buffer(self, hidden: Tensor) -> Tensor:
+        """A page-locked host buffer that holds `hidden`."""
+        for index, buffer in enumerate(self.free):
+            if buffer.nbytes >= hidden.nbytes:
+                return self.free.pop(index)
+        if self.free:
+            self.free.pop()  # a longer row: buffers grow, their number does not
+        buffer = torch.empty(hidden.nbytes, dtype=torch.uint8)
+        _pin(buffer, hidden.device)
+        return buffer
+
+    def put(self, hidden: Tensor, index: int) -> _Input:
+        """Layer `index`'s input sets out for host memory."""
+        below = self.last()
+        if below is not None and below.index >= index:  # of the forward before
+            below = None
+        kept = _Input(self, hidden, index, below)
         self.last = weakref.ref(kept)
         return kept
 
@@ -134,8 +180,7 @@ class _Weights:
         for index, pieces in enumerate(self.pieces):
             self.hosts.append(_packed(pieces))
             self._point(index, self.hosts[-1])
-            if device.type == "cuda":
-                self._pin(self.hosts[-1])
+            _pin(self.hosts[-1], device)
         largest = max(host.numel() for host in self.hosts)
         self.slots = [
             torch.empty(largest, dtype=torch.uint8, device=device)
@@ -143,16 +188,6 @@ class _Weights:
         ]
         self.held: list[int | None] = [None] * len(self.slots)
         self.done: list[Any] = [None] * len(self.slots)
-
-    def _pin(self, host: Tensor) -> None:
-        """Page-lock in place, for copies beside the computation; torch's pinned allocator would
-        round up to a power of two.
-        """
-        runtime: Any = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
-            note("memory.unpinned")
-        else:
-            weakref.finalize(self, runtime.cudaHostUnregister, host.data_ptr())
 
     def acquire(self, index: int, step: int) -> None:
         """Layer `index`'s weights are on the device; those of layer `index + step` set out."""
@@ -286,30 +321,19 @@ class _Route:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         if not recompute or not torch.is_grad_enabled() or not (parameters or hidden.requires_grad):
             return run(hidden, 1)
-        kept = self.inputs.put(hidden, first=self.index == 0) if self.inputs else None
+        kept = self.inputs.put(hidden, self.index) if self.inputs else None
         output: Tensor = _Checkpoint.apply(run, kept, hidden, *parameters)  # type: ignore[no-untyped-call]
         return output
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes: parameters that wait in host memory do not count."""
-    return next(
-        (p.device for p in model.parameters() if p.device.type != "cpu"), torch.device("cpu")
-    )
-
-
-def place(model: Any, memory: Any, device: torch.device | str) -> None:
-    """Apply a `MemoryConfig` (or anything with its names) to a model with adapters whose base was
-    loaded for `device`.
+def place(model: Any, memory: Settings, device: torch.device) -> None:
+    """Apply a plan's settings to a model with adapters whose base was loaded for `device`, its
+    embedding already where it is to stay.
     """
     checkpoint_layers(model, memory.checkpoint_layers, offload=memory.offload_inputs)
     stream_layers(model, memory.stream_layers, device)
     tile_mlp(model, memory.mlp_tile_tokens)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    shared = getattr(head, "weight", None) is embedding.weight
-    four_bit = any(hasattr(module, "dequantize") for module in decoder_layers(model).modules())
-    automatic = torch.device(device).type == "cuda" and four_bit and not shared
-    if memory.embedding == "cpu" or (memory.embedding == "auto" and automatic):
+    if device.type != "cpu" and model.get_input_embeddings().weight.device.type == "cpu":
         embedding_on_cpu(model, device)
 
 
@@ -326,20 +350,21 @@ def checkpoint_layers(model: nn.Module, count: int = -1, *, offload: bool = Fals
     many.
 
     The first layers are taken because their activations live longest. Inactive without gradients,
-    so evaluation pays nothing. offload: the layers' inputs wait in host memory; at most two of them
-    are on the device beside the one in use.
+    so evaluation pays nothing. offload: the inputs of recomputed layers (streamed ones among them)
+    wait in host memory; at most two of them are on the device beside the one in use.
     """
     layers = decoder_layers(model)
     chosen = len(layers) if count < 0 else min(count, len(layers))
     inputs = _Inputs() if offload else None
     for index, layer in enumerate(layers):
         route = _Route.of(layer)
-        route.recompute, route.index = index < chosen, index
-        route.inputs = inputs if index < chosen else None
+        route.recompute = index < chosen
+        route.index = index
+        route.inputs = inputs  # streamed layers are recomputed too
     return chosen
 
 
-def stream_layers(model: nn.Module, count: int, device: torch.device | str) -> int:
+def stream_layers(model: nn.Module, count: int, device: torch.device) -> int:
     """Keep the frozen linears of `count` decoder layers in host memory, in two slots of `device`
     while used; returns the slots' bytes.
 
@@ -347,7 +372,7 @@ def stream_layers(model: nn.Module, count: int, device: torch.device | str) -> i
     twice per row. What else a layer holds (norms, adapters) moves to `device`. Up to two layers
     gain nothing.
     """
-    layers, device = decoder_layers(model), torch.device(device)
+    layers = decoder_layers(model)
     chosen = [layers[index] for index in streamed_layers(len(layers), count)]
     if not chosen:
         return 0
@@ -364,15 +389,22 @@ def stream_layers(model: nn.Module, count: int, device: torch.device | str) -> i
     return sum(slot.nbytes for slot in weights.slots)
 
 
-def embedding_on_cpu(model: Any, device: torch.device | str) -> None:
+def embedding_on_cpu(model: Any, device: torch.device) -> None:
     """Look ids up in host memory and copy the rows to `device`; with a tied 16-bit head the device
     keeps the matrix for that.
     """
-    embedding: nn.Module = model.get_input_embeddings()
-    embedding.weight = nn.Parameter(embedding.weight.detach().cpu(), requires_grad=False)  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()
+    embedding.weight = nn.Parameter(embedding.weight.detach().cpu(), requires_grad=False)
     embedding.to("cpu")
-    embedding.register_forward_pre_hook(lambda _module, inputs: (inputs[0].cpu(), *inputs[1:]))
-    embedding.register_forward_hook(lambda _module, _inputs, output: output.to(device))
+
+    def ids_to_host(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].cpu(), *inputs[1:])
+
+    def rows_to_device(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return output.to(device, non_blocking=True)
+
+    embedding.register_forward_pre_hook(ids_to_host)
+    embedding.register_forward_hook(rows_to_device)
 
 
 def tile_mlp(model: nn.Module, tokens: int) -> None:
@@ -381,4 +413,5 @@ def tile_mlp(model: nn.Module, tokens: int) -> None:
     of the MLP.
     """
     for layer in decoder_layers(model):
-        _Route.of(layer.mlp).tokens = tokens  # type: ignore[arg-type]
+        if isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
+            _Route.of(mlp).tokens = tokens

@@ -20,11 +20,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from cllm.assembly import Loaded
 from cllm.data.schema import Message
 from cllm.messages import UserError, say
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import LIMITS, MAX_TOP_K
-from cllm.serve.load import Loaded
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from cllm.learn.optim import out_of_memory
 from cllm.messages import UserError, note, say
+from cllm.model.device import device_of, free_bytes, out_of_memory
 from cllm.model.lora import lora_layers
-from cllm.model.offload import device_of
 
 # what an admitted row is expected to grow by; a wrong guess costs one preemption
 HEADROOM_TOKENS = 128
@@ -607,4 +606,4 @@ def _cache_bytes(config: Any, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * 2**30
+    return free_bytes(device) // 2 if device.type == "cuda" else 2 * 2**30

@@ -21,6 +21,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from cllm.assembly import Loaded
 from cllm.data.schema import Message
 from cllm.evaluate.report import number, score_table
 from cllm.learn.log import peak_memory_bytes, read_metrics
@@ -28,7 +29,6 @@ from cllm.messages import UserError, messages
 from cllm.model.lora import WEIGHTS_FILE
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import Engine
-from cllm.serve.load import Loaded
 
 # of a streamed answer: smooth to the eye, and 16 readers do not slow the engine down
 REFRESH_SECONDS = 0.06
@@ -460,7 +460,7 @@ def _monitor_tab(t: Any, engine: Engine, sessions: set[str]) -> tuple[Any, Any, 
         cpu = f"{os.getloadavg()[0]:.1f} / {os.cpu_count()}" if hasattr(os, "getloadavg") else "-"
         cache = f"{stats['kv_tokens_used']:,} / {stats['kv_tokens']:,}"
         values = [len(sessions), stats["running"], stats["waiting"], f"{speed:.1f} tok/s", cache]
-        values += [f"{peak_memory_bytes('cpu') / 2**30:.1f} GiB", cpu]
+        values += [f"{peak_memory_bytes(None) / 2**30:.1f} GiB", cpu]
         if gpu:
             free, total = torch.cuda.mem_get_info(engine.device)
             values += [

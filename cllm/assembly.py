@@ -1,0 +1,350 @@
+"""A model put together for one device, by one function for every program: number format, budget,
+plan, base, adapter, placement and tokenizer. And runs, adapters and bare models opened with it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cllm.config import LoraConfig, MemoryConfig, ModelConfig, PrecisionName, Quantize, load_config
+from cllm.memory import AdapterShape, Settings, VramEstimate, plan_answering, plan_training
+from cllm.messages import UserError, note
+from cllm.model.checkpoint import (
+    load_model,
+    open_checkpoint,
+    original_config,
+    random_model,
+    split_rows,
+)
+from cllm.model.device import Precision, cap_allocator, choose_device, out_of_memory, release_memory
+from cllm.model.lora import CONFIG_FILE, inject_lora, load_adapter, load_beside
+from cllm.model.offload import place
+from cllm.model.source import resolve
+from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end
+from cllm.serve.engine import Engine
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens that are computed at once: what the plan for answering leaves room for."""
+EVERY_LAYER = 10**6
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A model ready to learn or to answer, and how it was put together."""
+
+    model: Any
+    """A Transformers causal LM with "cllm" attention and, if there is one, its adapter."""
+    tokenizer: Tokenizer | None
+    """None for random weights."""
+    device: torch.device
+    """Where the model computes; a GPU with its index."""
+    precision: Precision
+    settings: Settings
+    """Where each part lives, [memory]'s automatic values decided."""
+    plan: VramEstimate | None
+    """None without a budget, or for an architecture that cannot be planned."""
+    budget: int
+    """Bytes of the device that may be taken; 0: no limit, as on a CPU."""
+
+    def engine(self) -> Engine:
+        """The engine for this model, with its stop ids and its number format."""
+        autocast = self.precision.autocast
+        if self.tokenizer is None:
+            return Engine(self.model, autocast=autocast)
+        stop_ids = self.tokenizer.stop_ids
+        pad_id = self.tokenizer.pad_id
+        return Engine(self.model, stop_ids=stop_ids, pad_id=pad_id, autocast=autocast)
+
+
+def assemble(
+    source: Path | dict[str, Any],
+    model: ModelConfig,
+    memory: MemoryConfig,
+    *,
+    device: torch.device | str = "",
+    adapter: LoraConfig | Path | None = None,
+    row_tokens: int = 0,
+    optimizer: str = "adamw",
+    tokenizer: Tokenizer | None = None,
+    name: str = "",
+    seed: int = 0,
+) -> Assembly:
+    """Put the checkpoint `source` (a dict: random weights of that config.json) together.
+
+    device: default [model]'s. adapter: [lora] for a new one (or the one that it continues from), a
+    folder for a trained one. row_tokens: to be trained on rows of so many tokens with `optimizer`;
+    0: to answer. `name` is what messages call the model, `seed` decides what is random.
+
+    What does not fit the budget on paper is refused before weights are read (training), or held in
+    host memory (answering); memory that runs out all the same moves layers to the host. Raises
+    UserError, also as `choose_device`, `load_model` and `load_adapter` do.
+    """
+    target = choose_device(device or model.device)
+    precision = Precision.choose(model.precision, target)
+    budget = cap_allocator(memory.budget_gib, target)
+    settings = Settings.of(
+        model,
+        memory,
+        AdapterShape.of(adapter),
+        row_tokens=row_tokens or PREFILL_TOKENS,
+        precision=precision.name,
+        device=target.type,
+        optimizer=optimizer,
+    )
+    original = source if isinstance(source, dict) else original_config(source)
+    make_plan = plan_training if row_tokens else plan_answering
+    settings, plan = make_plan(original, name or model.path, settings, budget)
+    torch.manual_seed(seed)
+    built, settings = _build(source, adapter, settings, precision, target)
+    if tokenizer is not None and not isinstance(adapter, Path):
+        tokenizer = with_trained_end(tokenizer, built)
+    return Assembly(built, tokenizer, target, precision, settings, plan, budget)
+
+
+def _build(
+    source: Path | dict[str, Any],
+    adapter: LoraConfig | Path | None,
+    settings: Settings,
+    precision: Precision,
+    device: torch.device,
+) -> tuple[Any, Settings]:
+    """The placed model, and the settings that it took: out of memory, once more with everything in
+    host memory that can wait there.
+    """
+    try:
+        return _load(source, adapter, settings, precision, device), settings
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        detail = str(error).split("\n")[0] or type(error).__name__
+        on_device = isinstance(error, torch.OutOfMemoryError)
+    # Outside of the handler: the traceback holds on to the tensors that were in the way.
+    release_memory()
+    least = replace(settings, stream_layers=EVERY_LAYER, embedding="cpu")
+    if not on_device or settings == least:
+        raise UserError("memory.load", detail=detail)
+    note("memory.load_step_down", detail=detail)
+    return _build(source, adapter, least, precision, device)
+
+
+def _load(
+    source: Path | dict[str, Any],
+    adapter: LoraConfig | Path | None,
+    settings: Settings,
+    precision: Precision,
+    device: torch.device,
+) -> Any:
+    """Read -> convert -> quantize -> inject -> place."""
+    read: Any = random_model if isinstance(source, dict) else load_model
+    model = read(
+        source,
+        dtype=precision.weights,
+        device=device,
+        quantize=None if settings.quantize == "none" else settings.quantize,
+        head=settings.head,
+        stream_layers=settings.stream_layers,
+        embedding=settings.embedding,
+    )
+    if adapter is not None:
+        _add_adapter(model, adapter, source)
+    precision.prepare(model)
+    place(model, settings, device)
+    return model
+
+
+def _add_adapter(model: Any, adapter: LoraConfig | Path, source: Path | dict[str, Any]) -> None:
+    if isinstance(adapter, LoraConfig) and not adapter.init_from:
+        inject_lora(
+            model,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            rslora=adapter.rslora,
+            dora=adapter.dora,
+        )
+        return
+    split = split_rows(open_checkpoint(source)) if isinstance(source, Path) else None
+    if isinstance(adapter, Path):
+        load_adapter(model, adapter, dropout=0.0, split=split)
+        return
+    run = Path(adapter.init_from)
+    folder = run / "adapter" if (run / "adapter").is_dir() else run
+    load_adapter(model, folder, dropout=adapter.dropout, split=split)
+
+
+# --- Runs, adapters and bare models
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One copy of the weights, frozen, with its adapters injected (gate 0 is the base)."""
+
+    assembly: Assembly
+    home: Path | None
+    """The run's directory (or the adapter's, if it stands alone); None: a bare model."""
+    base_name: str
+    beside: tuple[Path, ...] = ()
+    """Directories of further adapters of the same base."""
+
+    @property
+    def model(self) -> Any:
+        return self.assembly.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self.assembly.tokenizer is not None
+        return self.assembly.tokenizer
+
+    @property
+    def precision(self) -> Precision:
+        return self.assembly.precision
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """What clients call an adapter, its run's name, and its directory; in the order of the
+        gates' numbers.
+        """
+        homes = [*filter(None, [self.home]), *self.beside]
+        taken = ["base", *(home.name for home in homes)]
+        numbered = enumerate(homes, 1)
+        return {
+            f"{home.name}-{i}" if home.name in taken[:i] else home.name: home
+            for i, home in numbered
+        }
+
+    @property
+    def models(self) -> dict[str, int]:
+        """Name of every adapter, and of the base, and the number that the engine knows it by."""
+        return {**{name: i for i, name in enumerate(self.adapters, 1)}, "base": 0}
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The first adapter's."""
+        return next(iter(self.adapters), None)
+
+    def engine(self) -> Engine:
+        """The engine for this model, with its stop ids and its number format."""
+        return self.assembly.engine()
+
+
+class Located(NamedTuple):
+    """What a name stands for."""
+
+    model: ModelConfig
+    """[model] of the run, else the defaults."""
+    memory: MemoryConfig
+    """[memory] of the run, else the defaults."""
+    adapter: Path | None
+    """The adapter's directory, if there is one."""
+    base_name: str
+
+
+def locate(name: str | Path) -> Located:
+    """A run directory, an adapter directory (ours or PEFT's) or a bare model (`tiny-zh`, a path, a
+    hub name); nothing is loaded.
+
+    Raises UserError for a run without an adapter and for an adapter without a base.
+    """
+    run = Path(name)
+    model, memory = ModelConfig(), MemoryConfig()
+    is_run = (run / "config.toml").is_file()
+    if is_run:
+        config = load_config(run / "config.toml")
+        model, memory = config.model, config.memory
+    folders = (path for path in (run / "adapter", run) if (path / CONFIG_FILE).is_file())
+    folder = next(folders, None)
+    if is_run and folder is None:
+        raise UserError("run.no_adapter", run=run)
+    if folder is None:
+        return Located(model, memory, None, str(name))
+    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    base_name = settings.get("base_model_name_or_path") or ""
+    if not base_name:
+        raise UserError("adapter.no_base", path=folder / CONFIG_FILE)
+    return Located(model, memory, folder, base_name)
+
+
+def open_tokenizer(located: Located) -> Tokenizer:
+    """The adapter's tokenizer, with the template it was trained with, whatever a config says; else
+    the base's.
+    """
+    if located.adapter is not None and any(located.adapter.glob("*token*")):
+        return load_tokenizer(located.adapter)
+    template, thinking = located.model.template, located.model.thinking
+    return load_tokenizer(resolve(located.base_name), template=template, thinking=thinking)
+
+
+def open_model(
+    name: str | Path,
+    *,
+    precision: PrecisionName | None = None,
+    device: torch.device | str = "",
+    quantize: Quantize | None = None,
+    memory: MemoryConfig | None = None,
+    adapter: bool = True,
+) -> Loaded:
+    """Open what `locate` finds, under the same [memory] and budget as it was trained (or under
+    `memory`).
+
+    A run is opened as it was trained unless `precision`, `device` or `quantize` (of the base; its
+    head is then 16-bit) say otherwise; anything else in "auto" precision, not quantized.
+    adapter=False: its base alone, with its tokenizer. Raises UserError as `locate` and `assemble`.
+    """
+    located = locate(name)
+    model = located.model
+    if precision:
+        model = replace(model, precision=precision)
+    if quantize:
+        model = replace(model, quantize=quantize, head="16bit")
+    assembly = assemble(
+        resolve(located.base_name),
+        model,
+        memory or located.memory,
+        device=_device_here(device or model.device),
+        adapter=located.adapter if adapter else None,
+        tokenizer=open_tokenizer(located),
+        name=located.base_name,
+    )
+    assembly.model.eval().requires_grad_(False)
+    return Loaded(assembly, _home(located.adapter), located.base_name)
+
+
+def _device_here(name: torch.device | str) -> torch.device:
+    """The device, or the best one here where this machine lacks the one that a run names."""
+    try:
+        return choose_device(name)
+    except UserError as error:
+        note("memory.other_device", reason=error.args[0])
+        return choose_device("auto")
+
+
+def _home(adapter: Path | None) -> Path | None:
+    if adapter is None:
+        return None
+    folder = adapter.resolve()
+    return folder.parent if folder.name == "adapter" else folder
+
+
+def open_beside(loaded: Loaded, name: str | Path) -> Loaded:
+    """One more adapter over the same copy of the weights. Raises UserError unless it has the same
+    base and the same template.
+    """
+    located = locate(name)
+    base = resolve(located.base_name)
+    home = _home(located.adapter)
+    if located.adapter is None or home is None:
+        raise UserError("serve.beside", name=name, base=located.base_name, other=loaded.base_name)
+    if loaded.home is None or base != resolve(loaded.base_name):
+        raise UserError("serve.beside", name=name, base=located.base_name, other=loaded.base_name)
+    if open_tokenizer(located).template != loaded.tokenizer.template:
+        raise UserError("serve.beside_template", name=name)
+    split = split_rows(open_checkpoint(base))
+    load_beside(loaded.model, located.adapter, dropout=0.0, split=split)
+    loaded.model.eval()
+    return replace(loaded, beside=(*loaded.beside, home))

@@ -1,0 +1,113 @@
+"""What a run learns from, as a model sees it: conversations read, rendered, tokenized, packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cllm.config import Config, DataConfig, TrainConfig
+from cllm.data.schema import Conversation
+from cllm.data.sources import read_data
+from cllm.messages import UserError, note
+
+if TYPE_CHECKING:
+    from cllm.data.packing import PackedBatch, PackedRows
+    from cllm.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Both sides of a run's data, read and checked, not yet encoded."""
+
+    train: Sequence[Conversation]
+    held_out: Sequence[Conversation]
+    rejects: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A corpus as packed rows of one tokenizer."""
+
+    rows: PackedRows
+    rows_per_step: int
+    held_rows: list[PackedBatch]
+    train: Sequence[Conversation]
+    """The conversations that are in `rows`."""
+    held_out: Sequence[Conversation]
+    """The conversations that are in `held_rows`."""
+    sha256: str
+    """Of all examples that are trained on."""
+
+
+def read_corpus(data: DataConfig, *, accept_rejects: bool) -> Corpus:
+    """Everything that can be found wrong with the data before a tokenizer is at hand."""
+    read = read_data(data, accept_rejects=accept_rejects)
+    if read.duplicates or read.leaked:
+        note("train.repeated", duplicates=read.duplicates, leaked=read.leaked)
+    return Corpus(read.train, read.held_out, len(read.rejects))
+
+
+def tokenizer_of(config: Config, base: Path) -> Tokenizer:
+    """The tokenizer of `base` with the template that the config's data take."""
+    from cllm.model.tokenizer import load_tokenizer
+
+    template = "text" if config.data.kind == "text" else config.model.template
+    return load_tokenizer(base, template=template, thinking=config.model.thinking)
+
+
+def encode_corpus(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    train: TrainConfig,
+    *,
+    row_tokens: int,
+    single: bool = False,
+) -> Encoded:
+    """Conversations -> examples -> packed rows of `row_tokens`; `single`: one sequence a row.
+
+    Raises UserError when nothing, or never an end token, would be trained.
+    """
+    from cllm.data.encode import encode_set
+    from cllm.data.packing import PackedRows
+
+    kind, truncate = data.kind, data.truncate
+    examples, trained, refused = encode_set(
+        corpus.train, tokenizer, kind=kind, max_tokens=row_tokens, truncate=truncate
+    )
+    held_examples, held_out, _ = encode_set(
+        corpus.held_out, tokenizer, kind=kind, max_tokens=row_tokens, truncate=truncate
+    )
+    if not examples:
+        raise UserError(
+            "train.unsupervised" if refused["no_supervised_token"] else "train.too_long",
+            count=len(corpus.train),
+            row=row_tokens,
+            template=tokenizer.template.name,
+            rows=", ".join(f"{c.file}:{c.line}" for c in corpus.train[:3]),
+        )
+    if not any(tokenizer.stop_ids.intersection(example.labels) for example in examples):
+        raise UserError("train.no_end", template=tokenizer.template.name)
+    rows = PackedRows(examples, row_tokens, seed=train.seed, single=single)
+    held = PackedRows(held_examples, row_tokens, single=single)
+    tokens = sum(examples.sizes)
+    tokens_per_row = tokens // len(rows) if single else row_tokens
+    note(
+        "train.data",
+        train=len(examples),
+        held_out=len(held_out),
+        tokens=f"{tokens:,}",
+        rows=len(rows),
+        rejects=corpus.rejects,
+        left_out=", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0",
+    )
+    return Encoded(
+        rows,
+        max(1, train.tokens_per_step // tokens_per_row),
+        held.take(len(held)) if held_examples else [],
+        trained,
+        held_out,
+        examples.digest(),
+    )

@@ -1,0 +1,231 @@
+"""Run directories: a new one, the newest one, who may write into it, and what it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cllm.messages import UserError, note
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 2**16
+_FINGERPRINTED = re.compile(
+    r"config\.json|.*\.(safetensors|bin|gguf|model|tiktoken)|.*\.index\.json"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt"
+)
+
+
+def new_run(directory: str | Path) -> Path:
+    """Create `directory`, or the first free of `directory`-2, -3, …; an existing run is never
+    written into. Raises UserError where none can be made.
+    """
+    wanted = Path(directory)
+    number = 1
+    candidate = wanted
+    with writing(wanted):
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                candidate.mkdir()
+                return candidate
+            except FileExistsError:
+                number += 1
+                candidate = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def find_runs(
+    root: str | Path = "runs", *, name: str = "", needs: str = "adapter/adapter_config.json"
+) -> list[Path]:
+    """Runs under `root` that have `needs`, the one started last first; `name` admits only the runs
+    called so, with or without -2, -3.
+    """
+    with_config = [path.parent for path in Path(root).glob("*/config.toml")]
+    named = re.compile(re.escape(name) + r"(-\d+)?" if name else ".*")
+    runs = [run for run in with_config if named.fullmatch(run.name) and any(run.glob(needs))]
+    started = {run: (run / "config.toml").stat().st_mtime_ns for run in runs}
+    return sorted(runs, key=lambda run: (started[run], run.name), reverse=True)
+
+
+def last_run(directory: str) -> Path:
+    """The run to resume: of `directory` and its -2, -3, …, the one started last that has a
+    snapshot. Raises UserError if none has.
+    """
+    wanted = Path(directory)
+    if os.environ.get("RANK", "0") != "0":
+        return wanted  # rank 0 reads and writes it; another machine may not even see it
+    runs = find_runs(wanted.parent, name=wanted.name, needs="snapshots/*step-*")
+    if not runs:
+        raise UserError("snapshot.none", path=wanted)
+    return runs[0]
+
+
+def newest_run(root: str | Path = "runs") -> Path:
+    """The finished run under `root` that was started last. Raises UserError if there is none."""
+    runs = find_runs(root)
+    if not runs:
+        raise UserError("run.none", root=root)
+    return runs[0]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full or read-only disk becomes one line that says so (UserError); what was complete before
+    stays as it was.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError("run.unwritable", path=path, detail=error) from error
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """One run directory, one writer: the operating system's lock on run/lock. run/owner names the
+    process and its host.
+
+    Raises UserError while another process holds the lock. The lock of a process that died is free;
+    the name it left is told.
+    """
+    from filelock import FileLock, Timeout
+
+    owner_file = run / "owner"
+    lock = FileLock(run / "lock", timeout=0)
+    with writing(run):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError("run.locked", run=run, owner=_owner(owner_file)) from error
+    try:
+        if owner := _owner(owner_file):
+            note("run.stale_lock", run=run, owner=owner)
+        with writing(run):
+            owner_file.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", "utf-8")
+        yield
+        owner_file.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _owner(file: Path) -> str:
+    return file.read_text("utf-8", "replace").strip()[:200] if file.is_file() else ""
+
+
+def manifest_of(gpu: str, facts: dict[str, Any]) -> bytes:
+    """manifest.json: `facts` of the run, and the versions, system, GPU and git commit that explain
+    its result.
+    """
+    import torch
+    import transformers
+
+    from cllm import __version__
+
+    commit = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+        commit = done.stdout.strip()
+    manifest = {
+        "cllm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": gpu,
+        **facts,
+    }
+    return (json.dumps(manifest, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
+
+
+def base_fingerprint(base: Path) -> str:
+    """SHA-256 over names, sizes and bytes of the base's config, weights and tokenizer files; of a
+    file over 4 MiB, 64 samples of 64 KiB spread evenly over it.
+
+    Other files (README, a mirror's own bookkeeping) differ between hosts of the same checkpoint.
+    """
+    digest = hashlib.sha256()
+    paths = [base]
+    if base.is_dir():
+        paths = sorted(path for path in base.iterdir() if _FINGERPRINTED.fullmatch(path.name))
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(repr((path.name, size)).encode())
+        with path.open("rb") as file:
+            last = max(size - _SAMPLE_BYTES, (_SAMPLES - 1) * _SAMPLE_BYTES)
+            for index in range(_SAMPLES):
+                file.seek(index * last // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def changes_since(
+    run: Path,
+    settings: dict[str, str],
+    hashes: dict[str, str],
+    *,
+    vital: tuple[str, ...],
+    allow: bool,
+) -> list[str]:
+    """Every change since `run` was started, earlier ones first: `settings` ("section.key" -> "old
+    -> new") and other `hashes` than those in its manifest.
+
+    Raises UserError for those that the run's state depends on, hashes and `vital` sections, unless
+    they are allowed.
+    """
+    path = run / "manifest.json"
+    try:
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError("config.unreadable", path=path, detail=error) from error
+    changes = {key: f"{key}: {change}" for key, change in settings.items()}
+    for key, value in hashes.items():
+        if manifest.get(key, value) != value:
+            changes[key] = f"{key} differs"
+    breaking = [
+        text for key, text in changes.items() if key in hashes or key.partition(".")[0] in vital
+    ]
+    if breaking and not allow:
+        raise UserError("train.changed", run=run, changes="; ".join(breaking))
+    if changes:
+        note("train.changes", changes="; ".join(changes.values()))
+    return [*manifest.get("changes", []), *changes.values()]
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """`path` has either its old content or all of `data`, whenever the process ends."""
+    fresh = path.with_name(f".{path.name}.new")
+    with writing(path):
+        fresh.write_bytes(data)
+        sync(fresh)
+        fresh.replace(path)
+
+
+def replace_files(fresh: Path, target: Path) -> None:
+    """Move every file of `fresh`, once it is on the disk, over its namesake in `target`."""
+    target.mkdir(exist_ok=True)
+    for file in fresh.iterdir():
+        sync(file)
+        file.replace(target / file.name)
+    fresh.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Onto the disk, not only to the operating system."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder for syncing
+    handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
