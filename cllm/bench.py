@@ -67,7 +67,7 @@ class Subject:
         import torch
 
         from cllm.learn.loss import sft_loss
-        from cllm.learn.optim import Precision, make_optimizer
+        from cllm.learn.optim import Precision, check_optimizer, make_optimizer
         from cllm.learn.proof import cap_allocator, choose_device
         from cllm.model.offload import place
         from cllm.model.source import resolve
@@ -79,6 +79,7 @@ class Subject:
             torch.device(device),
             device.startswith("cuda"),
         )
+        check_optimizer(config.train.optimizer, self.device.type)
         self.budget = cap_allocator(config.memory.budget_gib, device)
         self.precision = Precision.choose(config.model.precision, self.device.type)
         model, _ = load_trainable(

@@ -347,13 +347,11 @@ def _stored(shape: Shape, s: Settings, weights: int) -> tuple[int, ...]:
 
 
 def _moment_bytes(s: Settings, count: int) -> int:
-    """AdamW's two moments of a parameter of `count` values; in 8 bits in blocks of 256 with a float
-    each, small ones in float32.
+    """AdamW's two moments of a parameter of `count` values. bitsandbytes' 8 bits are blocks of 256
+    with a float each; it keeps fewer than 4,096 values in float32.
     """
-    blocks = -(-count // 256)
-    return (
-        8 * count if s.optimizer == "adamw" else 2 * blocks * (256 * 4 if count < 4096 else 256 + 4)
-    )
+    exact = s.optimizer == "adamw" or count < 4096
+    return 8 * count if exact else 2 * (count + 4 * -(-count // 256))
 
 
 def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:

@@ -180,7 +180,7 @@ class Prepared:
 
         from cllm.learn.dist import World
         from cllm.learn.loss import sft_loss
-        from cllm.learn.optim import Precision, make_optimizer
+        from cllm.learn.optim import Precision, check_optimizer, make_optimizer
         from cllm.learn.proof import cap_allocator, choose_device
         from cllm.model.checkpoint import original_config
         from cllm.model.offload import place
@@ -188,6 +188,7 @@ class Prepared:
         config = self.config
         self.world = World.join(choose_device(config.model.device))
         device = self.device = self.world.device
+        check_optimizer(config.train.optimizer, torch.device(device).type)
         self.precision = Precision.choose(config.model.precision, torch.device(device).type)
         settings = row_settings(
             config, len(self.rows.longest().input_ids), self.precision.name, device

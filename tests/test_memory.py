@@ -158,6 +158,7 @@ def test_parameters_and_optimizer_are_counted_byte_for_byte(kind: str, quantize:
         {"head": "nf4"},
         {"head": "int8"},
         {"optimizer": "adamw8bit", "rank": 16},
+        {"optimizer": "adamw8bit", "rank": 130},
         {"stream_layers": 4},
         {"embedding": "cpu"},
     ],
@@ -195,7 +196,13 @@ def check_fixed(kind: str, settings: Settings, **sizes: int) -> None:
     for parameter in trained:
         parameter.grad = parameter.detach().clone()
     optimizer.step()
-    moments = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
+    # all parameters share bitsandbytes' two code tables of 1 KiB
+    moments = [
+        t
+        for values in optimizer.state.values()
+        for name, t in values.items()
+        if name != "step" and not name.startswith("qmap")
+    ]
     assert storage_bytes(moments) == items["optimizer"]
 
 

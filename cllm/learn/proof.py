@@ -76,7 +76,9 @@ def peak_bytes(
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device)
-    state = [t for values in optimizer.state.values() for t in values.values()]
+    state = [
+        t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)
+    ]
     return storage_bytes([*model.parameters(), *model.buffers(), *state]) + peak_storage_bytes(run)
 
 
