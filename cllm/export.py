@@ -47,8 +47,9 @@ def write(
     import torch
 
     from cllm.data.dialects import go
+    from cllm.model.adapter import read_adapter, write_adapter
     from cllm.model.gguf import architecture, write_gguf
-    from cllm.model.lora import read_adapter, write_adapter
+    from cllm.model.lora import LoraSettings
     from cllm.model.merge import open_merge, write_merged
     from cllm.model.tokenizer import portable
 
@@ -73,26 +74,19 @@ def write(
         return
     if to == "peft":
         settings, _ = read_adapter(found.adapter)
-        if settings.get("use_dora"):
+        if settings.dora:
             raise UserError("export.dora", path=found.adapter)
         if merge.checkpoint.family.config:
             note("export.native_names", base=found.base_name)
         # the factor is baked into alpha: llama.cpp's converter knows alpha / r only
-        rank = int(settings["r"])
+        rank = settings.rank
         note(
             "export.vllm",
             base=found.base_name,
             rank=next((r for r in VLLM_RANKS if r >= rank), rank),
         )
-        own = {
-            "base_model_name_or_path": found.base_name,
-            "r": rank,
-            "lora_alpha": merge.scaling * rank,
-            "lora_dropout": 0.0,
-        }
-        write_adapter(
-            merge.model, folder, merge.adapter, {**own, "use_rslora": False, "use_dora": False}
-        )
+        baked = LoraSettings(rank, merge.scaling * rank)
+        write_adapter(merge.model, folder, merge.adapter, baked, base=found.base_name)
     else:
         folder.mkdir(parents=True)
         write_merged(merge, folder)

@@ -57,8 +57,9 @@ def load_trainable(
     """
     import torch
 
+    from cllm.model.adapter import load_adapter
     from cllm.model.checkpoint import load_model, open_checkpoint, random_model, split_rows
-    from cllm.model.lora import inject_lora, load_adapter
+    from cllm.model.lora import inject_lora
 
     how: dict[str, Any] = {
         "dtype": precision.weights,

@@ -381,7 +381,7 @@ class Training(Prepared):
         the one before.
         """
         from cllm.learn.snapshot import replace_files, writing
-        from cllm.model.lora import save_adapter
+        from cllm.model.adapter import save_adapter
 
         with writing(self.run / "adapter"):
             save_adapter(self.model, self.run / "adapter.new", base=self.config.model.path)
@@ -399,7 +399,7 @@ class Training(Prepared):
         from cllm.evaluate.answers import compare, sequence_nll
         from cllm.evaluate.report import Progress, report, write_results
         from cllm.learn.snapshot import adapter_fingerprint, writing
-        from cllm.model.lora import adapter_tensors
+        from cllm.model.adapter import adapter_tensors
 
         with writing(self.run / "loss.png"):
             self.log.close()

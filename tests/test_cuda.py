@@ -170,8 +170,9 @@ def test_what_a_capped_card_cannot_take_whole_it_takes_in_parts() -> None:
 def test_streamed_offloaded_and_on_the_cpu_equal_resident_bit_for_bit() -> None:
     from cllm.bench import random_row
     from cllm.learn.loss import sft_loss
+    from cllm.model.adapter import adapter_tensors
     from cllm.model.checkpoint import random_model
-    from cllm.model.lora import adapter_tensors, inject_lora
+    from cllm.model.lora import inject_lora
     from cllm.model.offload import checkpoint_layers, embedding_on_cpu, stream_layers
 
     row, results = random_row(512, 4096).to("cuda"), []

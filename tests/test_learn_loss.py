@@ -28,8 +28,9 @@ from cllm.learn.optim import (
     train_step,
 )
 from cllm.messages import UserError
+from cllm.model.adapter import adapter_tensors
 from cllm.model.int8 import Int8Linear
-from cllm.model.lora import adapter_tensors, inject_lora
+from cllm.model.lora import inject_lora
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import checkpoint_layers
 

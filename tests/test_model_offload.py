@@ -17,7 +17,8 @@ from cllm.data.packing import collate
 from cllm.learn.loss import sft_loss
 from cllm.memory import streamed_layers
 from cllm.model import offload
-from cllm.model.lora import adapter_tensors, inject_lora
+from cllm.model.adapter import adapter_tensors
+from cllm.model.lora import inject_lora
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import (
     checkpoint_layers,

@@ -457,7 +457,7 @@ def alibi_slopes(heads: int) -> Tensor:
 
 def split_rows(checkpoint: Checkpoint) -> Callable[[str, Tensor], list[tuple[str, Tensor]]]:
     """How an adapter trained on the original layout becomes one for the native model
-    (`cllm.model.lora.read_adapter`).
+    (`cllm.model.adapter.read_adapter`).
     """
     shape = shape_of(checkpoint.config)
 

@@ -14,8 +14,8 @@ from torch import nn
 from cllm.config import ModelConfig, load_config
 from cllm.learn.optim import Precision
 from cllm.messages import UserError
+from cllm.model.adapter import CONFIG_FILE, load_adapter, load_beside
 from cllm.model.checkpoint import load_model, open_checkpoint, split_rows
-from cllm.model.lora import CONFIG_FILE, load_adapter, load_beside
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end
 from cllm.serve.engine import Engine
