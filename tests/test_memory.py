@@ -155,7 +155,6 @@ def test_parameters_and_optimizer_are_counted_byte_for_byte(kind: str, quantize:
 @pytest.mark.parametrize(
     "change",
     [
-        {"head": "nf4"},
         {"head": "int8"},
         {"optimizer": "adamw8bit", "rank": 16},
         {"optimizer": "adamw8bit", "rank": 130},
@@ -233,7 +232,6 @@ CASES = [
     ("llama", {"mlp_tile_tokens": 64, "checkpoint_layers": 0}),
     ("llama", {"stream_layers": 4, "checkpoint_layers": 0}),
     ("qwen3", {"stream_layers": 5, "offload_inputs": True, "mlp_tile_tokens": 48}),
-    ("llama", {"head": "nf4", "vocab": 4000}),
     ("llama", {"head": "int8", "vocab": 4000}),
     ("llama", {"embedding": "cpu", "precision": "fp32"}),
 ]

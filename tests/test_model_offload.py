@@ -270,7 +270,7 @@ def test_a_run_with_everything_in_host_memory_equals_the_plain_run(
                 [
                     str(config),
                     "model.quantize=nf4",
-                    "model.head=nf4",
+                    "model.head=int8",
                     "train.optimizer=adamw8bit",
                     "eval.samples=0",
                     f"run.dir={tmp_path / name}",

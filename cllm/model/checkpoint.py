@@ -268,13 +268,14 @@ def load_model(
 
     dtype: of the floating-point weights (rotary frequencies stay float32). quantize="nf4": every
     Linear but the head becomes `cllm.model.nf4.NF4Linear` while streaming, so a 16-bit copy of the
-    whole model never exists; head="nf4" or "int8": the head too, after a tied embedding has been
-    kept. stream_layers: so many layers stay in host memory, for `cllm.model.offload.stream_layers`.
+    whole model never exists. head="int8": the head becomes `cllm.model.int8.Int8Linear`, a tied
+    embedding stays. stream_layers: so many layers stay in host memory, for
+    `cllm.model.offload.stream_layers`.
     Call it like the native class: `model(input_ids=...).logits`. Raises UserError as
     `open_checkpoint`, `check` and `cllm.model.shards` say.
     """
-    if quantize not in (None, "nf4"):
-        raise ValueError(f"quantize = {quantize!r}")
+    if quantize not in (None, "nf4") or head not in ("16bit", "int8"):
+        raise ValueError(f"quantize = {quantize!r}, head = {head!r}")
     checkpoint, model, layout = open_native(Path(path), dtype)
     _fill(
         model,
@@ -355,13 +356,9 @@ def _fill(
     _fill_buffers(model, torch.device(device))
     if checkpoint.family.alibi:
         _use_alibi(model)
-    if head != "16bit":  # a tied embedding stays as it is
+    if head == "int8":  # a tied embedding stays as it is
         with _quantizing():
-            model.set_output_embeddings(
-                {"nf4": NF4Linear.from_linear, "int8": Int8Linear}[head](
-                    model.get_output_embeddings()
-                )
-            )
+            model.set_output_embeddings(Int8Linear(model.get_output_embeddings()))
     model.eval()
 
 
