@@ -42,7 +42,8 @@ def build(folder: Path, hidden: int, layers: int, vocabulary: int) -> tuple[int,
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cllm.model.lora import inject_lora, save_adapter
+    from cllm.model.adapter import save_adapter
+    from cllm.model.lora import inject_lora
     from cllm.model.shards import write_safetensors
 
     config = LlamaConfig(

@@ -74,7 +74,8 @@ def start_adapter(folder: Path, model: Any) -> None:
     """
     import torch
 
-    from cllm.model.lora import adapter_tensors, inject_lora, save_adapter
+    from cllm.model.adapter import adapter_tensors, save_adapter
+    from cllm.model.lora import inject_lora
 
     torch.manual_seed(0)
     inject_lora(model, rank=RANK, alpha=ALPHA)
@@ -103,9 +104,9 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
     from cllm.learn.loss import sft_loss
     from cllm.learn.optim import make_optimizer, train_step
     from cllm.learn.proof import peak_bytes
+    from cllm.model.adapter import load_adapter
     from cllm.model.checkpoint import load_model
     from cllm.model.device import Precision
-    from cllm.model.lora import load_adapter
     from cllm.model.offload import checkpoint_layers
 
     examples = samples(model_path)

@@ -52,7 +52,7 @@ done <<'RUNS'
 8 6.0,8.0 2048,8192 2 Qwen/Qwen-7B $small
 8 6.0,8.0 2048,8192 2 baichuan-inc/Baichuan2-7B-Base $small
 8 6.0,8.0 2048,8192 2 01-ai/Yi-6B $small
-8 8.0 32768 1 Qwen/Qwen3-8B $long memory.mlp_tile_tokens=1024 model.head=nf4
+8 8.0 32768 1 Qwen/Qwen3-8B $long memory.mlp_tile_tokens=1024 model.head=int8
 8 8.0 8192 1 Qwen/Qwen3-32B $long
 8 8.0 2048 2 Qwen/Qwen3-4B --generate lora.rank=8
 0 0 2048 2 Qwen/Qwen3-1.7B model.quantize=none

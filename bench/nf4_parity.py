@@ -18,7 +18,7 @@ import bitsandbytes
 import torch
 from bitsandbytes import functional
 
-from cllm.model.nf4 import GROUP, _dynamic_map, dequantize, dequantize_plain, quantize_nf4
+from cllm.model.nf4 import GROUP, dequantize, dequantize_plain, dynamic_map, quantize_nf4
 
 CASES = 1000
 
@@ -56,7 +56,7 @@ def differences() -> dict[str, int | float]:
         group = torch.nn.functional.pad(absmax - state.offset, (0, -absmax.numel() % GROUP)).view(
             -1, GROUP
         )
-        code = _dynamic_map(torch.device("cpu"))
+        code = dynamic_map(torch.device("cpu"))
         nearest = torch.bucketize(
             group / first.clamp(min=1e-38)[:, None], (code[1:] + code[:-1]) / 2
         )

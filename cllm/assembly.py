@@ -14,6 +14,7 @@ import torch
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, PrecisionName, Quantize, load_config
 from cllm.memory import AdapterShape, Settings, VramEstimate, plan_answering, plan_training
 from cllm.messages import UserError, note
+from cllm.model.adapter import CONFIG_FILE, load_adapter, load_beside
 from cllm.model.checkpoint import (
     load_model,
     open_checkpoint,
@@ -22,7 +23,7 @@ from cllm.model.checkpoint import (
     split_rows,
 )
 from cllm.model.device import Precision, cap_allocator, choose_device, out_of_memory, release_memory
-from cllm.model.lora import CONFIG_FILE, inject_lora, load_adapter, load_beside
+from cllm.model.lora import inject_lora
 from cllm.model.offload import place
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end

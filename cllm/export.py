@@ -81,25 +81,19 @@ def _write_gguf(
 
 
 def _write_peft(merge: Merge, adapter: Path, base_name: str, folder: Path) -> None:
-    from cllm.model.lora import read_adapter, write_adapter
+    from cllm.model.adapter import read_adapter, write_adapter
+    from cllm.model.lora import LoraSettings
 
     settings, _ = read_adapter(adapter)
-    if settings.get("use_dora"):
+    if settings.dora:
         raise UserError("export.dora", path=adapter)
     if merge.checkpoint.family.config:
         note("export.native_names", base=base_name)
-    rank = int(settings["r"])
+    rank = settings.rank
     note("export.vllm", base=base_name, rank=next((r for r in VLLM_RANKS if r >= rank), rank))
-    described = {
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        # The factor is baked into alpha: llama.cpp's converter knows alpha / r only.
-        "lora_alpha": merge.scaling * rank,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-    write_adapter(merge.model, folder, merge.adapter, described)
+    # The factor is baked into alpha: llama.cpp's converter knows alpha / r only.
+    baked = LoraSettings(rank, merge.scaling * rank)
+    write_adapter(merge.model, folder, merge.adapter, baked, base=base_name)
 
 
 def _modelfile(tokenizer: Tokenizer, template: str) -> str:

@@ -421,13 +421,11 @@ def _stored(shape: Shape, s: Settings, weights: int) -> tuple[int, ...]:
 
 
 def _moment_bytes(s: Settings, count: int) -> int:
-    """AdamW's two moments of a parameter of `count` values; in 8 bits in blocks of 256 with a float
-    each, small ones in float32.
+    """AdamW's two moments of a parameter of `count` values. bitsandbytes' 8 bits are blocks of 256
+    with a float each; it keeps fewer than 4,096 values in float32.
     """
-    blocks = -(-count // 256)
-    return (
-        8 * count if s.optimizer == "adamw" else 2 * blocks * (256 * 4 if count < 4096 else 256 + 4)
-    )
+    exact = s.optimizer == "adamw" or count < 4096
+    return 8 * count if exact else 2 * (count + 4 * -(-count // 256))
 
 
 def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
@@ -483,7 +481,7 @@ def _head_bytes(shape: Shape, s: Settings, away: bool) -> int:
     """The output head's own: of a tied one none, unless the embedding waits in host memory."""
     matrix = shape.vocab * shape.hidden
     dense = (away if shape.tied else 1) * matrix * s.width
-    return {"16bit": dense, "int8": matrix + 4 * shape.vocab, "nf4": sum(nf4_parts(matrix))}[s.head]
+    return matrix + 4 * shape.vocab if s.head == "int8" else dense
 
 
 def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[str, int]:
@@ -547,10 +545,10 @@ def _loss(shape: Shape, s: Settings) -> int:
         else (4 * shape.vocab * block, 4 * shape.vocab * min(block, rows - block))
     )
     matrix = shape.vocab * shape.hidden
-    tiles = (
-        min(matrix, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden if s.head != "16bit" else 0
-    )
-    tiles += 4 * min(matrix, _INT8_PIECE) if s.head == "int8" else 0
+    tiles = 0
+    if s.head == "int8":
+        tiles = min(matrix, 2 * _HEAD_TILE) * s.width + 8 * rows * shape.hidden
+        tiles += 4 * min(matrix, _INT8_PIECE)
     # a piece is made before the last one goes
     logits = rows * s.width * (shape.vocab + shape.hidden) + pieces + max(following, tiles)
     return 3 * s.residual * s.row_tokens * shape.hidden + logits
@@ -764,7 +762,7 @@ def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
         ("memory.checkpoint_layers=-1", {"checkpoint_layers": -1}), ("memory.offload_inputs=true", {"offload_inputs": True}),
         ("model.quantize=nf4", {"quantize": "nf4"}), ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}),
         ("memory.mlp_tile_tokens=1024", {"mlp_tile_tokens": 1024}), ("memory.stream_layers={}", stream),
-        ("model.head=int8", {"head": "int8"}), ("lora.rank=8", {"rank": 8}), ("model.head=nf4", {"head": "nf4"}),
+        ("model.head=int8", {"head": "int8"}), ("lora.rank=8", {"rank": 8}),
     ]  # fmt: skip
     total, pace = estimate_vram(shape, settings).total, row_seconds(shape, settings)
     yield Step("", settings, total, 1.0)

@@ -90,7 +90,7 @@ class Training:
         from cllm.learn.dist import World
         from cllm.learn.ladder import Ladder
         from cllm.learn.loss import sft_loss
-        from cllm.learn.optim import Trainee, make_optimizer
+        from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
         from cllm.model.device import choose_device
         from cllm.model.source import resolve
 
@@ -102,6 +102,7 @@ class Training:
         self.single = False
         self.encoded = self._encode(tokenizer)
         self.world = World.join(choose_device(config.model.device))
+        check_optimizer(config.train.optimizer, self.world.device.type)
         self.assembly = assemble(
             self.base,
             config.model,
@@ -513,7 +514,7 @@ class Training:
         """adapter/: PEFT's two files, the tokenizer and the template; complete before it replaces
         the one before.
         """
-        from cllm.model.lora import save_adapter
+        from cllm.model.adapter import save_adapter
         from cllm.runs import replace_files, writing
 
         with writing(self.run / "adapter"):
@@ -545,7 +546,7 @@ class Training:
         """The model becomes what adapter/ holds."""
         from safetensors.torch import load_file
 
-        from cllm.model.lora import adapter_tensors
+        from cllm.model.adapter import adapter_tensors
 
         best = load_file(self.run / "adapter" / "adapter_model.safetensors")
         for name, tensor in adapter_tensors(self.model).items():

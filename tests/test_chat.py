@@ -160,19 +160,19 @@ def test_open_model_names_what_is_missing(loaded: Loaded, tmp_path: Path) -> Non
 def test_a_run_is_opened_with_the_head_that_it_was_trained_with(
     loaded: Loaded, tmp_path: Path
 ) -> None:
-    from cllm.model.nf4 import NF4Linear
+    from cllm.model.int8 import Int8Linear
 
     run = tmp_path / "run"
     assert loaded.home is not None
     shutil.copytree(loaded.home, run)
     (run / "config.toml").write_text(
-        f"[model]\npath = {json.dumps(loaded.base_name)}\nhead = 'nf4'\n", encoding="utf-8"
+        f"[model]\npath = {json.dumps(loaded.base_name)}\nhead = 'int8'\n", encoding="utf-8"
     )
     heads = [
         open_model(run, device="cpu", quantize=quantize).model.get_output_embeddings()
         for quantize in ("", "none")
     ]  # type: ignore[operator]
-    assert [type(head) for head in heads] == [NF4Linear, torch.nn.Linear]
+    assert [type(head) for head in heads] == [Int8Linear, torch.nn.Linear]
 
 
 def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded) -> None:

@@ -27,8 +27,9 @@ from cllm.data.dialects import go, jinja
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, render
 from cllm.messages import UserError
+from cllm.model.adapter import CONFIG_FILE, load_adapter, save_adapter, write_adapter
 from cllm.model.checkpoint import load_model, open_checkpoint, split_rows
-from cllm.model.lora import CONFIG_FILE, inject_lora, load_adapter, save_adapter, write_adapter
+from cllm.model.lora import LoraSettings, inject_lora, merge_into
 from cllm.model.merge import open_merge, write_merged
 from cllm.model.tokenizer import load_tokenizer
 
@@ -210,14 +211,8 @@ def fused_adapter(name: str, tmp_path: Path, dora: bool = False) -> int:
         stored[f"{fused}.weight"] = summed
         layers[fused] = parts
     save_file(stored, tmp_path / "changed" / "model.safetensors")
-    settings = {
-        "base_model_name_or_path": str(LOCAL / name),
-        "r": 4,
-        "lora_alpha": 6.0,
-        "use_rslora": False,
-        "use_dora": dora,
-    }
-    write_adapter(_named(layers), tmp_path / "adapter", layers, settings)
+    settings = LoraSettings(rank=4, alpha=6.0, dora=dora)
+    write_adapter(_named(layers), tmp_path / "adapter", layers, settings, base=str(LOCAL / name))
     return len(layers)
 
 
@@ -444,7 +439,9 @@ def test_an_export_beyond_the_limits_is_not_kept(
     from cllm.model import merge
 
     # a merge that scales the adapter wrongly
-    monkeypatch.setattr(merge, "adapter_scaling", lambda config: 40.0)
+    monkeypatch.setattr(
+        merge, "merge_into", lambda weight, scaling, parts: merge_into(weight, 20 * scaling, parts)
+    )
     with pytest.raises(UserError, match="differs from the trained model") as caught:
         run(trained, "merged", tmp_path / "out")
     assert caught.value.code == "export.differs"

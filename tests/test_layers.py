@@ -43,6 +43,7 @@ LAYER_2 = {
     "data.packing",
     "model.fragments",
     "model.nf4",
+    "model.adapter",
     "model.lora",
     "model.attention",
     "model.offload",

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -28,17 +27,13 @@ from cllm.learn.optim import (
     train_step,
 )
 from cllm.messages import UserError
+from cllm.model.adapter import adapter_tensors
 from cllm.model.head import check_head
 from cllm.model.int8 import Int8Linear
-from cllm.model.lora import adapter_tensors, inject_lora
-from cllm.model.nf4 import NF4Linear
+from cllm.model.lora import inject_lora
 from cllm.model.offload import checkpoint_layers
 
 FP32 = Precision.choose("fp32", "cpu")
-QUANTIZED: dict[str, Callable[[nn.Linear], NF4Linear | Int8Linear]] = {
-    "nf4": NF4Linear.from_linear,
-    "int8": Int8Linear,
-}
 
 
 def examples(count: int, seed: int = 0, vocabulary: int = 96) -> list[Example]:
@@ -108,15 +103,12 @@ def test_chunked_equals_full_in_value_and_gradient(trainable: bool, chunk_bytes:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tile", [512 * 96, 2**25], ids=["tiles", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantized_head_equals_its_dense_twin(
-    kind: str, dtype: torch.dtype, tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,000 x 96: NF4's tiles end where a group of 16,384 weights does; 30 rows of logits at a
-    time.
-    """
+    """1,000 x 96, whole or in two tiles; 30 rows of logits at a time."""
     torch.manual_seed(0)
-    head = QUANTIZED[kind](nn.Linear(96, 1000, bias=bias, dtype=dtype))
+    head = Int8Linear(nn.Linear(96, 1000, bias=bias, dtype=dtype))
     dense = nn.Linear(96, 1000, bias=bias, dtype=dtype).requires_grad_(False)
     dense.weight.copy_(head.dequantize(dtype))
     if bias:
@@ -150,15 +142,14 @@ def test_a_quantized_head_equals_its_dense_twin(
     )
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gemma2"])
 def test_a_model_with_a_quantized_head_trains_to_the_dense_twins_gradients(
-    architecture: str, kind: str
+    architecture: str,
 ) -> None:
     results = []
     for quantized in (True, False):
         model = adapted(architecture)
-        head = QUANTIZED[kind](model.get_output_embeddings())
+        head = Int8Linear(model.get_output_embeddings())
         dense = nn.Linear(32, 96, bias=False).requires_grad_(False)
         dense.weight.copy_(head.dequantize())
         model.set_output_embeddings(head if quantized else dense)

@@ -1,104 +1,72 @@
-"""8-bit AdamW: against bitsandbytes, against float32 AdamW on a real objective, its bytes, and
-exact resume.
-"""
+"""bitsandbytes' 8-bit AdamW in our step: where it runs, what it learns, its bytes, exact resume."""
 
 from __future__ import annotations
 
+import builtins
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_learn_loss import FP32, adapted, examples
+from conftest import tiny_model
+from safetensors.torch import load_file
+from test_learn_loss import FP32, examples
 from torch import nn
 
 from cllm.data.packing import collate
+from cllm.learn import optim
+from cllm.learn.log import CLOCK_FIELDS, read_metrics
 from cllm.learn.loss import sft_loss
-from cllm.learn.optim import AdamW8bit, _dynamic_map, make_optimizer, set_learning_rate, train_step
+from cllm.learn.optim import check_optimizer, make_optimizer, set_learning_rate, train_step
 from cllm.learn.snapshot import capture, restore
+from cllm.messages import UserError
+from cllm.model.lora import inject_lora
+
+runs_here = pytest.mark.skipif(
+    optim._without_8bit("cpu") != "", reason="bitsandbytes has no 8-bit optimizer here"
+)
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_map_is_bitsandbytes(signed: bool) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    assert torch.equal(
-        _dynamic_map(torch.device("cpu"), signed), functional.create_dynamic_map(signed=signed)
-    )
+@pytest.fixture(name="without")
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine that has no bitsandbytes, such as a Mac."""
+    imported = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **named: Any) -> Any:
+        if name.partition(".")[0] == "bitsandbytes":
+            raise ModuleNotFoundError("No module named 'bitsandbytes'")
+        return imported(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    optim._without_8bit.cache_clear()
+    yield
+    optim._without_8bit.cache_clear()
 
 
-def test_thirty_steps_against_bitsandbytes_and_float32() -> None:
-    """From bitsandbytes' own state a step equals its step to 1e-6; over thirty steps ours stays
-    nearer to float32 AdamW than it does.
+def test_it_is_refused_in_one_line_where_bitsandbytes_does_not_run(without: None) -> None:
+    with pytest.raises(UserError) as error:
+        check_optimizer("adamw8bit", "cpu")
+    assert error.value.code == "train.adamw8bit" and "No module" in str(error.value)
+    with pytest.raises(UserError, match=r"train\.optimizer=adamw"):
+        make_optimizer(nn.Linear(2, 2), 1e-3, name="adamw8bit")
+    check_optimizer("adamw", "cpu")
+    make_optimizer(nn.Linear(2, 2), 1e-3)
 
-    (Its CPU kernel rounds moments to 65,536 even steps before it looks for the nearest code.)
-    Parameters of 64 x 130 (a short last block), 4,096 and 4,095 values (float32 moments there as
-    here), with weight decay.
+
+def trained(name: str, steps: int, rank: int) -> tuple[Any, torch.optim.Optimizer, list[float]]:
+    """Rank 128 on a width of 32 makes 4,096 values and more; of smaller ones the moments stay
+    float32.
     """
-    bnb = pytest.importorskip("bitsandbytes")
+    model = tiny_model("llama", 0)
     torch.manual_seed(0)
-    start = [torch.randn(64, 130), torch.randn(4096), torch.randn(4095)]
-    ours, theirs, exact = ([nn.Parameter(t.clone()) for t in start] for _ in range(3))
-    how: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
-    mine, other, truth = (
-        AdamW8bit(ours, **how),
-        bnb.optim.AdamW8bit(theirs, **how),
-        torch.optim.AdamW(exact, **how),
-    )
-    for _ in range(30):
-        for p, q, r in zip(ours, theirs, exact, strict=True):
-            p.grad = torch.randn_like(p) * torch.rand(p.shape) ** 2
-            q.grad, r.grad = p.grad.clone(), p.grad.clone()
-        for optimizer in (mine, other, truth):
-            optimizer.step()
-    for p, q, r, begin in zip(ours, theirs, exact, start, strict=True):
-        length = (r - begin).norm()
-        assert (p - r).norm() / length < (0.025 if p.numel() >= 4096 else 1e-6) and (
-            p - r
-        ).norm() <= (q - r).norm()
-    for p, q in zip(ours, theirs, strict=True):
-        state, reference = mine.state[p], other.state[q]
-        for name, code, scale in (
-            ("exp_avg", "state1", "absmax1"),
-            ("exp_avg_sq", "state2", "absmax2"),
-        ):
-            flat = nn.functional.pad(reference[code].flatten(), (0, -p.numel() % 256))
-            state[name] = flat.view(-1, 256)
-            if scale in reference:
-                state[f"{name}_scale"] = reference[scale][:, None].clone()
-        p.data.copy_(q.data)
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    before = [p.detach().clone() for p in ours]
-    mine.step()
-    other.step()
-    for p, q, begin in zip(ours, theirs, before, strict=True):
-        assert (p - q).norm() / (q - begin).norm() < 1e-5
-
-
-def test_a_moment_takes_its_nearest_code_and_never_becomes_zero() -> None:
-    torch.manual_seed(0)
-    state: dict[str, torch.Tensor] = {}
-    for name in ("exp_avg", "exp_avg_sq"):
-        moment = torch.randn(20, 256) * 10 ** torch.linspace(-3, 3, 20)[:, None]
-        moment = moment.square() if name == "exp_avg_sq" else moment
-        moment[3, :7] = 0.0
-        moment[4] = 0.0
-        moment[5, 0] = 1e-12
-        AdamW8bit._keep(state, name, moment, exact=False)
-        back = AdamW8bit._moment(state, name, moment)
-        scale, table = (
-            moment.abs().amax(1, keepdim=True),
-            _dynamic_map(torch.device("cpu"), signed=name == "exp_avg"),
-        )
-        nearest = (moment[..., None] - scale[..., None] * table).abs().amin(-1)
-        assert ((back - moment).abs() <= nearest + 1e-6 * scale).all()
-        assert torch.equal(back[moment == 0], torch.zeros_like(back[moment == 0]))
-    assert (back[moment > 0] > 0).all() and state["exp_avg_sq"].dtype == torch.uint8
-
-
-def trained(name: str, steps: int) -> tuple[Any, torch.optim.Optimizer, list[float]]:
-    torch.manual_seed(0)
-    model = adapted()
-    optimizer = make_optimizer(model, 5e-3, name=name)
+    inject_lora(model, rank=rank, alpha=8)
+    optimizer = make_optimizer(model.train(), 5e-3, plus_ratio=2.0, name=name)
     set_learning_rate(optimizer, 5e-3)
     return model, optimizer, run(model, optimizer, steps)
 
@@ -113,30 +81,79 @@ def run(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]
     ]
 
 
-def test_it_learns_as_float32_adamw_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the tiny model's adapters would keep float32 moments
-    monkeypatch.setattr(AdamW8bit, "SMALL", 0)
-    exact, ours = trained("adamw", 30)[2], trained("adamw8bit", 30)[2]
+@runs_here
+def test_it_learns_as_float32_adamw_does() -> None:
+    exact, eight_bits = trained("adamw", 30, 128)[2], trained("adamw8bit", 30, 128)[2]
     assert exact[-1] < 0.7 * exact[0]
-    assert max(abs(a - b) / b for a, b in zip(ours, exact, strict=True)) < 0.01
+    assert max(abs(a - b) / b for a, b in zip(eight_bits, exact, strict=True)) < 0.02
 
 
-def test_state_bytes() -> None:
-    parameter = nn.Parameter(torch.randn(64, 1024))
-    parameter.grad = torch.randn_like(parameter)
-    optimizer = AdamW8bit([parameter], 1e-3)
+@runs_here
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_lora_plus_and_the_rate_reach_every_group(ratio: float) -> None:
+    """AdamW's first step is the group's rate times the gradient's sign."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", 0)
+    inject_lora(model, rank=128, alpha=8)
+    optimizer = make_optimizer(model, 1.0, plus_ratio=ratio, name="adamw8bit")
+    set_learning_rate(optimizer, 1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for name in before:
+        model.get_parameter(name).grad = torch.ones_like(before[name])
     optimizer.step()
-    assert sum(t.nbytes for t in optimizer.state[parameter].values()) == 2 * 65536 + 2 * 256 * 4 + 4
+    for name, old in before.items():
+        rate = 1e-2 * (ratio if name.endswith("lora_B") else 1.0)
+        torch.testing.assert_close(old - model.get_parameter(name), torch.full_like(old, rate))
 
 
-@pytest.mark.parametrize("small", [0, 10**9], ids=["8bit", "float32"])
-def test_resume_is_bit_exact(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdamW8bit, "SMALL", small)
-    model, optimizer, _ = trained("adamw8bit", 3)
-    tensors = {name: value.clone() for name, value in capture(model, optimizer).items()}
+@runs_here
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("rank", [4, 128], ids=["small", "blocks"])
+def test_resume_is_bit_exact(name: str, rank: int) -> None:
+    model, optimizer, _ = trained(name, 3, rank)
+    tensors = {key: value.clone() for key, value in capture(model, optimizer).items()}
+    assert any("absmax" in key for key in tensors) == (name == "adamw8bit" and rank == 128)
     wanted = run(model, optimizer, 3)
-    other = adapted(seed=0)
-    fresh = make_optimizer(other, 5e-3, name="adamw8bit")
-    set_learning_rate(fresh, 5e-3)
-    restore(other, fresh, tensors)
-    assert run(other, fresh, 3) == wanted
+    for steps in (0, 2):  # into a fresh optimizer, and into one that has moments already
+        other, fresh, _ = trained(name, steps, rank)
+        restore(other, fresh, tensors)
+        assert run(other, fresh, 3) == wanted
+
+
+@runs_here
+def test_the_moments_of_another_optimizer_are_refused() -> None:
+    for name, other in (("adamw", "adamw8bit"), ("adamw8bit", "adamw")):
+        tensors = capture(*trained(name, 1, 128)[:2])
+        with pytest.raises(UserError, match="belongs to no parameter") as error:
+            restore(*trained(other, 0, 128)[:2], tensors)
+        assert error.value.code == "snapshot.foreign"
+
+
+@runs_here
+def test_a_killed_run_ends_as_if_nothing_had_happened(config: Path, tmp_path: Path) -> None:
+    settings = ["eval.samples=0", "train.optimizer=adamw8bit", "lora.rank=128", "train.steps=6"]
+
+    def command(run_dir: Path) -> list[str]:
+        options = [*settings, "run.snapshot_every=1", f"run.dir={json.dumps(str(run_dir))}"]
+        return [sys.executable, "-m", "cllm.train", str(config), *options]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (killed / "snapshots" / "step-000003").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+    assert process.wait() != 0
+    subprocess.run([*command(killed), "--resume"], check=True, capture_output=True)
+    results = []
+    for directory in (whole, killed):
+        rows = read_metrics(directory / "metrics.jsonl")
+        adapter = (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+        results.append(
+            (adapter, [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows])
+        )
+    assert results[0] == results[1]
+    kept = load_file(next((killed / "snapshots").glob("step-*/state.safetensors")))
+    assert any(tensor.dtype == torch.uint8 for key, tensor in kept.items() if "state2" in key)

@@ -169,9 +169,9 @@ def test_parameters_and_optimizer_are_counted_byte_for_byte(kind: str, quantize:
 @pytest.mark.parametrize(
     "change",
     [
-        {"head": "nf4"},
         {"head": "int8"},
         {"optimizer": "adamw8bit", "rank": 16},
+        {"optimizer": "adamw8bit", "rank": 130},
         {"stream_layers": 4},
         {"embedding": "cpu"},
     ],
@@ -212,7 +212,13 @@ def check_fixed(kind: str, settings: Settings, **sizes: int) -> None:
     for parameter in trained:
         parameter.grad = parameter.detach().clone()
     optimizer.step()
-    moments = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
+    # all parameters share bitsandbytes' two code tables of 1 KiB
+    moments = [
+        t
+        for values in optimizer.state.values()
+        for name, t in values.items()
+        if name != "step" and not name.startswith("qmap")
+    ]
     assert storage_bytes(moments) == items["optimizer"]
 
 
@@ -245,7 +251,6 @@ CASES = [
     ("llama", {"mlp_tile_tokens": 64, "checkpoint_layers": 0}),
     ("llama", {"stream_layers": 4, "checkpoint_layers": 0}),
     ("qwen3", {"stream_layers": 5, "offload_inputs": True, "mlp_tile_tokens": 48}),
-    ("llama", {"head": "nf4", "vocab": 4000}),
     ("llama", {"head": "int8", "vocab": 4000}),
     ("llama", {"embedding": "cpu", "precision": "fp32"}),
 ]

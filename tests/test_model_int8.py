@@ -10,6 +10,7 @@ from conftest import byte_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cllm.config import load_config
 from cllm.messages import UserError
 from cllm.model import int8
 from cllm.model.checkpoint import load_model
@@ -59,12 +60,7 @@ def test_it_keeps_its_values_when_the_model_changes_its_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("damaged", "how"),
-    [
-        ("lm_head", {"head": "int8"}),
-        ("lm_head", {"head": "nf4"}),
-        ("gate_proj", {"quantize": "nf4"}),
-    ],
+    ("damaged", "how"), [("lm_head", {"head": "int8"}), ("gate_proj", {"quantize": "nf4"})]
 )
 def test_a_checkpoint_with_nan_is_refused_in_one_line(
     damaged: str, how: dict[str, str], tmp_path: Path
@@ -77,3 +73,11 @@ def test_a_checkpoint_with_nan_is_refused_in_one_line(
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"checkpoint\.unquantizable"):
         load_model(file.parent, **how)  # type: ignore[arg-type]
+
+
+def test_a_head_in_four_bits_is_no_setting(config: Path) -> None:
+    assert load_config(config, ["model.head=int8"]).model.head == "int8"
+    with pytest.raises(UserError, match="head"):
+        load_config(config, ["model.head=nf4"])
+    with pytest.raises(ValueError, match="head = 'nf4'"):
+        load_model(config, head="nf4")

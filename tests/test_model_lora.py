@@ -14,16 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from cllm.messages import UserError
+from cllm.model.adapter import adapter_tensors, load_adapter, load_beside, save_adapter
 from cllm.model.lora import (
     GATED,
     LoraLinear,
-    adapter_tensors,
+    LoraSettings,
     disable_lora,
+    gates,
     inject_lora,
-    load_adapter,
     lora_layers,
     merge_lora,
-    save_adapter,
     set_gate,
 )
 
@@ -134,6 +134,52 @@ def test_gate_mixes_base_and_adapter_rows_and_disable_restores() -> None:
         assert torch.equal(ours(IDS).logits, adapted)
     assert (adapted - base).abs().max() > 1e-3
     torch.testing.assert_close(mixed, torch.stack([adapted[0], base[1]]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("second", [{}, {"dora": True}], ids=["lora", "dora"])
+def test_adapters_of_one_base_add_up_and_the_first_keeps_its_names(
+    second: dict, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is on more layers than the first; with both gates open a layer's output is its
+    base's and both updates.
+    """
+    monkeypatch.setattr(LoraLinear, "fused", fused)
+    models = []
+    for number, options in enumerate([{"targets": ["q_proj", "down_proj"]}, second]):
+        models.append(tiny_model("llama"))
+        torch.manual_seed(number)
+        for layer in inject_lora(models[-1], rank=2 + number, alpha=8, **options).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.3)
+        save_adapter(models[-1], tmp_path / str(number))
+    both = tiny_model("llama")
+    load_adapter(both, tmp_path / "0")
+    names = {name for name, _ in models[0].named_parameters()}
+    assert names == {name for name, _ in both.named_parameters()}
+    load_beside(both, tmp_path / "1")
+    assert names - {name for name, _ in both.named_parameters()} == {
+        name for name in names if name.endswith("_proj.weight")
+    }
+    switch = gates(both)
+    assert list(switch) == [1, 2] and switch[2].closed
+    layers = [lora_layers(model)["model.layers.0.self_attn.q_proj"] for model in (*models, both)]
+    x = torch.randn(2, 5, 32)
+    first, further, together = layers
+    base = first.base(x)
+    for rows in ((None, 0.0), (0.0, None), (None, None), (0.0, 0.0)):
+        switch[1].rows, switch[2].rows = rows
+        wanted = base
+        for layer, gate in zip((first, further), rows, strict=True):
+            wanted = wanted + (layer(x) - base if gate is None else 0)
+        torch.testing.assert_close(together(x), wanted, rtol=1e-5, atol=1e-6)
+        alone = {(None, 0.0): models[0], (0.0, None): models[1]}.get(rows)
+        if alone is not None:
+            with torch.no_grad():
+                assert (both(IDS).logits - alone(IDS).logits).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="several adapters"):
+        merge_lora(both)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        load_adapter(both, tmp_path / "0")
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -256,7 +302,7 @@ def random_layer(kind: str, dtype: torch.dtype) -> LoraLinear:
         base = NF4Linear.from_linear(base)  # type: ignore[arg-type]
     if kind == "conv1d":
         base = Conv1D(70, 96).to(dtype)
-    layer = LoraLinear(base.requires_grad_(False), 4, 12.0)
+    layer = LoraLinear(base.requires_grad_(False), LoraSettings(4, 12.0))
     torch.nn.init.normal_(layer.lora_B, std=0.1)
     return layer
 

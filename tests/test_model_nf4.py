@@ -187,7 +187,8 @@ def qlora_pair(dtype):
     bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cllm.model.lora import adapter_tensors, inject_lora
+    from cllm.model.adapter import adapter_tensors
+    from cllm.model.lora import inject_lora
 
     torch.manual_seed(3)
     config = LlamaConfig(

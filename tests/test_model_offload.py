@@ -17,7 +17,8 @@ from cllm.data.packing import collate
 from cllm.learn.loss import sft_loss
 from cllm.memory import streamed_layers
 from cllm.model import offload
-from cllm.model.lora import adapter_tensors, inject_lora
+from cllm.model.adapter import adapter_tensors
+from cllm.model.lora import inject_lora
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import (
     checkpoint_layers,
@@ -269,7 +270,7 @@ def test_a_run_with_everything_in_host_memory_equals_the_plain_run(
                 [
                     str(config),
                     "model.quantize=nf4",
-                    "model.head=nf4",
+                    "model.head=int8",
                     "train.optimizer=adamw8bit",
                     "eval.samples=0",
                     f"run.dir={tmp_path / name}",

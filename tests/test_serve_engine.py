@@ -12,15 +12,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cllm.messages import UserError
+from cllm.model.adapter import load_adapter, load_beside, save_adapter
 from cllm.model.attention import ATTENTION, register
-from cllm.model.lora import (
-    inject_lora,
-    load_adapter,
-    load_beside,
-    lora_layers,
-    save_adapter,
-    set_gate,
-)
+from cllm.model.lora import inject_lora, lora_layers, set_gate
 from cllm.serve.engine import Engine, Sampling
 
 VOCAB = 211

@@ -21,7 +21,7 @@ from cllm.data.packing import PackedBatch
 from cllm.model.head import output_head
 
 CHUNK_BYTES = 128 * 2**20
-_TILE = 2**25  # weights of a 4-bit head dequantized at a time: 64 MiB in 16 bits, twice
+_TILE = 2**25  # weights of an int8 head dequantized at a time: 64 MiB in 16 bits, twice
 # of a chunk, this much at a time is looked at in float32: it stays in the processor's cache
 _FP32_BYTES = 16 * 2**20
 
@@ -34,7 +34,7 @@ def token_nll(
 
     Shapes: hidden (T, D), labels (T,) int64; result (T,) nats in float32, 0 at IGNORE_INDEX. Labels
     are what position t predicts (already shifted). At most `chunk_bytes` of logits live at once.
-    With a frozen bare head, dense or NF4 (dequantized in tiles), the unit gradient (softmax -
+    With a frozen bare head, dense or int8 (dequantized in tiles), the unit gradient (softmax -
     onehot) W is formed in the forward and scaled in the backward; any other head is recomputed
     chunk by chunk there.
     """

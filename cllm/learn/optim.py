@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cllm.data.packing import PackedBatch
 from cllm.learn.dist import World
+from cllm.messages import UserError
 from cllm.model.device import Precision, out_of_memory
 
 Result = TypeVar("Result")
@@ -58,97 +59,27 @@ def learning_rate(
 
 
 @cache
-def _dynamic_map(device: torch.device, signed: bool) -> Tensor:
-    """(256,) ascending: 0, 1 and seven decades, each cut into twice as many even steps as the one
-    below (a sign takes half of them).
-    """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, device="cpu")
-        middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        values += middles + [-value for value in middles if signed]
-    return torch.tensor(sorted(values), device=device)
+def _without_8bit(device: str) -> str:
+    """Why bitsandbytes' 8-bit AdamW does not run on `device`; "" where a probe's step is right."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+
+        # bitsandbytes keeps the moments of fewer than 4,096 values in float32
+        probe = nn.Parameter(torch.zeros(4096, device=device))
+        probe.grad = torch.ones_like(probe)
+        AdamW8bit([probe], lr=1.0, weight_decay=0.0).step()
+        # AdamW's first step is the learning rate times the gradient's sign
+        right = torch.allclose(probe, -torch.ones_like(probe), rtol=1e-3)
+    # a driver, a missing library, a wrong build: whatever goes wrong inside is not fatal
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "" if right else "its first step is not AdamW's"
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose moments are 8-bit codes of a dynamic map times the largest magnitude of their
-    block of 256 (arXiv:2110.02861).
-
-    2 + 8 / 256 bytes of state per parameter instead of 8, in plain PyTorch on every device.
-    Parameters of fewer than 4,096 values keep float32 moments, as in bitsandbytes. Codes are the
-    nearest ones, but a second moment above zero never becomes zero, since the first would then be
-    divided by eps alone.
-    """
-
-    BLOCK, SMALL = 256, 4096
-
-    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
-        )
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, size, (beta1, beta2), lr = (
-            self.state[parameter],
-            parameter.numel(),
-            group["betas"],
-            group["lr"],
-        )
-        flat = parameter.grad.float().flatten()  # type: ignore[union-attr]
-        grad = nn.functional.pad(flat, (0, -size % self.BLOCK)).view(-1, self.BLOCK)
-        if not state:
-            state["step"] = torch.zeros(())
-        state["step"] += 1
-        count = state["step"].item()
-        first = self._moment(state, "exp_avg", grad).mul_(beta1).add_(grad, alpha=1 - beta1)
-        second = (
-            self._moment(state, "exp_avg_sq", grad)
-            .mul_(beta2)
-            .addcmul_(grad, grad, value=1 - beta2)
-        )
-        divisor = (second.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
-        update = (first / divisor).flatten()[:size].view(parameter.shape)
-        parameter.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr / (1 - beta1**count))
-        for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
-            self._keep(state, name, moment, exact=size < self.SMALL)
-
-    @staticmethod
-    def _moment(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-        """A moment as float32 (blocks, 256)."""
-        if f"{name}_scale" not in state:
-            return state.get(name, torch.zeros_like(like))
-        table = _dynamic_map(like.device, signed=name == "exp_avg")
-        return table[state[name].int()].mul_(state[f"{name}_scale"])
-
-    @staticmethod
-    def _keep(state: dict[str, Tensor], name: str, moment: Tensor, exact: bool) -> None:
-        if exact:
-            state[name] = moment
-            return
-        table = _dynamic_map(moment.device, signed=name == "exp_avg")
-        scale = moment.abs().amax(1, keepdim=True)
-        codes = torch.bucketize(
-            moment / scale.clamp(min=1e-38), (table[1:] + table[:-1]) / 2, out_int32=True
-        )
-        if name == "exp_avg_sq":
-            codes = codes.clamp_(min=1) * (moment > 0)
-        state[name], state[f"{name}_scale"] = codes.to(torch.uint8), scale
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's; the codes are bytes again (torch casts all state to the parameter's
-        dtype).
-        """
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state.update({n: v.to(torch.uint8) for n, v in state.items() if f"{n}_scale" in state})
+def check_optimizer(name: str, device: str) -> None:
+    """Raises UserError for "adamw8bit" where bitsandbytes does not run."""
+    if name == "adamw8bit" and (reason := _without_8bit(device)):
+        raise UserError("train.adamw8bit", device=device, reason=reason)
 
 
 def make_optimizer(
@@ -159,17 +90,69 @@ def make_optimizer(
     plus_ratio: float = 1.0,
     name: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101), or name="adamw8bit", over what requires a gradient; LoRA+
-    (arXiv:2402.12354): lora_B learns `plus_ratio` times faster.
+    """AdamW (arXiv:1711.05101) over what requires a gradient; name="adamw8bit": bitsandbytes', its
+    moments 8-bit codes in blocks of 256 (arXiv:2110.02861).
+
+    LoRA+ (arXiv:2402.12354): lora_B learns `plus_ratio` times faster. Raises UserError as
+    `check_optimizer`.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    fast = [p for name, p in trained if name.endswith("lora_B")]
-    slow = [p for name, p in trained if not name.endswith("lora_B")]
+    trained = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    check_optimizer(name, trained[0][1].device.type)
+    fast = [p for key, p in trained if key.endswith("lora_B")]
+    slow = [p for key, p in trained if not key.endswith("lora_B")]
     groups = [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": plus_ratio}]
     groups = [g for g in groups if g["params"]]
     if name == "adamw8bit":
-        return AdamW8bit(groups, lr, weight_decay=weight_decay)
+        from bitsandbytes.optim import AdamW8bit
+
+        eight_bits: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, weight_decay=weight_decay)
+        return eight_bits
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def moment_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, torch.Size]:
+    """Name -> shape of what the optimizer keeps of `parameter` from its first step on."""
+    shape, scalar = parameter.shape, torch.Size()
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": scalar, "exp_avg": shape, "exp_avg_sq": shape}
+    shapes = {"step": scalar, "state1": shape, "state2": shape}
+    if parameter.numel() < 4096:
+        return shapes
+    blocks = torch.Size([-(-parameter.numel() // 256)])
+    return {**shapes, "absmax1": blocks, "absmax2": blocks}
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """What the optimizer keeps of each parameter, in its groups' order; nothing before a step."""
+    kept: list[dict[str, Tensor]] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            names = [name for name in moment_shapes(optimizer, parameter) if name in state]
+            # bitsandbytes' step is an int
+            kept.append({name: torch.as_tensor(state[name]) for name in names})
+    return kept
+
+
+def set_moments(optimizer: torch.optim.Optimizer, kept: list[dict[str, Tensor]]) -> None:
+    """The inverse of `moments`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.state.clear()
+    for parameter, tensors in zip(parameters, kept, strict=True):
+        if not tensors:
+            continue
+        state: dict[str, Any] = {
+            name: tensor.to(parameter.device, copy=True) for name, tensor in tensors.items()
+        }
+        optimizer.state[parameter] = state
+        if "state1" in state:
+            state["step"] = int(state["step"])
+        if "absmax1" in state:
+            # the two code tables are constants, one of each for all parameters
+            tables: dict[str, Tensor] = optimizer.name2qmap  # type: ignore[attr-defined]
+            for number, name in ((1, "dynamic"), (2, "udynamic")):
+                tables[name] = tables[name].to(parameter.device)
+                state[f"qmap{number}"] = tables[name]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from cllm.learn.optim import moment_shapes, moments, set_moments
 from cllm.messages import UserError, note
 from cllm.runs import sync
 
@@ -50,8 +51,8 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     draws) as one flat dict of CPU tensors.
     """
     tensors = {f"parameter/{name}": p.detach() for name, p in trained_parameters(model).items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
+    for index, kept in enumerate(moments(optimizer)):
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in kept.items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -68,16 +69,18 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
     }
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     order = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    state: list[dict[str, Tensor]] = [{} for _ in order]
     for name, value in tensors.items():
         if name in expected:
             if value.shape != expected[name]:
                 wrong.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name])}")
         elif match := re.fullmatch(r"optimizer/(\d{1,9})/(\w+)", name):
             index = int(match[1])
-            if index >= len(order) or not _fits(optimizer, order[index], value):
+            shapes = moment_shapes(optimizer, order[index]) if index < len(order) else {}
+            if shapes.get(match[2]) != value.shape:
                 wrong.append(f"{name} of shape {tuple(value.shape)} belongs to no parameter")
-            state.setdefault(index, {})[match[2]] = value
+            else:
+                state[index][match[2]] = value
         elif name != "rng/cuda":
             wrong.append(f"unexpected tensor {name}")
     if wrong:
@@ -85,18 +88,10 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"parameter/{name}"])
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    set_moments(optimizer, state)
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
-
-
-def _fits(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: Tensor) -> bool:
-    if isinstance(optimizer, torch.optim.AdamW):
-        return moment.shape in (parameter.shape, ())
-    return moment.numel() < parameter.numel() + 256  # in 8 bits: blocks of 256, the last one padded
 
 
 def save_snapshot(

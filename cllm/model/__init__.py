@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from cllm import on_first_use
 
 if TYPE_CHECKING:
+    from cllm.model.adapter import load_adapter, save_adapter
     from cllm.model.checkpoint import load_model
-    from cllm.model.lora import disable_lora, inject_lora, load_adapter, merge_lora, save_adapter
+    from cllm.model.lora import disable_lora, inject_lora, merge_lora
     from cllm.model.source import resolve
     from cllm.model.tokenizer import load_tokenizer
 
@@ -22,5 +23,11 @@ __all__ = [
     "resolve",
     "save_adapter",
 ]
-_HOMES = {"load_model": "checkpoint", "load_tokenizer": "tokenizer", "resolve": "source"}
+_HOMES = {
+    "load_adapter": "adapter",
+    "load_model": "checkpoint",
+    "load_tokenizer": "tokenizer",
+    "resolve": "source",
+    "save_adapter": "adapter",
+}
 __getattr__ = on_first_use(__name__, dict.fromkeys(__all__, "lora") | _HOMES)

@@ -267,7 +267,7 @@ class Placement:
     quantize: str | None = None
     """"nf4": every Linear but the head becomes `cllm.model.nf4.NF4Linear`."""
     head: str = "16bit"
-    """"nf4" or "int8": the head is quantized too, after a tied embedding has been kept."""
+    """"int8": the head becomes `cllm.model.int8.Int8Linear`; a tied embedding stays."""
     stream_layers: int = 0
     """So many layers stay in host memory, for `cllm.model.offload.stream_layers`."""
     embedding: str = "device"
@@ -276,8 +276,8 @@ class Placement:
     """
 
     def __post_init__(self) -> None:
-        if self.quantize not in (None, "nf4"):
-            raise ValueError(f"quantize = {self.quantize!r}")
+        if self.quantize not in (None, "nf4") or self.head not in ("16bit", "int8"):
+            raise ValueError(f"quantize = {self.quantize!r}, head = {self.head!r}")
 
     def embedding_waits(self, *, tied: bool) -> bool:
         """Whether the embedding lives in host memory while the model computes elsewhere."""
@@ -366,7 +366,7 @@ def _fill(
     waiting = {id(module) for layer in streamed for module in layer.modules()}
     if placement.embedding_waits(tied=embedding.weight is output.weight):
         waiting.add(id(embedding))
-    if placement.head != "16bit":
+    if placement.head == "int8":
         waiting.add(id(output))  # what is quantized at the end needs no room on the device before
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
@@ -390,16 +390,11 @@ def _finish_head(model: Any, placement: Placement, device: torch.device) -> None
     computes on the device, wherever the embedding that it was tied to lives.
     """
     head = model.get_output_embeddings()
-    if placement.head == "16bit":
-        if head.weight.device != device:
-            head.weight = nn.Parameter(head.weight.detach().to(device), requires_grad=False)
-        return
-    with _quantizing():
-        if placement.head == "nf4":
-            quantized: nn.Module = _quantized(head, head.weight.detach(), device, device)
-        else:
-            quantized = Int8Linear(head).to(device)
-    model.set_output_embeddings(quantized)
+    if placement.head == "int8":
+        with _quantizing():
+            model.set_output_embeddings(Int8Linear(head).to(device))
+    elif head.weight.device != device:
+        head.weight = nn.Parameter(head.weight.detach().to(device), requires_grad=False)
 
 
 def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -502,7 +497,7 @@ def alibi_slopes(heads: int) -> Tensor:
 
 def split_rows(checkpoint: Checkpoint) -> Callable[[str, Tensor], list[tuple[str, Tensor]]]:
     """How an adapter trained on the original layout becomes one for the native model
-    (`cllm.model.lora.read_adapter`).
+    (`cllm.model.adapter.read_adapter`).
     """
     shape = shape_of(checkpoint.config)
 

@@ -114,26 +114,28 @@ def _rope(config: Config, theta: float = 10000.0, **more: object) -> dict[str, A
 # --- ChatGLM2, ChatGLM3, GLM-4-9B: Glm too rotates interleaved pairs of half a head, and holds gate
 # and up in one matrix.
 def _chatglm(config: Config) -> dict[str, Any]:
-    names = """vocab_size=padded_vocab_size hidden_size intermediate_size=ffn_hidden_size num_hidden_layers=num_layers
-        num_attention_heads head_dim=kv_channels rms_norm_eps=layernorm_epsilon max_position_embeddings=seq_length"""
-    settings = {
-        "add_bias_linear": False,
-        "rmsnorm": True,
-        "original_rope": True,
-        "post_layer_norm": True,
-    }
-    plain = {
-        "apply_residual_connection_post_layernorm": False,
-        "pre_seq_len": None,
-        "quantization_bit": 0,
-    }
-    native = _keys("chatglm", config, names, **settings, **plain)
+    names = """
+        vocab_size=padded_vocab_size hidden_size intermediate_size=ffn_hidden_size
+        num_hidden_layers=num_layers num_attention_heads head_dim=kv_channels
+        rms_norm_eps=layernorm_epsilon max_position_embeddings=seq_length
+    """
+    native = _keys(
+        "chatglm",
+        config,
+        names,
+        add_bias_linear=False,
+        rmsnorm=True,
+        original_rope=True,
+        post_layer_norm=True,
+        apply_residual_connection_post_layernorm=False,
+        pre_seq_len=None,
+        quantization_bit=0,
+    )
     grouped = config.get("multi_query_attention", False)
+    kv_heads = config["multi_query_group_num" if grouped else "num_attention_heads"]
     pad = config.get("pad_token_id")
     return native | {
-        "num_key_value_heads": config["multi_query_group_num"]
-        if grouped
-        else config["num_attention_heads"],
+        "num_key_value_heads": kv_heads,
         "attention_bias": bool(config.get("add_qkv_bias", False)),
         "eos_token_id": config.get("eos_token_id", 2),
         # Glm's own default, 151329, lies outside ChatGLM's vocabulary and would crash the
@@ -145,16 +147,22 @@ def _chatglm(config: Config) -> dict[str, Any]:
     }
 
 
-_CHATGLM = """transformer.embedding.word_embeddings=model.embed_tokens transformer.encoder.final_layernorm=model.norm
-    transformer.output_layer=lm_head *.self_attention.query_key_value=qkv:*.self_attn.?_proj
-    *.self_attention.dense=*.self_attn.o_proj *.mlp.dense_h_to_4h=*.mlp.gate_up_proj *.mlp.dense_4h_to_h=*.mlp.down_proj
-    *.input_layernorm *.post_attention_layernorm"""
+_CHATGLM = """
+    transformer.embedding.word_embeddings=model.embed_tokens
+    transformer.encoder.final_layernorm=model.norm transformer.output_layer=lm_head
+    *.self_attention.query_key_value=qkv:*.self_attn.?_proj
+    *.self_attention.dense=*.self_attn.o_proj *.mlp.dense_h_to_4h=*.mlp.gate_up_proj
+    *.mlp.dense_4h_to_h=*.mlp.down_proj *.input_layernorm *.post_attention_layernorm
+"""
 CHATGLM = Family(
     "chatglm", "GlmForCausalLM", "chatglm3", _chatglm, "transformer.encoder.layers", _CHATGLM
 )
 
 # --- The Llama relatives: what differs is a name, how q, k and v are packed, or the head.
-_LLAMA = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads rms_norm_eps hidden_act"
+_LLAMA = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads rms_norm_eps
+    hidden_act
+"""
 
 
 def _baichuan(config: Config) -> dict[str, Any]:
@@ -178,10 +186,8 @@ def _baichuan_family(config: Config) -> Family:
     """All Baichuan models share one model_type: 13B (ALiBi) has no `max_position_embeddings`,
     version 1 a plain head.
     """
-    alibi, second = (
-        "max_position_embeddings" not in config,
-        config.get("vocab_size") != BAICHUAN_1_VOCAB,
-    )
+    alibi = "max_position_embeddings" not in config
+    second = config.get("vocab_size") != BAICHUAN_1_VOCAB
     name = f"baichuan{'2' if second else ''}-{'13b' if alibi else '7b'}"
     rules = "*.self_attn.W_pack=qkv:*.self_attn.?_proj"
     if second:
@@ -193,8 +199,10 @@ def _baichuan_family(config: Config) -> Family:
 
 
 def _qwen(config: Config) -> dict[str, Any]:
-    names = """vocab_size hidden_size num_hidden_layers num_attention_heads rms_norm_eps=layer_norm_epsilon
-        intermediate_size max_position_embeddings=seq_length"""
+    names = """
+        vocab_size hidden_size num_hidden_layers num_attention_heads
+        rms_norm_eps=layer_norm_epsilon intermediate_size max_position_embeddings=seq_length
+    """
     heads = config.get("num_attention_heads", 1)
     return _keys("qwen", config, names, no_bias=True, rotary_pct=1.0) | {
         # the original counts gate and up together
@@ -208,9 +216,12 @@ def _qwen(config: Config) -> dict[str, Any]:
 
 
 # w1 is the up projection and w2 the gate: easy to swap.
-_QWEN = """transformer.wte=model.embed_tokens transformer.ln_f=model.norm *.attn.c_attn=qkv:*.self_attn.?_proj
-    *.attn.c_proj=*.self_attn.o_proj *.mlp.w1=*.mlp.up_proj *.mlp.w2=*.mlp.gate_proj *.mlp.c_proj=*.mlp.down_proj
-    *.ln_1=*.input_layernorm *.ln_2=*.post_attention_layernorm"""
+_QWEN = """
+    transformer.wte=model.embed_tokens transformer.ln_f=model.norm
+    *.attn.c_attn=qkv:*.self_attn.?_proj *.attn.c_proj=*.self_attn.o_proj *.mlp.w1=*.mlp.up_proj
+    *.mlp.w2=*.mlp.gate_proj *.mlp.c_proj=*.mlp.down_proj *.ln_1=*.input_layernorm
+    *.ln_2=*.post_attention_layernorm
+"""
 QWEN = Family("qwen", "Qwen2ForCausalLM", "qwen1", _qwen, "transformer.h", _QWEN)
 
 
@@ -227,9 +238,13 @@ def _llama(
     return native
 
 
-_INTERNLM2 = """model.tok_embeddings=model.embed_tokens output=lm_head *.attention.wqkv=qkv_grouped:*.self_attn.?_proj
-    *.attention.wo=*.self_attn.o_proj *.feed_forward.w1=*.mlp.gate_proj *.feed_forward.w3=*.mlp.up_proj
-    *.feed_forward.w2=*.mlp.down_proj *.attention_norm=*.input_layernorm *.ffn_norm=*.post_attention_layernorm"""
+_INTERNLM2 = """
+    model.tok_embeddings=model.embed_tokens output=lm_head
+    *.attention.wqkv=qkv_grouped:*.self_attn.?_proj *.attention.wo=*.self_attn.o_proj
+    *.feed_forward.w1=*.mlp.gate_proj *.feed_forward.w3=*.mlp.up_proj
+    *.feed_forward.w2=*.mlp.down_proj *.attention_norm=*.input_layernorm
+    *.ffn_norm=*.post_attention_layernorm
+"""
 _YI = "*.ln1=*.input_layernorm *.ln2=*.post_attention_layernorm"
 INTERNLM = Family("internlm", "LlamaForCausalLM", "internlm", _llama("internlm", bias=True))
 INTERNLM2 = Family(
@@ -254,36 +269,40 @@ NATIVE = Family("native", "", "auto", prefixes=_TEXT_PART, drop=_NO_TEXT)
 
 
 # --- GGUF: llama.cpp's names.
-def _gguf(own: Config) -> dict[str, Any]:
+def _gguf(metadata: Config) -> dict[str, Any]:
     """GGUF metadata without the architecture's prefix, with `tensors`, -> native config."""
-    names = """hidden_size=embedding_length intermediate_size=feed_forward_length num_hidden_layers=block_count
-        num_attention_heads=attention.head_count max_position_embeddings=context_length
-        rms_norm_eps=attention.layer_norm_rms_epsilon"""
-    native = _keys("GGUF", own, names)
-    heads, tensors = native["num_attention_heads"], own["tensors"]
+    names = """
+        hidden_size=embedding_length intermediate_size=feed_forward_length
+        num_hidden_layers=block_count num_attention_heads=attention.head_count
+        max_position_embeddings=context_length rms_norm_eps=attention.layer_norm_rms_epsilon
+    """
+    native = _keys("GGUF", metadata, names)
+    heads = native["num_attention_heads"]
+    tensors = metadata["tensors"]
+    embedding = tensors.get("token_embd.weight")
     tokens = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    rope: dict[str, Any] = {"rope_theta": own.get("rope.freq_base", 10000.0)}
-    if own.get("rope.scaling.type", "none") != "none":
+    rope: dict[str, Any] = {"rope_theta": metadata.get("rope.freq_base", 10000.0)}
+    if metadata.get("rope.scaling.type", "none") != "none":
         rope["rope_scaling"] = {
-            "type": own["rope.scaling.type"],
-            "factor": own.get("rope.scaling.factor", 1.0),
+            "type": metadata["rope.scaling.type"],
+            "factor": metadata.get("rope.scaling.factor", 1.0),
         }
     return native | {
-        **{name: own.get(f"tokenizer.ggml.{token}_token_id") for name, token in tokens.items()},
-        "num_key_value_heads": own.get("attention.head_count_kv", heads),
-        "head_dim": own.get("attention.key_length", native["hidden_size"] // heads),
-        "vocab_size": tensors["token_embd.weight"].shape[0]
-        if "token_embd.weight" in tensors
-        else 0,
+        **{
+            name: metadata.get(f"tokenizer.ggml.{token}_token_id") for name, token in tokens.items()
+        },
+        "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
+        "head_dim": metadata.get("attention.key_length", native["hidden_size"] // heads),
+        "vocab_size": embedding.shape[0] if embedding else 0,
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "rope_parameters": _rope(rope),
     }
 
 
-def _gguf_chatglm(own: Config) -> dict[str, Any]:
-    native = _gguf(own)
-    turned = own.get("rope.dimension_count", native["head_dim"] // 2) / native["head_dim"]
+def _gguf_chatglm(metadata: Config) -> dict[str, Any]:
+    native = _gguf(metadata)
+    turned = metadata.get("rope.dimension_count", native["head_dim"] // 2) / native["head_dim"]
     pad = native["pad_token_id"] or 0
     return native | {
         "rope_parameters": native["rope_parameters"] | {"partial_rotary_factor": turned},
@@ -298,11 +317,11 @@ def gemma3_layer_types(layers: int) -> list[str]:
     ]
 
 
-def _gguf_gemma3(own: Config) -> dict[str, Any]:
-    native = _gguf(own)
+def _gguf_gemma3(metadata: Config) -> dict[str, Any]:
+    native = _gguf(metadata)
     local = {"rope_type": "default", "rope_theta": 10000.0}
     return native | {
-        "sliding_window": own.get("attention.sliding_window", 512),
+        "sliding_window": metadata.get("attention.sliding_window", 512),
         "layer_types": gemma3_layer_types(native["num_hidden_layers"]),
         "rope_parameters": {
             "full_attention": native["rope_parameters"],
@@ -312,8 +331,11 @@ def _gguf_gemma3(own: Config) -> dict[str, Any]:
     }
 
 
-_LINEARS = """token_embd=model.embed_tokens output=lm_head *.attn_v=*.self_attn.v_proj *.attn_output=*.self_attn.o_proj
-    *.ffn_gate=*.mlp.gate_proj *.ffn_up=*.mlp.up_proj *.ffn_down=*.mlp.down_proj"""
+_LINEARS = """
+    token_embd=model.embed_tokens output=lm_head *.attn_v=*.self_attn.v_proj
+    *.attn_output=*.self_attn.o_proj *.ffn_gate=*.mlp.gate_proj *.ffn_up=*.mlp.up_proj
+    *.ffn_down=*.mlp.down_proj
+"""
 _QK = "*.attn_q=*.self_attn.q_proj *.attn_k=*.self_attn.k_proj"
 # for ggml's own rotary
 _LLAMA_QK = "*.attn_q=unpermute_q:*.self_attn.q_proj *.attn_k=unpermute_k:*.self_attn.k_proj"
@@ -321,8 +343,11 @@ _NORMS = (
     "output_norm=model.norm *.attn_norm=*.input_layernorm *.ffn_norm=*.post_attention_layernorm"
 )
 _QK_NORMS = "*.attn_q_norm=*.self_attn.q_norm *.attn_k_norm=*.self_attn.k_norm"
-_GEMMA_NORMS = f"""{_QK_NORMS} output_norm=model.norm *.attn_norm=*.input_layernorm *.ffn_norm=*.pre_feedforward_layernorm
-    *.post_attention_norm=*.post_attention_layernorm *.post_ffw_norm=*.post_feedforward_layernorm"""
+_GEMMA_NORMS = f"""
+    {_QK_NORMS} output_norm=model.norm *.attn_norm=*.input_layernorm
+    *.ffn_norm=*.pre_feedforward_layernorm *.post_attention_norm=*.post_attention_layernorm
+    *.post_ffw_norm=*.post_feedforward_layernorm
+"""
 _GLM_UP = "*.ffn_up=*.mlp.gate_up_proj"
 _ONE_LESS = _GEMMA_NORMS.replace("=", "=minus_one:")  # stored as 1 + w
 GGUF = {
@@ -347,7 +372,10 @@ GGUF = {
 FAMILIES = {
     family.name: family for family in (CHATGLM, QWEN, INTERNLM, INTERNLM2, YI, GPT2, LLAMA_ALIBI)
 }
-SUPPORTED = "baichuan (7B, 13B; 1 and 2), chatglm (ChatGLM2, ChatGLM3, GLM-4-9B), gpt2, internlm, internlm2, qwen (1), yi"
+SUPPORTED = (
+    "baichuan (7B, 13B; 1 and 2), chatglm (ChatGLM2, ChatGLM3, GLM-4-9B), gpt2, internlm, "
+    "internlm2, qwen (1), yi"
+)
 
 
 def family_of(config: Config) -> Family | None:

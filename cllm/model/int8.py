@@ -1,5 +1,7 @@
-"""Int8 with one scale a row: the output head in half of its 16-bit bytes, where four bits would
-change its logits too much.
+"""Int8 with one scale a row: the output head in half of its 16-bit bytes.
+
+An NF4 head would take a quarter. On an NF4 base of Gemma 3 270M it raises perplexity by 41 % (dev
+rows; int8: 0.0 %), which is why there is none.
 
 W[i, j] is codes[i, j] * scale[i] with scale[i] = max_j |W[i, j]| / 127, codes rounded to nearest:
 the row-wise absmax quantization of LLM.int8() (arXiv 2208.07339, section 2.1), for the weight
@@ -13,7 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from cllm.model.nf4 import CHUNK, TILE, QuantizedLinear
+from cllm.model.nf4 import CHUNK, QuantizedLinear, Tile
+
+TILE = 2**27  # weights dequantized at a time
 
 
 def _spans(low: int, high: int, step: int) -> Iterator[slice]:
@@ -48,12 +52,8 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scales", (largest / 127).view(torch.int32))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
-    def tiles(
-        self, dtype: torch.dtype, weights: int = TILE
-    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(rows, their dense weight, their bias), about so many weights at a time; multiplied in
-        float32 and rounded once to `dtype`.
-        """
+    def tiles(self, dtype: torch.dtype, weights: int = TILE) -> Iterator[Tile]:
+        """About so many weights at a time, multiplied in float32 and rounded once to `dtype`."""
         scale = self.scales.view(torch.float32)[:, None]
         for rows in _spans(0, self.out_features, weights // self.in_features):
             dense = torch.empty(

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cllm.model.adapter import check_adapter, read_adapter
 from cllm.model.checkpoint import Checkpoint, converted, open_native, split_rows, write_config
-from cllm.model.lora import adapter_scaling, check_adapter, merge_into, read_adapter
+from cllm.model.lora import merge_into
 from cllm.model.nf4 import dequantize, quantize_nf4
 from cllm.model.shards import Layout, write_safetensors
 
@@ -65,8 +66,8 @@ def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
     bfloat16). Raises UserError as `open_native`, `read_adapter` and `check_adapter`.
     """
     checkpoint, model, layout = open_native(base)
-    config, layers = read_adapter(adapter, split_rows(checkpoint))
-    check_adapter(model, adapter, config, layers)
+    settings, layers = read_adapter(adapter, split_rows(checkpoint))
+    check_adapter(model, adapter, settings, layers)
     sizes: Counter[torch.dtype] = Counter()
     for _, dims, dtype, _ in checkpoint.stored():
         sizes[dtype] += torch.Size(dims).numel()
@@ -75,7 +76,7 @@ def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
         name: (dims, dtype if kind.is_floating_point else kind)
         for name, (dims, kind) in layout.items()
     }
-    return Merge(checkpoint, model, layout, dtype, layers, adapter_scaling(config), nf4)
+    return Merge(checkpoint, model, layout, dtype, layers, settings.scaling, nf4)
 
 
 def write_merged(merge: Merge, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

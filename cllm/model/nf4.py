@@ -14,7 +14,6 @@ long row.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cache, reduce
@@ -34,7 +33,6 @@ CODE = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-TILE = 2**27  # weights dequantized at a time: any layer whole, a large vocabulary's head in parts
 # weights converted at a time: temporaries of about 40 MB, and close to the CPU's cache
 CHUNK = 2**21
 
@@ -44,12 +42,14 @@ class NF4Tensor(NamedTuple):
     groups.
     """
 
-    packed: Tensor  # (ceil(n/2),) uint8: two codes a byte, the even element in the high half
-    absmax: Tensor  # (B,) uint8: codes of the dynamic map
-    # (G + 1,) int32: float32 bit patterns of the groups' scales, then of the mean. As integers,
-    # because
+    packed: Tensor
+    """(ceil(n / 2),) uint8: two codes a byte, the even element in the high half."""
+    absmax: Tensor
+    """(B,) uint8: codes of the dynamic map."""
     scales: Tensor
-    #                 module.to(bfloat16) would round floating-point buffers
+    """(G + 1,) int32: the bits of the groups' float32 scales, then of the mean. As integers,
+    because module.to(bfloat16) would round floating-point buffers.
+    """
     shape: tuple[int, ...]
 
 
@@ -57,15 +57,12 @@ def empty_nf4(shape: tuple[int, ...], device: torch.device | str | None = None) 
     """Uninitialized storage for a weight of `shape`, e.g. on the meta device."""
     n = torch.Size(shape).numel()
     blocks = -(-n // BLOCK)
-    sizes = (
-        (-(-n // 2), torch.uint8),
-        (blocks, torch.uint8),
-        (-(-blocks // GROUP) + 1, torch.int32),
+    return NF4Tensor(
+        packed=torch.empty(-(-n // 2), dtype=torch.uint8, device=device),
+        absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
+        scales=torch.empty(-(-blocks // GROUP) + 1, dtype=torch.int32, device=device),
+        shape=shape,
     )
-    packed, absmax, scales = (
-        torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes
-    )
-    return NF4Tensor(packed, absmax, scales, shape)
 
 
 def quantize_nf4(weight: Tensor, device: torch.device | None = None) -> NF4Tensor:
@@ -115,9 +112,10 @@ def _pack(normalized: Tensor, out: Tensor) -> None:
 
 
 @cache
-def _dynamic_map(device: torch.device) -> Tensor:
-    """(256,) ascending: seven decades, each cut evenly into 1, 2, … 64 values on either side of
-    zero, and 0 and 1.
+def dynamic_map(device: torch.device) -> Tensor:
+    """(256,) float32, ascending: 0, 1 and the middles of equal parts of seven decades, on both
+    sides of zero. [1e-7, 1e-6] is one part, each decade above has twice as many
+    (arXiv:2110.02861).
     """
     values = [0.0, 1.0]
     for decade in range(7):
@@ -134,7 +132,7 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
     True rounding to the nearest code would differ in 0.2 % of the codes; this is followed so that
     checkpoints come out the same.
     """
-    code = _dynamic_map(absmax.device)
+    code = dynamic_map(absmax.device)
     steps = -1 + 2 * torch.arange(2**16, device=absmax.device).float() / (2**16 - 1)
     nearest = torch.bucketize(steps, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
     mean = absmax.mean()
@@ -159,25 +157,25 @@ def dequantize_plain(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> T
     """`dequantize` in plain PyTorch: each byte fetches its two float32 values from a 256-entry
     table as one int64.
     """
-    packed, codes, scales, shape = weight
-    scales = scales.view(torch.float32)
-    absmax = _dynamic_map(codes.device).index_select(0, codes.int())
-    absmax = absmax * scales[:-1].repeat_interleave(GROUP)[: codes.numel()] + scales[-1]
-    n, pairs = torch.Size(shape).numel(), _pairs(packed.device)
-    out = torch.empty(2 * packed.numel(), dtype=dtype, device=packed.device)
-    for start in range(0, n, CHUNK):
-        values = pairs.index_select(0, packed[start // 2 : (start + CHUNK) // 2].int()).view(
-            torch.float32
-        )
+    scales = weight.scales.view(torch.float32)
+    device = weight.packed.device
+    absmax = dynamic_map(device).index_select(0, weight.absmax.int())
+    absmax = absmax * scales[:-1].repeat_interleave(GROUP)[: len(absmax)] + scales[-1]
+    count = torch.Size(weight.shape).numel()
+    out = torch.empty(2 * len(weight.packed), dtype=dtype, device=device)
+    for start in range(0, count, CHUNK):
+        codes = weight.packed[start // 2 : (start + CHUNK) // 2].int()
+        values = _pairs(device).index_select(0, codes).view(torch.float32)
         whole = values.numel() // BLOCK
         values[: whole * BLOCK].view(whole, BLOCK).mul_(absmax[start // BLOCK :][:whole, None])
         values[whole * BLOCK :].mul_(absmax[-1])
         out[start : start + values.numel()] = values
-    return out[:n].view(shape)
+    return out[:count].view(weight.shape)
 
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
+    """(256,) int64: the bits of the two float32 values of each byte."""
     code = torch.tensor(CODE, device=device)
     return torch.stack([code.repeat_interleave(16), code.repeat(16)], 1).view(torch.int64).view(-1)
 
@@ -186,21 +184,17 @@ _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _dequantize_bitsandbytes(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    packed, codes, scales, shape = weight
-    ops, scales, table = (
-        torch.ops.bitsandbytes,
-        scales.view(torch.float32),
-        _dynamic_map(codes.device),
-    )
-    absmax = ops.dequantize_blockwise(codes, scales[:-1], table, GROUP, torch.float32) + scales[-1]
-    n = torch.Size(shape).numel()
+    operators = torch.ops.bitsandbytes
+    scales = weight.scales.view(torch.float32)
+    table = dynamic_map(weight.absmax.device)
+    absmax = operators.dequantize_blockwise(weight.absmax, scales[:-1], table, GROUP, torch.float32)
     # one long row: see the module's docstring
-    rows = shape if shape[-1] % BLOCK == 0 else (2 * packed.numel(),)
-    return (
-        cast(Tensor, ops.dequantize_4bit(packed, absmax, BLOCK, "nf4", rows, dtype))
-        .view(-1)[:n]
-        .view(shape)
+    long = (2 * len(weight.packed),)
+    shape = weight.shape if weight.shape[-1] % BLOCK == 0 else long
+    values: Tensor = operators.dequantize_4bit(
+        weight.packed, absmax + scales[-1], BLOCK, "nf4", shape, dtype
     )
+    return values.view(-1)[: torch.Size(weight.shape).numel()].view(weight.shape)
 
 
 @cache
@@ -212,20 +206,14 @@ def _bitsandbytes(device: str) -> bool:
         import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
         values = torch.arange(6400.0, device=device).sin()
-        probes = [
-            quantize_nf4(v)
-            for v in (values.view(80, 80), values.view(50, 128), values[:35].view(5, 7))
-        ]
-        pairs = [
-            (_dequantize_bitsandbytes(p, d), dequantize_plain(p, d))
-            for p in probes
-            for d in _FAST_DTYPES
-        ]
-        reason = (
-            ""
-            if all(torch.equal(a, b) for a, b in pairs)
-            else "its values differ from NF4's definition"
+        weights = (values.view(80, 80), values.view(50, 128), values[:35].view(5, 7))
+        probes = [quantize_nf4(weight) for weight in weights]
+        equal = all(
+            torch.equal(_dequantize_bitsandbytes(probe, dtype), dequantize_plain(probe, dtype))
+            for probe in probes
+            for dtype in _FAST_DTYPES
         )
+        reason = "" if equal else "its values differ from NF4's definition"
     # a driver, a missing library, a wrong build: whatever goes wrong inside is not fatal
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -234,17 +222,17 @@ def _bitsandbytes(device: str) -> bool:
     return not reason
 
 
+Tile = tuple[slice, Tensor, Tensor | None]
+"""Some rows of a weight: which, their dense weight, their bias."""
+
+
 class _FrozenMatmul(torch.autograd.Function):
     """x W^T + b with a frozen W: keeps a reference to the module only, and dequantizes W again in
     the backward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        tiles: Callable[[torch.dtype], Iterator[tuple[slice, Tensor, Tensor | None]]],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tiles: Callable[[torch.dtype], Iterator[Tile]]) -> Tensor:
         ctx.tiles = tiles
         parts = [nn.functional.linear(x, weight, bias) for _, weight, bias in tiles(x.dtype)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -254,9 +242,8 @@ class _FrozenMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return reduce(
-            Tensor.add_, (grad[..., rows] @ weight for rows, weight, _ in ctx.tiles(grad.dtype))
-        ), None
+        parts = (grad[..., rows] @ weight for rows, weight, _ in ctx.tiles(grad.dtype))
+        return reduce(Tensor.add_, parts), None
 
 
 class QuantizedLinear(nn.Module, ABC):
@@ -271,10 +258,8 @@ class QuantizedLinear(nn.Module, ABC):
     bias: Tensor | None
 
     @abstractmethod
-    def tiles(
-        self, dtype: torch.dtype, weights: int = TILE
-    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(rows, their dense weight, their bias), about so many weights at a time."""
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """All rows, dequantized some at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -282,7 +267,7 @@ class QuantizedLinear(nn.Module, ABC):
         return cast(Tensor, _FrozenMatmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
 class NF4Linear(QuantizedLinear):
@@ -303,10 +288,9 @@ class NF4Linear(QuantizedLinear):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        for name, buffer in zip(
-            NF4Tensor._fields, empty_nf4((out_features, in_features), device)[:3], strict=False
-        ):
-            self.register_buffer(name, buffer)
+        empty = empty_nf4((out_features, in_features), device)
+        for name in ("packed", "absmax", "scales"):
+            self.register_buffer(name, getattr(empty, name))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
 
     @classmethod
@@ -338,24 +322,7 @@ class NF4Linear(QuantizedLinear):
         shape = (self.out_features, self.in_features)
         return dequantize(NF4Tensor(self.packed, self.absmax, self.scales, shape), dtype)
 
-    def tiles(
-        self, dtype: torch.dtype, weights: int = TILE
-    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(rows, their dense weight, their bias), about so many weights at a time; cut where a
-        group of scales starts.
-        """
-        columns, step = self.in_features, BLOCK * GROUP // math.gcd(self.in_features, BLOCK * GROUP)
-        step *= max(1, weights // (columns * step))
-        for low in range(0, self.out_features, step):
-            high = min(low + step, self.out_features)
-            block, last = low * columns // BLOCK, -(-high * columns // BLOCK)
-            scales = torch.cat(
-                [self.scales[:-1][block // GROUP : -(-last // GROUP)], self.scales[-1:]]
-            )
-            packed = self.packed[low * columns // 2 : -(-high * columns // 2)]
-            part = NF4Tensor(packed, self.absmax[block:last], scales, (high - low, columns))
-            yield (
-                slice(low, high),
-                dequantize(part, dtype),
-                None if self.bias is None else self.bias[low:high].to(dtype),
-            )
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """The whole weight at once."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        yield slice(None), self.dequantize(dtype), bias

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,21 +21,20 @@ from torch import Tensor
 from cllm.messages import UserError
 from cllm.model import gguf
 
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
 DTYPES = {
-    **{
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "BOOL": torch.bool,
-    },
-    **{
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-    },
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 _DEQUANTIZE_ELEMENTS = 2**22
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
@@ -116,19 +115,16 @@ def _safetensors(file: Path) -> Iterator[Stored]:
             raise UserError("model.truncated", path=file, tensor="(header)")
         header = data.read(length)
     try:
-        entries = [
-            (name, *entry["data_offsets"], entry)
-            for name, entry in json.loads(header).items()
-            if name != "__metadata__"
-        ]
+        entries: dict[str, Any] = json.loads(header)
+        entries.pop("__metadata__", None)
         stored = [
-            (begin, end, name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            for name, begin, end, entry in entries
+            (*entry["data_offsets"], name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            for name, entry in entries.items()
         ]
         wrong = [
-            n
-            for b, e, n, shape, dtype in stored
-            if b < 0 or e - b != dtype.itemsize * torch.Size(shape).numel()
+            name
+            for begin, end, name, shape, dtype in stored
+            if begin < 0 or end - begin != dtype.itemsize * torch.Size(shape).numel()
         ]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError("model.damaged", path=file, detail=f"header: {error!r}") from error
@@ -185,9 +181,10 @@ def _gguf(file: Path) -> Iterator[Stored]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     size = file.stat().st_size
-    for name, (shape, kind, offset) in gguf.read_header(file).tensors.items():
+    for name, (shape, ggml_type, offset) in gguf.read_header(file).tensors.items():
         try:
-            block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            kind = GGMLQuantizationType(ggml_type)
+            block_elements, block_bytes = GGML_QUANT_SIZES[kind]
         except ValueError as error:
             raise UserError("model.damaged", path=file, detail=f"{name}: {error}") from error
         row_bytes = shape[-1] // block_elements * block_bytes
@@ -199,22 +196,20 @@ def _gguf(file: Path) -> Iterator[Stored]:
 
 
 def _dequantized(
-    file: Path, offset: int, shape: tuple[int, ...], kind: int, row_bytes: int
+    file: Path, offset: int, shape: tuple[int, ...], kind: GGMLQuantizationType, row_bytes: int
 ) -> Tensor:
     import numpy as np
-    from gguf import GGMLQuantizationType, dequantize
+    from gguf import dequantize
 
     rows, width = torch.Size(shape[:-1]).numel(), shape[-1]
     tensor = torch.empty(rows, width)
     step = max(1, _DEQUANTIZE_ELEMENTS // width)
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        block = np.fromfile(
-            file, np.uint8, count * row_bytes, offset=offset + start * row_bytes
-        ).reshape(count, row_bytes)
-        tensor[start : start + count] = torch.from_numpy(
-            dequantize(block, GGMLQuantizationType(kind))
-        )
+        at = offset + start * row_bytes
+        data = np.fromfile(file, np.uint8, count * row_bytes, offset=at)
+        values = dequantize(data.reshape(count, row_bytes), kind)
+        tensor[start : start + count] = torch.from_numpy(values)
     return tensor.reshape(shape)
 
 

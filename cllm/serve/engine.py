@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from cllm.messages import UserError, note, say
 from cllm.model.device import device_of, free_bytes, out_of_memory
-from cllm.model.lora import lora_layers
+from cllm.model.lora import gates
 
 # what an admitted row is expected to grow by; a wrong guess costs one preemption
 HEADROOM_TOKENS = 128
@@ -222,7 +222,7 @@ class Engine:
     ) -> None:
         self.model, self.stop_ids, self.pad_id, self.autocast = model, stop_ids, pad_id, autocast
         self.device = device_of(model)
-        self.gates = {layer.gate.number: layer.gate for layer in lora_layers(model).values()}
+        self.gates = gates(model)
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         self.positions = getattr(config, "max_position_embeddings", None) or 2**31
         self.stateful = bool(getattr(model, "_is_stateful", False))

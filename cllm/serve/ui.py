@@ -26,7 +26,7 @@ from cllm.data.schema import Message
 from cllm.evaluate.report import number, score_table
 from cllm.learn.log import peak_memory_bytes, read_metrics
 from cllm.messages import UserError, messages
-from cllm.model.lora import WEIGHTS_FILE
+from cllm.model.adapter import WEIGHTS_FILE
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import Engine
 

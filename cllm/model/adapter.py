@@ -1,0 +1,267 @@
+"""LoRA adapters as files in PEFT's format: `adapter_config.json` and
+`adapter_model.safetensors`, written and read as PEFT 0.21 does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cllm.messages import UserError
+from cllm.model.lora import (
+    LoraLinear,
+    LoraSettings,
+    add_adapter,
+    is_conv1d,
+    linear_shape,
+    lora_layers,
+    target_linears,
+)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SUFFIXES = {
+    "lora_A": ".lora_A.weight",
+    "lora_B": ".lora_B.weight",
+    "magnitude": ".lora_magnitude_vector",
+}
+
+
+def _parts(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> its "lora_A", "lora_B" and, for DoRA, "magnitude"."""
+    return {
+        name: dict(layer.named_parameters(recurse=False))
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def _under_peft_names(layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{_PREFIX}{name}{_SUFFIXES[part]}": tensor
+        for name, parts in layers.items()
+        for part, tensor in parts.items()
+    }
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's key names, sharing memory with the model."""
+    return _under_peft_names(_parts(model))
+
+
+def save_adapter(model: nn.Module, directory: str | Path, *, base: str = "") -> None:
+    """Write the adapter of `model` as PEFT does; `base` names the checkpoint below it."""
+    settings = next(iter(lora_layers(model).values())).settings
+    write_adapter(model, directory, _parts(model), settings, base=base)
+
+
+def write_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    layers: dict[str, dict[str, Tensor]],
+    settings: LoraSettings,
+    *,
+    base: str = "",
+) -> None:
+    """PEFT's two files from layer name -> tensors of an adapter of `model`, wrapped or not."""
+    last_parts = {name.rpartition(".")[2] for name in layers}
+    linears = [
+        name.removesuffix(".base")
+        for name, module in model.named_modules()
+        if linear_shape(module) is not None
+    ]
+    # PEFT matches a target at the end of any module's name: short names only if they select exactly
+    # what was adapted.
+    exact = {name for name in linears if name.rpartition(".")[2] in last_parts} == set(layers)
+    first = model.get_submodule(next(iter(layers)))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
+        "target_modules": sorted(last_parts if exact else layers),
+        "bias": "none",
+        "modules_to_save": None,
+        "fan_in_fan_out": is_conv1d(first.base if isinstance(first, LoraLinear) else first),
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # clone: fused layers share A, and safetensors writes no memory twice
+    tensors = {
+        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in _under_peft_names(layers).items()
+    }
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+Split = Callable[[str, Tensor], list[tuple[str, Tensor]]]
+"""(module name in the original checkpoint, rows (out, …)) -> its native modules with their rows; a
+native name stays as it is.
+"""
+
+
+def read_adapter(
+    directory: str | Path, split: Split | None = None
+) -> tuple[LoraSettings, dict[str, dict[str, Tensor]]]:
+    """(settings, layer name -> its "lora_A", "lora_B" and, for DoRA, "magnitude") of a directory,
+    ours or PEFT's.
+
+    `split` renames what was trained on an original checkpoint: the parts of a fused layer (W_pack,
+    query_key_value, c_attn) share A and take their rows of B. Raises UserError, listing everything
+    at once, for a damaged file and PEFT features that would change the result if ignored.
+    """
+    folder = Path(directory)
+    settings, problems = _read_config(folder / CONFIG_FILE)
+    stored = _read_tensors(folder / WEIGHTS_FILE, problems)
+    expected = {"lora_A", "lora_B"} | ({"magnitude"} if settings.dora else set())
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, parts in stored.items():
+        try:
+            if parts.keys() != expected:
+                raise ValueError(
+                    f"tensors {', '.join(sorted(parts))}, expected {', '.join(sorted(expected))}"
+                )
+            for part in sorted(expected - {"lora_A"}):
+                for native, rows in split(name, parts[part]) if split else [(name, parts[part])]:
+                    layers.setdefault(native, {"lora_A": parts["lora_A"]})[part] = rows
+        except (ValueError, RuntimeError) as error:
+            problems.append(f"{name}: {error}")
+    if problems or not layers:
+        raise UserError(
+            "adapter.mismatch",
+            path=folder,
+            problems="; ".join(problems[:8]) or "no tensors",
+            count=len(problems),
+        )
+    return settings, layers
+
+
+def _read_config(file: Path) -> tuple[LoraSettings, list[str]]:
+    """The settings of an adapter_config.json, and those that no other adapter of ours has."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        settings = LoraSettings(
+            rank=int(config["r"]),
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
+        )
+        if config["peft_type"] != "LORA" or settings.rank < 1 or settings.alpha <= 0:
+            raise ValueError(
+                f"peft_type {config['peft_type']}, r {config['r']}, "
+                f"lora_alpha {config['lora_alpha']}"
+            )
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise UserError("adapter.damaged", path=file, detail=detail) from error
+    return settings, [
+        f"{key} = {config[key]!r}"
+        for key in ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
+        if config.get(key) not in ("none", None, {}, [])
+    ]
+
+
+def _read_tensors(file: Path, problems: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> part -> tensor; a tensor that is no part of a LoRA layer becomes a problem."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                part = next((part for part, end in _SUFFIXES.items() if key.endswith(end)), None)
+                if part is None or not key.startswith(_PREFIX):
+                    problems.append(f"unexpected tensor {key}")
+                    continue
+                name = key.removeprefix(_PREFIX).removesuffix(_SUFFIXES[part])
+                layers.setdefault(name, {})[part] = tensors.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise UserError("adapter.damaged", path=file, detail=error) from error
+    return layers
+
+
+def check_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    settings: LoraSettings,
+    layers: dict[str, dict[str, Tensor]],
+) -> None:
+    """Raises one UserError that lists the layers which `model` (on the meta device will do) lacks
+    or has in another shape.
+    """
+    modules = dict(model.named_modules())
+    problems: list[str] = []
+    for name, parts in layers.items():
+        module = modules.get(name)
+        shape = linear_shape(module.base if isinstance(module, LoraLinear) else module)
+        if shape is None:
+            problems.append(f"no linear layer {name}")
+            continue
+        rank = settings.rank
+        for part, dims in (
+            ("lora_A", (rank, shape[0])),
+            ("lora_B", (shape[1], rank)),
+            ("magnitude", (shape[1],)),
+        ):
+            if part in parts and tuple(parts[part].shape) != dims:
+                problems.append(
+                    f"{part} of {name} has shape {tuple(parts[part].shape)}, the model needs {dims}"
+                )
+    if problems:
+        raise UserError(
+            "adapter.mismatch", path=folder, problems="; ".join(problems[:8]), count=len(problems)
+        )
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    dropout: float | None = None,
+    split: Split | None = None,
+) -> dict[str, LoraLinear]:
+    """Freeze the model and give it the adapter of `directory`; returns name -> LoraLinear. The
+    tensors decide which layers are adapted.
+
+    dropout: None takes the file's. Raises UserError as `read_adapter` and `check_adapter`.
+    """
+    if lora_layers(model):
+        raise ValueError("the model has an adapter already: load_beside adds another one")
+    model.requires_grad_(False)
+    load_beside(model, directory, dropout=dropout, split=split)
+    return lora_layers(model)
+
+
+def load_beside(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    dropout: float | None = None,
+    split: Split | None = None,
+) -> None:
+    """Load one more adapter of the same base, its gate closed and with the next number. Arguments
+    and errors are those of `load_adapter`.
+    """
+    settings, layers = read_adapter(directory, split)
+    check_adapter(model, directory, settings, layers)
+    if dropout is not None:
+        settings = settings._replace(dropout=dropout)
+    added = add_adapter(model, target_linears(model, list(layers)), settings)
+    with torch.no_grad():
+        for name, tensors in layers.items():
+            for part, tensor in tensors.items():
+                added[name].get_parameter(part).copy_(tensor)
