@@ -519,6 +519,8 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[
     gradient = (s.residual + s.width * tiled) * hidden + max(
         last, first, product + 20 * hidden if shape.norms > 2 else 0
     )
+    # Gradients on both sides of a dropout; of DoRA's result, update and their factor.
+    gradient += (2 * s.dropout + 3 * s.dora) * mlp
     # the norm before the MLP, when that is done
     gradient = max(gradient, s.residual * hidden + 20 * hidden * shape.gated - in_mlp)
     if len(recomputed) < shape.layers:
@@ -578,7 +580,8 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
         if s.fused
         else s.width * ((5 - shape.fused_mlp) if s.precision == "fp16" else 2)
     )
-    attention = s.width * (3 * q + 2 * kv) + 4 * s.row_tokens * shape.heads
+    # With dropout the last linear of attention keeps a dropped copy of its input instead.
+    attention = s.width * ((3 - s.dropout) * q + 2 * kv) + 4 * s.row_tokens * shape.heads
     # ALiBi rides in eight more channels of each head
     attention += s.width * 4 * 8 * s.row_tokens * shape.heads * shape.alibi
     masks = 0 < shape.window < s.row_tokens
@@ -590,6 +593,9 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
             + sum(i + o for i, o in adapted) * (s.width < 4 and not s.fused)
         )
     )
+    if s.dropout:
+        casts = 0  # each linear keeps the dropped copy of its input instead
+    plain_before, plain_mlp, plain_down = _plain(shape, s, adapted)
     wide = s.row_tokens * shape.intermediate * s.width
     lean = s.fused and shape.gated and (shape.intermediate, shape.hidden) in adapted
     # gate, up (and silu); or what GELU's formula keeps
@@ -602,11 +608,29 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
         peak = int(4 * s.row_tokens * heads * chunked)
         # beside the MLP's backward, or in its own when the MLP is done
         attention = max(attention, peak * 80 // 100, peak - 2 * gates)
-    return (
-        norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora,
-        gates,
-        0 if lean else wide,
-    )
+    before = norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora
+    return before + plain_before, gates + plain_mlp, plain_down + (0 if lean else wide)
+
+
+def _plain(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int, int]:
+    """What dropout and DoRA keep beside plain LoRA: up to the MLP, in it, and of its last linear.
+
+    Dropout: a dropped copy of each linear's input and a mask, of a byte on a GPU, of a number on
+    the CPU; the last linear's dropped input stands for the product. DoRA: the base's result and the
+    adapter's update.
+    """
+    mask = s.dropout * (s.width if s.device == "cpu" else 1)
+    copy = s.dropout * s.width + mask
+    last = (shape.intermediate, shape.hidden)
+    first = [(i, o) for i, o in adapted if o in (shape.intermediate, 2 * shape.intermediate)]
+    before = [pair for pair in adapted if pair not in first and pair != last]
+    results = 2 * s.width * s.dora
+
+    def kept(linears: list[tuple[int, int]]) -> int:
+        return s.row_tokens * sum(i * copy + o * results for i, o in linears)
+
+    down = s.row_tokens * (shape.intermediate * mask + shape.hidden * results)
+    return kept(before), kept(first), down * (last in adapted)
 
 
 class Hardware(NamedTuple):

@@ -333,13 +333,16 @@ def random_model(
         name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()
     }
 
+    # The largest matrices may have to stay in host memory, so they never visit the device whole.
+    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    large = [name for name, p in model.named_parameters() if any(p is end for end in ends)]
+
     def random() -> Iterator[tuple[str, Tensor]]:
         for name, (shape, _) in layout.items():
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = torch.empty(shape, dtype=dtype, device="cpu" if name in large else device)
             if len(shape) == 1:
                 yield name, tensor.fill_(name.endswith("weight"))
                 continue
-            # The device's generator is faster; it is given a little at a time, as of a checkpoint.
             for rows in tensor.split(max(1, _RANDOM // shape[1])):
                 rows.copy_(torch.empty(rows.shape, dtype=dtype, device=device).normal_(0, 0.02))
             yield name, tensor

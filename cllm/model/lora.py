@@ -224,10 +224,7 @@ class LowRank(nn.Module):
         hidden = F.linear(dropped, self.lora_A.to(x.dtype))
         update = F.linear(hidden, self.lora_B.to(x.dtype)) * self.scaling
         if self.magnitude is not None:
-            with torch.no_grad():
-                weight = base_weight(base, torch.float32)
-                norm = (weight + self.scaling * (self.lora_B @ self.lora_A)).norm(dim=1)
-            ratio = (self.magnitude / norm).to(x.dtype)
+            ratio = (self.magnitude / self._row_norms(base)).to(result.dtype)
             bias: Tensor | None = getattr(base, "bias", None)
             linear = result if bias is None else result - bias
             update = (ratio - 1) * linear + ratio * update
@@ -235,6 +232,19 @@ class LowRank(nn.Module):
             rows = self.gate.rows.to(update.dtype)
             update = update * rows.view(-1, *[1] * (update.dim() - 1))
         return update
+
+    @torch.no_grad()
+    def _row_norms(self, base: nn.Module) -> Tensor:
+        """||W + scaling B A||_row (out,), some rows at a time: whole, three float32 matrices of the
+        base's size would be alive.
+        """
+        weight = base_weight(base, torch.float32)
+        norms = torch.empty_like(self.lora_B[:, 0])
+        step = max(1, _PIECE // weight.shape[1])
+        pieces = (tensor.split(step) for tensor in (weight, self.lora_B, norms))
+        for rows, B, out in zip(*pieces, strict=True):
+            out.copy_((rows + self.scaling * (B @ self.lora_A)).norm(dim=1))
+        return norms
 
 
 class LoraLinear(LowRank):
