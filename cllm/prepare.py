@@ -220,7 +220,7 @@ class Prepared:
             "train.model",
             name=config.model.path,
             precision=precision,
-            rank=first.rank,
+            rank=first.settings.rank,
             linears=len(layers),
             millions=f"{trained / 1e6:.2f}",
             share=f"{trained / total:.1%}",
