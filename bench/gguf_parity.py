@@ -2,7 +2,9 @@
 seconds and peak memory.
 
     python tools/fetch_model.py gemma3-270m smollm2
-    python bench/gguf_parity.py            (about three minutes on one core; writes bench/results/gguf_parity.json)
+    python bench/gguf_parity.py
+
+About three minutes on one core; writes bench/results/gguf_parity.json.
 
 Thresholds: weights equal, logits within 1e-4 in float32. The greedy continuations are recorded to
 be read.

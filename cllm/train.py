@@ -169,7 +169,7 @@ class Training:
             "train.model",
             name=self.config.model.path,
             precision=precision if quantize == "none" else quantize,
-            rank=next(iter(layers.values())).rank,
+            rank=next(iter(layers.values())).settings.rank,
             linears=len(layers),
             millions=f"{trained / 1e6:.2f}",
             share=f"{trained / total:.1%}",

@@ -131,7 +131,7 @@ def test_the_moments_of_another_optimizer_are_refused() -> None:
 
 @runs_here
 def test_a_killed_run_ends_as_if_nothing_had_happened(config: Path, tmp_path: Path) -> None:
-    settings = ["eval.samples=0", "train.optimizer=adamw8bit", "lora.rank=128", "train.steps=6"]
+    settings = ["eval.samples=0", "train.optimizer=adamw8bit", "lora.rank=128", "train.steps=16"]
 
     def command(run_dir: Path) -> list[str]:
         options = [*settings, "run.snapshot_every=1", f"run.dir={json.dumps(str(run_dir))}"]

@@ -211,16 +211,17 @@ def check_adapter(
         if shape is None:
             problems.append(f"no linear layer {name}")
             continue
-        rank = settings.rank
-        for part, dims in (
-            ("lora_A", (rank, shape[0])),
-            ("lora_B", (shape[1], rank)),
-            ("magnitude", (shape[1],)),
-        ):
-            if part in parts and tuple(parts[part].shape) != dims:
-                problems.append(
-                    f"{part} of {name} has shape {tuple(parts[part].shape)}, the model needs {dims}"
-                )
+        inputs, outputs = shape
+        needed = {
+            "lora_A": (settings.rank, inputs),
+            "lora_B": (outputs, settings.rank),
+            "magnitude": (outputs,),
+        }
+        problems += [
+            f"{part} of {name} has shape {tuple(tensor.shape)}, the model needs {needed[part]}"
+            for part, tensor in parts.items()
+            if tensor.shape != needed[part]
+        ]
     if problems:
         raise UserError(
             "adapter.mismatch", path=folder, problems="; ".join(problems[:8]), count=len(problems)

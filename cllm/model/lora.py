@@ -204,11 +204,6 @@ class LowRank(nn.Module):
             self.magnitude = nn.Parameter(base_weight(base, torch.float32).norm(dim=1))
 
     @property
-    def rank(self) -> int:
-        """r."""
-        return self.settings.rank
-
-    @property
     def fusible(self) -> bool:
         """Plain LoRA for all rows: `_LoraMatmul` computes it."""
         drops = self.settings.dropout > 0 and self.training

@@ -1,9 +1,9 @@
-"""Base and adapter -> one native checkpoint, tensor by tensor: no model is instantiated, at most
-about two tensors are in memory.
+"""Base and adapter -> one native checkpoint, tensor by tensor: no model is instantiated, and at
+most two tensors are in memory.
 
 W <- W + scaling B A (DoRA: each row scaled to its magnitude), summed in float32 in slices of rows
-and rounded once to the base's 16-bit type. Never into 4-bit weights: their grid is too coarse for
-the update. Numbers as `cllm.model.lora.LoraLinear`.
+and rounded once to the base's 16-bit type. Nothing is merged into 4-bit weights, because their grid
+is coarser than the update. Numbers as `cllm.model.lora.LoraLinear`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ SHARD_BYTES = 4 * 2**30
 
 
 class Merge(NamedTuple):
-    """What a merge reads: the base, its model on the meta device, names and shapes to write, and
-    the adapter.
-    """
+    """What a merge reads, checked."""
 
     checkpoint: Checkpoint
     model: Any
+    """The base's, on the meta device."""
     layout: Layout
+    """Names, shapes and types to write."""
     dtype: torch.dtype
+    """Of the floating-point tensors in `layout`."""
     adapter: dict[str, dict[str, Tensor]]
     scaling: float
     nf4: bool
+    """The base's linears are rounded to NF4 first, as the adapter was trained on them."""
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Native (name, tensor) pairs of `layout`, in its order, merged; the sums in `dtype`, by
@@ -83,8 +85,8 @@ def write_merged(merge: Merge, folder: Path, shard_bytes: int = SHARD_BYTES) -> 
     """config.json and safetensors shards (with an index if there is more than one) into the
     existing, empty `folder`.
     """
-    shards: list[Layout] = [Layout()]
-    filled = 0
+    shards = [Layout()]
+    filled = total = 0
     for name, (dims, dtype) in merge.layout.items():
         size = dtype.itemsize * torch.Size(dims).numel()
         if shards[-1] and filled + size > shard_bytes:
@@ -92,20 +94,15 @@ def write_merged(merge: Merge, folder: Path, shard_bytes: int = SHARD_BYTES) -> 
             filled = 0
         shards[-1][name] = (dims, dtype)
         filled += size
+        total += size
     tensors = merge.tensors()
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        file = (
-            f"model-{i:05}-of-{len(shards):05}.safetensors"
-            if len(shards) > 1
-            else "model.safetensors"
-        )
+        number = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"model{number}.safetensors"
         write_safetensors(folder / file, shard, itertools.islice(tensors, len(shard)))
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(
-            dtype.itemsize * torch.Size(dims).numel() for dims, dtype in merge.layout.values()
-        )
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
