@@ -11,19 +11,17 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, differences, load_config, to_toml
-from cllm.corpus import Encoded, encode_corpus, read_corpus, tokenizer_of
+from cllm.corpus import read_corpus
 from cllm.messages import UserError, note, say, to_json
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
-    from cllm.learn.ladder import Ladder
     from cllm.learn.optim import StepStats
-    from cllm.model.tokenizer import Tokenizer
 
 MAX_BAD_STEPS = 20
 STATE_SECTIONS = ("model", "lora", "data", "train")
@@ -72,9 +70,11 @@ class Training:
         self.progress = Progress()
         self.interrupted = False
         self.saved_at = time.monotonic()
-        # Before torch is loaded, which takes seconds.
-        self.corpus = read_corpus(config.data, accept_rejects=accept_rejects)
-        self._put_together()
+        corpus = read_corpus(config.data, accept_rejects=accept_rejects)
+        # Here, because torch takes seconds to load: mistakes in the data are said before.
+        from cllm.learner import Learner
+
+        self.learner = Learner(config, corpus)
         self._plan_steps()
         with contextlib.ExitStack() as resources:
             self._open_run(resume, resources)
@@ -82,115 +82,8 @@ class Training:
 
     # ------------------------------------------------------------------ before the first step
 
-    def _put_together(self) -> None:
-        """Rows, then base with adapter, then what only the loaded model tells: whether its end
-        token was ever trained, and whether sequences may share a row.
-        """
-        from cllm.assembly import assemble
-        from cllm.learn.dist import World
-        from cllm.learn.ladder import Ladder
-        from cllm.learn.loss import sft_loss
-        from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
-        from cllm.model.device import choose_device
-        from cllm.model.source import resolve
-
-        config = self.config
-        row_tokens = config.train.row_tokens
-        self.ladder = Ladder(row_tokens, row_tokens, offload_inputs=config.memory.offload_inputs)
-        self.base = resolve(config.model.path)
-        tokenizer = tokenizer_of(config, self.base)
-        self.single = False
-        self.encoded = self._encode(tokenizer)
-        self.world = World.join(choose_device(config.model.device))
-        check_optimizer(config.train.optimizer, self.world.device.type)
-        self.assembly = assemble(
-            self.base,
-            config.model,
-            config.memory,
-            device=self.world.device,
-            adapter=config.lora,
-            row_tokens=len(self.encoded.rows.longest().input_ids),
-            optimizer=config.train.optimizer,
-            tokenizer=tokenizer,
-            seed=config.train.seed,
-        )
-        self.model = self.assembly.model
-        self.chunk_bytes = config.memory.chunk_mib * 2**20
-        precision = self.assembly.precision
-        self.trainee = Trainee(
-            self.model,
-            lambda model, batch: sft_loss(model, batch, self.chunk_bytes),
-            make_optimizer(
-                self.model,
-                config.train.learning_rate,
-                weight_decay=config.train.weight_decay,
-                plus_ratio=config.lora.plus_ratio,
-                name=config.train.optimizer,
-            ),
-            precision,
-            precision.scaler(),
-            config.train.max_norm,
-        )
-        self._introduce()
-        self.single = not self._rows_may_be_shared()
-        if self.single or self.tokenizer is not tokenizer:
-            self.encoded = self._encode(self.tokenizer)
-        self.engine = self.assembly.engine()
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The base's, with an end token that the base knows."""
-        assert self.assembly.tokenizer is not None
-        return self.assembly.tokenizer
-
-    def _encode(self, tokenizer: Tokenizer) -> Encoded:
-        config, row_tokens = self.config, self.ladder.row_tokens
-        return encode_corpus(
-            self.corpus,
-            tokenizer,
-            config.data,
-            config.train,
-            row_tokens=row_tokens,
-            single=self.single,
-        )
-
-    def _introduce(self) -> None:
-        """One line about the model and its adapter."""
-        from cllm.model.lora import lora_layers
-        from cllm.model.nf4 import QuantizedLinear
-
-        layers = lora_layers(self.model)
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        quantized = (m for m in self.model.modules() if isinstance(m, QuantizedLinear))
-        total = sum(p.numel() for p in self.model.parameters())
-        total += sum(linear.in_features * linear.out_features for linear in quantized)
-        quantize, precision = self.config.model.quantize, self.assembly.precision.name
-        note(
-            "train.model",
-            name=self.config.model.path,
-            precision=precision if quantize == "none" else quantize,
-            rank=next(iter(layers.values())).settings.rank,
-            linears=len(layers),
-            millions=f"{trained / 1e6:.2f}",
-            share=f"{trained / total:.1%}",
-            device=self.assembly.device,
-        )
-
-    def _rows_may_be_shared(self) -> bool:
-        from cllm.model.attention import packs
-        from cllm.model.head import check_head
-
-        # Adapters are made in training mode, and dropout would look like an unknown head.
-        self.model.eval()
-        with self.assembly.precision.autocast():
-            check_head(self.model)
-            shared = packs(self.model)
-        if not shared:
-            note("train.single", architecture=type(self.model).__name__)
-        return shared
-
     def _plan_steps(self) -> None:
-        train, encoded = self.config.train, self.encoded
+        train, encoded = self.config.train, self.learner.encoded
         per_epoch = len(encoded.rows) / encoded.rows_per_step
         self.total = train.steps or max(1, round(train.epochs * per_epoch))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
@@ -207,14 +100,14 @@ class Training:
         from cllm.learn.snapshot import adapter_fingerprint
         from cllm.runs import base_fingerprint, locked, new_run
 
-        base_sha256 = base_fingerprint(self.base)
-        hashes = {"data_sha256": self.encoded.sha256, "checkpoint_sha256": base_sha256}
-        self.untrained = adapter_fingerprint(self.model)
+        base_sha256 = base_fingerprint(self.learner.base)
+        hashes = {"data_sha256": self.learner.encoded.sha256, "checkpoint_sha256": base_sha256}
+        self.untrained = adapter_fingerprint(self.learner.model)
         own = json.dumps([hashes, self.untrained]).encode()
-        if self.world.share(own) != own:
-            raise UserError("dist.differs", rank=self.world.rank)
+        if self.learner.world.share(own) != own:
+            raise UserError("dist.differs", rank=self.learner.world.rank)
         self.run = resume or Path(self.config.run.dir)
-        if self.world.rank == 0:
+        if self.learner.world.rank == 0:
             self.run = resume or new_run(self.config.run.dir)
             resources.enter_context(locked(self.run))
             self._write_manifest(hashes, resumed=resume is not None)
@@ -237,15 +130,15 @@ class Training:
             changes = changes_since(self.run, changed, hashes, vital=STATE_SECTIONS, allow=allow)
             if not changes:
                 return
-        device = self.assembly.device
+        device = self.learner.assembly.device
         manifest = manifest_of(
             torch.cuda.get_device_name(device) if device.type == "cuda" else "",
             {
-                "ranks": self.world.size,
+                "ranks": self.learner.world.size,
                 "seed": self.config.train.seed,
                 "steps": self.total,
-                "precision": self.assembly.precision.name,
-                "template": self.tokenizer.template.name,
+                "precision": self.learner.assembly.precision.name,
+                "template": self.learner.tokenizer.template.name,
                 "changes": changes,
                 **hashes,
             },
@@ -260,18 +153,16 @@ class Training:
         from cllm.learn.snapshot import load_snapshot, restore
         from cllm.runs import replace_file
 
-        files = load_snapshot(self.run) if self.world.rank == 0 else (b"", b"", b"")
-        state_json, tensors, metrics = map(self.world.share, files)
+        files = load_snapshot(self.run) if self.learner.world.rank == 0 else (b"", b"", b"")
+        state_json, tensors, metrics = map(self.learner.world.share, files)
         try:
             state = json.loads(state_json)
-            stored = {f.name: state["ladder"][f.name] for f in fields(self.ladder)}
+            stored = {f.name: state["ladder"][f.name] for f in fields(self.learner.ladder)}
             self.progress = Progress.restored(state)
             epoch, row = map(int, state["rows"])
-            scaler = self.assembly.precision.scaler()
-            scaler.load_state_dict(state["scaler"])
-            self.trainee = replace(self.trainee, scaler=scaler)
-            self._apply(type(self.ladder).restored(stored))
-            self.encoded.rows.seek(epoch, row)
+            self.learner.restore_scaler(state["scaler"])
+            self.learner.apply(type(self.learner.ladder).restored(stored))
+            self.learner.encoded.rows.seek(epoch, row)
         except (
             LookupError,
             TypeError,
@@ -282,8 +173,8 @@ class Training:
         ) as error:
             problem = f"{type(error).__name__}: {error}"
             raise UserError("snapshot.foreign", count=1, problems=problem) from error
-        restore(self.model, self.trainee.optimizer, load(tensors))
-        if self.world.rank == 0:
+        restore(self.learner.model, self.learner.trainee.optimizer, load(tensors))
+        if self.learner.world.rank == 0:
             replace_file(self.run / "metrics.jsonl", metrics)
 
     # ------------------------------------------------------------------ the loop
@@ -296,18 +187,18 @@ class Training:
         from cllm.learn.log import RunLog, last_loss, open_tracker, peak_memory_bytes
         from cllm.runs import writing
 
-        if self.world.rank == 0:
+        if self.learner.world.rank == 0:
             tracker = open_tracker(self.config.log.tracker, self.run)
             self.log = RunLog(self.run, self.total, tracker)
-        self.model.train()
-        if self.assembly.budget:
+        self.learner.model.train()
+        if self.learner.assembly.budget:
             self._prove()
         start = time.perf_counter()
-        loss = last_loss(self.run / "metrics.jsonl") if self.world.rank == 0 else None
+        loss = last_loss(self.run / "metrics.jsonl") if self.learner.world.rank == 0 else None
         with stop_on_signal() as signals:
             while not self.interrupted:
                 due = self._evaluation_due() and self.progress.evaluated != self.progress.step
-                if due and self.encoded.held_rows:
+                if due and self.learner.encoded.held_rows:
                     self._evaluate()
                 if self.progress.step >= self.total or self._stopped_early():
                     break
@@ -320,13 +211,13 @@ class Training:
                         "lr": self.rate,
                         **stats._asdict(),
                         "tokens_per_second": stats.tokens / (time.perf_counter() - began),
-                        "peak_memory_bytes": peak_memory_bytes(self.assembly.device),
+                        "peak_memory_bytes": peak_memory_bytes(self.learner.assembly.device),
                         "seconds": time.perf_counter() - start,
                     }
-                    if self.world.rank == 0:
+                    if self.learner.world.rank == 0:
                         with writing(self.log.path):
                             self.log.step(row)
-                self.interrupted = self.world.any(bool(signals))
+                self.interrupted = self.learner.world.any(bool(signals))
                 if self.interrupted or self._snapshot_due():
                     self._snapshot()
         return loss
@@ -339,19 +230,19 @@ class Training:
         from cllm.learn.proof import prove
 
         while True:
-            rows = self.encoded.rows.largest()
+            rows = self.learner.encoded.rows.largest()
             detail = ""
             try:
                 prove(
-                    self.trainee,
+                    self.learner.trainee,
                     rows,
-                    plan=self.assembly.plan,
-                    budget=self.assembly.budget,
-                    micro_tokens=self.ladder.micro_tokens,
+                    plan=self.learner.assembly.plan,
+                    budget=self.learner.assembly.budget,
+                    micro_tokens=self.learner.ladder.micro_tokens,
                 )
             except StepOutOfMemoryError as error:
                 detail = str(error)
-            if not self.world.any(bool(detail)):
+            if not self.learner.world.any(bool(detail)):
                 return
             self._step_down(rows, detail or "another rank")
 
@@ -361,7 +252,7 @@ class Training:
         """
         from cllm.learn.optim import StepOutOfMemoryError, learning_rate, set_learning_rate
 
-        train, rows, progress = self.config.train, self.encoded.rows, self.progress
+        train, rows, progress = self.config.train, self.learner.encoded.rows, self.progress
         position = rows.state
         self.rate = learning_rate(
             progress.step + 1,
@@ -370,21 +261,21 @@ class Training:
             schedule=train.schedule,
             warmup=round(train.warmup * self.total),
         )
-        set_learning_rate(self.trainee.optimizer, self.rate)
-        batches = rows.take(self.encoded.rows_per_step)
+        set_learning_rate(self.learner.trainee.optimizer, self.rate)
+        batches = rows.take(self.learner.encoded.rows_per_step)
         try:
-            stats = self.trainee.step(
+            stats = self.learner.trainee.step(
                 batches,
-                world=self.world,
+                world=self.learner.world,
                 seed=f"{train.seed}/{progress.step}",
-                micro_tokens=self.ladder.micro_tokens,
+                micro_tokens=self.learner.ladder.micro_tokens,
             )
         except StepOutOfMemoryError as error:
             detail, altered = str(error), error.altered
         else:
             progress.step += 1
             progress.bad = progress.bad + 1 if stats.skipped else 0
-            hopeless = progress.bad >= MAX_BAD_STEPS or not self.trainee.scaler.is_enabled()
+            hopeless = progress.bad >= MAX_BAD_STEPS or not self.learner.trainee.scaler.is_enabled()
             if stats.skipped and hopeless:
                 self._refuse_nonfinite(batches)
             if stats.loss == 0.0:
@@ -398,31 +289,13 @@ class Training:
 
     def _step_down(self, rows: Sequence[PackedBatch], detail: str) -> None:
         """Use less memory from now on; said, and saved for the next start."""
-        ladder = self.ladder.down(rows, shorten=self.allow_changes)
+        ladder = self.learner.ladder.down(rows, shorten=self.allow_changes)
         if ladder is None:
             raise UserError("train.memory", detail=detail)
         shown = ", ".join(f"{name} {value}" for name, value in asdict(ladder).items())
         note("train.step_down", step=self.progress.step + 1, detail=detail, ladder=shown)
-        self._apply(ladder)
+        self.learner.apply(ladder)
         self._snapshot()
-
-    def _apply(self, ladder: Ladder) -> None:
-        """Make the model and the rows what `ladder` says; may be called again."""
-        from cllm.model.device import release_memory
-        from cllm.model.offload import checkpoint_layers, embedding_on_cpu
-
-        before = self.ladder
-        self.ladder = ladder
-        if ladder.offload_inputs:
-            checkpoint_layers(self.model, -1, offload=True)
-        if ladder.embedding_on_cpu and not before.embedding_on_cpu:
-            embedding_on_cpu(self.model, self.assembly.device)
-        if ladder.row_tokens != before.row_tokens:
-            rows = self.encoded.rows
-            epoch, row = rows.state
-            self.encoded = self._encode(self.tokenizer)
-            self.encoded.rows.seek(epoch, row * len(self.encoded.rows) // len(rows))
-        release_memory()
 
     def _evaluation_due(self) -> bool:
         return self.progress.step % self.eval_every == 0 or self.progress.step == self.total
@@ -442,9 +315,9 @@ class Training:
     def _refuse_nonfinite(self, batches: Sequence[PackedBatch]) -> None:
         from cllm.learn.optim import first_nonfinite
 
-        precision = self.assembly.precision
+        precision = self.learner.assembly.precision
         names = (
-            first_nonfinite(self.model, batch, self.trainee.objective, precision)
+            first_nonfinite(self.learner.model, batch, self.learner.trainee.objective, precision)
             for batch in batches
         )
         raise UserError(
@@ -459,15 +332,15 @@ class Training:
         from cllm.learn.snapshot import capture, save_snapshot
 
         self.saved_at = time.monotonic()
-        if self.world.rank:
+        if self.learner.world.rank:
             return
         state = {
-            "rows": self.encoded.rows.state,
-            "scaler": self.trainee.scaler.state_dict(),
-            "ladder": asdict(self.ladder),
+            "rows": self.learner.encoded.rows.state,
+            "scaler": self.learner.trainee.scaler.state_dict(),
+            "ladder": asdict(self.learner.ladder),
             **asdict(self.progress),
         }
-        tensors = capture(self.model, self.trainee.optimizer)
+        tensors = capture(self.learner.model, self.learner.trainee.optimizer)
         save_snapshot(self.run, self.progress.step, tensors, state, keep=self.config.run.keep)
 
     def _evaluate(self) -> None:
@@ -475,20 +348,20 @@ class Training:
         from cllm.evaluate.answers import held_out_loss
         from cllm.runs import writing
 
-        progress = self.progress
+        learner, progress = self.learner, self.progress
         measured = 0.0
-        if self.world.rank == 0:
-            precision, held_rows = self.assembly.precision, self.encoded.held_rows
-            measured = held_out_loss(self.model, held_rows, precision, self.chunk_bytes)
-        loss = float(self.world.share(repr(measured).encode()))
+        if learner.world.rank == 0:
+            precision, held_rows = learner.assembly.precision, learner.encoded.held_rows
+            measured = held_out_loss(learner.model, held_rows, precision, learner.chunk_bytes)
+        loss = float(learner.world.share(repr(measured).encode()))
         improved = progress.best is None or loss < progress.best
         progress.evaluated = progress.step
         progress.stale = 0 if improved else progress.stale + 1
         progress.best = loss if improved else progress.best
-        if self.world.rank:
+        if learner.world.rank:
             return
         if improved and progress.step:
-            self.save_adapter()
+            learner.save(self.run)
         self.log.break_line()
         with writing(self.log.path):
             self.log.write({"step": progress.step, "eval_loss": loss, "best": improved})
@@ -500,27 +373,18 @@ class Training:
         """One held-out question, what the adapter answers, and the reference."""
         from cllm.evaluate.answers import answer_of, generate, question_of, unless_memory_is_short
 
-        held_out = self.encoded.held_out
+        learner = self.learner
+        held_out = learner.encoded.held_out
         shown = held_out[(self.progress.step // self.eval_every) % len(held_out)]
         question, reference = question_of(shown), answer_of(shown)
-        with unless_memory_is_short(self.engine):
-            tokenizer = self.tokenizer
-            answers = generate(self.engine, tokenizer, [question], adapter=True, max_new_tokens=48)
+        with unless_memory_is_short(learner.engine):
+            tokenizer = learner.tokenizer
+            answers = generate(
+                learner.engine, tokenizer, [question], adapter=True, max_new_tokens=48
+            )
             texts = (question[-1].content, answers[0], reference)
             lines = [text.replace("\n", " ")[:60] for text in texts]
             note("train.eval", question=lines[0], answer=lines[1], reference=lines[2])
-
-    def save_adapter(self) -> None:
-        """adapter/: PEFT's two files, the tokenizer and the template; complete before it replaces
-        the one before.
-        """
-        from cllm.model.adapter import save_adapter
-        from cllm.runs import replace_files, writing
-
-        with writing(self.run / "adapter"):
-            save_adapter(self.model, self.run / "adapter.new", base=self.config.model.path)
-            self.tokenizer.save(self.run / "adapter.new")
-            replace_files(self.run / "adapter.new", self.run / "adapter")
 
     # ------------------------------------------------------------------ after the last step
 
@@ -533,25 +397,14 @@ class Training:
 
         with writing(self.run / "loss.png"):
             self.log.close()
-        if adapter_fingerprint(self.model) == self.untrained:
+        if adapter_fingerprint(self.learner.model) == self.untrained:
             raise UserError("train.unchanged", steps=self.progress.step)
         if not (self.run / "adapter").is_dir():
             if self.progress.best is not None:
                 note("train.no_better", loss=f"{self.progress.best:.3f}")
-            self.save_adapter()
-        self._take_best()
-        return self._final_scores() if self.encoded.held_rows else {}
-
-    def _take_best(self) -> None:
-        """The model becomes what adapter/ holds."""
-        from safetensors.torch import load_file
-
-        from cllm.model.adapter import adapter_tensors
-
-        best = load_file(self.run / "adapter" / "adapter_model.safetensors")
-        for name, tensor in adapter_tensors(self.model).items():
-            tensor.data.copy_(best[name])
-        self.model.eval()
+            self.learner.save(self.run)
+        self.learner.load(self.run)
+        return self._final_scores() if self.learner.encoded.held_rows else {}
 
     def _final_scores(self) -> dict[str, Any]:
         from cllm.evaluate.answers import compare, sequence_nll
@@ -559,20 +412,20 @@ class Training:
         from cllm.evaluate.report import report, write_results
         from cllm.runs import writing
 
-        settings, encoded = self.config.eval, self.encoded
-        precision = self.assembly.precision
+        learner, settings = self.learner, self.config.eval
+        encoded, precision = learner.encoded, learner.assembly.precision
         asked = encoded.held_out[: settings.samples if self.config.data.kind == "chat" else 0]
         if asked:
             note("train.answering", count=len(asked))
         results, samples, _ = compare(
-            self.engine,
-            self.tokenizer,
+            learner.engine,
+            learner.tokenizer,
             asked,
             functools.partial(
-                sequence_nll, self.model, encoded.held_rows, precision, self.chunk_bytes
+                sequence_nll, learner.model, encoded.held_rows, precision, learner.chunk_bytes
             ),
             precision,
-            self.chunk_bytes,
+            learner.chunk_bytes,
             train=list(encoded.train),
             shots=settings.shots,
             max_new_tokens=settings.max_new_tokens,
@@ -620,8 +473,8 @@ def main(argv: list[str]) -> int:
     )
     with contextlib.closing(training):
         loss = training.loop()
-        training.world.leave()
-        if training.world.rank:
+        training.learner.world.leave()
+        if training.learner.world.rank:
             return 130 if training.interrupted else 0
         steps = training.progress.step
         if training.interrupted:

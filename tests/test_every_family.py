@@ -155,13 +155,12 @@ def test_a_recurrent_model_trains_on_rows_of_one_sequence(
     with contextlib.closing(training):
         assert all(
             len(row.cu_seqlens) == 2
-            for row in [*training.encoded.rows.take(8), *training.encoded.held_rows]
+            for row in [*training.learner.encoded.rows.take(8), *training.learner.encoded.held_rows]
         )
-        mean = sum(len(example.input_ids) for example in training.encoded.rows.examples) / len(
-            training.encoded.rows.examples
-        )
-        assert training.encoded.rows_per_step == max(1, int(256 // mean)) > 2
-        training.encoded.rows.state = (0, 0)
+        examples = training.learner.encoded.rows.examples
+        mean = sum(len(example.input_ids) for example in examples) / len(examples)
+        assert training.learner.encoded.rows_per_step == max(1, int(256 // mean)) > 2
+        training.learner.encoded.rows.state = (0, 0)
         loss = training.loop()
     losses = [row["loss"] for row in read_metrics(training.run / "metrics.jsonl") if "loss" in row]
     assert len(losses) == 3 and loss == losses[-1] < losses[0]

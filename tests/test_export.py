@@ -248,9 +248,9 @@ def test_training_goes_on_from_an_adapter_on_fused_names(
         load_config(config, [f"model.path={base}", f"lora.init_from={tmp_path / 'adapter'}"])
     )
     assert (
-        logits(training.model.eval()) - logits(load_model(tmp_path / "changed"))
+        logits(training.learner.model.eval()) - logits(load_model(tmp_path / "changed"))
     ).abs().max() < 1e-4
-    first = training.model.model.layers[0].self_attn
+    first = training.learner.model.model.layers[0].self_attn
     assert (
         torch.equal(first.q_proj.lora_A, first.v_proj.lora_A) and first.q_proj.lora_A.requires_grad
     )

@@ -88,10 +88,10 @@ def test_the_adapter_directory_renders_the_trained_token_ids(config: Path) -> No
     from cllm.model.tokenizer import load_tokenizer
 
     training = Training(load_config(config))
-    training.save_adapter()
+    training.learner.save(training.run)
     conversation = read_conversations(config.parent / "data.jsonl")[0][0]
     reloaded = load_tokenizer(training.run / "adapter")
-    for tokenizer in (training.tokenizer, reloaded):
+    for tokenizer in (training.learner.tokenizer, reloaded):
         ids, labels = tokenizer.encode_segments(tokenizer.segments(conversation))
         prompt = tokenizer.encode_chat(conversation.messages[:-1])
         assert ids[: len(prompt)] == prompt and all(
@@ -101,10 +101,10 @@ def test_the_adapter_directory_renders_the_trained_token_ids(config: Path) -> No
             tokenizer.decode([i for i in ids[len(prompt) :] if i not in tokenizer.stop_ids]).strip()
             == conversation.messages[-1].content
         )
-    assert reloaded.encode_chat(conversation.messages[:-1]) == training.tokenizer.encode_chat(
+    assert reloaded.encode_chat(
         conversation.messages[:-1]
-    )
-    assert reloaded.stop_ids == training.tokenizer.stop_ids
+    ) == training.learner.tokenizer.encode_chat(conversation.messages[:-1])
+    assert reloaded.stop_ids == training.learner.tokenizer.stop_ids
 
 
 def test_resume_is_bit_exact(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_early_stop_keeps_the_best_adapter(
 def test_init_from_continues_an_adapter(config: Path, tmp_path: Path) -> None:
     assert run("train", [str(config), "eval.samples=0"]) == 0
     training = Training(load_config(config, [f"lora.init_from={tmp_path / 'runs' / 'a'}"]))
-    training.save_adapter()
+    training.learner.save(training.run)
     first, second = (
         load_file(tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors")
         for name in ("a", "a-2")
@@ -378,7 +378,7 @@ def test_rejects_over_a_fifth_can_be_accepted(config: Path, tmp_path: Path) -> N
         len(
             Training(
                 load_config(config, [f"data.train={mixed}"]), accept_rejects=True
-            ).encoded.rows.examples
+            ).learner.encoded.rows.examples
         )
         == 16
     )
@@ -448,8 +448,10 @@ def test_a_base_with_nan_is_named_and_nothing_is_overwritten(
 
 def test_nothing_to_learn_and_nothing_learned_both_fail(config: Path) -> None:
     training = Training(load_config(config, ["data.held_out=0"]))
-    masked = [Example(e.input_ids, [-100] * len(e.labels)) for e in training.encoded.rows.examples]
-    training.encoded.rows.examples = masked
+    masked = [
+        Example(e.input_ids, [-100] * len(e.labels)) for e in training.learner.encoded.rows.examples
+    ]
+    training.learner.encoded.rows.examples = masked
     with pytest.raises(UserError, match="step 1: the loss is exactly 0"):
         training.loop()
     still = Training(
@@ -533,7 +535,10 @@ def test_killed_runs_end_as_if_nothing_had_happened() -> None:
 
 def test_mixture_weights_and_continued_pretraining(config: Path, tmp_path: Path) -> None:
     half = f"data.train=[{{path={json.dumps(str(tmp_path / 'data.jsonl'))}, weight=1.5}}]"
-    assert len(Training(load_config(config, [half, "data.held_out=0"])).encoded.rows.examples) == 60
+    assert (
+        len(Training(load_config(config, [half, "data.held_out=0"])).learner.encoded.rows.examples)
+        == 60
+    )
     texts = tmp_path / "texts.jsonl"
     texts.write_text(
         "".join(
@@ -546,5 +551,5 @@ def test_mixture_weights_and_continued_pretraining(config: Path, tmp_path: Path)
             config, [f"data.train={texts}", "data.kind=text", "data.held_out=0", "eval.samples=0"]
         )
     )
-    assert len(training.encoded.rows.examples) == 20
+    assert len(training.learner.encoded.rows.examples) == 20
     assert training.loop() > 0 and training.finish() == {}

@@ -51,14 +51,14 @@ def finished(
 
 def learn_from(training: Training, objective: Objective) -> None:
     """Give the training another loss."""
-    training.trainee = replace(training.trainee, objective=objective)
+    training.learner.trainee = replace(training.learner.trainee, objective=objective)
 
 
 def over(limit: int) -> Callable[[Training], None]:
     """The forward fits at most `limit` tokens."""
 
     def disturb(training: Training) -> None:
-        objective = training.trainee.objective
+        objective = training.learner.trainee.objective
         learn_from(
             training,
             lambda model, batch: (
@@ -70,7 +70,7 @@ def over(limit: int) -> Callable[[Training], None]:
 
 
 def backward_once(training: Training) -> None:
-    objective, state = training.trainee.objective, {"left": 1}
+    objective, state = training.learner.trainee.objective, {"left": 1}
 
     def failing(model: Any, batch: Any) -> Tensor:
         loss: Tensor = objective(model, batch)
@@ -88,7 +88,7 @@ def backward_once(training: Training) -> None:
 
 
 def optimizer_once(training: Training) -> None:
-    step, state = training.trainee.optimizer.step, {"calls": 0}
+    step, state = training.learner.trainee.optimizer.step, {"calls": 0}
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         state["calls"] += 1
@@ -98,18 +98,18 @@ def optimizer_once(training: Training) -> None:
             boom()
         return step(*args, **kwargs)
 
-    training.trainee.optimizer.step = failing  # type: ignore[method-assign]
+    training.learner.trainee.optimizer.step = failing  # type: ignore[method-assign]
 
 
 def until(rung: str) -> Callable[[Training], None]:
     """No forward fits before the ladder is down at `rung`."""
 
     def disturb(training: Training) -> None:
-        objective = training.trainee.objective
+        objective = training.learner.trainee.objective
         learn_from(
             training,
             lambda model, batch: (
-                objective(model, batch) if getattr(training.ladder, rung) else boom()
+                objective(model, batch) if getattr(training.learner.ladder, rung) else boom()
             ),
         )
 
@@ -171,18 +171,18 @@ def test_shorter_rows_need_leave_and_what_never_fits_ends_in_one_line(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def short_rows_only(training: Training) -> None:
-        objective = training.trainee.objective
+        objective = training.learner.trainee.objective
         learn_from(
             training,
             lambda model, batch: (
-                objective(model, batch) if training.ladder.row_tokens < 128 else boom()
+                objective(model, batch) if training.learner.ladder.row_tokens < 128 else boom()
             ),
         )
 
     training = finished(config, short_rows_only, allow_changes=True)
     assert (
         training.progress.step == 6
-        and training.encoded.rows_per_step == 4
+        and training.learner.encoded.rows_per_step == 4
         and "row_tokens 64" in capsys.readouterr().err
     )
     # its ladder is taken up from the snapshot

@@ -1,0 +1,176 @@
+"""What learns: the model with its adapter, its optimizer, and the rows that it learns from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from cllm.assembly import assemble
+from cllm.config import Config
+from cllm.corpus import Corpus, Encoded, encode_corpus, tokenizer_of
+from cllm.learn.dist import World
+from cllm.learn.ladder import Ladder
+from cllm.learn.loss import sft_loss
+from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
+from cllm.messages import note
+from cllm.model.adapter import adapter_tensors, save_adapter
+from cllm.model.attention import packs
+from cllm.model.device import choose_device, release_memory
+from cllm.model.head import check_head
+from cllm.model.lora import lora_layers
+from cllm.model.nf4 import QuantizedLinear
+from cllm.model.offload import checkpoint_layers, embedding_on_cpu
+from cllm.model.source import resolve
+from cllm.model.tokenizer import Tokenizer
+from cllm.runs import replace_files, writing
+
+
+class Learner:
+    """A model put together for training, and its rows; what it is made of may get smaller.
+
+    Rows are encoded before weights are loaded, so that data which cannot be trained on are refused
+    at once; they are encoded again if the loaded model tells more: that its end token was never
+    trained, or that sequences may not share a row.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        self.config = config
+        self.corpus = corpus
+        row_tokens = config.train.row_tokens
+        self.ladder = Ladder(row_tokens, row_tokens, offload_inputs=config.memory.offload_inputs)
+        self.base = resolve(config.model.path)
+        tokenizer = tokenizer_of(config, self.base)
+        self.single = False
+        self.encoded = self._encode(tokenizer)
+        self.world = World.join(choose_device(config.model.device))
+        check_optimizer(config.train.optimizer, self.world.device.type)
+        self.assembly = assemble(
+            self.base,
+            config.model,
+            config.memory,
+            device=self.world.device,
+            adapter=config.lora,
+            row_tokens=len(self.encoded.rows.longest().input_ids),
+            optimizer=config.train.optimizer,
+            tokenizer=tokenizer,
+            seed=config.train.seed,
+        )
+        self.trainee = self._trainee()
+        self._introduce()
+        self.single = not self._rows_may_be_shared()
+        if self.single or self.tokenizer is not tokenizer:
+            self.encoded = self._encode(self.tokenizer)
+        self.engine = self.assembly.engine()
+
+    @property
+    def model(self) -> Any:
+        return self.assembly.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's, with an end token that the base knows."""
+        assert self.assembly.tokenizer is not None
+        return self.assembly.tokenizer
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Logits alive at once in the loss."""
+        return self.config.memory.chunk_mib * 2**20
+
+    def _trainee(self) -> Trainee:
+        config, precision = self.config, self.assembly.precision
+        return Trainee(
+            self.model,
+            lambda model, batch: sft_loss(model, batch, self.chunk_bytes),
+            make_optimizer(
+                self.model,
+                config.train.learning_rate,
+                weight_decay=config.train.weight_decay,
+                plus_ratio=config.lora.plus_ratio,
+                name=config.train.optimizer,
+            ),
+            precision,
+            precision.scaler(),
+            config.train.max_norm,
+        )
+
+    def _encode(self, tokenizer: Tokenizer) -> Encoded:
+        config, row_tokens = self.config, self.ladder.row_tokens
+        return encode_corpus(
+            self.corpus,
+            tokenizer,
+            config.data,
+            config.train,
+            row_tokens=row_tokens,
+            single=self.single,
+        )
+
+    def _introduce(self) -> None:
+        """One line about the model and its adapter."""
+        layers = lora_layers(self.model)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        quantized = (m for m in self.model.modules() if isinstance(m, QuantizedLinear))
+        total = sum(p.numel() for p in self.model.parameters())
+        total += sum(linear.in_features * linear.out_features for linear in quantized)
+        quantize, precision = self.config.model.quantize, self.assembly.precision.name
+        note(
+            "train.model",
+            name=self.config.model.path,
+            precision=precision if quantize == "none" else quantize,
+            rank=next(iter(layers.values())).settings.rank,
+            linears=len(layers),
+            millions=f"{trained / 1e6:.2f}",
+            share=f"{trained / total:.1%}",
+            device=self.assembly.device,
+        )
+
+    def _rows_may_be_shared(self) -> bool:
+        # Adapters are made in training mode, and dropout would look like an unknown head.
+        self.model.eval()
+        with self.assembly.precision.autocast():
+            check_head(self.model)
+            shared = packs(self.model)
+        if not shared:
+            note("train.single", architecture=type(self.model).__name__)
+        return shared
+
+    def apply(self, ladder: Ladder) -> None:
+        """Make the model and the rows what `ladder` says; may be called again."""
+        before = self.ladder
+        self.ladder = ladder
+        if ladder.offload_inputs:
+            checkpoint_layers(self.model, -1, offload=True)
+        if ladder.embedding_on_cpu and not before.embedding_on_cpu:
+            embedding_on_cpu(self.model, self.assembly.device)
+        if ladder.row_tokens != before.row_tokens:
+            rows = self.encoded.rows
+            epoch, row = rows.state
+            self.encoded = self._encode(self.tokenizer)
+            self.encoded.rows.seek(epoch, row * len(self.encoded.rows) // len(rows))
+        release_memory()
+
+    def restore_scaler(self, state: dict[str, Any]) -> None:
+        """A scaler as it was when `state` was taken."""
+        scaler = self.assembly.precision.scaler()
+        scaler.load_state_dict(state)
+        self.trainee = replace(self.trainee, scaler=scaler)
+
+    def save(self, run: Path) -> None:
+        """run/adapter/: PEFT's two files, the tokenizer and the template; complete before it
+        replaces the one before.
+        """
+        with writing(run / "adapter"):
+            save_adapter(self.model, run / "adapter.new", base=self.config.model.path)
+            self.tokenizer.save(run / "adapter.new")
+            replace_files(run / "adapter.new", run / "adapter")
+
+    def load(self, run: Path) -> None:
+        """The model becomes what run/adapter/ holds."""
+
+        saved = load_file(run / "adapter" / "adapter_model.safetensors")
+        for name, tensor in adapter_tensors(self.model).items():
+            tensor.data.copy_(saved[name])
+        self.model.eval()
