@@ -40,7 +40,6 @@ LAYER_2 = {
     "data.cache",
     "data.encode",
     "data.packing",
-    "model.fragments",
     "model.nf4",
     "model.lora",
     "model.attention",

@@ -20,7 +20,8 @@ from cllm.data.schema import Conversation, Message
 from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer, end_token_untrained, load_tokenizer
-from cllm.model.vocabulary import PATTERNS, from_gguf, from_ranks
+from cllm.model.vocabulary import PATTERNS
+from cllm.model.vocabulary_files import from_gguf, from_ranks
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 FAMILIES = [

@@ -24,7 +24,7 @@ from cllm.messages import note
 MAX_BYTES = 4 << 30
 _PACKAGE = Path(__file__).parents[1]
 # bytes to conversations to ids
-_CODE = ("data/*.py", *(f"model/{name}.py" for name in ("tokenizer", "vocabulary", "fragments")))
+_CODE = ("data/*.py", "model/tokenizer.py", "model/vocabulary*.py")
 T = TypeVar("T")
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Arrays: TypeAlias = Mapping[str, Array]

@@ -25,15 +25,8 @@ from cllm.messages import UserError, note
 from cllm.model import gguf
 from cllm.model.families import GGUF, family_of
 from cllm.model.shards import read_json
-from cllm.model.vocabulary import (
-    Bpe,
-    SentencePiece,
-    Vocabulary,
-    from_directory,
-    from_gguf,
-    prefixed,
-    to_gguf,
-)
+from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, prefixed
+from cllm.model.vocabulary_files import from_directory, from_gguf, to_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
