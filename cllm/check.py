@@ -99,15 +99,11 @@ def _tokenizer(config: Config) -> Tokenizer | None:
     from cllm.model.source import resolve
     from cllm.prepare import tokenizer_of
 
-    before = os.environ.get("HF_HUB_OFFLINE", "0")
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        return tokenizer_of(config, resolve(config.model.path))
+        return tokenizer_of(config, resolve(config.model.path, download=False))
     except UserError as error:
         note("check.no_tokens", detail=error)
         return None
-    finally:
-        os.environ["HF_HUB_OFFLINE"] = before
 
 
 def _account(
