@@ -255,6 +255,16 @@ def test_a_broken_element_costs_itself_only_when_rows_have_lines_of_their_own(sa
     assert [(reject.line, reject.reason) for reject in rejects] == [(7, "parse_error")]
 
 
+def test_broken_elements_are_saved_one_by_one_however_long_the_array(save: Save) -> None:
+    rows = [{"instruction": f"问{n}" + "长" * 200, "output": "答"} for n in range(6000)]
+    elements = [" " + dump(row)[:-1] + (",}" if n % 3 == 0 else "}") for n, row in enumerate(rows)]
+    conversations, rejects = read_conversations(save("[\n" + ",\n".join(elements) + "\n]"))
+    assert [item.line for item in conversations] == [n + 2 for n in range(6000) if n % 3]
+    assert [(reject.line, reject.reason) for reject in rejects] == [
+        (n + 2, "parse_error") for n in range(0, 6000, 3)
+    ]
+
+
 def test_a_cut_wrapper_and_a_cut_object_by_key(save: Save) -> None:
     for value in ({"data": ROWS}, {f"r{n}": row for n, row in enumerate(ROWS)}):
         conversations, rejects = read_conversations(save(dump(value)[:-20]))

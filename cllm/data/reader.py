@@ -41,7 +41,8 @@ def iter_conversations(
     kind: str = "chat",
     options: TextOptions = VERBATIM,
 ) -> Iterator[Conversation | Reject]:
-    """Every row of the file or directory `path`, as a Conversation or a Reject, in constant memory.
+    """Every row of the file or directory `path`, as a Conversation or a Reject, in constant
+    memory; of a JSON array or object, with its text.
 
     columns: user, assistant, system, history, category -> a column's name, its index where there is
     no header ("0"), or a template ("{Question}\\nA. {A}"); None detects the schema of each row.
