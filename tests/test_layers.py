@@ -28,6 +28,7 @@ LAYER_1 = {
     "data.encoding",
     "data.json_rows",
     "data.template",
+    "data.tools",
     "data.dialects",
     "model",
     "model.families",
