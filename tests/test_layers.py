@@ -136,7 +136,7 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
         {"data.encode", "data.packing"}
         if room == "learn"
         else {"data.template", "data.dialects", "data.schema", "data.encode"}
-        if name == "model.tokenizer"
+        if name in ("model.tokenizer", "model.chat_template")
         else set()
     )
     others = {

@@ -24,7 +24,13 @@ from cllm.messages import note
 MAX_BYTES = 4 << 30
 _PACKAGE = Path(__file__).parents[1]
 # bytes to conversations to ids
-_CODE = ("data/*.py", "model/tokenizer.py", "model/vocabulary*.py")
+_CODE = (
+    "data/*.py",
+    "model/tokenizer.py",
+    "model/chat_template.py",
+    "model/text_stream.py",
+    "model/vocabulary*.py",
+)
 T = TypeVar("T")
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Arrays: TypeAlias = Mapping[str, Array]
