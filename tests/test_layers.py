@@ -23,6 +23,7 @@ LAYER_1 = {
     "data",
     "data.reader",
     "data.schema",
+    "data.turns",
     "data.quality",
     "data.text",
     "data.encoding",

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cllm.data.encoding import ESCAPED, split_lines
-from cllm.data.schema import SCHEMA_KEYS, TURN_KEYS, Fault, is_turn
+from cllm.data.schema import Fault
+from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, is_turn
 from cllm.messages import say
 
-Row = tuple[int, Any]
+NumberedRow = tuple[int, Any]
 # keys whose array holds the rows
 WRAPPERS = frozenset("data rows items examples train validation valid dev test".split())
 # what may surround a row; the last two end files of DOS and of cut disks
@@ -40,7 +41,7 @@ def whole(line: str) -> int:
     return 1
 
 
-def json_lines(pieces: Iterable[str]) -> Iterator[Row]:
+def json_lines(pieces: Iterable[str]) -> Iterator[NumberedRow]:
     """A row a line; blank lines are skipped, bad ones are Faults one by one."""
     for number, line in enumerate(split_lines(pieces), 1):
         if not (bare := line.strip(BLANK)):
@@ -52,7 +53,7 @@ def json_lines(pieces: Iterable[str]) -> Iterator[Row]:
         yield number, value
 
 
-def json_document(pieces: Iterable[str]) -> Iterator[Row]:
+def json_document(pieces: Iterable[str]) -> Iterator[NumberedRow]:
     """The rows of a JSON array, or of objects one after another: a wrapper, rows by key, columns,
     or one row each.
     """
@@ -136,11 +137,11 @@ class _Document:
         return True
 
 
-def _joined(rows: Iterator[Row]) -> Iterator[Row]:
+def _joined(rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
     """`rows`, but an array of nothing except turns is one row: files of one conversation each
     (SMILE).
     """
-    held: list[Row] = []
+    held: list[NumberedRow] = []
     for line, value in rows:
         if not is_turn(value):
             yield from (*held, (line, value))
@@ -151,7 +152,7 @@ def _joined(rows: Iterator[Row]) -> Iterator[Row]:
         yield held[0][0], [value for _, value in held]
 
 
-def _array(document: _Document) -> Iterator[Row]:
+def _array(document: _Document) -> Iterator[NumberedRow]:
     """The elements of an array, and a Fault where it breaks."""
     document.skip("[")
     number = 0
@@ -181,11 +182,11 @@ def _array(document: _Document) -> Iterator[Row]:
                 return
 
 
-def _object(document: _Document) -> Iterator[Row]:
+def _object(document: _Document) -> Iterator[NumberedRow]:
     """One top-level object; a wrapper's array streams, other members are held until it is clear
     what they are.
     """
-    members: dict[str, Row] = {}
+    members: dict[str, NumberedRow] = {}
     start, wrapped = document.line, False
     document.skip("{")
     while not document.skip("}"):
@@ -216,7 +217,7 @@ def _object(document: _Document) -> Iterator[Row]:
         )
 
 
-def _by_key(members: dict[str, Row]) -> bool:
+def _by_key(members: dict[str, NumberedRow]) -> bool:
     """Whether the values of an object are the rows: objects, or one-element lists of one, under
     keys that name no field.
     """
