@@ -372,7 +372,7 @@ def key_names(row: Mapping[str, Any]) -> str:
 
 
 def row_turns(row: Row) -> Turns:
-    """The turns of a row with Chinese or English keys. Raises RowError if it has no known schema."""
+    """The turns of a row by its Chinese or English keys. Raises RowError if no schema is known."""
     if not CHINESE.keys().isdisjoint(row):
         row = {CHINESE.get(name, name): value for name, value in row.items()}
     if (turns := _recognized(row)) is None:
