@@ -333,7 +333,10 @@ def test_a_header_alone_is_no_row(save: Save, capsys: pytest.CaptureFixture[str]
 
 
 def test_csv_quotes_newlines_and_stray_quotes(save: Save) -> None:
-    text = 'instruction,output\n"甲,一\n二","他说""好"""\n5" 的管子,乙\n"没有关上,丙\n丁,戊\n己\n庚,辛,多了一格\n'
+    text = (
+        'instruction,output\n"甲,一\n二","他说""好"""\n5" 的管子,乙\n'
+        '"没有关上,丙\n丁,戊\n己\n庚,辛,多了一格\n'
+    )
     conversations, rejects = read_conversations(save(text, "rows.csv"))
     assert [(asked.line, *(message.content for message in asked)) for asked in conversations] == [
         (2, "甲,一\n二", '他说"好"'),
@@ -382,7 +385,10 @@ def test_concatenated_files(save: Save) -> None:
 
 
 def test_duplicate_keys_nan_and_escapes(save: Save) -> None:
-    content = '{"instruction": "甲", "instruction": "乙", "input": NaN, "output": "\\ud83d\\ude00"}\n{"instruction": "甲", "output": "\\ud83d"}\n'
+    content = (
+        '{"instruction": "甲", "instruction": "乙", "input": NaN, "output": "\\ud83d\\ude00"}\n'
+        '{"instruction": "甲", "output": "\\ud83d"}\n'
+    )
     conversations, rejects = read_conversations(
         save(content + '{"instruction": "甲", "output": ' + "9" * 5000 + "}\n")
     )

@@ -45,7 +45,8 @@ CORPUS = [
     "1 + 1 = 2\n",
 ] * 20
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPOKEN = (
@@ -345,8 +346,8 @@ def test_a_chat_template_that_changes_earlier_text_is_refused(bpe: Path, tmp_pat
 
 def test_a_chat_template_s_own_refusal_is_passed_on(bpe: Path, tmp_path: Path) -> None:
     strict = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
-        + SPOKEN
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('no system role here') }}{% endif %}" + SPOKEN
     )
     tokenizer = load_tokenizer(variant(bpe, tmp_path / "strict", chat_template=strict))
     with pytest.raises(UserError, match="no system role here"):
