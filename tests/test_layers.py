@@ -20,6 +20,7 @@ LAYER_1 = {
     "config",
     "messages",
     "memory",
+    "plan",
     "runs",
     "data",
     "data.reader",
