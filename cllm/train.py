@@ -407,9 +407,8 @@ class Training:
         return self._final_scores() if self.learner.encoded.held_rows else {}
 
     def _final_scores(self) -> dict[str, Any]:
-        from cllm.evaluate.answers import compare, sequence_nll
-        from cllm.evaluate.report import Progress as AnsweringProgress
-        from cllm.evaluate.report import report, write_results
+        from cllm.evaluate.answers import evaluate, sequence_nll
+        from cllm.evaluate.report import AnswerCount, summary, write_results
         from cllm.runs import writing
 
         learner, settings = self.learner, self.config.eval
@@ -417,7 +416,7 @@ class Training:
         asked = encoded.held_out[: settings.samples if self.config.data.kind == "chat" else 0]
         if asked:
             note("train.answering", count=len(asked))
-        results, samples, _ = compare(
+        results = evaluate(
             learner.engine,
             learner.tokenizer,
             asked,
@@ -430,12 +429,12 @@ class Training:
             shots=settings.shots,
             max_new_tokens=settings.max_new_tokens,
             seed=self.config.train.seed,
-            progress=AnsweringProgress(),
+            progress=AnswerCount(),
         )
         with writing(self.run / "eval.json"):
-            write_results(self.run, results, samples)
-        print(report(results))
-        return results
+            write_results(self.run, results)
+        print(summary(results))
+        return {name: system.document() for name, system in results.systems.items()}
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -21,6 +21,7 @@ LAYER_1 = {
     "messages",
     "memory",
     "plan",
+    "plots",
     "runs",
     "data",
     "data.reader",
@@ -175,7 +176,7 @@ def test_the_data_cache_knows_all_code_that_decides_ids() -> None:
 
 def test_evaluation_is_assembly_and_knows_no_program() -> None:
     rooms = [name for name in modules() if name.split(".")[0] == "evaluate"]
-    assert len(rooms) == 5 and {layer(name) for name in rooms} == {3}
+    assert len(rooms) == 6 and {layer(name) for name in rooms} == {3}
     assert not {other for name in rooms for other in inner(modules()[name])} & PROGRAMS
 
 

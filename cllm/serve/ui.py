@@ -24,6 +24,7 @@ from typing import Any
 from cllm.assembly import Loaded
 from cllm.data.schema import Message
 from cllm.evaluate.report import number, score_table
+from cllm.evaluate.results import Gap
 from cllm.learn.log import peak_memory_bytes, read_metrics
 from cllm.messages import UserError, messages
 from cllm.model.adapter import WEIGHTS_FILE
@@ -365,8 +366,11 @@ def _training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
         rows = read_metrics(run / "metrics.jsonl")
         scored, answers = run / "eval.json", read_metrics(run / "samples.jsonl")
         results = json.loads(scored.read_text(encoding="utf-8")) if scored.exists() else {}
-        shown = ({"reference": {}} if answers else {}) | results
-        header, *lines = score_table(shown)
+        gaps = results.get("adapter", {}).get("versus_base", {})
+        header, *lines = score_table(
+            ({"reference": {}} if answers else {}) | results,
+            {metric: Gap(**gap) for metric, gap in gaps.items()},
+        )
         if answers:
             header, lines = (
                 [*header, "length"],
