@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cllm.bench import Subject, config_of, parse, random_row, subject_of
-from cllm.serve.engine import Sampling
+from cllm.serve.sampling import Sampling
 
 DECODE_TOKENS = 32
 ROWS = (1, 4, 16)

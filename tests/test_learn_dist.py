@@ -141,7 +141,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
         print(seen == [signal.SIGTERM], signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
     """
     done = subprocess.run(
-        ["sh", "-c", "trap '' HUP; exec \"$0\" -c \"$1\"", sys.executable, code],
+        ["sh", "-c", 'trap \'\' HUP; exec "$0" -c "$1"', sys.executable, code],
         cwd=ROOT,
         text=True,
         capture_output=True,

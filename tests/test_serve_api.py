@@ -84,7 +84,7 @@ def greedy(
     loaded: Loaded, messages: list[dict[str, str]], *, adapter: bool = True, new_tokens: int = 24
 ) -> list[int]:
     from cllm.data.schema import Message
-    from cllm.serve.engine import Sampling
+    from cllm.serve.sampling import Sampling
 
     prompt = loaded.tokenizer.encode_chat([Message(m["role"], m["content"]) for m in messages])
     return loaded.engine().generate([prompt], Sampling(max_new_tokens=new_tokens), adapter)[0]

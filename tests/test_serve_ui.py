@@ -24,7 +24,7 @@ from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
-from cllm.serve.engine import Sampling
+from cllm.serve.sampling import Sampling
 from cllm.serve.ui import _chart, build_page, mount_page
 
 GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order

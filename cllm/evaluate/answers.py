@@ -32,7 +32,8 @@ from cllm.model.attention import packs
 from cllm.model.device import Precision, device_of, out_of_memory, release_memory
 from cllm.model.lora import disable_lora, lora_layers
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
-from cllm.serve.engine import Engine, Sampling
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import Sampling
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)
 GENERAL = Path(__file__).parents[1] / "assets" / "general.txt"

@@ -24,7 +24,7 @@ from cllm.assembly import Loaded
 from cllm.data.schema import Message
 from cllm.messages import UserError, say
 from cllm.serve.answer import Answer, ModelError, chat_sampling
-from cllm.serve.engine import LIMITS, MAX_TOP_K
+from cllm.serve.sampling import LIMITS, MAX_TOP_K
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
