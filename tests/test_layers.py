@@ -57,7 +57,18 @@ LAYER_2 = {
     "learn.dist",
     "learn.ladder",
 }
-PROGRAMS = {"doctor", "train", "eval", "bench", "chat", "check", "export", "serve.api", "serve.ui"}
+PROGRAMS = {
+    "doctor",
+    "train",
+    "eval",
+    "bench",
+    "chat",
+    "check",
+    "export",
+    "serve.api",
+    "serve.monitor",
+    "serve.ui",
+}
 HEAVY = {
     "torch",
     "transformers",
