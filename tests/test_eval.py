@@ -329,11 +329,11 @@ def exam(root: Path, style: str, questions: int = 3) -> Path:
         (root / split).mkdir(parents=True)
         for subject in ("college_physics", "my_own") if style == "ceval" else ("anatomy", "my_own"):
             name = f"{subject}_{split}.csv" if style == "ceval" else f"{subject}.csv"
-            rows = [
-                f'{i},"{split}{subject[0]}第{i}问，请选出最合适的一项",甲{i},乙,丙,丁,{LETTERS[i % 4]}'
-                + (",略" if style == "ceval" else "")
-                for i in range(count)
-            ]
+            end = ",略" if style == "ceval" else ""
+            rows = []
+            for i in range(count):
+                question = f"{split}{subject[0]}第{i}问，请选出最合适的一项"
+                rows.append(f'{i},"{question}",甲{i},乙,丙,丁,{LETTERS[i % 4]}{end}')
             (root / split / name).write_text(
                 "\ufeff" + "\n".join([head, *rows]) + "\n", encoding="utf-8"
             )
