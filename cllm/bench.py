@@ -351,7 +351,11 @@ def main(argv: list[str]) -> int:
 
 
 def _measure(config: Config, arguments: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Add one model's results to the report. Its peers run first, while the memory is theirs."""
+    """Add one model's results to the report. Its peers run first, while the memory is theirs; what
+    comes after finds all of it free.
+    """
+    from cllm.model.device import release_memory
+
     rows = arguments.rows or [config.train.row_tokens]
     peers: list[dict[str, Any]] = [{} for _ in rows]
     if arguments.against:
@@ -363,6 +367,7 @@ def _measure(config: Config, arguments: argparse.Namespace, report: dict[str, An
         report["results"].append({**subject.measure(tokens, arguments.steps), "peft": peer})
     del subject
     gc.collect()
+    release_memory()
 
 
 def _machine(device: Any) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def _votes(run: Path) -> list[dict[str, Any]]:
 def _written(model: str, data: str, results: Evaluation | Exam, rows: int) -> dict[str, Any]:
     """Write and print the results for one set; returns what the last line says of it."""
     from cllm.evaluate.report import summary, write_results
+    from cllm.evaluate.results import document
     from cllm.runs import new_run
 
     run, name = Path(model), Path(data).stem
@@ -84,8 +85,7 @@ def _written(model: str, data: str, results: Evaluation | Exam, rows: int) -> di
     folder = new_run(run / f"eval-{name}" if is_run else Path("runs") / f"eval-{run.stem}-{name}")
     write_results(folder, results)
     print(f"\n{data}\n{summary(results)}\n\n{say('eval.written', path=folder / 'report.html')}")
-    systems = {system: scores.document() for system, scores in results.systems.items()}
-    return {"results": systems, "rows": rows, "folder": str(folder)}
+    return {"results": document(results), "rows": rows, "folder": str(folder)}
 
 
 # --- Multiple choice
@@ -171,7 +171,7 @@ def _evaluate(
 ) -> Evaluation:
     """Losses and answers of base and adapter on one file."""
     from cllm.data.encode import encode_set
-    from cllm.evaluate.answers import evaluate, example_nll
+    from cllm.evaluate.answers import Asking, evaluate, example_nll
     from cllm.evaluate.report import AnswerCount
 
     engine, kind = loaded.engine(), config.data.kind
@@ -189,6 +189,7 @@ def _evaluate(
     held_out = functools.partial(
         example_nll, loaded.model, examples, loaded.precision, chunk_bytes, row_tokens
     )
+    asking = Asking(train, arguments.shots or 0, arguments.max_new_tokens, progress=AnswerCount())
     return evaluate(
         engine,
         loaded.tokenizer,
@@ -196,11 +197,8 @@ def _evaluate(
         held_out,
         loaded.precision,
         chunk_bytes,
+        asking,
         losses_of_answers=True,
-        train=train,
-        shots=arguments.shots or 0,
-        max_new_tokens=arguments.max_new_tokens,
-        progress=AnswerCount(),
     )
 
 

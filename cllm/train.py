@@ -407,8 +407,9 @@ class Training:
         return self._final_scores() if self.learner.encoded.held_rows else {}
 
     def _final_scores(self) -> dict[str, Any]:
-        from cllm.evaluate.answers import evaluate, sequence_nll
+        from cllm.evaluate.answers import Asking, evaluate, sequence_nll
         from cllm.evaluate.report import AnswerCount, summary, write_results
+        from cllm.evaluate.results import document
         from cllm.runs import writing
 
         learner, settings = self.learner, self.config.eval
@@ -425,16 +426,18 @@ class Training:
             ),
             precision,
             learner.chunk_bytes,
-            train=list(encoded.train),
-            shots=settings.shots,
-            max_new_tokens=settings.max_new_tokens,
-            seed=self.config.train.seed,
-            progress=AnswerCount(),
+            Asking(
+                list(encoded.train),
+                settings.shots,
+                settings.max_new_tokens,
+                self.config.train.seed,
+                AnswerCount(),
+            ),
         )
         with writing(self.run / "eval.json"):
             write_results(self.run, results)
         print(summary(results))
-        return {name: system.document() for name, system in results.systems.items()}
+        return document(results)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -21,8 +21,8 @@ from cllm.data.schema import Conversation, Message
 from cllm.evaluate import answers as module
 from cllm.evaluate.answers import (
     GENERAL,
+    Asking,
     example_nll,
-    few_shot,
     held_out_loss,
     majority,
     score,
@@ -253,7 +253,7 @@ def test_scores_groups_baselines_and_tables() -> None:
         conversation("庚", "？", "z"),
     ]
     assert majority(train, test) == ["好", "三", ""]
-    prompt = few_shot(train, test[0], 2, seed=0)
+    prompt = Asking(train).few_shot(test[0], 2)
     assert (
         len(prompt) == 5
         and prompt[-1].content == "戊"

@@ -15,6 +15,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -174,32 +175,14 @@ def before_after(model: nn.Module, measure: Callable[[], Measured]) -> dict[str,
     return systems
 
 
-def losses(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    held_out: Callable[[], Rows],
-    precision: Precision,
-    chunk_bytes: int,
-) -> dict[str, Statistics]:
-    """System -> `loss`, what `held_out` measures, and `general-ppl`, the perplexity of our own
-    general Chinese texts.
-
-    The latter, read without chat markup, rises with what training made the model forget.
+def _general(tokenizer: Tokenizer) -> list[Example]:
+    """Our own general Chinese texts, without chat markup: their perplexity rises with what training
+    made the model forget.
     """
     plain = load_tokenizer(tokenizer.source, template="text")
-    texts = [
-        plain.encode_chat([Message("user", line)])
-        for line in GENERAL.read_text(encoding="utf-8").split("\n")
-        if line
-    ]
-    general = [Example(ids, ids) for ids in texts]
-    return before_after(
-        model,
-        lambda: {
-            "loss": held_out(),
-            "general-ppl": example_nll(model, general, precision, chunk_bytes),
-        },
-    )
+    lines = filter(None, GENERAL.read_text(encoding="utf-8").split("\n"))
+    texts = [plain.encode_chat([Message("user", line)]) for line in lines]
+    return [Example(ids, ids) for ids in texts]
 
 
 # --- Answers
@@ -243,19 +226,6 @@ def generate(
     return [tokenizer.decode(ids).strip() for ids in outputs]
 
 
-def few_shot(
-    train: Sequence[Conversation], conversation: Conversation, shots: int, seed: int
-) -> list[Message]:
-    """The question with `shots` training conversations of the same category before it, as earlier
-    turns.
-    """
-    same = [c for c in train if c.category == conversation.category] or list(train)
-    chosen = random.Random(f"{seed}/{conversation.messages[0].content}").sample(
-        same, min(shots, len(same))
-    )
-    return [message for shot in chosen for message in shot.messages] + question_of(conversation)
-
-
 def majority(train: Sequence[Conversation], conversations: Sequence[Conversation]) -> list[str]:
     """For each conversation the most frequent training answer of its category."""
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -265,60 +235,63 @@ def majority(train: Sequence[Conversation], conversations: Sequence[Conversation
     return [best.get(conversation.category, "") for conversation in conversations]
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put to the systems."""
+
+    train: Sequence[Conversation] = ()
+    """What the run learned from, for the baselines."""
+    shots: int = 0
+    max_new_tokens: int = 256
+    seed: int = 0
+    """Of the choice of shots."""
+    progress: Callable[[int, int], None] | None = None
+    """Called with (answers so far, all)."""
+
+    def few_shot(self, conversation: Conversation, shots: int) -> list[Message]:
+        """The question with `shots` training conversations of the same category before it, as
+        earlier turns.
+        """
+        same = [c for c in self.train if c.category == conversation.category] or list(self.train)
+        draw = random.Random(f"{self.seed}/{conversation.messages[0].content}")
+        chosen = draw.sample(same, min(shots, len(same)))
+        return [message for c in chosen for message in c.messages] + question_of(conversation)
+
+
 def answers(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    conversations: Sequence[Conversation],
-    *,
-    train: Sequence[Conversation] = (),
-    shots: int = 0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    engine: Engine, tokenizer: Tokenizer, conversations: Sequence[Conversation], asking: Asking
 ) -> dict[str, list[str]]:
     """What every system answers: `copy` (the question itself), `majority` (with `train`), `base`,
     `base N-shot` (with `train` and `shots`; fewer where the prompt would not fit), and `adapter` if
     there is one. All prompts of all systems go through the engine at once: base and adapter are
     rows of the same batches.
     """
+
+    def fitting(conversation: Conversation) -> list[Message]:
+        for shots in range(asking.shots, 0, -1):
+            prompt = asking.few_shot(conversation, shots)
+            if len(tokenizer.encode_chat(prompt)) < engine.max_tokens:
+                return prompt
+        return question_of(conversation)
+
     questions = [question_of(c) for c in conversations]
     asked = {"base": questions}
-    if train and shots:
-        asked[f"base {shots}-shot"] = [
-            _fitting(engine, tokenizer, train, c, shots, seed) for c in conversations
-        ]
+    if asking.train and asking.shots:
+        asked[f"base {asking.shots}-shot"] = [fitting(c) for c in conversations]
     if lora_layers(engine.model):
         asked["adapter"] = questions
-    gates = [system == "adapter" for _ in questions for system in asked]
-    interleaved = list(itertools.chain(*zip(*asked.values(), strict=True)))
     texts = generate(
         engine,
         tokenizer,
-        interleaved,
-        adapter=gates,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
+        list(itertools.chain(*zip(*asked.values(), strict=True))),
+        adapter=[system == "adapter" for system in asked] * len(questions),
+        max_new_tokens=asking.max_new_tokens,
+        progress=asking.progress,
     )
     systems = {"copy": [question[-1].content for question in questions]}
-    if train:
-        systems["majority"] = majority(train, conversations)
+    if asking.train:
+        systems["majority"] = majority(asking.train, conversations)
     return systems | {system: texts[i :: len(asked)] for i, system in enumerate(asked)}
-
-
-def _fitting(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    train: Sequence[Conversation],
-    conversation: Conversation,
-    shots: int,
-    seed: int,
-) -> list[Message]:
-    """`few_shot` with as many shots as leave room for an answer."""
-    for count in range(shots, 0, -1):
-        prompt = few_shot(train, conversation, count, seed)
-        if len(tokenizer.encode_chat(prompt)) < engine.max_tokens:
-            return prompt
-    return question_of(conversation)
 
 
 # --- Together
@@ -329,8 +302,8 @@ def score(
     *,
     losses_of_answers: bool = False,
 ) -> Evaluation:
-    """Every system's scores, and one sample per conversation, from what `answers` and `losses`
-    found.
+    """Every system's scores, and one sample per conversation, from its answers and what was
+    measured of it.
 
     losses_of_answers: the losses in `measured` are those of `conversations`, in their order, and
     belong into the samples.
@@ -394,34 +367,30 @@ def _bucket(reference: str) -> str:
 def evaluate(
     engine: Engine,
     tokenizer: Tokenizer,
-    asked: Sequence[Conversation],
+    conversations: Sequence[Conversation],
     held_out: Callable[[], Rows],
     precision: Precision,
     chunk_bytes: int,
+    asking: Asking,
     *,
     losses_of_answers: bool = False,
-    train: Sequence[Conversation] = (),
-    shots: int = 0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """`losses` and `answers` of base and adapter on the same rows and questions, as scores.
+    """What base and adapter answer, and their losses: `held_out` measures those, of
+    `conversations` in their order if `losses_of_answers`.
 
     Answers for which memory is short are left out.
     """
-    measured = losses(engine.model, tokenizer, held_out, precision, chunk_bytes)
+    model, general = engine.model, _general(tokenizer)
+    measured = before_after(
+        model,
+        lambda: {
+            "loss": held_out(),
+            "general-ppl": example_nll(model, general, precision, chunk_bytes),
+        },
+    )
     systems: dict[str, list[str]] = {}
-    if asked:
+    if conversations:
         with unless_memory_is_short(engine):
-            systems = answers(
-                engine,
-                tokenizer,
-                asked,
-                train=train,
-                shots=shots,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                progress=progress,
-            )
-    return score(asked if systems else [], systems, measured, losses_of_answers=losses_of_answers)
+            systems = answers(engine, tokenizer, conversations, asking)
+    answered = conversations if systems else []
+    return score(answered, systems, measured, losses_of_answers=losses_of_answers)

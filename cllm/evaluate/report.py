@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from cllm.evaluate.answers import METRICS
-from cllm.evaluate.results import Evaluation, Exam, Gap, Sample, SystemScores
+from cllm.evaluate.results import Evaluation, Exam, Gap, Sample, SystemScores, document
 from cllm.learn.log import LiveLine, draw_curve, duration
 from cllm.messages import language, say, table, to_json
 from cllm.metrics import BLEU, ROUGE
@@ -106,8 +106,8 @@ def write_results(folder: Path, results: Evaluation | Exam) -> None:
     """eval.json, samples.jsonl, scores.png and report.html, with the loss curve if `folder` or the
     one above it holds a run.
     """
-    document = {name: system.document() for name, system in results.systems.items()}
-    (folder / "eval.json").write_text(to_json(document, indent=1) + "\n", encoding="utf-8")
+    text = to_json(document(results), indent=1) + "\n"
+    (folder / "eval.json").write_text(text, encoding="utf-8")
     lines = [to_json(sample.document()) + "\n" for sample in results.samples]
     (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     plots: list[Path] = []

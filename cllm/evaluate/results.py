@@ -1,7 +1,7 @@
 """What an evaluation comes to, and how it stands in eval.json and samples.jsonl.
 
-eval.json is an object system -> its scores (`document` of `SystemScores` or `ExamScores`);
-samples.jsonl has one object a question (`document` of `Sample` or `ExamSample`).
+eval.json is an object system -> the fields of `SystemScores` or `ExamScores`; samples.jsonl has one
+object a question, of `Sample` or `ExamSample`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ class Group:
     answers: int
     scores: dict[str, float]
 
-    def document(self) -> dict[str, Any]:
-        return {"answers": self.answers, **self.scores}
-
 
 @dataclass(frozen=True)
 class SystemScores:
@@ -49,14 +46,6 @@ class SystemScores:
     by_length: dict[str, Group] = field(default_factory=dict)
     """Characters of the reference -> scores; empty for a system that answered nothing."""
     by_category: dict[str, Group] = field(default_factory=dict)
-
-    def document(self) -> dict[str, Any]:
-        gaps = {metric: asdict(gap) for metric, gap in self.versus_base.items()}
-        lengths = {name: group.document() for name, group in self.by_length.items()}
-        categories = {name: group.document() for name, group in self.by_category.items()}
-        parts = {"versus_base": gaps, "by_length": lengths, "by_category": categories}
-        present = {key: part for key, part in parts.items() if part}
-        return {**self.scores, "interval": self.interval, **present}
 
 
 @dataclass(frozen=True)
@@ -118,12 +107,6 @@ class ExamScores(Accuracy):
     versus_base: dict[str, Gap]
     """Of `accuracy`; empty for the base."""
 
-    def document(self) -> dict[str, Any]:
-        document = asdict(self)
-        if not self.versus_base:
-            del document["versus_base"]
-        return document
-
 
 @dataclass(frozen=True)
 class ExamSample:
@@ -145,3 +128,17 @@ class Exam:
 
     systems: dict[str, ExamScores]
     samples: list[ExamSample]
+
+
+def document(results: Evaluation | Exam) -> dict[str, Any]:
+    """The content of eval.json: a system's or a group's scores stand beside its other fields, and
+    what is empty is left out.
+    """
+    return {name: _flat(asdict(system)) for name, system in results.systems.items()}
+
+
+def _flat(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    fields = {key: _flat(part) for key, part in value.items() if part != {}}
+    return fields.pop("scores", {}) | fields
