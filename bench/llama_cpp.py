@@ -94,7 +94,8 @@ def judge(run: str, folder: Path) -> dict[str, Any]:
     from cllm import export
     from cllm.assembly import open_model
     from cllm.data.schema import Message
-    from cllm.serve.engine import Engine, Sampling
+    from cllm.serve.engine import Engine
+    from cllm.serve.sampling import Sampling
 
     out = folder / Path(run).name
     if export.main([run, "--to", "gguf", str(out), "--type", "f32", "--no-check"]):

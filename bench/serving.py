@@ -38,7 +38,8 @@ from transformers.generation import ContinuousBatchingConfig
 
 from cllm.assembly import Loaded, open_model
 from cllm.data.schema import Message
-from cllm.serve.engine import Engine, Sampling
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import Sampling
 
 CHATS = 16
 PORT = 7899

@@ -2,7 +2,8 @@
 own step; or, with `--plan`, on paper.
 
 Peak memory is `max_memory_allocated` on a GPU; on the CPU it is a storage census: the bytes of all
-tensor storages alive at once.
+tensor storages alive at once. What other trainers need, how fast the model answers, and the plot
+are scripts of a checkout's bench/.
 """
 
 from __future__ import annotations
@@ -18,26 +19,24 @@ import sys
 import time
 import timeit
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import memory
 from cllm.config import Config, load_config
 from cllm.corpus import tokenizer_of
-from cllm.memory import GIB, MIB, AdapterShape, Settings, estimate_vram, make_plan
-from cllm.messages import UserError, note, say, table
+from cllm.memory import GIB, MIB, Settings, estimate_vram, make_plan
+from cllm.messages import UserError, note, say, table, to_json
+from cllm.plan import Workload, settings_of, show_plan
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
 
 ASSETS = Path(__file__).parent / "assets"
-PEER = Path(__file__).parents[1] / "bench" / "peft_step.py"
-PLAN_ROWS = (512, 1024, 2048, 4096, 8192)
-PLAN_BUDGET_GIB = 8.0
+SCRIPTS = Path(__file__).parents[1] / "bench"
+PEFT, GENERATION, PLOT = "peft_step.py", "generation.py", "plot.py"
 # so that gradients of earlier rows are alive at the peak, as in any accumulated step
 ROWS_PER_STEP = 2
-DECODE_TOKENS = 32
 WARM_STEPS = 3
 SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on paper"
 # one or two cores: only decides whether to measure
@@ -174,260 +173,113 @@ class Subject:
         seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)
         return float(2 * size**3 / min(seconds))
 
-    def generation(self, prompt_tokens: int = 128) -> list[dict[str, Any]]:
-        """Time to the first token and decoded tokens per second for 1, 4 and 16 random prompts at
-        once.
-        """
-        from cllm.serve.engine import Sampling
 
-        engine = self.assembly.engine()
-        results = []
-        for rows in (1, 4, 16):
-            prompts = [
-                random_row(prompt_tokens, self.shape.vocab, seed).input_ids.tolist()
-                for seed in range(rows)
-            ]
-            # the first warms up
-            how = [
-                Sampling(max_new_tokens=count, stop_ids=frozenset())
-                for count in (1, 1, DECODE_TOKENS)
-            ]
-            _, first, whole = (
-                timeit.timeit(partial(engine.generate, prompts, sampling), number=1)
-                for sampling in how
-            )
-            speed = rows * (DECODE_TOKENS - 1) / (whole - first)
-            results.append(
-                {
-                    "model": self.name,
-                    "rows": rows,
-                    "first_token_seconds": first,
-                    "decode_tokens_per_second": speed,
-                }
-            )
-        return results
-
-
-def _settings(config: Config, precision: str, device: str) -> Settings:
-    """What a training of this config comes to on such a device."""
-    return Settings.of(
-        config.model,
-        config.memory,
-        AdapterShape.of(config.lora),
-        row_tokens=config.train.row_tokens,
-        precision=precision,
-        device=device,
-        optimizer=config.train.optimizer,
-    )
-
-
-def show_plan(
-    config: Config, name: str, original: dict[str, Any], work: dict[str, Any]
-) -> dict[str, Any]:
-    """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it
-    for the JSON.
-    """
-    shape, budget = memory.shape_of(original, name), config.memory.budget_gib or PLAN_BUDGET_GIB
-    precision = "bf16" if config.model.precision == "auto" else config.model.precision
-    settings = _settings(config, precision, "cuda")
-    plan = make_plan(shape, settings, budget)
-    estimate = plan.estimate
-    print(
-        say(
-            "bench.plan",
-            name=name,
-            row=settings.row_tokens,
-            quantize=settings.quantize,
-            precision=precision,
-            rank=settings.rank,
-        )
-    )
-    print(estimate.table())
-    grid, rows = [], [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
-    for step in memory.savings(shape, settings, int(budget * GIB)):
-        totals = {
-            n: estimate_vram(shape, replace(step.settings, row_tokens=n)).total for n in PLAN_ROWS
-        }
-        longest = make_plan(shape, step.settings, budget).longest_row
-        grid.append(
-            {
-                "change": step.change,
-                "slowdown": step.slowdown,
-                "totals": totals,
-                "longest_row": longest,
-            }
-        )
-        rows.append(
-            [
-                f"+ {step.change}",
-                *(f"{total / GIB:.2f}" for total in totals.values()),
-                str(longest),
-                f"{step.slowdown:.2f}",
-            ]
-        )
-    print(table(rows))
-    verdict = "bench.fits" if plan.fits else "bench.too_big"
-    print(
-        say(verdict, budget=f"{budget:g}", longest=plan.longest_row, fewest=plan.checkpoint_layers)
-    )
-    for step in plan.ladder:
-        print(f"  {step.total / GIB:6.2f} GiB  x{step.slowdown:.2f}  {step.change}")
-    return {
-        "model": name,
-        "budget_gib": budget,
-        **asdict(settings),
-        **asdict(estimate),
-        "total": estimate.total,
-        "grid": grid,
-        "conversion": memory.conversion_bytes(shape),
-        "fits": plan.fits,
-        "longest_row": plan.longest_row,
-        "fewest": plan.checkpoint_layers,
-        "time": _time(config, shape, plan.settings, work),
-        "ladder": [
-            {"change": step.change, "total": step.total, "slowdown": step.slowdown}
-            for step in plan.ladder
-        ],
-    }
-
-
-def _time(
-    config: Config, shape: memory.Shape, settings: Settings, work: dict[str, Any]
-) -> dict[str, Any]:
-    """Tokens, steps and hours of the run; of a million tokens, if there is no data. Prints them."""
-    train, fill = config.train, work.get("fill", 1.0)
-    rows_per_step, seconds = (
-        max(1, train.tokens_per_step // train.row_tokens),
-        work.get("row_seconds"),
-    )
-    wanted = work["tokens"] * train.epochs if work else 10**6
-    steps = (train.steps if work else 0) or max(
-        1, round(wanted / (rows_per_step * train.row_tokens * fill))
-    )
-    tokens = steps * rows_per_step * train.row_tokens * fill
-    hours = steps * rows_per_step * (seconds or memory.row_seconds(shape, settings) * fill) / 3600
-    result = {
-        "tokens": round(tokens),
-        "exact_tokens": "fill" in work,
-        "steps": steps,
-        "hours": hours,
-        "measured": seconds is not None,
-    }
-    values = {
-        "tokens": f"{tokens:,.0f}",
-        "steps": steps,
-        "hours": f"{hours:.2f}",
-        "speed": f"{tokens / hours / 3600:,.0f}",
-    }
-    print(say("bench.time.measured" if seconds else "bench.time.roofline", **values))
-    return result
-
-
-def _work(config: Config, original: dict[str, Any]) -> dict[str, Any]:
-    """What a config's data amount to: tokens per epoch and how full rows are; with the base at
-    hand, seconds of a row on this device.
+# --- On paper
+def _work(config: Config, original: dict[str, Any]) -> Workload:
+    """The config's data in tokens, encoded with the base's tokenizer if it is at hand; then rows
+    are timed on this device, too, unless that would take long.
     """
     from cllm.data.sources import prepare
 
     train = prepare(config.data).train
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
-        return {
-            "tokens": round(
-                TOKENS_PER_CHARACTER * sum(len(m.content) for c in train for m in c.messages)
-            )
-        }
+        characters = sum(len(message.content) for c in train for message in c.messages)
+        return Workload(round(TOKENS_PER_CHARACTER * characters))
     import torch
 
     from cllm.data.encode import encode_set
     from cllm.data.packing import PackedRows
     from cllm.model.source import resolve
 
-    row_tokens, tokenizer = (
-        config.train.row_tokens,
-        tokenizer_of(config, resolve(config.model.path)),
-    )
+    length = config.train.row_tokens
+    tokenizer = tokenizer_of(config, resolve(config.model.path))
+    data = config.data
     examples = encode_set(
-        train,
-        tokenizer,
-        kind=config.data.kind,
-        max_tokens=row_tokens,
-        truncate=config.data.truncate,
+        train, tokenizer, kind=data.kind, max_tokens=length, truncate=data.truncate
     )[0]
-    rows, tokens = PackedRows(examples, row_tokens, seed=config.train.seed), sum(examples.sizes)
-    work: dict[str, Any] = {"tokens": tokens, "fill": tokens / (len(rows) * row_tokens)}
-    settings = _settings(config, "fp32", "cpu")
-    if (
-        torch.cuda.is_available()
-        or memory.row_seconds(memory.shape_of(original), settings, CPU) < SLOWEST_WARM_ROW
-    ):
-        note("bench.timing", steps=WARM_STEPS)
-        subject = Subject(config, config.model.path, None, row_tokens)
-        work["row_seconds"] = statistics.median(
-            [subject.step(row, 1)[1] for row in rows.take(WARM_STEPS + 1)][1:]
-        )
-    return work
+    rows = PackedRows(examples, length, seed=config.train.seed)
+    tokens = sum(examples.sizes)
+    work = Workload(tokens, tokens / (len(rows) * length))
+    on_cpu = memory.row_seconds(memory.shape_of(original), settings_of(config, "fp32", "cpu"), CPU)
+    if not torch.cuda.is_available() and on_cpu >= SLOWEST_WARM_ROW:
+        return work
+    note("bench.timing", steps=WARM_STEPS)
+    subject = Subject(config, config.model.path, None, length)
+    seconds = [subject.step(row, 1)[1] for row in rows.take(WARM_STEPS + 1)]
+    return replace(work, row_seconds=statistics.median(seconds[1:]))
 
 
-def _config(name: str, overrides: list[str]) -> Config:
+# --- The program
+def _is_config(name: str) -> bool:
+    return name.startswith("preset:") or name.endswith(".toml")
+
+
+def config_of(name: str, overrides: list[str]) -> Config:
     """The config named, or the defaults for a model's name or directory: NF4, as on a small
     card.
     """
-    if name.startswith("preset:") or name.endswith(".toml"):
+    if _is_config(name):
         return load_config(name, overrides)
-    return load_config(
-        os.devnull,
-        [f"model.path={json.dumps(name, ensure_ascii=False)}", "model.quantize=nf4", *overrides],
-    )
+    path = f"model.path={json.dumps(name, ensure_ascii=False)}"
+    return load_config(os.devnull, [path, "model.quantize=nf4", *overrides])
 
 
-def _original(config: Config, layers: int) -> tuple[str, dict[str, Any]]:
-    built_in = ASSETS / config.model.path / "config.json"
-    if config.model.path.endswith(".gguf"):
+def published(config: Config, layers: int) -> tuple[str, dict[str, Any]]:
+    """(name, config.json) of the config's model, as published or with so many `layers`."""
+    name = config.model.path
+    built_in = ASSETS / name / "config.json"
+    if name.endswith(".gguf"):
         from cllm.model.checkpoint import original_config
 
-        name, original = config.model.path, original_config(Path(config.model.path))
+        original = original_config(Path(name))
+    elif built_in.is_file():
+        _, original = memory.find_config(str(built_in))
     else:
-        name, original = memory.find_config(
-            str(built_in) if built_in.is_file() else config.model.path
-        )
-    key = next(
-        (key for key in ("num_layers", "n_layer", "num_hidden_layers") if key in original),
-        "num_hidden_layers",
-    )
-    return (config.model.path if built_in.is_file() else name), {
-        **original,
-        key: layers,
-    } if layers else original
+        name, original = memory.find_config(name)
+    if layers:
+        keys = ("num_layers", "n_layer", "num_hidden_layers")
+        original = {**original, next((k for k in keys if k in original), keys[-1]): layers}
+    return name, original
+
+
+def script(name: str) -> Path:
+    """A script of bench/. Raises UserError where this is no checkout."""
+    path = SCRIPTS / name
+    if not path.is_file():
+        raise UserError("bench.script", path=path)
+    return path
+
+
+def run_script(name: str, arguments: list[str]) -> Any:
+    """Run a script of bench/ in a process of its own; returns its last line, which is JSON."""
+    command = [sys.executable, str(script(name)), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    if done.returncode:
+        raise UserError("bench.script_failed", name=name, code=done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _peer(config: Config, original: dict[str, Any], tokens: int, steps: int) -> dict[str, Any]:
-    """The same model, rows and adapter under Trainer and PEFT, in a process of its own."""
-    if not PEER.is_file():
-        raise UserError("bench.peer", path=PEER)
-    keys = ("quantize", "precision", "device")
+    """The same model, rows and adapter under Trainer and PEFT."""
     spec = {
         "config": original,
         "row_tokens": tokens,
         "steps": steps,
         "rank": config.lora.rank,
         "alpha": config.lora.alpha,
+        "seed": config.train.seed,
+        "quantize": config.model.quantize,
+        "precision": config.model.precision,
+        "device": config.model.device,
     }
-    spec |= {"seed": config.train.seed, **{key: getattr(config.model, key) for key in keys}}
-    done = subprocess.run(
-        [sys.executable, str(PEER), json.dumps(spec)],
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-    if done.returncode:
-        raise UserError("bench.peer_failed", code=done.returncode)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return dict(run_script(PEFT, [json.dumps(spec)]))
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; `subjects` are its configs and models, `overrides` the rest."""
     parser = argparse.ArgumentParser(prog="cllm.bench", description=say("bench.help"))
     parser.add_argument(
-        "subjects",
+        "words",
         nargs="*",
         metavar="CONFIG|preset:NAME|MODEL|section.key=value",
         help=say("bench.help.subjects"),
@@ -446,69 +298,76 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help=say("bench.help.out"))
     parser.add_argument("--doctor", action="store_true", help=say("bench.help.doctor"))
     parser.add_argument("--against", choices=["peft"], help=say("bench.help.against"))
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.overrides = [word for word in arguments.words if "=" in word]
+    arguments.subjects = [word for word in arguments.words if "=" not in word] or ["tiny-zh"]
+    return arguments
+
+
+def subject_of(config: Config, arguments: argparse.Namespace, row_tokens: int) -> Subject:
+    """The config's model as the command line asks for it: random weights of its published shape, or
+    the checkpoint itself.
+    """
+    name, original = config.model.path, None
+    if arguments.random_init or arguments.layers or arguments.against:
+        name, original = published(config, arguments.layers)
+    note("bench.building", name=name)
+    return Subject(config, name, original, row_tokens)
 
 
 def main(argv: list[str]) -> int:
     """Measure (or plan) every subject; the last line on stdout is {"device", "results", …} or
     {"plans"}.
     """
-    arguments = _arguments(argv)
+    arguments = parse(argv)
     if arguments.doctor:
         from cllm.doctor import examine
 
-        print(
-            json.dumps(
-                {"findings": [finding._asdict() for finding in examine()]}, ensure_ascii=False
-            )
-        )
+        print(to_json({"findings": [finding._asdict() for finding in examine()]}))
         return 0
-    overrides = [subject for subject in arguments.subjects if "=" in subject]
-    names = [name for name in arguments.subjects if "=" not in name] or ["tiny-zh"]
-    configs = [_config(name, overrides) for name in names]
+    configs = {name: config_of(name, arguments.overrides) for name in arguments.subjects}
     if arguments.plan:
         plans = []
-        for given, config in zip(names, configs, strict=True):
-            published = _original(config, arguments.layers)
-            work = (
-                _work(config, published[1])
-                if given.startswith("preset:") or given.endswith(".toml")
-                else {}
-            )
-            plans.append(show_plan(config, *published, work))
-        print(json.dumps({"plans": plans}))
+        for name, config in configs.items():
+            known, original = published(config, arguments.layers)
+            work = _work(config, original) if _is_config(name) else None
+            plans.append(show_plan(config, known, original, work))
+        print(to_json({"plans": plans}))
         return 0
+    if arguments.generate:
+        script(GENERATION)  # before anything is measured
     report: dict[str, Any] = {"device": "", "results": [], "generation": []}
-    for config in configs:
-        random, rows = (
-            arguments.random_init or arguments.layers or arguments.against,
-            arguments.rows or [config.train.row_tokens],
-        )
-        name, original = (
-            _original(config, arguments.layers) if random else (config.model.path, None)
-        )
-        peers = [
-            _peer(config, original, tokens, arguments.steps)
-            if arguments.against and original
-            else {}
-            for tokens in rows
-        ]
-        note("bench.building", name=name)
-        subject = Subject(config, name, original, min(rows))
-        report |= _machine(subject.device)
-        report["results"] += [
-            {**subject.measure(tokens, arguments.steps), "peft": peer}
-            for tokens, peer in zip(rows, peers, strict=True)
-        ]
-        report["generation"] += subject.generation() if arguments.generate else []
-        del subject
-        gc.collect()
+    for config in configs.values():
+        _measure(config, arguments, report)
+    if arguments.generate:
+        report["generation"] = run_script(GENERATION, argv)
     print(_table(report))
     if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        _plot(report, arguments.out.with_suffix(".png"))
-    print(json.dumps(report))
+        arguments.out.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
+        if (SCRIPTS / PLOT).is_file():
+            run_script(PLOT, [str(arguments.out)])
+    print(to_json(report))
     return 0
+
+
+def _measure(config: Config, arguments: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Add one model's results to the report. Its peers run first, while the memory is theirs; what
+    comes after finds all of it free.
+    """
+    from cllm.model.device import release_memory
+
+    rows = arguments.rows or [config.train.row_tokens]
+    peers: list[dict[str, Any]] = [{} for _ in rows]
+    if arguments.against:
+        original = published(config, arguments.layers)[1]
+        peers = [_peer(config, original, tokens, arguments.steps) for tokens in rows]
+    subject = subject_of(config, arguments, min(rows))
+    report |= _machine(subject.device)
+    for tokens, peer in zip(rows, peers, strict=True):
+        report["results"].append({**subject.measure(tokens, arguments.steps), "peft": peer})
+    del subject
+    gc.collect()
+    release_memory()
 
 
 def _machine(device: Any) -> dict[str, Any]:
@@ -531,85 +390,34 @@ def _machine(device: Any) -> dict[str, Any]:
     }
 
 
-def _plot(report: dict[str, Any], target: Path) -> None:
-    """Peak memory (dashed: the estimate) and speed over the row length, a line per model and
-    settings.
-    """
-    from matplotlib.figure import Figure
-
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for r in (r for r in report["results"] if "peak_bytes" in r):
-        lines.setdefault(
-            f"{r['model']}, {r['quantize']}, {r['stream_layers']} streamed", []
-        ).append(r)
-    figure = Figure(figsize=(11, 4.5), dpi=120, layout="tight")
-    peaks, speed = figure.subplots(1, 2)
-    for number, (name, rows) in enumerate(lines.items()):
-        for axes, key, unit, style in (
-            (peaks, "peak_bytes", GIB, "o-"),
-            (peaks, "estimate_bytes", GIB, "--"),
-            (speed, "tokens_per_second", 1, "o-"),
-        ):
-            axes.plot(
-                [r["row_tokens"] for r in rows],
-                [r[key] / unit for r in rows],
-                style,
-                color=f"C{number}",
-                label=name,
-            )
-    peaks.set(xlabel="row, tokens", ylabel="peak GiB (dashed: estimate)", ylim=(0, None))
-    speed.set(xlabel="row, tokens", ylabel="tokens per second", ylim=(0, None))
-    speed.legend(frameon=False, fontsize=7)
-    figure.suptitle(report["device"])
-    figure.savefig(target)
-
-
 def _table(report: dict[str, Any]) -> str:
+    """The measured rows as a table, then a line for each peer and each number of answers."""
     rows, lines = [say("bench.columns").split("|")], []
     for r in report["results"]:
-        ran = "peak_bytes" in r
-        measured = (
-            [
-                (r["tokens_per_second"], 0),
-                (r["step_seconds"], 2),
-                (100 * r["mfu"], 1),
-                (r["peak_bytes"] / GIB, 3),
-            ]
-            if ran
-            else []
-        )
-        cells = [f"{value:,.{digits}f}" for value, digits in measured] or [
-            "",
-            "",
-            "",
-            say("bench.out_of_memory"),
-        ]
-        ratio = f"{r['estimate_ratio']:.3f}" if ran else ""
-        rows.append(
-            [
-                r["model"],
-                str(r["layers"]),
-                str(r["row_tokens"]),
-                *cells,
-                f"{r['estimate_bytes'] / GIB:.3f}",
-                ratio,
-            ]
-        )
-        for setting, peer in r["peft"].items() if ran else ():
-            memory, speed = (
-                r["peak_bytes"] / peer["peak_bytes"],
-                r["tokens_per_second"] / peer["tokens_per_second"],
-            )
-            how = {
-                "peak": f"{peer['peak_bytes'] / GIB:.3f}",
-                "memory": f"{memory:.2f}",
-                "speed": f"{speed:.2f}",
-            }
-            lines.append(say("bench.against", row=r["row_tokens"], setting=setting, **how))
+        cells = ["", "", "", say("bench.out_of_memory")]
+        ratio = ""
+        if "peak_bytes" in r:
+            cells = [f"{r['tokens_per_second']:,.0f}", f"{r['step_seconds']:,.2f}"]
+            cells += [f"{100 * r['mfu']:,.1f}", f"{r['peak_bytes'] / GIB:,.3f}"]
+            ratio = f"{r['estimate_ratio']:.3f}"
+            lines += [_against(r, setting, peer) for setting, peer in r["peft"].items()]
+        sizes = [str(r["layers"]), str(r["row_tokens"])]
+        rows.append([r["model"], *sizes, *cells, f"{r['estimate_bytes'] / GIB:.3f}", ratio])
     for g in report["generation"]:
         first, speed = f"{g['first_token_seconds']:.3f}", f"{g['decode_tokens_per_second']:.1f}"
         lines.append(say("bench.generation", rows=g["rows"], first=first, speed=speed))
     return "\n".join([table(rows), *lines])
+
+
+def _against(result: dict[str, Any], setting: str, peer: dict[str, Any]) -> str:
+    return say(
+        "bench.against",
+        row=result["row_tokens"],
+        setting=setting,
+        peak=f"{peer['peak_bytes'] / GIB:.3f}",
+        memory=f"{result['peak_bytes'] / peer['peak_bytes']:.2f}",
+        speed=f"{result['tokens_per_second'] / peer['tokens_per_second']:.2f}",
+    )
 
 
 if __name__ == "__main__":

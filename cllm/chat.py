@@ -5,7 +5,6 @@ OpenAI-compatible API, or in the terminal.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cllm.data.schema import Message
-from cllm.messages import UserError, note, say
+from cllm.messages import UserError, note, say, to_json
 
 if TYPE_CHECKING:
     from cllm.assembly import Loaded
@@ -76,7 +75,7 @@ class Terminal:
             path = Path(rest.strip() or "conversation.jsonl")
             with path.open("a", encoding="utf-8") as file:
                 row = {"messages": [message._asdict() for message in self.context()]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(to_json(row) + "\n")
             return say("chat.saved", path=path)
         else:
             return say("chat.commands")
@@ -156,10 +155,8 @@ def main(argv: list[str]) -> int:
             return 0
         terminal = Terminal(loaded, engine)
         terminal.run()
-        print(
-            "\n"
-            + json.dumps({"model": str(name), "turns": terminal.turns, "tokens": terminal.tokens})
-        )
+        counts = {"turns": terminal.turns, "tokens": terminal.tokens}
+        print("\n" + to_json({"model": str(name), **counts}))
     finally:
         engine.close()
     return 0

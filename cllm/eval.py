@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, load_config
 from cllm.data.schema import Conversation
-from cllm.messages import UserError, note, say, table
+from cllm.data.sources import prepare, read_file
+from cllm.messages import UserError, note, say, table, to_json
 
 if TYPE_CHECKING:
     from cllm.assembly import Loaded
-    from cllm.evaluate.report import Results, Samples
+    from cllm.evaluate.choice import Subject
+    from cllm.evaluate.results import Evaluation, Exam
 
 EXAM_SHOTS = 5
 
@@ -53,50 +54,11 @@ def main(argv: list[str]) -> int:
     then one JSON line.
     """
     arguments = _arguments(argv)
-    run = Path(arguments.model)
-    is_run = (run / "config.toml").is_file()
-    config = load_config(run / "config.toml") if is_run else Config()
     if arguments.votes:
-        print(json.dumps({"model": arguments.model, "votes": _votes(run)}, ensure_ascii=False))
+        print(to_json({"model": arguments.model, "votes": _votes(Path(arguments.model))}))
         return 0
-    shots = EXAM_SHOTS if arguments.shots is None else arguments.shots
-    sets = {
-        data: _exam(data, shots, arguments.limit)
-        if arguments.task
-        else _read(data, config, arguments)
-        for data in arguments.data
-    }
-    train = (
-        _training_set(config)
-        if is_run and config.data.kind == "chat" and not arguments.task
-        else []
-    )
-    from cllm.assembly import open_model
-    from cllm.evaluate.report import report, write_results
-    from cllm.runs import new_run
-
-    loaded = open_model(arguments.model, adapter=not arguments.base)
-
-    summary: dict[str, Any] = {}
-    for data, rows in sets.items():
-        results, samples = (
-            _sit(loaded, rows)
-            if arguments.task
-            else _compare(loaded, data, rows, train, config, arguments)
-        )
-        folder = new_run(
-            run / f"eval-{Path(data).stem}"
-            if is_run
-            else Path("runs") / f"eval-{run.stem}-{Path(data).stem}"
-        )
-        write_results(folder, results, samples)
-        print(f"\n{data}\n{report(results)}\n\n{say('eval.written', path=folder / 'report.html')}")
-        summary[data] = {
-            "results": results,
-            "rows": len(samples) or len(rows),
-            "folder": str(folder),
-        }
-    print(json.dumps({"model": arguments.model, "eval": summary}, ensure_ascii=False))
+    summaries = (_exams if arguments.task else _conversations)(arguments)
+    print(to_json({"model": arguments.model, "eval": summaries}))
     return 0
 
 
@@ -107,58 +69,91 @@ def _votes(run: Path) -> list[dict[str, Any]]:
     votes = read_metrics(run / "votes.jsonl")
     if not votes:
         raise UserError("eval.no_votes", path=run / "votes.jsonl")
-    summary = summarise(votes)
-    print(table(vote_table(summary)))
-    return summary
+    pairs = summarise(votes)
+    print(table(vote_table(pairs)))
+    return pairs
 
 
-def _exam(data: str, shots: int, limit: int) -> list[Any]:
+def _written(model: str, data: str, results: Evaluation | Exam, rows: int) -> dict[str, Any]:
+    """Write and print the results for one set; returns what the last line says of it."""
+    from cllm.evaluate.report import summary, write_results
+    from cllm.evaluate.results import document
+    from cllm.runs import new_run
+
+    run, name = Path(model), Path(data).stem
+    is_run = (run / "config.toml").is_file()
+    folder = new_run(run / f"eval-{name}" if is_run else Path("runs") / f"eval-{run.stem}-{name}")
+    write_results(folder, results)
+    print(f"\n{data}\n{summary(results)}\n\n{say('eval.written', path=folder / 'report.html')}")
+    return {"results": document(results), "rows": rows, "folder": str(folder)}
+
+
+# --- Multiple choice
+def _exams(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every exam is read before the model is loaded."""
+    from cllm.assembly import open_model
+    from cllm.evaluate.choice import examine
+    from cllm.evaluate.report import AnswerCount
+
+    shots = EXAM_SHOTS if arguments.shots is None else arguments.shots
+    exams = {data: _exam(data, shots, arguments.limit) for data in arguments.data}
+    loaded = open_model(arguments.model, adapter=not arguments.base)
+    summaries = {}
+    for data, subjects in exams.items():
+        exam = examine(loaded.engine(), loaded.tokenizer, subjects, AnswerCount())
+        summaries[data] = _written(arguments.model, data, exam, len(exam.samples))
+    return summaries
+
+
+def _exam(data: str, shots: int, limit: int) -> list[Subject]:
     from cllm.evaluate.choice import read_subjects
 
     subjects = read_subjects(data, shots, limit)
-    note(
-        "eval.exam",
-        count=sum(len(subject.questions) for subject in subjects),
-        subjects=len(subjects),
-    )
+    count = sum(len(subject.questions) for subject in subjects)
+    note("eval.exam", count=count, subjects=len(subjects))
     return subjects
 
 
-def _sit(loaded: Loaded, subjects: list[Any]) -> tuple[Results, Samples]:
-    from cllm.evaluate.choice import examine
-    from cllm.evaluate.report import Progress
+# --- Conversations and texts
+def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every set is read, with the run's own [data], before the model is loaded."""
+    from cllm.assembly import open_model
 
-    return examine(loaded.engine(), loaded.tokenizer, subjects, Progress())
+    file = Path(arguments.model) / "config.toml"
+    config = load_config(file) if file.is_file() else Config()
+    sets = {data: _read(data, config, arguments) for data in arguments.data}
+    trained_on_chat = file.is_file() and config.data.kind == "chat"
+    train = _training_set(config) if trained_on_chat else []
+    loaded = open_model(arguments.model, adapter=not arguments.base)
+    summaries = {}
+    for data, rows in sets.items():
+        results = _evaluate(loaded, data, rows, train, config, arguments)
+        count = len(results.samples) or len(rows)
+        summaries[data] = _written(arguments.model, data, results, count)
+    return summaries
 
 
 def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conversation]:
     """The file's conversations that end with an answer (texts, for a run that was trained on
-    texts).
+    texts); what is rejected is said.
     """
-    from cllm.data import read_conversations
-    from cllm.data.sources import BUILT_IN
-
-    columns = (
-        dict(pair.split("=", 1) for pair in arguments.columns.split(",") if "=" in pair)
-        or config.data.columns
-        or None
-    )
-    found, rejects = read_conversations(BUILT_IN.get(data, data), columns, config.data.kind)
-    text = config.data.kind == "text"
-    usable = [
-        c for c in found if text or (c.messages[-1].role == "assistant" and len(c.messages) > 1)
-    ]
-    if not usable:
+    pairs = (pair for pair in arguments.columns.split(",") if "=" in pair)
+    columns = dict(pair.split("=", 1) for pair in pairs)
+    rows, rejects = read_file(config.data, data, columns)
+    if rejects:
+        shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejects[:3]]
+        note("eval.rejects", count=len(rejects), path=data, examples="\n  ".join(shown))
+    if config.data.kind == "chat":
+        rows = [c for c in rows if len(c.messages) > 1 and c.messages[-1].role == "assistant"]
+    if not rows:
         raise UserError("eval.empty", path=data, rejects=len(rejects))
-    return usable[: arguments.limit or None]
+    return rows[: arguments.limit or None]
 
 
 def _training_set(config: Config) -> list[Conversation]:
     """What the run was trained on, for the baselines; nothing, and a note, where those files are
     gone.
     """
-    from cllm.data.sources import prepare
-
     try:
         return list(prepare(config.data).train)
     except UserError as error:
@@ -166,49 +161,45 @@ def _training_set(config: Config) -> list[Conversation]:
         return []
 
 
-def _compare(
+def _evaluate(
     loaded: Loaded,
     data: str,
     conversations: list[Conversation],
     train: list[Conversation],
     config: Config,
     arguments: argparse.Namespace,
-) -> tuple[Results, Samples]:
+) -> Evaluation:
     """Losses and answers of base and adapter on one file."""
     from cllm.data.encode import encode_set
-    from cllm.evaluate.answers import compare, example_nll
-    from cllm.evaluate.report import Progress
+    from cllm.evaluate.answers import Asking, evaluate, example_nll
+    from cllm.evaluate.report import AnswerCount
 
-    engine, tokenizer, model = loaded.engine(), loaded.tokenizer, loaded.model
-    how: Any = {"kind": config.data.kind, "max_tokens": engine.max_tokens, "truncate": "drop"}
-    examples, kept, refused = encode_set(conversations, tokenizer, **how)
+    engine, kind = loaded.engine(), config.data.kind
+    limit = engine.max_tokens
+    examples, kept, refused = encode_set(
+        conversations, loaded.tokenizer, kind=kind, max_tokens=limit, truncate="drop"
+    )
     if left_out := sum(refused.values()):
-        note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=engine.max_tokens)
+        note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=limit)
     if not examples:
         raise UserError("eval.empty", path=data, rejects=left_out)
     note("eval.start", path=data, count=len(kept))
     chunk_bytes = config.memory.chunk_mib * 2**20
+    row_tokens = config.train.row_tokens
     held_out = functools.partial(
-        example_nll, model, examples, loaded.precision, chunk_bytes, config.train.row_tokens
+        example_nll, loaded.model, examples, loaded.precision, chunk_bytes, row_tokens
     )
-    asked = kept if config.data.kind == "chat" else []
-    results, samples, measured = compare(
+    asking = Asking(train, arguments.shots or 0, arguments.max_new_tokens, progress=AnswerCount())
+    return evaluate(
         engine,
-        tokenizer,
-        asked,
+        loaded.tokenizer,
+        kept if kind == "chat" else [],
         held_out,
         loaded.precision,
         chunk_bytes,
-        train=train,
-        shots=arguments.shots or 0,
-        max_new_tokens=arguments.max_new_tokens,
-        progress=Progress(),
+        asking,
+        losses_of_answers=True,
     )
-    for i, sample in enumerate(samples):
-        for system, its in measured.items():
-            nats, tokens = its["loss"][i]
-            sample["scores"][system]["loss"] = nats / max(1.0, tokens)
-    return results, samples
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from cllm.messages import UserError, note, say, table, to_json
 from cllm.model.device import Precision, device_of, free_bytes, out_of_memory, release_memory
 from cllm.model.offload import decoder_layers, embedding_on_cpu, stream_layers
 from cllm.model.tokenizer import Tokenizer
-from cllm.serve.engine import Engine, Sampling
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import Sampling
 
 LIMITS = {"q8_0": (0.97, 1e-2)}
 """GGUF type -> least top-1 agreement, largest mean KL in nats."""

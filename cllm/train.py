@@ -408,9 +408,9 @@ class Training:
         return self._final_scores() if self.learner.encoded.held_rows else {}
 
     def _final_scores(self) -> dict[str, Any]:
-        from cllm.evaluate.answers import compare, sequence_nll
-        from cllm.evaluate.report import Progress as AnsweringProgress
-        from cllm.evaluate.report import report, write_results
+        from cllm.evaluate.answers import Asking, evaluate, sequence_nll
+        from cllm.evaluate.report import AnswerCount, summary, write_results
+        from cllm.evaluate.results import document
         from cllm.runs import writing
 
         learner, settings = self.learner, self.config.eval
@@ -418,7 +418,7 @@ class Training:
         asked = encoded.held_out[: settings.samples if self.config.data.kind == "chat" else 0]
         if asked:
             note("train.answering", count=len(asked))
-        results, samples, _ = compare(
+        results = evaluate(
             learner.engine,
             learner.tokenizer,
             asked,
@@ -427,16 +427,18 @@ class Training:
             ),
             precision,
             learner.chunk_bytes,
-            train=list(encoded.train),
-            shots=settings.shots,
-            max_new_tokens=settings.max_new_tokens,
-            seed=self.config.train.seed,
-            progress=AnsweringProgress(),
+            Asking(
+                list(encoded.train),
+                settings.shots,
+                settings.max_new_tokens,
+                self.config.train.seed,
+                AnswerCount(),
+            ),
         )
         with writing(self.run / "eval.json"):
-            write_results(self.run, results, samples)
-        print(report(results))
-        return results
+            write_results(self.run, results)
+        print(summary(results))
+        return document(results)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

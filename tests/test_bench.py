@@ -19,7 +19,8 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 
 def test_plan_needs_no_torch_and_ends_with_json() -> None:
-    code = "import sys; from cllm.bench import main; main(['--plan', 'Qwen/Qwen3-8B']); print('torch' in sys.modules, file=sys.stderr)"
+    code = "import sys; from cllm.bench import main; main(['--plan', 'Qwen/Qwen3-8B']); "
+    code += "print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True
     )
@@ -89,10 +90,8 @@ def test_plan_tells_time_from_the_data(tmp_path: Path, capsys: pytest.CaptureFix
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
     file = tmp_path / "a.toml"
-    text = (
-        "[train]\nrow_tokens = 64\ntokens_per_step = 128\nepochs = 2.0\n[data]\nheld_out = 0.0\ntrain = "
-        + json.dumps(str(data))
-    )
+    train = "[train]\nrow_tokens = 64\ntokens_per_step = 128\nepochs = 2.0\n"
+    text = f"{train}[data]\nheld_out = 0.0\ntrain = {json.dumps(str(data))}"
     file.write_text(text, encoding="utf-8")
     assert bench.main(["--plan", str(file)]) == 0
     time = last_json(capsys)["plans"][0]["time"]  # type: ignore[index]
@@ -132,26 +131,49 @@ def test_measured_step_is_near_its_estimate(
 
 
 def test_what_is_measured_is_what_the_trainer_would_make() -> None:
-    config = bench._config(
-        "tiny-zh",
-        ["model.quantize=none", "model.device=cpu", "train.optimizer=adamw8bit", "lora.dora=true"],
-    )
-    subject = bench.Subject(config, *bench._original(config, 1), 64)
+    overrides = ["model.quantize=none", "model.device=cpu", "train.optimizer=adamw8bit"]
+    config = bench.config_of("tiny-zh", [*overrides, "lora.dora=true"])
+    subject = bench.Subject(config, *bench.published(config, 1), 64)
     assert type(subject.trainee.optimizer).__name__ == "AdamW8bit"
     assert all(layer.magnitude is not None for layer in lora_layers(subject.trainee.model).values())
 
 
-def test_generation_is_timed() -> None:
-    config = bench._config("tiny-zh", ["model.quantize=none", "model.device=cpu"])
-    results = bench.Subject(config, *bench._original(config, 1), 64).generation(prompt_tokens=8)
-    assert [r["rows"] for r in results] == [1, 4, 16]
-    assert all(r["first_token_seconds"] > 0 and r["decode_tokens_per_second"] > 0 for r in results)
+SMALL = ["tiny-zh", "--layers", "1", "--rows", "16", "--steps", "1", "model.device=cpu"]
 
 
-def test_peer_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "PEER", tmp_path / "peft_step.py")
-    with pytest.raises(UserError, match="checkout"):
-        bench.main(["tiny-zh", "--against", "peft"])
+def test_generation_is_timed_by_a_script_of_the_checkout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert bench.main([*SMALL, "model.quantize=none", "--generate"]) == 0
+    report = last_json(capsys)
+    results = report["generation"]
+    assert [r["rows"] for r in results] == [1, 4, 16]  # type: ignore[attr-defined]
+    for result in results:  # type: ignore[attr-defined]
+        assert result["first_token_seconds"] > 0 and result["decode_tokens_per_second"] > 0
+    assert results[0]["model"] == report["results"][0]["model"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("option", "missing"),
+    [(["--against", "peft"], "peft_step.py"), (["--generate"], "generation.py")],
+)
+def test_what_bench_scripts_do_needs_the_repository(
+    option: list[str], missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "SCRIPTS", tmp_path)
+    with pytest.raises(UserError, match=missing) as caught:
+        bench.main([*SMALL, *option])
+    assert caught.value.code == "bench.script"
+
+
+def test_without_the_repository_a_report_has_no_plot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "SCRIPTS", tmp_path)
+    out = tmp_path / "report.json"
+    assert bench.main([*SMALL, "--out", str(out)]) == 0
+    assert json.loads(out.read_text(encoding="utf-8")) == last_json(capsys)
+    assert not out.with_suffix(".png").exists()
 
 
 def test_readme_tables_are_what_the_plan_says(

@@ -22,7 +22,8 @@ from cllm.assembly import Loaded, open_model
 from cllm.chat import Terminal
 from cllm.data.schema import Message
 from cllm.messages import UserError
-from cllm.serve.engine import Engine, Sampling
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -123,3 +123,16 @@ def test_readme_names_the_supported_pythons() -> None:
     assert PROJECT["requires-python"] == ">=3.10"
     assert "Python 3.10–3.13" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "Python 3.10 to 3.13" in (ROOT / "README.en.md").read_text(encoding="utf-8")
+
+
+def test_applying_the_kubernetes_file_leaves_the_key_alone_that_its_comment_creates() -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / "deploy" / "kubernetes" / "cllm.yaml").read_text(encoding="utf-8")
+    documents = list(yaml.safe_load_all(text))
+    assert "Secret" not in {document["kind"] for document in documents}
+    (deployment,) = (document for document in documents if document["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (variable,) = (entry for entry in container["env"] if entry["name"] == "CLLM_KEY")
+    key = variable["valueFrom"]["secretKeyRef"]
+    command = f"kubectl create secret generic {key['name']} --from-literal={key['key']}="
+    assert command in text

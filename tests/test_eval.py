@@ -21,15 +21,15 @@ from cllm.data.schema import Conversation, Message
 from cllm.evaluate import answers as module
 from cllm.evaluate.answers import (
     GENERAL,
-    evaluate,
+    Asking,
     example_nll,
-    few_shot,
     held_out_loss,
     majority,
+    score,
     sequence_nll,
 )
 from cllm.evaluate.choice import LETTERS, letter_ids, log_likelihoods, read_subjects
-from cllm.evaluate.report import report, write_results
+from cllm.evaluate.report import summary, write_results
 from cllm.evaluate.votes import summarise
 from cllm.model import load_model, load_tokenizer
 from cllm.model.device import Precision
@@ -113,6 +113,26 @@ def test_a_run_is_evaluated_before_and_after(
     assert again["results"]["base"] == results["base"], (
         "alone, the base answers as it does in one batch with the adapter"
     )
+
+
+def test_test_data_are_read_as_the_run_reads_its_own(
+    config: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    options = ["eval.samples=0", "train.steps=1", "data.fold_width=true"]
+    assert run("train", [str(config), *options]) == 0
+    wide = {"instruction": "ＡＢＣ是什么？", "output": "字母ＤＥＦ。"}
+    rows = [json.dumps(wide, ensure_ascii=False), json.dumps({"instruction": "没有回答"})]
+    data = tmp_path / "wide.jsonl"
+    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    arguments = ["--data", str(data), "--max-new-tokens", "2"]
+    assert run("eval", [str(tmp_path / "runs" / "a"), *arguments]) == 0
+    captured = capsys.readouterr()
+    folder = Path(json.loads(captured.out.splitlines()[-1])["eval"][str(data)]["folder"])
+    (sample,) = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(sample)["messages"][0]["content"] == "ABC是什么?"
+    assert json.loads(sample)["reference"] == "字母DEF。"
+    assert "1 rows of" in captured.err and f"{data}:2" in captured.err
 
 
 def test_mistakes_are_one_line(
@@ -233,7 +253,7 @@ def test_scores_groups_baselines_and_tables() -> None:
         conversation("庚", "？", "z"),
     ]
     assert majority(train, test) == ["好", "三", ""]
-    prompt = few_shot(train, test[0], 2, seed=0)
+    prompt = Asking(train).few_shot(test[0], 2)
     assert (
         len(prompt) == 5
         and prompt[-1].content == "戊"
@@ -248,37 +268,49 @@ def test_scores_groups_baselines_and_tables() -> None:
         "base": {"loss": [[4.0, 2.0], [8.0, 2.0]]},
         "adapter": {"loss": [[2.0, 2.0], [2.0, 2.0]]},
     }
-    results, samples = evaluate(asked, systems, losses)
-    assert (
-        results["base"]["loss"] == 3
-        and results["adapter"]["versus_base"]["loss"]["difference"] == -2
-    )
-    assert results["adapter"]["exact"] == 50 and results["base"]["exact"] == 0
-    assert {key: its["exact"] for key, its in results["adapter"]["by_length"].items()} == {
-        "5-8": 100,
-        "17-32": 0,
-    }
-    assert {key: its["exact"] for key, its in results["adapter"]["by_category"].items()} == {
-        "x": 100,
-        "y": 0,
-    }
-    assert (
-        samples[0]["scores"]["adapter"]["rouge-l-char"] == 100
-        and samples[1]["scores"]["base"]["bleu-4"] == 0
-    )
-    text = report(results)
-    assert all(
-        part in text
-        for part in ("adapter - base", "-2.000", "50.0", "5-8 (1)", "exact by category")
-    )
+    results = score(asked, systems, losses)
+    base, adapter = results.systems["base"], results.systems["adapter"]
+    assert base.scores["loss"] == 3 and adapter.versus_base["loss"].difference == -2
+    assert adapter.scores["exact"] == 50 and base.scores["exact"] == 0
+    by_length = {key: group.scores["exact"] for key, group in adapter.by_length.items()}
+    by_category = {key: group.scores["exact"] for key, group in adapter.by_category.items()}
+    assert by_length == {"5-8": 100, "17-32": 0} and by_category == {"x": 100, "y": 0}
+    first, second = results.samples
+    assert first.scores["adapter"]["rouge-l-char"] == 100 and second.scores["base"]["bleu-4"] == 0
+    assert "loss" not in first.scores["adapter"]
+    text = summary(results)
+    for part in ("adapter - base", "-2.000", "50.0", "5-8 (1)", "exact by category"):
+        assert part in text
+    aligned = score(asked, systems, losses, losses_of_answers=True).samples
+    assert [sample.scores["base"]["loss"] for sample in aligned] == [2, 4]
+
+
+def strict(text: str) -> Any:
+    """JSON as other readers take it: no NaN, no Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_loss_too_large_for_a_perplexity_is_null_in_the_files(tmp_path: Path) -> None:
+    asked = [conversation("一", "好"), conversation("二", "坏")]
+    huge = {"loss": [[900.0, 1.0]] * 2, "general-ppl": [[800.0, 1.0], [900.0, 1.0]]}
+    usual = {"loss": [[1.0, 1.0]] * 2, "general-ppl": [[2.0, 1.0], [3.0, 1.0]]}
+    answers = {"base": ["好", "坏"], "adapter": ["好", "坏"]}
+    results = score(asked, answers, {"base": usual, "adapter": huge}, losses_of_answers=True)
+    write_results(tmp_path, results)
+    written = strict((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert written["adapter"]["general-ppl"] is None and written["adapter"]["loss"] == 900
+    assert written["base"]["general-ppl"] == pytest.approx(math.exp(2.5))
+    gap = written["adapter"]["versus_base"]["general-ppl"]
+    assert gap["difference"] is None and gap["p"] == 1
+    for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        assert strict(line)["scores"]["adapter"]["loss"] == 900
+    assert "general-ppl" in summary(results)
 
 
 def test_the_report_escapes_what_models_and_data_say(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>&$tables 汉字"
-    results, samples = evaluate(
-        [conversation(evil, evil, evil), conversation("一", "二")], {"base": [evil, ""]}, {}
-    )
-    write_results(tmp_path, results, samples)
+    asked = [conversation(evil, evil, evil), conversation("一", "二")]
+    write_results(tmp_path, score(asked, {"base": [evil, ""]}, {}))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert (
         "<script" not in page
@@ -297,11 +329,11 @@ def exam(root: Path, style: str, questions: int = 3) -> Path:
         (root / split).mkdir(parents=True)
         for subject in ("college_physics", "my_own") if style == "ceval" else ("anatomy", "my_own"):
             name = f"{subject}_{split}.csv" if style == "ceval" else f"{subject}.csv"
-            rows = [
-                f'{i},"{split}{subject[0]}第{i}问，请选出最合适的一项",甲{i},乙,丙,丁,{LETTERS[i % 4]}'
-                + (",略" if style == "ceval" else "")
-                for i in range(count)
-            ]
+            end = ",略" if style == "ceval" else ""
+            rows = []
+            for i in range(count):
+                question = f"{split}{subject[0]}第{i}问，请选出最合适的一项"
+                rows.append(f'{i},"{question}",甲{i},乙,丙,丁,{LETTERS[i % 4]}{end}')
             (root / split / name).write_text(
                 "\ufeff" + "\n".join([head, *rows]) + "\n", encoding="utf-8"
             )

@@ -20,6 +20,8 @@ LAYER_1 = {
     "config",
     "messages",
     "memory",
+    "plan",
+    "plots",
     "runs",
     "data",
     "data.reader",
@@ -56,7 +58,18 @@ LAYER_2 = {
     "learn.dist",
     "learn.ladder",
 }
-PROGRAMS = {"doctor", "train", "eval", "bench", "chat", "check", "export", "serve.api", "serve.ui"}
+PROGRAMS = {
+    "doctor",
+    "train",
+    "eval",
+    "bench",
+    "chat",
+    "check",
+    "export",
+    "serve.api",
+    "serve.monitor",
+    "serve.ui",
+}
 HEAVY = {
     "torch",
     "transformers",
@@ -175,7 +188,7 @@ def test_the_data_cache_knows_all_code_that_decides_ids() -> None:
 
 def test_evaluation_is_assembly_and_knows_no_program() -> None:
     rooms = [name for name in modules() if name.split(".")[0] == "evaluate"]
-    assert len(rooms) == 5 and {layer(name) for name in rooms} == {3}
+    assert len(rooms) == 6 and {layer(name) for name in rooms} == {3}
     assert not {other for name in rooms for other in inner(modules()[name])} & PROGRAMS
 
 

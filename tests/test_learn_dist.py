@@ -128,3 +128,23 @@ def test_a_world_of_one_waits_for_nobody() -> None:
         True,
         False,
     )
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
+    code = """if True:
+        import os, signal
+        from cllm.learn.dist import stop_on_signal
+        with stop_on_signal() as seen:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        print(seen == [signal.SIGTERM], signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+    """
+    done = subprocess.run(
+        ["sh", "-c", 'trap \'\' HUP; exec "$0" -c "$1"', sys.executable, code],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr

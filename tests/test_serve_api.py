@@ -84,7 +84,7 @@ def greedy(
     loaded: Loaded, messages: list[dict[str, str]], *, adapter: bool = True, new_tokens: int = 24
 ) -> list[int]:
     from cllm.data.schema import Message
-    from cllm.serve.engine import Sampling
+    from cllm.serve.sampling import Sampling
 
     prompt = loaded.tokenizer.encode_chat([Message(m["role"], m["content"]) for m in messages])
     return loaded.engine().generate([prompt], Sampling(max_new_tokens=new_tokens), adapter)[0]
@@ -203,17 +203,25 @@ def server_overhead(loaded: Loaded) -> int:
     )
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
 BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "gpt-4"}, 404, "gpt-4"),
     ({"messages": []}, 400, "messages"),
     ({"messages": [{"role": "robot", "content": "x"}]}, 400, "role"),
     ({"messages": [{"role": "user", "content": 5}]}, 400, "content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, 400, "content"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "content"),
     ({"messages": [{"role": "user", "content": "字" * 2000}]}, 400, "1024"),
-    ({"temperature": 3}, 400, "temperature"), ({"temperature": "0.5"}, 400, "temperature"), ({"top_p": 0}, 400, "top_p"),
-    ({"max_tokens": 0}, 400, "max_tokens"), ({"n": 2}, 400, "n"), ({"stop": ["a"] * 5}, 400, "stop"), ({"stop": ""}, 400, "stop"),
-    ({"tools": [{"type": "function"}]}, 400, "tools"), ({"seed": 1.5}, 400, "seed"), ({"stream": "yes"}, 400, "stream"),
-]  # fmt: skip
+    ({"temperature": 3}, 400, "temperature"),
+    ({"temperature": "0.5"}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"n": 2}, 400, "n"),
+    ({"stop": ["a"] * 5}, 400, "stop"),
+    ({"stop": ""}, 400, "stop"),
+    ({"tools": [{"type": "function"}]}, 400, "tools"),
+    ({"seed": 1.5}, 400, "seed"),
+    ({"stream": "yes"}, 400, "stream"),
+]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +283,8 @@ def test_large_bodies_are_cut_off_with_and_without_a_length(server: Server) -> N
     chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
     with socket.create_connection(("127.0.0.1", server.port), 10) as raw:
         raw.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
         for _ in range(BODY_BYTES // 0x8000 + 1):
             raw.sendall(chunk)

@@ -15,7 +15,8 @@ from cllm.messages import UserError
 from cllm.model.adapter import load_adapter, load_beside, save_adapter
 from cllm.model.attention import ATTENTION, register
 from cllm.model.lora import inject_lora, lora_layers, set_gate
-from cllm.serve.engine import Engine, Sampling
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import Sampling
 
 VOCAB = 211
 COMMON = {
@@ -216,7 +217,7 @@ def test_sampling_follows_transformers_distribution() -> None:
         TopPLogitsWarper,
     )
 
-    from cllm.serve.engine import Stream, _sample
+    from cllm.serve.sampling import Request, sample
 
     torch.manual_seed(1)
     logits = torch.randn(1, 50) * 2
@@ -238,13 +239,13 @@ def test_sampling_follows_transformers_distribution() -> None:
             ]
         )
         expected = torch.softmax(chain(torch.tensor([ids]), logits.clone())[0], dim=-1)
-        rows = [Stream(ids, case, True) for _ in range(4000)]
+        rows = [Request(ids, case, True) for _ in range(4000)]
         drawn = (
-            torch.bincount(torch.tensor(_sample(logits.repeat(4000, 1), rows)), minlength=50) / 4000
+            torch.bincount(torch.tensor(sample(logits.repeat(4000, 1), rows)), minlength=50) / 4000
         )
         assert (drawn[expected == 0] == 0).all(), case
         assert (drawn - expected).abs().max() < 0.03, (case, (drawn - expected).abs().max())
-    assert _sample(torch.tensor([[0.0, float("nan")]]), [Stream([0], Sampling(), True)]) == [-1]
+    assert sample(torch.tensor([[0.0, float("nan")]]), [Request([0], Sampling(), True)]) == [-1]
 
 
 def test_submit_streams_from_the_thread_and_cancel_frees_the_row() -> None:

@@ -24,8 +24,9 @@ from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
-from cllm.serve.engine import Sampling
-from cllm.serve.ui import _chart, build_page, mount_page
+from cllm.serve.monitor import chart
+from cllm.serve.sampling import Sampling
+from cllm.serve.ui import Duel, build_page, mount_page
 
 GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order
 
@@ -162,7 +163,7 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
     }
     for choice, (pair, its) in enumerate([*pairs.items(), ("demo ↔ base", ["demo", "base"])]):
         *shown, kept, _, _, _, _, _ = page.call("duel", "你好", pair, *GREEDY[:1], 0.0, *GREEDY[2:])
-        texts, names = [side[1]["content"] for side in shown], kept["names"]
+        texts, names = [side[1]["content"] for side in shown], kept.names
         assert sorted(names) == sorted(its) and texts == [
             page.greedy("你好", adapter=page.loaded.models[name]) for name in names
         ]
@@ -198,8 +199,7 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
     if os.name == "posix":
         assert votes.stat().st_mode & 0o777 == 0o600
     orders = {
-        tuple(page.call("duel", "你好", "demo ↔ base", 1, *GREEDY[1:])[2]["names"])
-        for _ in range(20)
+        tuple(page.call("duel", "你好", "demo ↔ base", 1, *GREEDY[1:])[2].names) for _ in range(20)
     }
     assert orders == {("demo", "base"), ("base", "demo")}
 
@@ -207,12 +207,7 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
 def test_votes_of_many_at_once_are_whole_lines(page: Page) -> None:
     votes = page.loaded.home / "votes.jsonl"
     before = len(votes.read_text(encoding="utf-8").splitlines()) if votes.exists() else 0
-    kept = {
-        "question": "问" * 9000,
-        "names": ["demo", "base"],
-        "texts": ["甲" * 9000, "乙" * 9000],
-        "sampling": Sampling(),
-    }
+    kept = Duel("问" * 9000, ["demo", "base"], ["甲" * 9000, "乙" * 9000], Sampling())
     voters = [threading.Thread(target=page.call, args=("record", kept, "")) for _ in range(16)]
     for voter in voters:
         voter.start()
@@ -258,7 +253,7 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
             ["adapter", "0.500", "88.0", "1.000"],
         ]
         assert samples == [["问", "答", "？", "答"]]
-    assert _chart([], ["loss"]) == ""
+    assert chart([], ["loss"]) == ""
 
 
 def test_monitor_counts(page: Page) -> None:

@@ -7,14 +7,17 @@ and the score of a length or of a category are sums of the same rows.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +25,7 @@ from torch import nn
 from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import PackedBatch, best_fit, collate
 from cllm.data.schema import Conversation, Message
+from cllm.evaluate.results import Evaluation, Gap, Group, Sample, SystemScores
 from cllm.learn.loss import row_nll
 from cllm.messages import UserError, note
 from cllm.metrics import BLEU, ROUGE, Score, corpus_statistics, generation_scores, paired_bootstrap
@@ -29,8 +33,10 @@ from cllm.model.attention import packs
 from cllm.model.device import Precision, device_of, out_of_memory, release_memory
 from cllm.model.lora import disable_lora, lora_layers
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
-from cllm.serve.engine import Engine, Sampling
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import Sampling
 
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 GENERAL = Path(__file__).parents[1] / "assets" / "general.txt"
 Measured = TypeVar("Measured")
 Rows = list[list[float]]
@@ -43,7 +49,8 @@ def _mean(totals: Sequence[float]) -> Score:
 
 
 def _perplexity(totals: Sequence[float]) -> Score:
-    return Score("perplexity", math.exp(_mean(totals).value), {}, "")
+    nats = _mean(totals).value
+    return Score("perplexity", math.exp(nats) if nats < LARGEST_EXPONENT else math.inf, {}, "")
 
 
 # scored from their own statistics
@@ -56,17 +63,16 @@ def statistics(hypotheses: Sequence[str], references: Sequence[str]) -> Statisti
     """The statistics of sacrebleu's corpus BLEU `zh`, ROUGE-L over characters, LLaMA-Factory's four
     numbers and exact match.
     """
-    pairs = list(zip(hypotheses, references, strict=True))
-    found = {
-        name: corpus_statistics(metric, list(hypotheses), [list(references)])
+    table = {
+        name: corpus_statistics(metric, hypotheses, [references])
         for name, metric in METRICS.items()
     }
+    pairs = list(zip(hypotheses, references, strict=True))
     llama_factory = [generation_scores(hypothesis, reference) for hypothesis, reference in pairs]
-    found |= {name: [[scores[name], 1.0] for scores in llama_factory] for name in llama_factory[0]}
-    found["exact"] = [
-        [100.0 * (hypothesis.strip() == reference.strip()), 1.0] for hypothesis, reference in pairs
-    ]
-    return found
+    for name in llama_factory[0]:
+        table[name] = [[scores[name], 1.0] for scores in llama_factory]
+    table["exact"] = [[100.0 * (h.strip() == r.strip()), 1.0] for h, r in pairs]
+    return table
 
 
 def value(metric: str, rows: Rows) -> float:
@@ -76,29 +82,22 @@ def value(metric: str, rows: Rows) -> float:
     return _SCORES.get(metric, _mean)([sum(column) for column in zip(*rows, strict=True)]).value
 
 
-def versus(
-    base: Statistics, system: Statistics
-) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """(metric -> [low, high] of the system, metric -> {difference, low, high, p} to the base) by
-    paired bootstrap at 95 %.
+def _values(table: Statistics, indices: Sequence[int]) -> dict[str, float]:
+    """Every metric's score of the answers `indices`."""
+    return {metric: value(metric, [rows[i] for i in indices]) for metric, rows in table.items()}
 
-    Only for metrics that both have.
+
+def versus(base: Statistics, system: Statistics) -> tuple[dict[str, list[float]], dict[str, Gap]]:
+    """(metric -> [low, high] of the system, metric -> its gap to the base) by paired bootstrap at
+    95 %, for the metrics that both have.
     """
-    found = {
-        m: paired_bootstrap(_SCORES.get(m, _mean), base[m], rows)
-        for m, rows in system.items()
-        if m in base
-    }
-    gaps = {
-        m: {
-            "difference": its.difference.value,
-            "low": its.difference.low,
-            "high": its.difference.high,
-            "p": its.p_value,
-        }
-        for m, its in found.items()
-    }
-    return {m: [its.b.low, its.b.high] for m, its in found.items()}, gaps
+    intervals, gaps = {}, {}
+    for metric, rows in system.items():
+        if metric in base:
+            compared = paired_bootstrap(_SCORES.get(metric, _mean), base[metric], rows)
+            intervals[metric] = [compared.b.low, compared.b.high]
+            gaps[metric] = Gap(*compared.difference, compared.p_value)
+    return intervals, gaps
 
 
 # --- Losses
@@ -126,10 +125,8 @@ def _row_sums(model: nn.Module, row: PackedBatch, chunk_bytes: int) -> Rows:
     try:
         nll = row_nll(model, row, chunk_bytes).double().split(lengths)
         labelled = (row.labels != IGNORE_INDEX).split(lengths)
-        sums = [
-            torch.stack([part.sum(), its.sum()]) for part, its in zip(nll, labelled, strict=True)
-        ]
-        return torch.stack(sums).tolist()
+        pairs = zip(nll, labelled, strict=True)
+        return [[float(nats.sum()), float(labels.sum())] for nats, labels in pairs]
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -159,52 +156,33 @@ def example_nll(
     `row_tokens`, or as long as the longest one.
     """
     lengths = [len(example.input_ids) for example in examples]
+    groups = [[i] for i in range(len(examples))]
     with precision.autocast():
-        groups = (
-            best_fit(lengths, max([row_tokens, *lengths]))
-            if packs(model)
-            else [[i] for i in range(len(examples))]
-        )
-    found = sequence_nll(
-        model, [collate([examples[i] for i in group]) for group in groups], precision, chunk_bytes
-    )
-    by_example = dict(zip((i for group in groups for i in group), found, strict=True))
+        if packs(model):
+            groups = best_fit(lengths, max([row_tokens, *lengths]))
+    rows = [collate([examples[i] for i in group]) for group in groups]
+    packed = sequence_nll(model, rows, precision, chunk_bytes)
+    by_example = dict(zip(itertools.chain(*groups), packed, strict=True))
     return [by_example[i] for i in range(len(examples))]
 
 
 def before_after(model: nn.Module, measure: Callable[[], Measured]) -> dict[str, Measured]:
     """`measure` of the base, and of the adapter if the model has one: one copy of the weights."""
     with disable_lora(model):
-        found = {"base": measure()}
-    return found | ({"adapter": measure()} if lora_layers(model) else {})
+        systems = {"base": measure()}
+    if lora_layers(model):
+        systems["adapter"] = measure()
+    return systems
 
 
-def losses(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    held_out: Callable[[], Rows],
-    precision: Precision,
-    chunk_bytes: int,
-) -> dict[str, Statistics]:
-    """System -> `loss`, what `held_out` measures, and `general-ppl`, the perplexity of our own
-    general Chinese texts.
-
-    The latter, read without chat markup, rises with what training made the model forget.
+def _general(tokenizer: Tokenizer) -> list[Example]:
+    """Our own general Chinese texts, without chat markup: their perplexity rises with what training
+    made the model forget.
     """
     plain = load_tokenizer(tokenizer.source, template="text")
-    texts = [
-        plain.encode_chat([Message("user", line)])
-        for line in GENERAL.read_text(encoding="utf-8").split("\n")
-        if line
-    ]
-    general = [Example(ids, ids) for ids in texts]
-    return before_after(
-        model,
-        lambda: {
-            "loss": held_out(),
-            "general-ppl": example_nll(model, general, precision, chunk_bytes),
-        },
-    )
+    lines = filter(None, GENERAL.read_text(encoding="utf-8").split("\n"))
+    texts = [plain.encode_chat([Message("user", line)]) for line in lines]
+    return [Example(ids, ids) for ids in texts]
 
 
 # --- Answers
@@ -248,19 +226,6 @@ def generate(
     return [tokenizer.decode(ids).strip() for ids in outputs]
 
 
-def few_shot(
-    train: Sequence[Conversation], conversation: Conversation, shots: int, seed: int
-) -> list[Message]:
-    """The question with `shots` training conversations of the same category before it, as earlier
-    turns.
-    """
-    same = [c for c in train if c.category == conversation.category] or list(train)
-    chosen = random.Random(f"{seed}/{conversation.messages[0].content}").sample(
-        same, min(shots, len(same))
-    )
-    return [message for shot in chosen for message in shot.messages] + question_of(conversation)
-
-
 def majority(train: Sequence[Conversation], conversations: Sequence[Conversation]) -> list[str]:
     """For each conversation the most frequent training answer of its category."""
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -270,114 +235,127 @@ def majority(train: Sequence[Conversation], conversations: Sequence[Conversation
     return [best.get(conversation.category, "") for conversation in conversations]
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put to the systems."""
+
+    train: Sequence[Conversation] = ()
+    """What the run learned from, for the baselines."""
+    shots: int = 0
+    max_new_tokens: int = 256
+    seed: int = 0
+    """Of the choice of shots."""
+    progress: Callable[[int, int], None] | None = None
+    """Called with (answers so far, all)."""
+
+    def few_shot(self, conversation: Conversation, shots: int) -> list[Message]:
+        """The question with `shots` training conversations of the same category before it, as
+        earlier turns.
+        """
+        same = [c for c in self.train if c.category == conversation.category] or list(self.train)
+        draw = random.Random(f"{self.seed}/{conversation.messages[0].content}")
+        chosen = draw.sample(same, min(shots, len(same)))
+        return [message for c in chosen for message in c.messages] + question_of(conversation)
+
+
 def answers(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    conversations: Sequence[Conversation],
-    *,
-    train: Sequence[Conversation] = (),
-    shots: int = 0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    engine: Engine, tokenizer: Tokenizer, conversations: Sequence[Conversation], asking: Asking
 ) -> dict[str, list[str]]:
     """What every system answers: `copy` (the question itself), `majority` (with `train`), `base`,
     `base N-shot` (with `train` and `shots`; fewer where the prompt would not fit), and `adapter` if
     there is one. All prompts of all systems go through the engine at once: base and adapter are
     rows of the same batches.
     """
+
+    def fitting(conversation: Conversation) -> list[Message]:
+        for shots in range(asking.shots, 0, -1):
+            prompt = asking.few_shot(conversation, shots)
+            if len(tokenizer.encode_chat(prompt)) < engine.max_tokens:
+                return prompt
+        return question_of(conversation)
+
     questions = [question_of(c) for c in conversations]
     asked = {"base": questions}
-    if train and shots:
-        options = [
-            (few_shot(train, c, count, seed) for count in range(shots, -1, -1))
-            for c in conversations
-        ]
-        fitting = [
-            (prompt for prompt in its if len(tokenizer.encode_chat(prompt)) < engine.max_tokens)
-            for its in options
-        ]
-        asked[f"base {shots}-shot"] = [
-            next(its, question) for its, question in zip(fitting, questions, strict=True)
-        ]
+    if asking.train and asking.shots:
+        asked[f"base {asking.shots}-shot"] = [fitting(c) for c in conversations]
     if lora_layers(engine.model):
         asked["adapter"] = questions
-    gates = [system == "adapter" for _ in questions for system in asked]
-    interleaved = [prompt for prompts in zip(*asked.values(), strict=True) for prompt in prompts]
-    found = generate(
+    texts = generate(
         engine,
         tokenizer,
-        interleaved,
-        adapter=gates,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
+        list(itertools.chain(*zip(*asked.values(), strict=True))),
+        adapter=[system == "adapter" for system in asked] * len(questions),
+        max_new_tokens=asking.max_new_tokens,
+        progress=asking.progress,
     )
     systems = {"copy": [question[-1].content for question in questions]}
-    if train:
-        systems["majority"] = majority(train, conversations)
-    return systems | {system: found[i :: len(asked)] for i, system in enumerate(asked)}
+    if asking.train:
+        systems["majority"] = majority(asking.train, conversations)
+    return systems | {system: texts[i :: len(asked)] for i, system in enumerate(asked)}
 
 
 # --- Together
-def evaluate(
+def score(
     conversations: Sequence[Conversation],
     systems: Mapping[str, list[str]],
     measured: Mapping[str, Statistics],
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(system -> scores, one sample per conversation) from what `answers` and `losses` found.
+    *,
+    losses_of_answers: bool = False,
+) -> Evaluation:
+    """Every system's scores, and one sample per conversation, from its answers and what was
+    measured of it.
 
-    A system's scores: a number per metric, `interval` and `versus_base` (see `versus`), `by_length`
-    (characters of the reference) and `by_category`: group -> metrics and the number of `answers`. A
-    sample's `scores` are those of its own answers.
+    losses_of_answers: the losses in `measured` are those of `conversations`, in their order, and
+    belong into the samples.
     """
     references = [answer_of(c) for c in conversations]
-    found = {name: statistics(hypotheses, references) for name, hypotheses in systems.items()}
-    groupings = {
-        "by_length": [_bucket(reference) for reference in references],
-        "by_category": [c.category for c in conversations],
-    }
-    results: dict[str, dict[str, Any]] = {}
+    answered = {name: statistics(texts, references) for name, texts in systems.items()}
+    lengths = [_bucket(reference) for reference in references]
+    categories = [c.category for c in conversations]
+    base = {**measured.get("base", {}), **answered.get("base", {})}
+    scores = {}
     for name in {**systems, **measured}:
-        base, rows = (
-            {**measured.get(system, {}), **found.get(system, {})} for system in ("base", name)
+        table = {**measured.get(name, {}), **answered.get(name, {})}
+        intervals, gaps = versus(base, table)
+        scores[name] = SystemScores(
+            {metric: value(metric, rows) for metric, rows in table.items()},
+            intervals,
+            {} if name == "base" else gaps,
+            _grouped(answered[name], lengths) if name in answered else {},
+            _grouped(answered[name], categories) if name in answered else {},
         )
-        intervals, gaps = versus(base, rows)
-        results[name] = {metric: value(metric, its) for metric, its in rows.items()} | {
-            "interval": intervals
-        }
-        if name != "base":
-            results[name]["versus_base"] = gaps
-        for grouping, keys in groupings.items() if name in found else ():
-            results[name][grouping] = {}
-            for key in sorted(
-                set(keys), key=lambda key: (int((re.match(r"\d+", key) or [0])[0]), key)
-            ):
-                members = [i for i, its in enumerate(keys) if its == key]
-                part = {
-                    metric: value(metric, [its[i] for i in members])
-                    for metric, its in found[name].items()
-                }
-                results[name][grouping][key] = {"answers": len(members), **part}
-    samples: list[dict[str, Any]] = []
-    for i, c in enumerate(conversations):
-        answered = {
-            name: its[i] for name, its in systems.items() if name not in ("copy", "majority")
-        }
-        own = {
-            name: {m: value(m, its[i : i + 1]) for m, its in found[name].items() if m != "bleu-zh"}
-            for name in answered
-        }
-        question = [m._asdict() for m in question_of(c)]
-        samples.append(
-            {
-                "category": c.category,
-                "messages": question,
-                "reference": references[i],
-                **answered,
-                "scores": own,
-            }
+    shown = {name: answered[name] for name in systems if name not in ("copy", "majority")}
+    for name, table in shown.items():
+        del table["bleu-zh"]  # a corpus score
+        if losses_of_answers and name in measured:
+            table["loss"] = measured[name]["loss"]
+    samples = [
+        Sample(
+            conversation.category,
+            question_of(conversation),
+            references[i],
+            {name: systems[name][i] for name in shown},
+            {name: _values(table, [i]) for name, table in shown.items()},
         )
-    return results, samples
+        for i, conversation in enumerate(conversations)
+    ]
+    return Evaluation(scores, samples)
+
+
+def _grouped(table: Statistics, keys: Sequence[str]) -> dict[str, Group]:
+    """The scores of the answers that share a key; numbers in their order, then names."""
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+
+    def order(key: str) -> tuple[int, str]:
+        number = re.match(r"\d+", key)
+        return int(number[0]) if number else 0, key
+
+    return {
+        key: Group(len(groups[key]), _values(table, groups[key]))
+        for key in sorted(groups, key=order)
+    }
 
 
 def _bucket(reference: str) -> str:
@@ -386,23 +364,33 @@ def _bucket(reference: str) -> str:
     return "1-4" if high == 4 else f"{high // 2 + 1}-{high}" if high <= 512 else "513+"
 
 
-def compare(
+def evaluate(
     engine: Engine,
     tokenizer: Tokenizer,
-    asked: Sequence[Conversation],
+    conversations: Sequence[Conversation],
     held_out: Callable[[], Rows],
     precision: Precision,
     chunk_bytes: int,
-    **how: Any,
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], dict[str, Statistics]]:
-    """(`evaluate`'s results and samples, `losses`): base and adapter on the same rows and
-    questions, `how` as in `answers`.
+    asking: Asking,
+    *,
+    losses_of_answers: bool = False,
+) -> Evaluation:
+    """What base and adapter answer, and their losses: `held_out` measures those, of
+    `conversations` in their order if `losses_of_answers`.
 
     Answers for which memory is short are left out.
     """
-    measured = losses(engine.model, tokenizer, held_out, precision, chunk_bytes)
+    model, general = engine.model, _general(tokenizer)
+    measured = before_after(
+        model,
+        lambda: {
+            "loss": held_out(),
+            "general-ppl": example_nll(model, general, precision, chunk_bytes),
+        },
+    )
     systems: dict[str, list[str]] = {}
-    if asked:
+    if conversations:
         with unless_memory_is_short(engine):
-            systems = answers(engine, tokenizer, asked, **how)
-    return (*evaluate(asked if systems else [], systems, measured), measured)
+            systems = answers(engine, tokenizer, conversations, asking)
+    answered = conversations if systems else []
+    return score(answered, systems, measured, losses_of_answers=losses_of_answers)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import csv
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from cllm.data.schema import Message
 from cllm.evaluate.answers import Rows, before_after, versus
+from cllm.evaluate.results import Accuracy, Exam, ExamSample, ExamScores, Gap, SubjectAccuracy
 from cllm.messages import UserError
 from cllm.metrics import wilson_interval
 from cllm.model.device import out_of_memory
@@ -55,52 +56,46 @@ def read_subjects(directory: str | Path, shots: int, limit: int = 0) -> list[Sub
     """
     root = Path(directory)
     exams = json.loads(_EXAMS.read_text(encoding="utf-8"))
-    files = {split: sorted((root / split).glob("*.csv")) for split in ("test", "val")}
-    split = next(
-        (
-            split
-            for split, paths in files.items()
-            if any(row.get("answer") for path in paths[:1] for row in _rows(path)[:1])
-        ),
-        None,
-    )
-    if split is None:
-        raise UserError("eval.no_exam", path=root)
+    split = _answered_split(root)
     subjects = []
-    for path in files[split]:
+    for path in sorted((root / split).glob("*.csv")):
         name = path.stem.removesuffix(f"_{split}")
-        dev = next(
-            (
-                file
-                for file in (root / "dev" / f"{name}_dev.csv", root / "dev" / f"{name}.csv")
-                if file.is_file()
-            ),
-            None,
-        )
-        solved = _checked(dev)[:shots] if dev and shots else []
-        if len(solved) < shots:
-            raise UserError(
-                "eval.no_shots", path=root / "dev", subject=name, count=len(solved), shots=shots
-            )
+        solved = _solved(root / "dev", name, shots)
         rows = _checked(path)[: limit or None]
         if not rows:
             continue
         wording = exams["ceval" if "id" in rows[0] else "cmmlu"]
-        lines = [
-            [
-                wording["question"] + row["question"],
-                *(f"{x}. {row[x.lower()]}" for x in LETTERS),
-                wording["answer"],
-            ]
-            for row in (*solved, *rows)
-        ]
-        texts = ["\n".join(parts) for parts in lines]
-        examples = [f"{text}{row['answer']}\n\n" for text, row in zip(texts, solved, strict=False)]
+        examples = [f"{_asked(row, wording)}{row['answer']}\n\n" for row in solved]
+        questions = [_asked(row, wording) for row in rows]
         header = wording["header"].format(subject=wording["subjects"].get(name, name))
-        subjects.append(
-            Subject(name, header, examples, texts[len(solved) :], [row["answer"] for row in rows])
-        )
+        subjects.append(Subject(name, header, examples, questions, [row["answer"] for row in rows]))
     return subjects
+
+
+def _answered_split(root: Path) -> str:
+    """The folder with published answers."""
+    for split in ("test", "val"):
+        for path in sorted((root / split).glob("*.csv"))[:1]:
+            if any(row.get("answer") for row in _rows(path)[:1]):
+                return split
+    raise UserError("eval.no_exam", path=root)
+
+
+def _solved(folder: Path, subject: str, shots: int) -> list[dict[str, str]]:
+    """The first `shots` rows of the subject's file in dev/."""
+    rows: list[dict[str, str]] = []
+    for path in (folder / f"{subject}.csv", folder / f"{subject}_dev.csv"):
+        if shots and path.is_file():
+            rows = _checked(path)[:shots]
+    if len(rows) < shots:
+        raise UserError("eval.no_shots", path=folder, subject=subject, count=len(rows), shots=shots)
+    return rows
+
+
+def _asked(row: dict[str, str], wording: dict[str, Any]) -> str:
+    """A question with its four choices, up to where the letter belongs."""
+    choices = [f"{letter}. {row[letter.lower()]}" for letter in LETTERS]
+    return "\n".join([wording["question"] + row["question"], *choices, wording["answer"]])
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -145,38 +140,34 @@ def log_likelihoods(engine: Engine, prompts: Sequence[list[int]], letters: Seque
     What all prompts begin with is computed once, and its keys and values are shared. Out of memory
     halves the batch.
     """
-    shared = (
-        0 if engine.stateful else min(len(commonprefix(list(prompts))), min(map(len, prompts)) - 1)
-    )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = (
-        1
-        if engine.stateful
-        else max(
-            1, min(MAX_BATCH, engine.kv_tokens // (len(prompts[order[-1]]) + engine.row_tokens))
-        )
-    )
+    longest = len(prompts[order[-1]])
+    shared = min(len(commonprefix(list(prompts))), len(prompts[order[0]]) - 1)
+    size = min(MAX_BATCH, engine.kv_tokens // (longest + engine.row_tokens)) or 1
+    if engine.stateful:
+        shared, size = 0, 1
     pending = [order[start : start + size] for start in range(0, len(order), size)]
-    found: dict[int, list[float]] = {}
+    measured: dict[int, list[float]] = {}
     with torch.no_grad(), engine.autocast():
-        cache = DynamicCache()
+        head = output_head(engine.model)
+        cache = DynamicCache() if shared else None
         if shared:
             _hidden(engine, [prompts[0][:shared]], cache)
         while pending:
             batch = pending.pop()
             try:
-                several = copy.deepcopy(cache) if shared else None
-                if several is not None:
-                    several.batch_repeat_interleave(len(batch))
-                logits = output_head(engine.model)(
-                    _hidden(engine, [prompts[i][shared:] for i in batch], several)
-                ).float()
-                found |= zip(batch, logits.log_softmax(-1)[:, list(letters)].tolist(), strict=True)
+                copied = copy.deepcopy(cache)
+                if copied is not None:
+                    copied.batch_repeat_interleave(len(batch))
+                logits = head(_hidden(engine, [prompts[i][shared:] for i in batch], copied))
+                chosen = logits.float().log_softmax(-1)[:, list(letters)]
+                measured |= zip(batch, chosen.tolist(), strict=True)
             except Exception as error:
                 if len(batch) == 1 or not out_of_memory(error):
                     raise
-                pending += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-    return [found[i] for i in range(len(prompts))]
+                half = len(batch) // 2
+                pending += [batch[:half], batch[half:]]
+    return [measured[i] for i in range(len(prompts))]
 
 
 def _hidden(engine: Engine, rows: list[list[int]], cache: DynamicCache | None) -> Tensor:
@@ -194,9 +185,39 @@ def _hidden(engine: Engine, rows: list[list[int]], cache: DynamicCache | None) -
     return hidden[torch.arange(len(rows), device=engine.device), last]
 
 
-def sit(engine: Engine, tokenizer: Tokenizer, subject: Subject) -> tuple[dict[str, Rows], int]:
-    """(system -> log-likelihoods of A-D per question, shots used): the longest shots are left out
-    until every prompt fits.
+@dataclass(frozen=True)
+class Sitting:
+    """One subject, answered by base and adapter."""
+
+    subject: Subject
+    shots: int
+    """Shots that fitted."""
+    log_likelihoods: dict[str, Rows]
+    """System -> log p of A-D in nats, per question."""
+
+    def right(self, system: str) -> Rows:
+        """[100 or 0, 1] per question: the most likely letter counts."""
+        rows = []
+        pairs = zip(self.log_likelihoods[system], self.subject.answers, strict=True)
+        for likelihoods, answer in pairs:
+            letter = LETTERS[likelihoods.index(max(likelihoods))]
+            rows.append([100.0 * (letter == answer), 1.0])
+        return rows
+
+    def samples(self) -> list[ExamSample]:
+        samples = []
+        for i, question in enumerate(self.subject.questions):
+            letters = {
+                system: dict(zip(LETTERS, rows[i], strict=True))
+                for system, rows in self.log_likelihoods.items()
+            }
+            answer = self.subject.answers[i]
+            samples.append(ExamSample(self.subject.name, question, answer, letters))
+        return samples
+
+
+def sit(engine: Engine, tokenizer: Tokenizer, subject: Subject) -> Sitting:
+    """Ask one subject's questions; the longest shots are left out until every prompt fits.
 
     `tokenizer` has the template `text`: prompts are plain text, as the sets' own scripts ask.
     """
@@ -206,10 +227,11 @@ def sit(engine: Engine, tokenizer: Tokenizer, subject: Subject) -> tuple[dict[st
         prompts = [tokenizer.encode_chat([Message("user", text)]) for text in texts]
         if not shots or max(map(len, prompts)) <= engine.max_tokens:
             break
-        del shots[max(range(len(shots)), key=lambda i: (len(shots[i]), i))]
+        shots.remove(max(reversed(shots), key=len))
     kept = [ids[-engine.max_tokens :] for ids in prompts]
     letters = letter_ids(tokenizer, subject.questions[0].rpartition("\n")[2])
-    return before_after(engine.model, lambda: log_likelihoods(engine, kept, letters)), len(shots)
+    measured = before_after(engine.model, lambda: log_likelihoods(engine, kept, letters))
+    return Sitting(subject, len(shots), measured)
 
 
 def examine(
@@ -217,85 +239,55 @@ def examine(
     tokenizer: Tokenizer,
     subjects: Sequence[Subject],
     progress: Callable[[int, int], None],
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(system -> accuracies in percent, one sample per question); the prompts are plain text.
-
-    `accuracy` is the micro average with Wilson's interval, `macro` the mean over subjects with a
-    bootstrap interval that resamples the questions of every subject; `subjects` holds each one's
-    accuracy, interval, questions and shots; `versus_base` as in `versus`.
-    """
-    tokenizer = load_tokenizer(tokenizer.source, template="text")
-    right: defaultdict[str, list[Rows]] = defaultdict(list)
-    used: list[int] = []
-    samples: list[dict[str, Any]] = []
+) -> Exam:
+    """Sit every subject's exam, base and adapter; the prompts are plain text."""
+    plain = load_tokenizer(tokenizer.source, template="text")
+    total = sum(len(subject.questions) for subject in subjects)
+    sittings: list[Sitting] = []
+    samples: list[ExamSample] = []
     for subject in subjects:
-        found, shots = sit(engine, tokenizer, subject)
-        used.append(shots)
-        for system, rows in found.items():
-            chosen = [LETTERS[row.index(max(row))] for row in rows]
-            right[system].append(
-                [
-                    [100.0 * (letter == answer), 1.0]
-                    for letter, answer in zip(chosen, subject.answers, strict=True)
-                ]
-            )
-        for i, question in enumerate(subject.questions):
-            given = {
-                system: dict(zip(LETTERS, rows[i], strict=True)) for system, rows in found.items()
-            }
-            samples.append(
-                {
-                    "subject": subject.name,
-                    "question": question,
-                    "answer": subject.answers[i],
-                    "log_likelihoods": given,
-                }
-            )
-        progress(len(samples), sum(len(s.questions) for s in subjects))
-    results: dict[str, dict[str, Any]] = {}
-    everything = {
-        system: {"accuracy": [row for part in parts for row in part]}
-        for system, parts in right.items()
+        sittings.append(sit(engine, plain, subject))
+        samples += sittings[-1].samples()
+        progress(len(samples), total)
+    systems = {system: _scores(sittings, system) for system in sittings[0].log_likelihoods}
+    return Exam(systems, samples)
+
+
+def _scores(sittings: Sequence[Sitting], system: str) -> ExamScores:
+    parts = [sitting.right(system) for sitting in sittings]
+    everything = [row for part in parts for row in part]
+    subjects = {
+        sitting.subject.name: SubjectAccuracy(**asdict(_accuracy(part)), shots=sitting.shots)
+        for sitting, part in zip(sittings, parts, strict=True)
     }
-    for system, parts in right.items():
-        by_subject = {
-            s.name: _accuracy(part) | {"shots": shots}
-            for s, part, shots in zip(subjects, parts, used, strict=True)
-        }
-        macro = {
-            "macro": sum(its["accuracy"] for its in by_subject.values()) / len(parts),
-            "macro_interval": _macro_interval(parts),
-        }
-        gaps = (
-            {}
-            if system == "base"
-            else {"versus_base": versus(everything["base"], everything[system])[1]}
-        )
-        results[system] = (
-            _accuracy(everything[system]["accuracy"]) | macro | {"subjects": by_subject} | gaps
-        )
-    return results, samples
+    gaps: dict[str, Gap] = {}
+    if system != "base":
+        base = [row for sitting in sittings for row in sitting.right("base")]
+        _, gaps = versus({"accuracy": base}, {"accuracy": everything})
+    return ExamScores(
+        **asdict(_accuracy(everything)),
+        macro=sum(subject.accuracy for subject in subjects.values()) / len(parts),
+        macro_interval=_macro_interval(list(subjects.values())),
+        subjects=subjects,
+        versus_base=gaps,
+    )
 
 
-def _accuracy(rows: Rows) -> dict[str, Any]:
+def _accuracy(rows: Rows) -> Accuracy:
     rate = wilson_interval(sum(right for right, _ in rows) / 100, len(rows))
-    return {
-        "accuracy": 100 * rate.value,
-        "interval": [100 * rate.low, 100 * rate.high],
-        "questions": len(rows),
-    }
+    return Accuracy(100 * rate.value, [100 * rate.low, 100 * rate.high], len(rows))
 
 
-def _macro_interval(parts: Sequence[Rows]) -> list[float]:
+def _macro_interval(subjects: Sequence[Accuracy]) -> list[float]:
     """95 %: drawing n answers of a subject again, of which a share p is right, is a binomial
     draw.
     """
     import numpy as np
 
     rng = np.random.default_rng(12345)
-    drawn = [
-        rng.binomial(len(part), _accuracy(part)["accuracy"] / 100, 1000) / len(part)
-        for part in parts
+    draws = [
+        rng.binomial(subject.questions, subject.accuracy / 100, 1000) / subject.questions
+        for subject in subjects
     ]
-    low, high = np.quantile(100 * np.mean(drawn, axis=0), [0.025, 0.975])
+    low, high = np.quantile(100 * np.mean(draws, axis=0), [0.025, 0.975])
     return [float(low), float(high)]

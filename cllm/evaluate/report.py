@@ -6,26 +6,22 @@ from __future__ import annotations
 
 import base64
 import html
-import json
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from cllm.evaluate.answers import METRICS
-from cllm.learn.log import LOGGED_SECONDS, draw_loss, duration
-from cllm.messages import language, say, table
+from cllm.evaluate.results import Evaluation, Exam, Gap, Sample, SystemScores, document
+from cllm.learn.log import LiveLine, draw_curve, duration
+from cllm.messages import language, say, table, to_json
 from cllm.metrics import BLEU, ROUGE
+from cllm.plots import draw_scores
 
 COLUMNS = ("loss", "general-ppl", "bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
-PLOTTED = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
 SHOWN = 20  # samples at either end
-COLOURS = ("#9bbcd8", "#d1a96b", "#1f5f99")
 _PAGE = Path(__file__).parents[1] / "assets" / "report.html"
-Results = dict[str, dict[str, Any]]
-Samples = list[dict[str, Any]]
+Table = list[list[str]]
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -33,179 +29,107 @@ def number(value: float | None, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
 
 
-def score_table(results: Results) -> list[list[str]]:
+def score_table(
+    scores: Mapping[str, Mapping[str, float]], gaps: Mapping[str, Gap] | None = None
+) -> Table:
     """One line a system, then what the adapter changed: difference to the base, its 95 % interval,
     p-value.
     """
-    columns = [c for c in COLUMNS if any(c in result for result in results.values())]
-    lines = [
-        ["", *columns],
-        *([name, *(number(result.get(c)) for c in columns)] for name, result in results.items()),
-    ]
-    if gaps := results.get("adapter", {}).get("versus_base"):
-        lines.append(
-            [say("eval.difference"), *(number(gaps[c]["difference"], "+") for c in columns)]
-        )
-        lines.append(
-            [
-                say("eval.interval"),
-                *(
-                    f"{number(gaps[c]['low'], '+')} … {number(gaps[c]['high'], '+')}"
-                    for c in columns
-                ),
-            ]
-        )
-        lines.append(["p", *(f"{gaps[c]['p']:.3f}" for c in columns)])
+    columns = [c for c in COLUMNS if any(c in of_system for of_system in scores.values())]
+    lines = [["", *columns]]
+    for name, of_system in scores.items():
+        lines.append([name, *(number(of_system.get(c)) for c in columns)])
+    if gaps:
+        changes = [gaps[c] for c in columns]
+        intervals = [f"{number(gap.low, '+')} … {number(gap.high, '+')}" for gap in changes]
+        lines.append([say("eval.difference"), *(number(gap.difference, "+") for gap in changes)])
+        lines.append([say("eval.interval"), *intervals])
+        lines.append(["p", *(f"{gap.p:.3f}" for gap in changes)])
     return lines
 
 
-def group_table(results: Results, key: str, metric: str) -> list[list[str]]:
+def group_table(systems: Mapping[str, SystemScores], key: str, metric: str) -> Table:
     """The metric by category or by length, with the number of answers; nothing where there is only
     one group.
     """
-    found = {name: result[key] for name, result in results.items() if key in result}
-    groups: dict[str, Any] = next(iter(found.values()), {})
-    heads = [f"{group} ({its['answers']})" for group, its in groups.items()]
-    lines = [
-        [say(f"eval.{key}"), *heads],
-        *([name, *(number(its[g][metric]) for g in groups)] for name, its in found.items()),
-    ]
-    return lines if len(groups) > 1 else []
+    grouped = {name: getattr(system, key) for name, system in systems.items()}
+    grouped = {name: groups for name, groups in grouped.items() if len(groups) > 1}
+    if not grouped:
+        return []
+    heads = [f"{name} ({group.answers})" for name, group in next(iter(grouped.values())).items()]
+    lines = [[say(f"eval.{key}"), *heads]]
+    for name, groups in grouped.items():
+        lines.append([name, *(number(group.scores[metric]) for group in groups.values())])
+    return lines
 
 
-def accuracy_table(results: Results) -> list[list[str]]:
+def accuracy_table(exam: Exam) -> Table:
     """One line per subject, then both averages with their intervals, one column per system."""
 
-    def cells(
-        parts: Sequence[dict[str, Any]], key: str = "accuracy", interval: str = "interval"
-    ) -> list[str]:
-        return [f"{its[key]:.1f} [{its[interval][0]:.1f}, {its[interval][1]:.1f}]" for its in parts]
+    def cell(accuracy: float, interval: Sequence[float]) -> str:
+        return f"{accuracy:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
-    systems = list(results.values())
-    lines = [["", say("eval.questions"), say("eval.shots"), *results]]
-    for name, its in systems[0]["subjects"].items():
-        lines.append(
-            [
-                name,
-                str(its["questions"]),
-                str(its["shots"]),
-                *cells([system["subjects"][name] for system in systems]),
-            ]
-        )
-    lines.append([say("eval.micro"), str(systems[0]["questions"]), "", *cells(systems)])
-    return [*lines, [say("eval.macro"), "", "", *cells(systems, "macro", "macro_interval")]]
+    systems = exam.systems.values()
+    lines = [["", say("eval.questions"), say("eval.shots"), *exam.systems]]
+    first = next(iter(systems))
+    for name, subject in first.subjects.items():
+        rates = [system.subjects[name] for system in systems]
+        cells = [cell(rate.accuracy, rate.interval) for rate in rates]
+        lines.append([name, str(subject.questions), str(subject.shots), *cells])
+    micro = [cell(system.accuracy, system.interval) for system in systems]
+    macro = [cell(system.macro, system.macro_interval) for system in systems]
+    lines.append([say("eval.micro"), str(first.questions), "", *micro])
+    return [*lines, [say("eval.macro"), "", "", *macro]]
 
 
-def tables(results: Results) -> list[list[list[str]]]:
+def tables(results: Evaluation | Exam) -> list[Table]:
     """Everything that is shown as a table."""
-    if "accuracy" in next(iter(results.values())):
+    if isinstance(results, Exam):
         return [accuracy_table(results)]
+    systems = results.systems
+    scores = {name: system.scores for name, system in systems.items()}
+    gaps = systems["adapter"].versus_base if "adapter" in systems else None
     shown = (
-        score_table(results),
-        group_table(results, "by_category", "exact"),
-        group_table(results, "by_length", "rouge-l-char"),
+        score_table(scores, gaps),
+        group_table(systems, "by_category", "exact"),
+        group_table(systems, "by_length", "rouge-l-char"),
     )
     return [rows for rows in shown if rows]
 
 
-def report(results: Results) -> str:
+def summary(results: Evaluation | Exam) -> str:
     """The tables for the terminal."""
     return "\n\n".join(table(rows) for rows in tables(results))
 
 
-def write_results(folder: Path, results: Results, samples: Samples) -> None:
+def write_results(folder: Path, results: Evaluation | Exam) -> None:
     """eval.json, samples.jsonl, scores.png and report.html, with the loss curve if `folder` or the
     one above it holds a run.
     """
-    (folder / "eval.json").write_text(
-        json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
-    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
-    answered = [sample for sample in samples if "scores" in sample]
-    plots = []
-    if run := next(
-        (path for path in (folder, folder.parent) if (path / "metrics.jsonl").is_file()), None
-    ):
-        draw_loss(run / "metrics.jsonl", folder / "loss.png")
-        plots.append(folder / "loss.png")
-    if answered:
-        draw_scores(results, folder / "scores.png")
+    text = to_json(document(results), indent=1) + "\n"
+    (folder / "eval.json").write_text(text, encoding="utf-8")
+    lines = [to_json(sample.document()) + "\n" for sample in results.samples]
+    (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    plots: list[Path] = []
+    for run in (folder, folder.parent):
+        if not plots and (run / "metrics.jsonl").is_file():
+            plots.append(folder / "loss.png")
+            draw_curve(run / "metrics.jsonl", plots[0])
+    if isinstance(results, Evaluation) and results.samples:
         plots.append(folder / "scores.png")
-    (folder / "report.html").write_text(
-        _page("/".join(folder.parts[-2:]), results, answered, plots), encoding="utf-8"
-    )
+        answering = results.samples[0].answers
+        draw_scores({name: results.systems[name] for name in answering}, plots[-1])
+    page = _page("/".join(folder.parts[-2:]), results, plots)
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def draw_scores(results: Results, target: Path) -> None:
-    """Bars of every answering system with 95 % intervals, and ROUGE-L by length of the reference,
-    as a PNG.
-    """
-    from matplotlib.figure import Figure
-
-    systems = {
-        name: result
-        for name, result in results.items()
-        if name not in ("copy", "majority") and "by_length" in result
-    }
-    lengths, width = results["base"]["by_length"], 0.8 / len(systems)
-    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, 2)
-    for i, (name, result) in enumerate(systems.items()):
-        bars = (
-            [result[metric] for metric in PLOTTED],
-            [its["rouge-l-char"] for its in result["by_length"].values()],
-        )
-        bounds = [
-            [abs(result[metric] - result["interval"][metric][side]) for metric in PLOTTED]
-            for side in (0, 1)
-        ]
-        for axes, values, errors in zip(panels, bars, (bounds, None), strict=True):
-            places = [x + i * width for x in range(len(values))]
-            axes.bar(
-                places,
-                values,
-                width,
-                yerr=errors,
-                capsize=3,
-                ecolor="#555",
-                color=COLOURS[i % len(COLOURS)],
-                label=name,
-            )
-    counts = [f"{group}\nn={its['answers']}" for group, its in lengths.items()]
-    titles = "scores with 95 % intervals", "rouge-l-char by characters of the reference"
-    for axes, title, names in zip(panels, titles, (PLOTTED, counts), strict=True):
-        axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
-        axes.set(title=title, ylim=(0, None))
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(systems),
-        frameon=False,
-    )
-    figure.savefig(target)
-
-
-def _page(title: str, results: Results, samples: Samples, plots: Sequence[Path]) -> str:
+def _page(title: str, results: Evaluation | Exam, plots: Sequence[Path]) -> str:
     """The whole report as one HTML document; every text of models and data is escaped."""
-    system = "adapter" if "adapter" in results else "base"
-    ranked = sorted(samples, key=lambda sample: sample["scores"][system]["rouge-l-char"])
-    ends = min(SHOWN, (len(ranked) + 1) // 2)
-    images = "".join(
-        f'<img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
-        for p in plots
-    )
-    halves = (
-        (say("eval.worst", count=ends), ranked[:ends]),
-        (say("eval.best", count=ends), ranked[::-1][:ends]),
-    )
-    cards = "".join(
-        f"<section><h2>{head}</h2>{''.join(_card(sample) for sample in part)}</section>"
-        for head, part in halves
-        if part
-    )
+    images = [
+        f'<img alt="{path.stem}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}">'
+        for path in plots
+    ]
     signed = METRICS | {
         "rouge-l": ROUGE("rougeL", "jieba", "set"),
         "bleu-4": BLEU("char", "method3", effective_order=True),
@@ -215,10 +139,24 @@ def _page(title: str, results: Results, samples: Samples, plots: Sequence[Path])
         lang=language(),
         title=html.escape(say("eval.report", name=title)),
         tables="".join(map(_html_table, tables(results))),
-        images=images,
-        samples=cards,
+        images="".join(images),
+        samples=_ends(results) if isinstance(results, Evaluation) else "",
         notes="".join(f"<p>{html.escape(text)}</p>" for text in notes),
     )
+
+
+def _ends(results: Evaluation) -> str:
+    """The worst and the best answers by ROUGE-L."""
+    system = "adapter" if "adapter" in results.systems else "base"
+    ranked = sorted(results.samples, key=lambda sample: sample.scores[system]["rouge-l-char"])
+    count = min(SHOWN, (len(ranked) + 1) // 2)
+    if not count:
+        return ""
+    sections = []
+    for code, samples in (("eval.worst", ranked[:count]), ("eval.best", ranked[::-1][:count])):
+        cards = "".join(map(_card, samples))
+        sections.append(f"<section><h2>{say(code, count=count)}</h2>{cards}</section>")
+    return "".join(sections)
 
 
 def _html_table(rows: list[list[str]]) -> str:
@@ -226,37 +164,30 @@ def _html_table(rows: list[list[str]]) -> str:
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def _card(sample: dict[str, Any]) -> str:
+def _card(sample: Sample) -> str:
     """One question with the reference and every system's answer beside each other."""
     question = "\n".join(
-        m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}"
-        for m in sample["messages"]
+        message.content if message.role == "user" else f"{message.role}: {message.content}"
+        for message in sample.question
     )
-    cells = [(say("eval.reference"), sample["reference"])]
-    cells += [
-        (f"{name} · {its['rouge-l-char']:.0f}", sample[name])
-        for name, its in sample["scores"].items()
-    ]
+    cells = [(say("eval.reference"), sample.reference)]
+    for name, scores in sample.scores.items():
+        cells.append((f"{name} · {scores['rouge-l-char']:.0f}", sample.answers[name]))
     columns = "".join(
         f"<div><b>{html.escape(head)}</b><p>{html.escape(text)}</p></div>" for head, text in cells
     )
-    return f'<article><p class="q">{html.escape(question)}</p><div class="row">{columns}</div></article>'
+    question = f'<p class="q">{html.escape(question)}</p>'
+    return f'<article>{question}<div class="row">{columns}</div></article>'
 
 
-class Progress:
-    """`3/40 answers … eta 12s` on stderr: a live line on a terminal, else one every half minute."""
+class AnswerCount:
+    """`3/40 answers … eta 12s` on stderr while an engine answers."""
 
     def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._live = sys.stderr.isatty()
+        self._start = time.perf_counter()
+        self._line = LiveLine()
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if now - self._last > (2 if self._live else LOGGED_SECONDS) or (
-            self._live and done == total
-        ):
-            eta = duration((now - self._start) / max(1, done) * (total - done))
-            line = say("eval.progress", done=done, total=total, eta=eta)
-            before, end = ("\r\033[K", "" if done < total else "\n") if self._live else ("", "\n")
-            print(f"{before}{line}", end=end, file=sys.stderr, flush=True)
-            self._last = now
+        remaining = (time.perf_counter() - self._start) / max(1, done) * (total - done)
+        line = say("eval.progress", done=done, total=total, eta=duration(remaining))
+        self._line.show(line, last=done == total)

@@ -109,7 +109,8 @@ class World:
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
     """Collects Ctrl-C, SIGTERM and a closed terminal, so that the work at hand can end and be
-    saved; a second one stops at once.
+    saved; a second one stops at once. A signal that this process was started to ignore (`nohup`)
+    stays ignored.
     """
     seen: list[int] = []
 
@@ -119,13 +120,12 @@ def stop_on_signal() -> Iterator[list[int]]:
         seen.append(number)
         note("train.stopping")
 
+    before = {}
     # the last is Windows' Ctrl-Break; not every system has all
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-    before = {
-        s: signal.signal(s, stop)
-        for s in (getattr(signal, name, None) for name in names)
-        if s is not None
-    }
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, stop)
     try:
         yield seen
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.messages import UserError, note, to_json
+from cllm.plots import draw_loss
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,29 @@ def open_tracker(name: str, directory: Path) -> Tracker | None:
     return None
 
 
+class LiveLine:
+    """One line on stderr: on a terminal each replaces the one before, elsewhere one is printed now
+    and then.
+    """
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self._printed = time.perf_counter()
+
+    def show(self, line: str, *, due: bool = False, last: bool = False) -> None:
+        """due: print it into a log file, too. last: leave it standing on a terminal."""
+        if self.live:
+            print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif due or time.perf_counter() - self._printed > LOGGED_SECONDS:
+            print(line, file=sys.stderr, flush=True)
+            self._printed = time.perf_counter()
+
+    def leave(self) -> None:
+        """Leave the line standing before something else is printed."""
+        if self.live:
+            print(file=sys.stderr)
+
+
 class RunLog:
     """Appends one object per step to metrics.jsonl, keeps a line on the terminal, draws
     loss.png.
@@ -75,49 +99,31 @@ class RunLog:
         self._recent = deque((loss for _, loss in losses(read_metrics(self.path))), maxlen=50)
         # seconds of the last steps; evaluations do not count
         self._paces: deque[float] = deque(maxlen=50)
-        self._printed = time.perf_counter()
-        self._live = sys.stderr.isatty()
+        self._line = LiveLine()
+        self.break_line = self._line.leave
 
     def step(self, values: dict[str, Any]) -> None:
         """Record a training step; `values` has step, loss, lr, grad_norm, tokens_per_second,
         peak_memory_bytes …
         """
         self.write(values)
-        step = values["step"]
+        step, loss = values["step"], values["loss"]
         self._paces.append(values["tokens"] / values["tokens_per_second"])
         remaining = sum(self._paces) / len(self._paces) * (self.total - step)
         peak = values["peak_memory_bytes"] / 2**30
         line = (
-            f"step {step:>5}/{self.total}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  "
+            f"step {step:>5}/{self.total}  loss {loss:.3f}  lr {values['lr']:.1e}  "
             f"grad {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
             f"peak {peak:.2f} GiB  eta {duration(remaining)}"
         )
-        due = (
-            time.perf_counter() - self._printed > LOGGED_SECONDS
-            or step % max(1, self.total // 20) == 0
-            or step in (1, self.total)
-        )
-        if self._live:
-            print(
-                f"\r\033[K{line}",
-                end="\n" if step == self.total else "",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif due:
-            print(line, file=sys.stderr, flush=True)
-            self._printed = time.perf_counter()
-        if len(self._recent) >= 10 and values["loss"] > 1.5 * max(self._recent) + 0.1:
+        due = step % max(1, self.total // 20) == 0 or step in (1, self.total)
+        self._line.show(line, due=due, last=step == self.total)
+        if len(self._recent) >= 10 and loss > 1.5 * max(self._recent) + 0.1:
             self.break_line()
-            note(
-                "log.spike",
-                step=step,
-                loss=f"{values['loss']:.3f}",
-                count=len(self._recent),
-                most=f"{max(self._recent):.3f}",
-            )
-        if math.isfinite(values["loss"]):
-            self._recent.append(values["loss"])
+            most = f"{max(self._recent):.3f}"
+            note("log.spike", step=step, loss=f"{loss:.3f}", count=len(self._recent), most=most)
+        if math.isfinite(loss):
+            self._recent.append(loss)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one object at once, so that a crash loses nothing and the page can follow."""
@@ -129,21 +135,16 @@ class RunLog:
             }
             self.tracker.log(numbers, int(values["step"]))
 
-    def break_line(self) -> None:
-        """Leave the live line standing before something else is printed."""
-        if self._live:
-            print(file=sys.stderr)
-
     def close(self) -> None:
         """Close the tracker and draw loss.png beside metrics.jsonl."""
         if self.tracker:
             self.tracker.close()
-        draw_loss(self.path, self.path.with_name("loss.png"))
+        draw_curve(self.path, self.path.with_name("loss.png"))
 
 
 def peak_memory_bytes(device: torch.device | None) -> int:
-    """Most memory taken so far: allocated on a GPU, resident in this process on the CPU or for None (0 where
-    the system does not tell).
+    """Most memory taken so far: allocated on a GPU, resident in this process on the CPU or for None
+    (0 where the system does not tell).
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -162,11 +163,9 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 100:
         return f"{whole}s"
-    return (
-        f"{whole // 60}m{whole % 60:02d}"
-        if whole < 6000
-        else f"{whole // 3600}h{whole % 3600 // 60:02d}"
-    )
+    if whole < 6000:
+        return f"{whole // 60}m{whole % 60:02d}"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -191,37 +190,8 @@ def last_loss(path: Path) -> float | None:
     return recorded[-1][1] if recorded else None
 
 
-def draw_loss(metrics: Path, target: Path) -> None:
-    """Training loss (raw and smoothed) and held-out loss over the steps, as a PNG."""
-    from matplotlib.figure import Figure
-
+def draw_curve(metrics: Path, target: Path) -> None:
+    """The losses of a metrics.jsonl as a PNG; nothing if there is none yet."""
     rows = read_metrics(metrics)
-    train = losses(rows)
-    held = losses(rows, "eval_loss")
-    if not train:
-        return
-    smooth, value = [], train[0][1]
-    for _, loss in train:
-        value += 0.1 * (loss - value)
-        smooth.append(value)
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
-    axes = figure.subplots()
-    axes.plot(*zip(*train, strict=True), color="#9bbcd8", linewidth=0.8, label="train")
-    axes.plot(
-        [step for step, _ in train], smooth, color="#1f5f99", linewidth=1.8, label="train, smoothed"
-    )
-    if held:
-        axes.plot(
-            *zip(*held, strict=True),
-            "o-",
-            color="#d1652b",
-            linewidth=1.8,
-            markersize=5,
-            label="held out",
-        )
-    axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target)
+    if train := losses(rows):
+        draw_loss(train, losses(rows, "eval_loss"), target)

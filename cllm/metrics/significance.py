@@ -70,9 +70,9 @@ def paired_bootstrap(
     intervals = [Interval(*map(float, bounds)) for bounds in zip(values[0], low, high, strict=True)]
     differences = values[1:, 2]
     # the tolerance: a difference that is the same in every resample must not depend on rounding
-    extreme = int(
-        np.count_nonzero(abs(differences - differences.mean()) >= abs(values[0, 2]) - 1e-12)
-    )
+    smaller = abs(differences - differences.mean()) < abs(values[0, 2]) - 1e-12
+    # what is not finite is not smaller, and so never significant
+    extreme = int(np.count_nonzero(~smaller))
     return Comparison(intervals[0], intervals[1], intervals[2], (1 + extreme) / (1 + resamples))
 
 

@@ -187,6 +187,10 @@ def _encoded(
     return encoded.reshape(shape)
 
 
+# native name -> how its bytes are stored, and their shape
+Placed = dict[str, tuple["GGMLQuantizationType", tuple[int, ...]]]
+
+
 def write_gguf(
     path: Path,
     config: Any,
@@ -201,28 +205,34 @@ def write_gguf(
     kind: one of `TYPES`; vectors stay float32, and so do rows that q8_0's blocks of 32 do not
     divide (as f16).
     """
-    import numpy as np
-    from gguf import (
-        GGML_QUANT_SIZES,
-        MODEL_ARCH_NAMES,
-        GGMLQuantizationType,
-        GGUFWriter,
-        get_tensor_name_map,
-        quant_shape_to_byte_shape,
-    )
+    from gguf import GGUFWriter
 
     arch = architecture(config)
-    names = get_tensor_name_map(
-        next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch),
-        config.num_hidden_layers,
-    )
     writer = GGUFWriter(path, arch)
-    keys = {
-        **_shape(config, arch),
-        **{f"tokenizer.{key}": value for key, value in tokenizer.items()},
-        "general.file_type": TYPES[kind],
-        "general.quantization_version": 2,
-    }
+    _add_keys(
+        writer,
+        {
+            **_shape(config, arch),
+            **{f"tokenizer.{key}": value for key, value in tokenizer.items()},
+            "general.file_type": TYPES[kind],
+            "general.quantization_version": 2,
+        },
+    )
+    placed = _announce(writer, config, layout, kind, arch)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in tensors:
+            if name in placed:
+                expected = _for_llama_cpp(name, tensor, config, arch)
+                writer.write_tensor_data(_encoded(expected, *placed[name]))
+            del tensor  # before the next one is read
+    finally:
+        writer.close()
+
+
+def _add_keys(writer: Any, keys: Mapping[str, Any]) -> None:
     adders = {
         bool: writer.add_bool,
         int: writer.add_uint32,
@@ -232,7 +242,22 @@ def write_gguf(
     }
     for key, value in keys.items():
         adders[type(value)](key, value)
-    plan: dict[str, tuple[GGMLQuantizationType, tuple[int, ...]]] = {}
+
+
+def _announce(writer: Any, config: Any, layout: Mapping[str, Any], kind: str, arch: str) -> Placed:
+    """Tell the writer name, type and size of every tensor that will come."""
+    import numpy as np
+    from gguf import (
+        GGML_QUANT_SIZES,
+        MODEL_ARCH_NAMES,
+        GGMLQuantizationType,
+        get_tensor_name_map,
+        quant_shape_to_byte_shape,
+    )
+
+    number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch)
+    names = get_tensor_name_map(number, config.num_hidden_layers)
+    placed: Placed = {}
     for name, (dims, _) in layout.items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
@@ -240,19 +265,9 @@ def write_gguf(
         if dims[-1] % GGML_QUANT_SIZES[stored][0]:
             stored = GGMLQuantizationType.F16
         shape = tuple(quant_shape_to_byte_shape(dims, stored))
-        plan[name] = (stored, shape)
+        placed[name] = stored, shape
         llama_cpp = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if llama_cpp is None:
             raise UserError("export.gguf", architecture=arch, detail=name, known=", ".join(GGUF))
         writer.add_tensor_info(llama_cpp, shape, np.dtype(np.uint8), int(np.prod(shape)), stored)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in tensors:
-            if name in plan:
-                expected = _for_llama_cpp(name, tensor, config, arch)
-                writer.write_tensor_data(_encoded(expected, *plan[name]))
-            del tensor  # before the next one is read
-    finally:
-        writer.close()
+    return placed

@@ -17,7 +17,8 @@ from typing import Any
 from cllm.data.schema import Message
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer
-from cllm.serve.engine import Engine, Listener, Sampling, Stream
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import Listener, Request, Sampling
 
 
 class ModelError(Exception):
@@ -58,7 +59,7 @@ class Answer:
         # Qwen3.5's prompt opens the reasoning
         opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")
         self._held, self._cancelled = "<think>\n" if opened else "", False
-        self._stream: Stream | None = None
+        self._stream: Request | None = None
         self.text, self.finish_reason = "", ""
         self.prompt_tokens, self.tokens = len(self.prompt), 0
         self.first_seconds, self.started = 0.0, time.perf_counter()
@@ -83,7 +84,7 @@ class Answer:
             "speed": f"{speed:.0f}",
         }
 
-    def _submit(self, listener: Listener | None = None) -> Stream:
+    def _submit(self, listener: Listener | None = None) -> Request:
         self._stream = stream = self._engine.submit(
             self.prompt, self._sampling, self._adapter, listener
         )
@@ -116,7 +117,7 @@ class Answer:
         finally:
             stream.cancel()
 
-    def _take(self, stream: Stream, token: int | None) -> str:
+    def _take(self, stream: Request, token: int | None) -> str:
         """Text that is certain to belong to the answer now that `token` came, or None, the end."""
         if token is None and stream.finish_reason == "error":
             raise ModelError(stream.error)

@@ -24,7 +24,8 @@ from cllm.assembly import Loaded
 from cllm.data.schema import Message
 from cllm.messages import UserError, say
 from cllm.serve.answer import Answer, ModelError, chat_sampling
-from cllm.serve.engine import LIMITS, MAX_TOP_K
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import LIMITS, MAX_TOP_K
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -64,21 +65,11 @@ def error_body(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """An error in OpenAI's shape."""
-    kind = (
-        "server_error"
-        if status >= 500
-        else "rate_limit_error"
-        if status == 429
-        else "invalid_request_error"
-    )
-    return {
-        "error": {
-            "message": message,
-            "type": kind,
-            "param": param,
-            "code": code or ERROR_CODES.get(status),
-        }
-    }
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    code = code or ERROR_CODES.get(status)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Guard:
@@ -244,17 +235,9 @@ class ChatRequest(Strict):
 
 # Fields of OpenAI's that would change the answer are refused; others that are not understood are
 # ignored.
-UNSUPPORTED = (
-    *(
-        "tools",
-        "functions",
-        "response_format",
-        "logprobs",
-        "top_logprobs",
-        "logit_bias",
-        "frequency_penalty",
-    ),
-    *("presence_penalty", "audio", "prediction"),
+UNSUPPORTED = tuple(
+    "tools functions response_format logprobs top_logprobs logit_bias frequency_penalty"
+    " presence_penalty audio prediction".split()
 )
 
 
@@ -279,7 +262,7 @@ RESPONSES: Any = {
 }
 
 
-def build_app(loaded: Loaded, engine: Any) -> Any:
+def build_app(loaded: Loaded, engine: Engine) -> Any:
     """The FastAPI application with /health, /v1/models and /v1/chat/completions; models: `base` and
     the adapter's name.
     """
@@ -287,7 +270,7 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
 
     # FastAPI's own documentation pages load from other hosts
     app = FastAPI(title="cllm", docs_url=None, redoc_url=None)
-    models, started = loaded.models, int(time.time())
+    started = int(time.time())
     _handle_errors(app)
 
     @app.get("/health")
@@ -297,39 +280,15 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
 
     @app.get("/v1/models", responses={"default": RESPONSES["default"]})
     async def list_models() -> dict[str, Any]:
-        data = [
-            {"id": name, "object": "model", "created": started, "owned_by": "cllm"}
-            for name in models
-        ]
-        return {"object": "list", "data": data}
+        common = {"object": "model", "created": started, "owned_by": "cllm"}
+        return {"object": "list", "data": [{"id": name, **common} for name in loaded.models]}
 
     @app.post("/v1/chat/completions", responses=RESPONSES)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        name = body.model or next(iter(models))
-        if name not in models:
-            return _refuse(
-                404,
-                "serve.model",
-                param="model",
-                code="model_not_found",
-                name=name,
-                known=", ".join(models),
-            )
-        if given := [field for field in UNSUPPORTED if (body.model_extra or {}).get(field)]:
-            return _refuse(400, "serve.unsupported", param=given[0], fields=", ".join(given))
-        if len(engine.waiting) >= MAX_WAITING:
-            return _refuse(429, "serve.busy")
-        sampling = chat_sampling(
-            max_new_tokens=body.max_completion_tokens or body.max_tokens,
-            **body.model_dump(
-                include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
-            ),
-        )
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        messages = [message.plain() for message in body.messages]
-        answer = await run_in_threadpool(
-            Answer, engine, loaded.tokenizer, messages, sampling, models[name], stop
-        )
+        name = body.model or next(iter(loaded.models))
+        if refusal := _not_served(body, name, loaded, engine):
+            return refusal
+        answer = await run_in_threadpool(_answer, body, name, loaded, engine)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
@@ -340,10 +299,9 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
                     answer.cancel()
         finally:
             answer.cancel()
-        said = {"role": "assistant", "content": answer.text}
         choice = {
             "index": 0,
-            "message": said,
+            "message": {"role": "assistant", "content": answer.text},
             "finish_reason": answer.finish_reason,
             "logprobs": None,
         }
@@ -352,6 +310,37 @@ def build_app(loaded: Loaded, engine: Any) -> Any:
         )
 
     return app
+
+
+def _not_served(
+    body: ChatRequest, name: str, loaded: Loaded, engine: Engine
+) -> JSONResponse | None:
+    """The refusal of a request for another model, for what would change the answer unseen, or one
+    too many.
+    """
+    if name not in loaded.models:
+        known = ", ".join(loaded.models)
+        param, code = "model", "model_not_found"
+        return _refuse(404, "serve.model", param=param, code=code, name=name, known=known)
+    extra = body.model_extra or {}
+    if fields := [field for field in UNSUPPORTED if extra.get(field)]:
+        return _refuse(400, "serve.unsupported", param=fields[0], fields=", ".join(fields))
+    return _refuse(429, "serve.busy") if len(engine.waiting) >= MAX_WAITING else None
+
+
+def _answer(body: ChatRequest, name: str, loaded: Loaded, engine: Engine) -> Answer:
+    sampling = chat_sampling(
+        max_new_tokens=body.max_completion_tokens or body.max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        seed=body.seed,
+    )
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    said = [message.plain() for message in body.messages]
+    return Answer(engine, loaded.tokenizer, said, sampling, loaded.models[name], stop)
 
 
 def _handle_errors(app: Any) -> None:

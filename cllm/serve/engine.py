@@ -10,177 +10,28 @@ causal LM runs unmodified. Whether a row is base or adapter is LoRA's gate of th
 from __future__ import annotations
 
 import inspect
-import queue
-import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from cllm.messages import UserError, note, say
 from cllm.model.device import device_of, free_bytes, out_of_memory
 from cllm.model.lora import gates
+from cllm.serve.cache import RowLayer, cache_bytes
+from cllm.serve.sampling import Listener, Request, Sampling, sample
 
 # what an admitted row is expected to grow by; a wrong guess costs one preemption
 HEADROOM_TOKENS = 128
-MAX_TOP_K = 1024
-LIMITS = {
-    "max_new_tokens": (1, 2**31),
-    "temperature": (0, 10),
-    "top_p": (1e-6, 1),
-    "top_k": (1, MAX_TOP_K),
-    "min_p": (0, 1),
-    "repetition_penalty": (0.1, 10),
-}
-Listener = Callable[[int | None], None]
 # one per model: its gate and its mode are shared state
 _owners: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How one row is continued. Order as in Transformers: repetition penalty, temperature, top-k,
-    top-p, min-p.
-
-    `temperature` 0 is greedy. Candidates are always the `top_k` (1 … 1024) most likely tokens, with
-    their probabilities renormalised; then the smallest set whose probability reaches `top_p`
-    (nucleus sampling, arXiv:1904.09751); then those with at least `min_p` times the best one's
-    probability (arXiv:2407.01082). `repetition_penalty` is CTRL's (arXiv:1909.05858). `seed` None
-    draws one. `stop_ids` None means the engine's; the empty set never stops early. Raises UserError
-    naming every value out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 64
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop_ids: frozenset[int] | None = None
-
-    def __post_init__(self) -> None:
-        wrong = [
-            f"{key} = {value} ({low} … {high})"
-            for key, (low, high) in LIMITS.items()
-            if not low <= (value := getattr(self, key)) <= high
-        ]
-        if wrong:
-            raise UserError("serve.sampling", problems="; ".join(wrong))
-
-
-class Stream:
-    """One request and the token ids of its answer: iterate over it in any thread. Stop ids are not
-    among them.
-
-    With `listener`, every id and finally None go to that function instead, called in the engine's
-    thread. After the end `finish_reason` is "stop", "length", "cancelled" or "error" (then `error`
-    says why).
-    """
-
-    def __init__(
-        self, prompt: list[int], sampling: Sampling, adapter: int, listener: Listener | None = None
-    ) -> None:
-        # `ids` is the prompt and what was generated; while decoding, the last of them is not in the
-        # cache yet.
-        self.ids, self.prompt_tokens, self.sampling, self.adapter = (
-            list(prompt),
-            len(prompt),
-            sampling,
-            adapter,
-        )
-        self.random = random.Random(sampling.seed)
-        self.finish_reason, self.error, self.cancelled = "", "", False
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self.put = listener or self._queue.put
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._queue.get, None)
-
-    def cancel(self) -> None:
-        """Free the row before the next step; may be called from any thread, also after the end."""
-        self.cancelled = True
-
-    def finish(self, reason: str, error: str = "") -> None:
-        """Called by the engine, once."""
-        self.finish_reason, self.error = reason, error
-        self.put(None)
-
-    @property
-    def remaining(self) -> int:
-        """How many ids may still come."""
-        return self.sampling.max_new_tokens - (len(self.ids) - self.prompt_tokens)
-
-
-class _RowLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values of all rows in preallocated buffers (rows, heads, slots,
-    head_dim).
-
-    The slots [start, end) are live. Appending writes in place; a row leaves by the last row taking
-    its place; a row joins by a copy of that row alone.
-    """
-
-    rows = start = end = 0
-
-    def _resize(self, rows: int, window: int, spare: int) -> None:
-        """New buffers whose live slots end at `window`, with `spare` slots behind; zeros, as
-        garbage could be NaN.
-        """
-        live, kept = self.end - self.start, min(self.rows, rows)
-        for i, old in enumerate(self.buffers):
-            new = old.new_zeros(rows, old.shape[1], window + spare, old.shape[3])
-            new[:kept, :, window - live : window] = old[:kept, :, self.start : self.end]
-            self.buffers[i] = new
-        self.start, self.end = window - live, window
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers, self.rows = (
-                [key_states[:, :, :0], value_states[:, :, :0]],
-                key_states.shape[0],
-            )
-        new = key_states.shape[2]
-        if self.end + new > self.buffers[0].shape[2]:
-            window = self.end - self.start
-            self._resize(self.rows, window, new if window == 0 else new + 64 + window // 8)
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[: self.rows, :, self.end : self.end + new] = states
-        self.end += new
-        self.keys, self.values = (
-            buffer[: self.rows, :, self.start : self.end] for buffer in self.buffers
-        )
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.end - self.start
-
-    def drop(self, index: int) -> None:
-        self.rows -= 1
-        for buffer in self.buffers:
-            buffer[index] = buffer[self.rows]
-
-    def join(self, other: _RowLayer, index: int, length: int) -> None:
-        """Append row `index` of `other`, of which the last `length` slots are its own."""
-        if self.rows == self.buffers[0].shape[0] or length > self.end:
-            rows = max(self.buffers[0].shape[0], self.rows + 1 + self.rows // 4)
-            self._resize(rows, max(length, self.end - self.start), 64 + length // 8)
-        for buffer, theirs in zip(self.buffers, other.buffers, strict=True):
-            buffer[self.rows, :, self.end - length : self.end] = theirs[
-                index, :, other.end - length : other.end
-            ]
-        self.rows += 1
-        self.start = min(self.start, self.end - length)
 
 
 @dataclass(slots=True, eq=False)
@@ -189,7 +40,7 @@ class _Batch:
     columns are in it.
     """
 
-    rows: list[Stream]
+    rows: list[Request]
     cache: Cache
     filled: int = 0
 
@@ -228,14 +79,14 @@ class Engine:
         self.stateful = bool(getattr(model, "_is_stateful", False))
         if self.stateful:
             note("serve.stateful", architecture=type(model).__name__)
-        token_bytes, row_bytes = _cache_bytes(
+        token_bytes, row_bytes = cache_bytes(
             config, next(p.dtype for p in model.parameters() if p.is_floating_point())
         )
         self.row_tokens = -(-row_bytes // token_bytes)
         self.kv_tokens = kv_tokens or _free_bytes(self.device) // token_bytes
         self.prefill_tokens = prefill_tokens or (256 if self.device.type == "cpu" else 2048)
         self.healthy, self.steps, self.generated_tokens, self._closed = True, 0, 0, False
-        self.waiting: deque[Stream] = deque()
+        self.waiting: deque[Request] = deque()
         self.prefill: _Batch | None = None
         self.batch = self._new_batch([])
         self._owner, self._work = _owners.setdefault(model, threading.Lock()), threading.Condition()
@@ -258,7 +109,7 @@ class Engine:
         sampling: Sampling,
         adapter: int = 1,
         listener: Listener | None = None,
-    ) -> Stream:
+    ) -> Request:
         """Queue one request; returns at once. Raises UserError for an empty prompt or one that is
         too long.
         """
@@ -374,25 +225,25 @@ class Engine:
 
     def _row(
         self, prompt: list[int], sampling: Sampling, adapter: int, listener: Listener | None = None
-    ) -> Stream:
+    ) -> Request:
         if not prompt:
             raise UserError("serve.empty")
         if len(prompt) >= self.max_tokens:
             raise UserError("serve.context", tokens=len(prompt), limit=self.max_tokens)
         longest = min(sampling.max_new_tokens, self.max_tokens - len(prompt))
-        return Stream(prompt, replace(sampling, max_new_tokens=longest), adapter, listener)
+        return Request(prompt, replace(sampling, max_new_tokens=longest), adapter, listener)
 
-    def _new_batch(self, rows: list[Stream]) -> _Batch:
+    def _new_batch(self, rows: list[Request]) -> _Batch:
         # Recurrent layers have cache types that cannot be padded or joined: such models run one
         # request at a time.
         return _Batch(
             rows,
             DynamicCache(config=self.model.config)
             if self.stateful
-            else Cache(layer_class_to_replicate=_RowLayer),
+            else Cache(layer_class_to_replicate=RowLayer),
         )
 
-    def _take_all(self) -> list[Stream]:
+    def _take_all(self) -> list[Request]:
         """Empty the engine; returns what was prefilling or decoding."""
         rows = self.batch.rows + (self.prefill.rows if self.prefill else [])
         self.prefill, self.batch = None, self._new_batch([])
@@ -420,7 +271,7 @@ class Engine:
         """
         if self.prefill:
             return
-        rows, group = self.batch.rows[:], list[Stream]()
+        rows, group = self.batch.rows[:], list[Request]()
         while self.waiting:
             rows.append(self.waiting[0])
             window = max(len(row.ids) + min(row.remaining, HEADROOM_TOKENS) for row in rows)
@@ -495,14 +346,14 @@ class Engine:
             self.waiting.appendleft(youngest)
         batch.filled = batch.window - 1
         for layer in batch.cache.layers:
-            if isinstance(layer, _RowLayer):
+            if isinstance(layer, RowLayer):
                 # the longest row may have left
                 layer.start = max(layer.start, layer.end - batch.filled)
         self._emit(batch.rows, self._forward(batch, batch.window))
 
-    def _emit(self, rows: list[Stream], logits: Tensor) -> None:
+    def _emit(self, rows: list[Request], logits: Tensor) -> None:
         # a copy: rows that end leave the batch's own list
-        for row, token in zip(rows[:], _sample(logits, rows), strict=True):
+        for row, token in zip(rows[:], sample(logits, rows), strict=True):
             if token < 0:
                 self._drop(row, "error", say("serve.not_finite"))
             elif token in (
@@ -516,7 +367,7 @@ class Engine:
                 if row.remaining <= 0:
                     self._drop(row, "length")
 
-    def _drop(self, row: Stream, reason: str = "", error: str = "") -> None:
+    def _drop(self, row: Request, reason: str = "", error: str = "") -> None:
         """Take a row out of the decoding batch, and end its request if there is a reason."""
         rows = self.batch.rows
         index = rows.index(row)
@@ -547,62 +398,6 @@ class Engine:
                 row.finish("error", say("serve.too_long_for_memory", tokens=len(row.ids)))
             else:
                 self.waiting.appendleft(row)
-
-
-def _sample(logits: Tensor, rows: Sequence[Stream]) -> list[int]:
-    """The next token of every row from logits (B, V), which are overwritten; -1 where they are not
-    finite.
-    """
-    for i, row in enumerate(rows):
-        if (penalty := row.sampling.repetition_penalty) != 1:
-            seen = torch.tensor(sorted(set(row.ids)), device=logits.device)
-            score = logits[i, seen]
-            logits[i, seen] = torch.where(score > 0, score / penalty, score * penalty)
-    best = logits.max(dim=-1)
-    tokens = best.indices
-    if drawn := [i for i, row in enumerate(rows) if row.sampling.temperature > 0]:
-        tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
-    return torch.where(best.values.isfinite(), tokens, -1).tolist()
-
-
-def _draw(logits: Tensor, rows: Sequence[Stream]) -> Tensor:
-    """One token per row (S,) by inverting the cumulative distribution of its candidates at the
-    row's own random number.
-
-    Only the top-k are sorted: sorting 16 x 262,144 logits takes 400 ms on a CPU, `topk(64)` 8 ms.
-    """
-    plans = [row.sampling for row in rows]
-    settings = [
-        [s.temperature, s.top_p, s.top_k, s.min_p, row.random.random()]
-        for s, row in zip(plans, rows, strict=True)
-    ]
-    temperature, top_p, top_k, min_p, point = torch.tensor(settings, device=logits.device).T[
-        ..., None
-    ]
-    values, candidates = logits.topk(min(logits.shape[-1], max(s.top_k for s in plans)))
-    scores = (values - values[:, :1]) / temperature.clamp(min=1e-4)
-    scores = scores.masked_fill(
-        torch.arange(values.shape[1], device=logits.device) >= top_k, float("-inf")
-    )
-    probabilities = torch.softmax(scores, dim=-1)
-    more_likely = probabilities.cumsum(-1) - probabilities
-    kept = (more_likely < top_p) & (probabilities >= min_p * probabilities[:, :1])
-    cumulative = (probabilities * kept).cumsum(-1)
-    index = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)
-    return candidates.gather(1, index.clamp(max=kept.sum(-1, keepdim=True) - 1))[:, 0]
-
-
-def _cache_bytes(config: Any, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of one token's keys and values, and of one row's logits (model dtype, float32 and a
-    copy of that).
-    """
-    heads = getattr(config, "num_attention_heads", None) or 1
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return (
-        2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
-        10 * config.vocab_size,
-    )
 
 
 def _free_bytes(device: torch.device) -> int:

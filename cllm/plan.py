@@ -1,0 +1,141 @@
+"""A plan for people: what a training takes in memory, at which settings and row lengths, and how
+long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cllm import memory
+from cllm.config import Config
+from cllm.memory import GIB, AdapterShape, Settings, Shape, estimate_vram, make_plan
+from cllm.messages import say, table
+
+PLAN_ROWS = (512, 1024, 2048, 4096, 8192)
+BUDGET_GIB = 8.0
+NO_DATA_TOKENS = 10**6
+"""What the time of a plan without data is for."""
+
+
+def settings_of(config: Config, precision: str, device: str) -> Settings:
+    """What a training of this config comes to on such a device."""
+    return Settings.of(
+        config.model,
+        config.memory,
+        AdapterShape.of(config.lora),
+        row_tokens=config.train.row_tokens,
+        precision=precision,
+        device=device,
+        optimizer=config.train.optimizer,
+    )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a config's data amount to."""
+
+    tokens: int
+    """Of one epoch."""
+    fill: float = 0.0
+    """Tokens over the length of all packed rows; 0: the tokens are an estimate from characters."""
+    row_seconds: float | None = None
+    """Of a row on this device, where it was measured."""
+
+
+def show_plan(
+    config: Config, name: str, original: dict[str, Any], work: Workload | None
+) -> dict[str, Any]:
+    """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it
+    for the JSON.
+    """
+    shape = memory.shape_of(original, name)
+    budget = config.memory.budget_gib or BUDGET_GIB
+    precision = "bf16" if config.model.precision == "auto" else config.model.precision
+    settings = settings_of(config, precision, "cuda")
+    plan = make_plan(shape, settings, budget)
+    estimate = plan.estimate
+    heading = {"row": settings.row_tokens, "quantize": settings.quantize, "rank": settings.rank}
+    print(say("bench.plan", name=name, precision=precision, **heading))
+    print(estimate.table())
+    grid = _grid(shape, settings, budget)
+    print(_grid_table(grid, budget))
+    summary = {"longest": plan.longest_row, "fewest": plan.checkpoint_layers}
+    print(say("bench.fits" if plan.fits else "bench.too_big", budget=f"{budget:g}", **summary))
+    for step in plan.ladder:
+        print(f"  {step.total / GIB:6.2f} GiB  x{step.slowdown:.2f}  {step.change}")
+    return {
+        "model": name,
+        "budget_gib": budget,
+        **asdict(settings),
+        **asdict(estimate),
+        "total": estimate.total,
+        "grid": grid,
+        "conversion": memory.conversion_bytes(shape),
+        "fits": plan.fits,
+        "longest_row": plan.longest_row,
+        "fewest": plan.checkpoint_layers,
+        "time": _time(config, shape, plan.settings, work),
+        "ladder": [
+            {"change": step.change, "total": step.total, "slowdown": step.slowdown}
+            for step in plan.ladder
+        ],
+    }
+
+
+def _grid(shape: Shape, settings: Settings, budget: float) -> list[dict[str, Any]]:
+    """For each saving, on top of those before it: bytes at the usual row lengths, and the longest
+    row that fits.
+    """
+    grid = []
+    for step in memory.savings(shape, settings, int(budget * GIB)):
+        lengths = {n: replace(step.settings, row_tokens=n) for n in PLAN_ROWS}
+        grid.append(
+            {
+                "change": step.change,
+                "slowdown": step.slowdown,
+                "totals": {n: estimate_vram(shape, row).total for n, row in lengths.items()},
+                "longest_row": make_plan(shape, step.settings, budget).longest_row,
+            }
+        )
+    return grid
+
+
+def _grid_table(grid: list[dict[str, Any]], budget: float) -> str:
+    rows = [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
+    for line in grid:
+        totals = [f"{total / GIB:.2f}" for total in line["totals"].values()]
+        last = [str(line["longest_row"]), f"{line['slowdown']:.2f}"]
+        rows.append([f"+ {line['change']}", *totals, *last])
+    return table(rows)
+
+
+def _time(
+    config: Config, shape: Shape, settings: Settings, work: Workload | None
+) -> dict[str, Any]:
+    """Tokens, steps and hours of the run; of a million tokens, if there is no data. Prints them."""
+    train = config.train
+    rows_per_step = max(1, train.tokens_per_step // train.row_tokens)
+    fill = work.fill if work and work.fill else 1.0
+    step_tokens = rows_per_step * train.row_tokens * fill
+    wanted = work.tokens * train.epochs if work else NO_DATA_TOKENS
+    steps = train.steps if work and train.steps else max(1, round(wanted / step_tokens))
+    measured = work.row_seconds if work else None
+    row_seconds = measured or memory.row_seconds(shape, settings) * fill
+    tokens, seconds = steps * step_tokens, steps * rows_per_step * row_seconds
+    print(
+        say(
+            "bench.time.measured" if measured else "bench.time.roofline",
+            tokens=f"{tokens:,.0f}",
+            steps=steps,
+            hours=f"{seconds / 3600:.2f}",
+            speed=f"{tokens / seconds:,.0f}",
+        )
+    )
+    return {
+        "tokens": round(tokens),
+        "exact_tokens": bool(work and work.fill),
+        "steps": steps,
+        "hours": seconds / 3600,
+        "measured": measured is not None,
+    }
