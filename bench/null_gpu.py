@@ -21,13 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cllm import memory  # noqa: E402
+from cllm import fit, memory, shapes  # noqa: E402
 from cllm.__main__ import ALLOCATOR  # noqa: E402
 from cllm.messages import UserError  # noqa: E402
 
@@ -64,11 +65,16 @@ SETTINGS = {
 }
 
 
+BUDGET_GIB = 8.0
+
+
 class Card(NamedTuple):
-    """A null card."""
+    """A null card: large, so that what does not fit 8 GiB can be measured too; what fits is capped
+    there, as a card of 8 GiB would.
+    """
 
     capability: str
-    gib: float = 8
+    gib: float = 96
 
     @property
     def environment(self) -> dict[str, str]:
@@ -79,68 +85,65 @@ class Card(NamedTuple):
         }
 
     def __str__(self) -> str:
-        return f"sm_{self.capability.replace('.', '')}, {self.gib:g} GiB"
+        return f"sm_{self.capability.replace('.', '')}"
 
 
 ADA, TURING = Card("8.9"), Card("7.5")
 
 
-class Step(NamedTuple):
-    """Two optimizer steps of a published shape."""
+class Build(NamedTuple):
+    """A published shape, put together once and trained on rows of several lengths."""
 
     model: str
-    tokens: int
     setting: str
     card: Card
+    rows: tuple[int, ...] = ROWS
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.setting} {self.card}"
 
 
-def steps() -> Iterator[Step]:
+def builds() -> Iterator[Build]:
     """The presets as planned and with every saving, at both lengths on both cards; what else the
     bytes depend on at one length; larger models streamed.
     """
     for card in (ADA, TURING):
         for setting in ("planned", "every saving"):
-            yield from (Step(m, n, setting, card) for m in MODELS.values() for n in ROWS)
+            yield from (Build(m, setting, card) for m in MODELS.values())
         for setting in ("dropout", "dora"):
-            yield from (Step(m, ROWS[0], setting, card) for m in MODELS.values())
-    yield from (Step(m, ROWS[0], "recomputed", ADA) for m in MODELS.values())
-    yield from (Step(m, n, "every saving", ADA) for m in LARGE.values() for n in ROWS)
+            yield from (Build(m, setting, card, ROWS[:1]) for m in MODELS.values())
+    yield from (Build(m, "every saving", ADA) for m in LARGE.values())
 
 
-def run_step(step: Step, environment: dict[str, str]) -> dict[str, Any]:
-    """One step in a process of its own, on the card if the plan fits it, else on a large one."""
-    overrides = SETTINGS[step.setting]
-    command = ["bench/null_gpu.py", "--child", step.model, str(step.tokens), *overrides]
-    for card in (step.card, step.card._replace(gib=96)):
-        budget = f"memory.budget_gib={card.gib if card.gib < 96 else 0}"
-        done, seconds = under_null([*command, budget], card, environment, "harmless")
-        refused = done.returncode == 2 and "[memory." in done.stderr
-        if not refused:
-            break
-    report = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
-    return {
-        "command": " ".join([*command, budget]),
-        "setting": step.setting,
-        "card": str(card),
+def run_build(build: Build, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """One result for each row length, from a process of their own."""
+    rows = ",".join(map(str, build.rows))
+    command = ["bench/null_gpu.py", "--child", build.model, rows, *SETTINGS[build.setting]]
+    done, seconds = under_null(command, build.card, environment, "harmless")
+    head = {
+        "build": build.name,
+        "command": " ".join(command),
+        "setting": build.setting,
+        "card": f"{build.card}, {BUDGET_GIB:g} GiB",
         "exit_code": done.returncode,
         "seconds": round(seconds, 1),
-        **report,
-        **({} if done.returncode == 0 else {"stderr": done.stderr.strip().splitlines()[-3:]}),
     }
+    reports = [json.loads(text) for text in done.stdout.splitlines() if text.startswith('{"model"')]
+    if done.returncode:
+        head["stderr"] = done.stderr.strip().splitlines()[-3:]
+    return [{**head, **report} for report in reports] or [head]
 
 
-def child(model: str, tokens: int, overrides: list[str]) -> None:
-    """Inside the null device: build, one step for the moments, one that is counted."""
-    import nullgpu
+def child(model: str, rows: list[int], overrides: list[str]) -> None:
+    """Inside the null device: build once; for each length one step for the moments, and one that
+    is measured.
+    """
     import torch
 
-    from cllm.bench import ROWS_PER_STEP, Subject, random_row
+    from cllm.bench import Subject
     from cllm.config import load_config
-    from cllm.data.encode import Example
-    from cllm.data.packing import collate
-    from cllm.learn.proof import peak_bytes
     from cllm.model import nf4
-    from cllm.model.offload import checkpoint_layers
 
     # Scales are computed on the host, which takes most of the time, and no value matters here.
     def no_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,42 +151,66 @@ def child(model: str, tokens: int, overrides: list[str]) -> None:
         return torch.zeros(len(absmax), dtype=torch.uint8), torch.zeros(groups + 1)
 
     nf4._quantize_absmax = no_scales
-    name, original = memory.find_config(model)
-    config = load_config(os.devnull, [f"train.row_tokens={tokens}", *overrides])
+    name, original = shapes.find_config(model)
+    config = load_config(os.devnull, [f"train.row_tokens={min(rows)}", *overrides])
     torch.cuda.reset_peak_memory_stats()
-    subject = Subject(config, name, original, tokens)
+    subject = Subject(config, name, original, min(rows))
     loading = torch.cuda.max_memory_allocated()
-    settings, trainee = subject.settings(tokens), subject.trainee
-    checkpoint_layers(trainee.model, settings.checkpoint_layers, offload=settings.offload_inputs)
+    for tokens in rows:
+        print(json.dumps({**measured(subject, tokens), "loading_peak": loading}), flush=True)
+
+
+def measured(subject: Any, tokens: int) -> dict[str, Any]:
+    """What a step on rows of `tokens` takes, at the settings that an 8 GiB card would plan."""
+    import nullgpu
+    import torch
+
+    from cllm.bench import ROWS_PER_STEP, random_row
+    from cllm.data.encode import Example
+    from cllm.data.packing import collate
+    from cllm.learn.proof import peak_bytes
+    from cllm.model.offload import checkpoint_layers
+
+    trainee = subject.trainee
+    asked = subject.config.memory.checkpoint_layers
+    wanted = replace(subject.assembly.settings, row_tokens=tokens, checkpoint_layers=asked)
+    plan = fit.make_plan(subject.shape, wanted, BUDGET_GIB)
+    settings = plan.settings
+    total = torch.cuda.get_device_properties(0).total_memory
+    cap = BUDGET_GIB * memory.GIB - memory.CONTEXT_BYTES if plan.fits else total
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(cap / total)
+    layers, offload = settings.checkpoint_layers, settings.offload_inputs
+    checkpoint_layers(trainee.model, layers, offload=offload)
     ids = random_row(tokens // SEQUENCES, subject.shape.vocab).input_ids.tolist()
     rows = [collate([Example(ids, ids)] * SEQUENCES)] * ROWS_PER_STEP
     trainee.step(rows)
-    nullgpu.reset()
-    trainee.step(rows)
-    counters = nullgpu.counters()
-    allocated = peak_bytes(lambda: trainee.step(rows), trainee.model, trainee.optimizer)
+    counters: dict[str, int] = {}
+
+    def counted() -> None:
+        nullgpu.reset()
+        trainee.step(rows)
+        counters.update(nullgpu.counters())
+
+    allocated = peak_bytes(counted, trainee.model, trainee.optimizer)
     reserved = torch.cuda.max_memory_reserved()
     planned = memory.estimate_vram(subject.shape, settings)
-    print(
-        json.dumps(
-            {
-                "model": name,
-                "row_tokens": tokens,
-                "precision": settings.precision,
-                "recomputed_layers": settings.checkpoint_layers,
-                "max_memory_allocated": allocated,
-                "max_memory_reserved": reserved,
-                "loading_peak": loading,
-                "planned": planned.allocated,
-                "planned_with_context": planned.total,
-                "plan_ratio": planned.allocated / allocated,
-                "with_context_gib": (reserved + memory.CONTEXT_BYTES) / memory.GIB,
-                "launches_per_step": counters["launch"] + counters["blas"],
-                "host_reads_per_step": counters["waits"],
-                "rows_per_step": ROWS_PER_STEP,
-            }
-        )
-    )
+    return {
+        "model": subject.name,
+        "row_tokens": tokens,
+        "precision": settings.precision,
+        "recomputed_layers": layers,
+        "fits_8_gib": plan.fits,
+        "max_memory_allocated": allocated,
+        "max_memory_reserved": reserved,
+        "planned": planned.allocated,
+        "planned_with_context": planned.total,
+        "plan_ratio": planned.allocated / allocated,
+        "with_context_gib": (reserved + memory.CONTEXT_BYTES) / memory.GIB,
+        "launches_per_step": counters["launch"] + counters["blas"],
+        "host_reads_per_step": counters["waits"],
+        "rows_per_step": ROWS_PER_STEP,
+    }
 
 
 def under_null(
@@ -239,6 +266,7 @@ def tiny_checkpoints(folder: Path) -> dict[str, Path]:
     made: dict[str, Path] = {}
     golden = [*(ROOT / "tests" / "golden").glob("*/config.json")]
     golden += [*(SHARED / "golden").glob("*/dev/config.json")]
+    folder.mkdir()
     for file in golden:
         family = file.parent.name if file.parent.name != "dev" else file.parents[1].name
         if family not in made:
@@ -257,65 +285,95 @@ def tiny_checkpoints(folder: Path) -> dict[str, Path]:
     return made
 
 
-def programs(folder: Path, base: Path, capability: str) -> list[tuple[str, list[str]]]:
+def programs(folder: Path, base: Path) -> dict[str, list[str]]:
     """The commands of one family, in their order; each opens what the one before left."""
     run = folder / "run"
     data = folder / "data.jsonl"
-    rows = [{"instruction": f"How is {i} written?", "output": f"It is {i}."} for i in range(24)]
+    rows = [{"instruction": f"{i}?", "output": f"It is {i}."} for i in range(24)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     train = [
-        *("-m", "cllm.train", os.devnull, f"model.path={base}", "model.template=chatml"),
+        *("train", os.devnull, f"model.path={base}", "model.template=chatml"),
         *("model.quantize=nf4", "model.device=cuda", f"data.train={data}", "data.held_out=0.2"),
-        *("train.row_tokens=96", "train.tokens_per_step=192", "train.steps=2", "lora.rank=4"),
-        *("lora.dropout=0.05", "eval.samples=2", "eval.max_new_tokens=4", "eval.shots=0"),
+        *("train.row_tokens=96", "train.tokens_per_step=192", "lora.rank=4", "lora.dropout=0.05"),
+        *("eval.samples=2", "eval.max_new_tokens=2", "eval.shots=0", "run.keep=9"),
         *("memory.offload_inputs=true", "memory.stream_layers=3", f"run.dir={run}"),
     ]
-    exported = [] if base.name == "baichuan2_13b" else ["merged", "peft"]
-    return [
-        ("train", train),
-        ("resume", [*train, "--resume"]),
-        ("eval", ["-m", "cllm.eval", str(run), "--data", str(data), "--limit", "2"]),
-        ("chat", ["-m", "cllm.chat", str(run), "--terminal"]),
-        *(
-            (f"export {to}", ["-m", "cllm.export", str(run), str(folder / to), "--to", to])
-            for to in exported
-        ),
-    ]
+    bench = ["bench", str(base), "model.device=cuda", "--rows", "64", "--steps", "1"]
+    commands = {
+        "train": [*train, "train.steps=1"],
+        "resume": [*train, "train.steps=2", "--resume", "--allow-changes"],
+        "eval": ["eval", str(run), "--data", str(data), "--limit", "2", "--max-new-tokens", "2"],
+        "chat": ["chat", str(run), "--terminal"],
+        "export": ["export", str(run), str(folder / "peft"), "--to", "peft"],
+        "bench": bench,
+    }
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    # No other program has ALiBi under a native name, and the plan knows some architectures only.
+    if "baichuan2_13b" in base.name:
+        del commands["export"]
+    try:
+        shapes.shape_of(config, base.name)
+    except UserError:
+        del commands["bench"]
+    return commands
 
 
-def run_programs(card: Card, environment: dict[str, str], wanted: str) -> Iterator[dict[str, Any]]:
-    """train -> resume -> eval -> chat -> export of every family."""
+def family_child(folder: Path, base: Path) -> None:
+    """Inside the null device: the programs of one family, one after the other in one process."""
+    import contextlib
+    import io
+
+    from cllm.__main__ import run
+
+    for program, (name, *arguments) in programs(folder, base).items():
+        sys.stdin = io.StringIO("1\n/quit\n")
+        output, start = io.StringIO(), time.perf_counter()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = run(name, arguments)
+        tail = output.getvalue().strip().splitlines()[-4:] if code else []
+        seconds = round(time.perf_counter() - start, 1)
+        print(json.dumps([program, " ".join([name, *arguments]), code, seconds, tail]), flush=True)
+
+
+def run_programs(
+    card: Card, environment: dict[str, str], wanted: str, results: Results
+) -> Iterator[dict[str, Any]]:
+    """train -> resume -> eval -> chat -> export -> bench of every family."""
     with tempfile.TemporaryDirectory() as name:
-        for family, base in tiny_checkpoints(Path(name) / "bases").items():
-            if wanted not in family:
+        bases = tiny_checkpoints(Path(name) / "bases")
+        for family, base in bases.items():
+            if wanted not in f"{family} {card}" or results.has("family_run", f"{family} {card}"):
                 continue
             folder = Path(name) / family
             folder.mkdir()
-            for program, arguments in programs(folder, base, card.capability):
-                done, seconds = under_null(arguments, card, environment, "host")
-                shown = " ".join(arguments).replace(name, "TMP")
+            child_command = ["bench/null_gpu.py", "--family", str(folder), str(base)]
+            done, _ = under_null(child_command, card, environment, "host")
+            ended = [json.loads(text) for text in done.stdout.splitlines() if text[:2] == '["']
+            for program in programs(folder, base):
+                known = next((entry for entry in ended if entry[0] == program), None)
+                entry = known or [program, "", done.returncode or 1, 0.0, done.stderr[-400:]]
                 yield {
                     "family": family,
+                    "family_run": f"{family} {card}",
                     "program": program,
-                    "command": f"python {shown}",
+                    "command": f"python -m cllm.{entry[1]}".replace(name, "TMP"),
                     "card": str(card),
-                    "exit_code": done.returncode,
-                    "seconds": round(seconds, 1),
-                    **({} if done.returncode == 0 else {"stderr": done.stderr.splitlines()[-4:]}),
+                    "exit_code": entry[2],
+                    "seconds": entry[3],
+                    **({"stderr": entry[4]} if entry[2] else {}),
                 }
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--family"]:
+        family_child(Path(sys.argv[2]), Path(sys.argv[3]))
+        return 0
     if sys.argv[1:2] == ["--child"]:
-        try:
-            child(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
-        except UserError as error:
-            print(error, file=sys.stderr)
-            return 2
+        child(sys.argv[2], [int(n) for n in sys.argv[3].split(",")], sys.argv[4:])
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("steps", "programs"))
-    parser.add_argument("--filter", default="", help="of models, settings, families")
+    parser.add_argument("--filter", default="", help="of models, settings, families, cards")
     parser.add_argument("--allocator", default=ALLOCATOR["linux"])
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -327,27 +385,40 @@ def main() -> int:
         "CLLM_DATA_CACHE": "",
         "PYTORCH_CUDA_ALLOC_CONF": arguments.allocator,
     }
-    results: list[dict[str, Any]] = []
-    if arguments.only != "programs":
-        for step in steps():
-            if arguments.filter not in f"{step.model} {step.tokens} {step.setting} {step.card}":
-                continue
-            results.append(run_step(step, environment))
-            print(line(results[-1]), flush=True)
-    if arguments.only != "steps":
-        for card in (ADA, TURING):
-            for result in run_programs(card, environment, arguments.filter):
-                results.append(result)
-                print(line(result), flush=True)
-    written = {
-        "what": "PyTorch's CUDA allocator on a device that computes nothing; no GPU measurement",
-        "command": "bench/null_gpu.sh",
-        "allocator": arguments.allocator,
-        "context_mib": CONTEXT_MIB,
-        "programs": results,
-    }
-    arguments.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    return int(any(result["exit_code"] for result in results))
+    results = Results(arguments.out, arguments.allocator)
+    for build in builds() if arguments.only != "programs" else ():
+        if arguments.filter in build.name and not results.has("build", build.name):
+            results.add(run_build(build, environment))
+    for card in (ADA, TURING) if arguments.only != "steps" else ():
+        for result in run_programs(card, environment, arguments.filter, results):
+            results.add([result])
+    return int(any(result["exit_code"] for result in results.runs))
+
+
+class Results:
+    """The JSON of all runs, written after each; what succeeded in an earlier call is kept."""
+
+    def __init__(self, path: Path, allocator: str) -> None:
+        self.path = path
+        self.allocator = allocator
+        earlier = json.loads(path.read_text(encoding="utf-8"))["programs"] if path.is_file() else []
+        self.runs: list[dict[str, Any]] = [run for run in earlier if not run["exit_code"]]
+
+    def has(self, key: str, name: str) -> bool:
+        return any(run.get(key) == name for run in self.runs)
+
+    def add(self, runs: list[dict[str, Any]]) -> None:
+        self.runs += runs
+        for run in runs:
+            print(line(run), flush=True)
+        written = {
+            "what": "PyTorch's CUDA allocator on a device that computes nothing; no measurement",
+            "command": "bench/null_gpu.sh",
+            "allocator": self.allocator,
+            "context_mib": CONTEXT_MIB,
+            "programs": self.runs,
+        }
+        self.path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 def line(result: dict[str, Any]) -> str:

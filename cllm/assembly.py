@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, PrecisionName, Quantize, load_config
-from cllm.memory import AdapterShape, Settings, VramEstimate, plan_answering, plan_training
+from cllm.fit import plan_answering, plan_training
+from cllm.memory import AdapterShape, Settings, VramEstimate
 from cllm.messages import UserError, note
 from cllm.model.adapter import CONFIG_FILE, load_adapter, load_beside
 from cllm.model.attention import packs

@@ -22,10 +22,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm import memory
+from cllm import fit, shapes
 from cllm.config import Config, load_config
 from cllm.corpus import tokenizer_of
-from cllm.memory import GIB, MIB, Settings, estimate_vram, make_plan
+from cllm.fit import make_plan
+from cllm.memory import GIB, MIB, Settings, estimate_vram
 from cllm.messages import UserError, note, say, table, to_json
 from cllm.plan import Workload, settings_of, show_plan
 
@@ -40,7 +41,7 @@ ROWS_PER_STEP = 2
 WARM_STEPS = 3
 SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on paper"
 # one or two cores: only decides whether to measure
-CPU = memory.Hardware(flops=0.4e12, bandwidth=20e9)
+CPU = fit.Hardware(flops=0.4e12, bandwidth=20e9)
 TOKENS_PER_CHARACTER = 0.7  # of mixed Chinese text, where no tokenizer is at hand
 
 
@@ -87,7 +88,7 @@ class Subject:
         self.device = self.assembly.device
         self.cuda = self.device.type == "cuda"
         known = original_config(source) if isinstance(source, Path) else source
-        self.shape = memory.shape_of(known, name)
+        self.shape = shapes.shape_of(known, name)
         chunk_bytes = config.memory.chunk_mib * MIB
         model = self.assembly.model.train()
         self.trainee = Trainee(
@@ -139,7 +140,7 @@ class Subject:
             "reserved_bytes": None,
             "estimate_bytes": estimate.allocated,
             "estimate_total_bytes": estimate.total,
-            "link_bytes": ROWS_PER_STEP * memory.crossing_bytes(self.shape, settings),
+            "link_bytes": ROWS_PER_STEP * fit.crossing_bytes(self.shape, settings),
         }
         try:
             result["first_loss"], _ = self.step(row)
@@ -152,7 +153,7 @@ class Subject:
             free, total = torch.cuda.mem_get_info(self.device)
             # and whatever else uses the card
             result["context_bytes"] = total - free - torch.cuda.memory_reserved(self.device)
-        needed = memory.row_flops(self.shape, Settings(tokens, checkpoint_layers=0))
+        needed = fit.row_flops(self.shape, Settings(tokens, checkpoint_layers=0))
         return {
             **result,
             "step_seconds": seconds,
@@ -200,7 +201,7 @@ def _work(config: Config, original: dict[str, Any]) -> Workload:
     rows = PackedRows(examples, length, seed=config.train.seed)
     tokens = sum(examples.sizes)
     work = Workload(tokens, tokens / (len(rows) * length))
-    on_cpu = memory.row_seconds(memory.shape_of(original), settings_of(config, "fp32", "cpu"), CPU)
+    on_cpu = fit.row_seconds(shapes.shape_of(original), settings_of(config, "fp32", "cpu"), CPU)
     if not torch.cuda.is_available() and on_cpu >= SLOWEST_WARM_ROW:
         return work
     note("bench.timing", steps=WARM_STEPS)
@@ -233,9 +234,9 @@ def published(config: Config, layers: int) -> tuple[str, dict[str, Any]]:
 
         original = original_config(Path(name))
     elif built_in.is_file():
-        _, original = memory.find_config(str(built_in))
+        _, original = shapes.find_config(str(built_in))
     else:
-        name, original = memory.find_config(name)
+        name, original = shapes.find_config(name)
     if layers:
         keys = ("num_layers", "n_layer", "num_hidden_layers")
         original = {**original, next((k for k in keys if k in original), keys[-1]): layers}

@@ -284,7 +284,9 @@ def _guess_columns(path: str) -> dict[str, str]:
 
 def _longest_row(preset: Config, free_bytes: int) -> int:
     """Tokens of the longest row with which the preset fits, at most MAX_ROW; 0 if under MIN_ROW."""
-    from cllm.memory import GIB, Settings, find_shape, make_plan
+    from cllm.fit import make_plan
+    from cllm.memory import GIB, Settings
+    from cllm.shapes import find_shape
 
     settings = Settings(quantize=preset.model.quantize, rank=preset.lora.rank)
     plan = make_plan(find_shape(preset.model.path), settings, free_bytes / GIB)

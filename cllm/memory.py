@@ -5,27 +5,23 @@ Describes what `cllm.train` does: a frozen base (NF4 linears, or all of it in 16
 float32 LoRA with AdamW, decoder layers recomputed in the backward (all, some or none), the loss in
 chunks. The peak is the largest of three moments: the loss, the backward through a kept layer, the
 backward through a recomputed layer. What autograd keeps of a layer was counted tensor by tensor;
-tests/test_memory.py holds the sums against a storage census of real steps. Context and
-fragmentation are on paper: no card measured them.
+tests/test_memory.py holds the sums against a storage census of real steps, bench/null_gpu.sh
+against PyTorch's CUDA allocator. Context and fragmentation are on paper: no card measured them.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig
-from cllm.messages import UserError, note, say
-from cllm.model import families
+from cllm.messages import UserError, say
+from cllm.shapes import Shape
 
 MIB, GIB = 2**20, 2**30
-SHAPES = Path(__file__).parent / "assets" / "shapes.json"
-ROW_STEP = 128  # tokens: granularity of the longest row
 CONTEXT_BYTES = 450 * MIB  # CUDA context and cuBLAS workspaces
 FRAGMENTATION_BYTES = 250 * MIB
 CONVERSION_BYTES = 75_000_000
@@ -33,200 +29,6 @@ _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so
 _PIECE = 2**22  # cllm.model.lora makes so many elements of a gated MLP's product at a time
 _HEAD_TILE = 2**25  # cllm.learn.loss dequantizes so many weights of a quantized head at a time
 _INT8_PIECE = 2**21  # cllm.model.int8 makes so many of them in float32 first
-
-# How native architectures differ from Llama, as far as bytes go; "tied" is what an absent
-# tie_word_embeddings means.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {}, "qwen2": {"biased": "qkv"}, "qwen3": {"qk_norm": True}, "gemma": {"tied": True},
-    "gemma3_text": {"norms": 4, "qk_norm": True, "tied": True}, "glm": {"fused_mlp": True}, "glm4": {"norms": 4, "fused_mlp": True},
-    "gpt2": {"gated": False, "tied": True}, "qwen3_5_text": {"qk_norm": True, "gated_query": True, "tied": False},
-}  # fmt: skip
-_GPT2_KEYS = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Sizes of a causal LM as its native Transformers class computes it."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    vocab: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    tied: bool = False
-    """Head and embedding are one matrix."""
-    biased: str = ""
-    """Which of q, k, v, o have a bias."""
-    norms: int = 2
-    """Norms over the hidden size per layer."""
-    qk_norm: bool = False
-    fused_mlp: bool = False
-    """Gate and up are one matrix."""
-    gated: bool = True
-    """SwiGLU and RMS norms; else GPT-2: learned positions, one matrix for q, k, v, biases
-    everywhere, never quantized.
-    """
-    positions: int = 0
-    window: int = 0
-    alibi: bool = False
-    gated_query: bool = False
-    """Queries come with a gate for the attention's output (Qwen3.5)."""
-    recurrent: int = 0
-    """Layers with a gated delta rule in place of attention."""
-    mixer: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Of these: key heads, value heads, sizes of a key and a value head."""
-
-    def linears(self, *, recurrent: bool = False) -> dict[str, tuple[int, int]]:
-        """Name -> (in, out) of the linears of one decoder layer, with attention or a gated delta
-        rule.
-        """
-        d, f, q, kv = (
-            self.hidden,
-            self.intermediate,
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-        )
-        if not self.gated:
-            return {
-                "c_attn": (d, 3 * d),
-                "attn.c_proj": (d, d),
-                "c_fc": (d, f),
-                "mlp.c_proj": (f, d),
-            }
-        mlp = (
-            {"gate_up_proj": (d, 2 * f)}
-            if self.fused_mlp
-            else {"gate_proj": (d, f), "up_proj": (d, f)}
-        )
-        if recurrent:
-            keys, values, key_dim, value_dim = self.mixer
-            wide = values * value_dim
-            mixer = {
-                "in_proj_qkv": (d, 2 * keys * key_dim + wide),
-                "in_proj_z": (d, wide),
-                "in_proj_b": (d, values),
-            }
-            mixer |= {"in_proj_a": (d, values), "out_proj": (wide, d)}
-        else:
-            mixer = {
-                "q_proj": (d, q * (1 + self.gated_query)),
-                "k_proj": (d, kv),
-                "v_proj": (d, kv),
-                "o_proj": (q, d),
-            }
-        return {**mixer, **mlp, "down_proj": (f, d)}
-
-    def unquantized(self) -> int:
-        """Parameters of all norms, biases and convolutions."""
-        norm = self.hidden if self.gated else 2 * self.hidden  # LayerNorm has a bias
-        biases = sum(
-            out
-            for name, (_, out) in self.linears().items()
-            if not self.gated or (name[0] in self.biased and name[1] == "_")
-        )
-        keys, values, key_dim, value_dim = self.mixer
-        # the convolution first
-        recurrent = 4 * (2 * keys * key_dim + values * value_dim) + 2 * values + value_dim
-        mixers = (
-            self.recurrent * recurrent
-            + (self.layers - self.recurrent) * 2 * self.head_dim * self.qk_norm
-        )
-        return self.layers * (self.norms * norm + biases) + mixers + norm
-
-
-def shape_of(config: Mapping[str, Any], name: str = "") -> Shape:
-    """The shape behind a config.json, original (ChatGLM, Qwen 1, Baichuan, InternLM, Yi) or native.
-
-    Raises UserError for an architecture whose bytes are not known here (mixtures of experts among
-    them) and for missing sizes.
-    """
-    family = families.family_of(config)
-    native: Mapping[str, Any] = config.get("text_config", config)
-    kind = str(native.get("model_type", "")).replace("llama_alibi", "llama")
-    if family is not None and family.config is not None:
-        kind, native = (
-            family.architecture.removesuffix("ForCausalLM").lower(),
-            family.config(config),
-        )
-    if kind not in ARCHITECTURES:
-        raise UserError(
-            "memory.architecture",
-            name=name or kind,
-            kind=kind or "?",
-            known=", ".join(ARCHITECTURES),
-        )
-    sizes: dict[str, Any] = {
-        **native,
-        **{ours: native[gpt2] for gpt2, ours in _GPT2_KEYS.items() if native.get(gpt2)},
-    }
-    get = sizes.get
-    keys = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
-    if missing := [key for key in keys if not isinstance(get(key), int)]:
-        raise UserError("memory.config", name=name or kind, missing=", ".join(missing))
-    layers, hidden, vocab, heads = (sizes[key] for key in keys)
-    traits = ARCHITECTURES[kind]
-    common: dict[str, Any] = {
-        "tied": get("tie_word_embeddings", traits.get("tied", False)),
-        "biased": ("qkv" if kind.startswith("glm") else "qkvo")
-        if get("attention_bias")
-        else traits.get("biased", ""),
-        "window": get("sliding_window") or 0 if get("use_sliding_window", True) else 0,
-        "positions": get("n_positions") or 0,
-        "alibi": family is not None and family.alibi,
-        "recurrent": list(get("layer_types") or ()).count("linear_attention"),
-        "mixer": tuple(
-            get(f"linear_{key}") or 0
-            for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
-        ),
-    }
-    return Shape(
-        name=name or kind,
-        layers=layers,
-        hidden=hidden,
-        vocab=vocab,
-        heads=heads,
-        intermediate=get("intermediate_size") or 4 * hidden,
-        kv_heads=get("num_key_value_heads") or heads,
-        head_dim=get("head_dim") or hidden // heads,
-        **{**traits, **common},
-    )
-
-
-def find_config(name: str) -> tuple[str, dict[str, Any]]:
-    """(name, config) of a checkpoint directory or config.json, or of a published model by its name,
-    whoever its owner.
-    """
-    path = Path(name)
-    file = path / "config.json" if path.is_dir() else path
-    if file.suffix == ".json" and file.is_file():
-        try:
-            return name, dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise UserError("model.damaged", path=file, detail=error) from error
-    published: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text(encoding="utf-8"))
-    for known, config in published.items():
-        if _stem(known) == _stem(name):
-            return known, config
-    raise UserError("memory.name", name=name, known=", ".join(published))
-
-
-def _stem(name: str) -> str:
-    """Owners move and chat models have their base's shape: neither counts."""
-    return re.sub(r"-(base|chat|instruct|hf)$", "", re.split("[:/]", name)[-1].lower())
-
-
-def find_shape(name: str) -> Shape:
-    """`shape_of` what `find_config` finds."""
-    known, config = find_config(name)
-    return shape_of(config, known)
 
 
 class AdapterShape(NamedTuple):
@@ -246,17 +48,17 @@ class AdapterShape(NamedTuple):
         if adapter is None:
             return cls(rank=0)
         if isinstance(adapter, Path):
-            return cls._stored(adapter, 0.0)
+            return cls.stored_bytes(adapter, 0.0)
         if adapter.init_from:
             run = Path(adapter.init_from)
             stored = run / "adapter" if (run / "adapter").is_dir() else run
-            return cls._stored(stored, adapter.dropout)
+            return cls.stored_bytes(stored, adapter.dropout)
         targets = adapter.targets
         names = targets if isinstance(targets, str) else tuple(targets)
         return cls(adapter.rank, names, adapter.dropout, adapter.dora)
 
     @classmethod
-    def _stored(cls, folder: Path, dropout: float) -> AdapterShape:
+    def stored_bytes(cls, folder: Path, dropout: float) -> AdapterShape:
         file = folder / "adapter_config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -383,7 +185,7 @@ def streamed_layers(layers: int, count: int) -> list[int]:
     return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
-def _recomputed(shape: Shape, s: Settings) -> set[int]:
+def recomputed_layers(shape: Shape, s: Settings) -> set[int]:
     """Indices of the layers recomputed in the backward: the first `checkpoint_layers`, and those
     that are streamed.
     """
@@ -411,13 +213,13 @@ def nf4_parts(weights: int) -> tuple[int, ...]:
     return -(-weights // 2), blocks, 4 * (-(-blocks // 256) + 1)
 
 
-def _quantized(shape: Shape, s: Settings) -> bool:
+def is_quantized(shape: Shape, s: Settings) -> bool:
     return s.quantize == "nf4" and shape.gated
 
 
-def _stored(shape: Shape, s: Settings, weights: int) -> tuple[int, ...]:
+def stored_bytes(shape: Shape, s: Settings, weights: int) -> tuple[int, ...]:
     """Bytes of the tensors that hold so many weights of a linear."""
-    return nf4_parts(weights) if _quantized(shape, s) else (weights * s.width,)
+    return nf4_parts(weights) if is_quantized(shape, s) else (weights * s.width,)
 
 
 def _moment_bytes(s: Settings, count: int) -> int:
@@ -433,23 +235,23 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     supervised.
     """
     s, linears, matrix = settings, shape.linears(), shape.vocab * shape.hidden
-    nf4, cuda = _quantized(shape, s), s.device.startswith("cuda")
+    nf4, cuda = is_quantized(shape, s), s.device.startswith("cuda")
     kinds = (
         (shape.layers - shape.recurrent, linears),
         (shape.recurrent, shape.linears(recurrent=True)),
     )
     every = [(count, name, *size) for count, kind in kinds for name, size in kind.items()]
     weights, streamed = (
-        sum(count * sum(_stored(shape, s, i * o)) for count, _, i, o in every),
+        sum(count * sum(stored_bytes(shape, s, i * o)) for count, _, i, o in every),
         min(s.stream_layers, shape.layers),
     )
     # A streamed layer's tensors are aligned in one buffer.
     packed = sum(
-        -(-size // 256) * 256 for i, o in linears.values() for size in _stored(shape, s, i * o)
+        -(-size // 256) * 256 for i, o in linears.values() for size in stored_bytes(shape, s, i * o)
     )
     adapted = [(count, i, o) for count, name, i, o in every if s.adapts(name)]
     lora = 4 * s.rank * sum(count * (i + o) for count, i, o in adapted)
-    recomputed = len(_recomputed(shape, s))
+    recomputed = len(recomputed_layers(shape, s))
     offloaded = recomputed if s.offload_inputs else 0
     shared = shape.tied and s.head == "16bit"
     away = s.embedding == "cpu" or (s.embedding == "auto" and cuda and nf4 and not shared)
@@ -489,7 +291,7 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[
     inputs.
     """
     hidden, mlp = s.row_tokens * shape.hidden, s.row_tokens * shape.intermediate * s.width
-    before_mlp, in_mlp, product = _kept(shape, s, adapted)
+    before_mlp, in_mlp, product = kept_bytes(shape, s, adapted)
     tiled = 0 < s.mlp_tile_tokens < s.row_tokens
     if tiled:  # of the MLP one tile lives at a time, beside the gradients of the tiles' inputs
         mlp, in_mlp, product = (
@@ -498,7 +300,7 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[
     # the float32 copy stands for it in bf16
     own_input = 0 if shape.gated and s.residual < 4 else s.residual * hidden
     recomputed, layer = (
-        _recomputed(shape, s),
+        recomputed_layers(shape, s),
         before_mlp + (0 if tiled else in_mlp + product) + own_input,
     )
     kept = (shape.layers - len(recomputed)) * layer
@@ -509,7 +311,7 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[
     # autograd: a third of their size), or its input's with the dequantized weight. Of its first:
     # gradients of gate and up, and the weight. Of a norm behind the MLP: five float32 temporaries
     # while all of the layer is still there.
-    dense = shape.hidden * shape.intermediate * s.width if _quantized(shape, s) else 0
+    dense = shape.hidden * shape.intermediate * s.width if is_quantized(shape, s) else 0
     last = (
         2 * mlp + max(dense, mlp)
         if product
@@ -556,7 +358,7 @@ def _loss(shape: Shape, s: Settings) -> int:
     return 3 * s.residual * s.row_tokens * shape.hidden + logits
 
 
-def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int, int]:
+def kept_bytes(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int, int]:
     """Bytes that autograd keeps of one layer: up to the MLP, in it, and its last product, freed
     early in the backward.
     """
@@ -639,256 +441,6 @@ def _plain(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[i
     return kept(before), kept(first), down * (last in adapted)
 
 
-class Hardware(NamedTuple):
-    """Rates that a roofline needs; the defaults are an 8 GB desktop card's, sustained: nobody's
-    measurement.
-    """
-
-    flops: float = 30e12
-    """16-bit operations per second."""
-    bandwidth: float = 250e9
-    """Bytes per second of the device's memory."""
-    link: float = 12e9
-    """Bytes per second between host and device."""
-
-
-PAPER = Hardware()
-
-
-def row_flops(shape: Shape, s: Settings) -> float:
-    """Operations of one row: 2 per weight and token in the forward, in the gradient of the input
-    and where a layer is recomputed; the head twice (its gradient is formed in the forward); causal
-    attention half of 4 T^2 per query channel, 2.5 times that in its backward.
-    """
-    passes = 2 + len(_recomputed(shape, s)) / shape.layers
-    weights = sum(i * o for i, o in shape.linears().values())
-    attention = (
-        2
-        * s.row_tokens
-        * min(shape.window or s.row_tokens, s.row_tokens)
-        * shape.heads
-        * shape.head_dim
-        * (passes + 1.5)
-    )
-    # one more forward
-    tiled = (
-        shape.layers
-        * 3
-        * shape.hidden
-        * shape.intermediate
-        * (0 < s.mlp_tile_tokens < s.row_tokens)
-    )
-    head = (4 if s.head == "16bit" else 6) * shape.vocab * shape.hidden
-    return shape.layers * attention + s.row_tokens * (
-        2 * passes * shape.layers * weights + 2 * tiled + head
-    )
-
-
-def crossing_bytes(shape: Shape, s: Settings) -> int:
-    """What crosses between host and device per row: streamed weights and offloaded layer inputs
-    twice, embedding rows not counted.
-    """
-    resident = estimate_vram(shape, replace(s, stream_layers=0, offload_inputs=False))
-    return 2 * (estimate_vram(shape, s).host - resident.host)
-
-
-def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
-    """Roofline estimate of one row: operations at full rate, then bytes that are only moved; no
-    launch overhead.
-
-    NF4 weights are read, and written and read again in 16 bits, in every pass; what autograd keeps
-    of a layer is written and read. What waits in host memory crosses the link twice, hidden behind
-    the computation as far as that lasts.
-    """
-    linears = list(shape.linears().values())
-    weights = sum(i * o for i, o in linears)
-    stored = sum(_stored(shape, s, weights)) + 2 * s.width * weights * _quantized(shape, s)
-    moved = (2 * shape.layers + len(_recomputed(shape, s))) * (
-        stored + 2 * sum(_kept(shape, s, linears))
-    )
-    computed = (
-        row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2)
-        + moved / hardware.bandwidth
-    )
-    return max(computed, crossing_bytes(shape, s) / hardware.link)
-
-
-class Step(NamedTuple):
-    """One rung of the ladder, on top of those before."""
-
-    change: str
-    """`section.key=value`, as the command line takes it."""
-    settings: Settings
-    total: int
-    slowdown: float
-    """Estimated seconds per token over those of the settings asked for."""
-
-
-class Plan(NamedTuple):
-    """How settings stand to a budget."""
-
-    estimate: VramEstimate
-    fits: bool
-    longest_row: int
-    """Tokens of the longest row that fits with these settings; 0: none."""
-    checkpoint_layers: int
-    """The fewest recomputed layers that fit (fewer is faster); -1: none do."""
-    settings: Settings
-    """As asked for, -1 layers replaced by these fewest."""
-    ladder: list[Step]
-    """If it does not fit: what would help, cheapest first."""
-
-
-def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
-    """Fit `settings` into `budget_gib` GiB (1024^3 bytes; context and fragmentation count)."""
-    budget = int(budget_gib * GIB)
-
-    def fits(**changes: Any) -> bool:
-        return estimate_vram(shape, replace(settings, **changes)).total <= budget
-
-    def longest(low: int, high: int) -> int:
-        """Of the rows of (low, high] steps, whose totals grow, the longest that fits; 0: none."""
-        found = 0
-        while low < high:
-            middle = (low + high + 1) // 2
-            found, low, high = (
-                (middle, middle, high)
-                if fits(row_tokens=middle * ROW_STEP)
-                else (found, low, middle - 1)
-            )
-        return found
-
-    # from there on rows are cut in tiles, and need less again
-    tile = settings.mlp_tile_tokens // ROW_STEP
-    row = ROW_STEP * (longest(tile, 2**20 // ROW_STEP) or longest(0, tile))
-    fewest = next((count for count in range(shape.layers + 1) if fits(checkpoint_layers=count)), -1)
-    chosen = (
-        settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=fewest)
-    )
-    return Plan(
-        estimate_vram(shape, settings),
-        fits(),
-        row,
-        fewest,
-        chosen,
-        list(_ladder(shape, settings, budget)),
-    )
-
-
-def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
-    """`settings` as they are, then every change that saves bytes, cheapest first, each on top of
-    those before.
-    """
-    counts = range(3, shape.layers + 1)  # of streamed layers; two slots hold two anyway
-
-    def stream(old: Settings) -> dict[str, int]:
-        fitting = (
-            n for n in counts if estimate_vram(shape, replace(old, stream_layers=n)).total <= budget
-        )
-        return {"stream_layers": next(fitting, shape.layers) if total > budget else shape.layers}
-
-    changes: list[tuple[str, Any]] = [
-        ("memory.embedding=cpu", {"embedding": "cpu"}), ("train.optimizer=adamw8bit", {"optimizer": "adamw8bit"}),
-        ("memory.checkpoint_layers=-1", {"checkpoint_layers": -1}), ("memory.offload_inputs=true", {"offload_inputs": True}),
-        ("model.quantize=nf4", {"quantize": "nf4"}), ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}),
-        ("memory.mlp_tile_tokens=1024", {"mlp_tile_tokens": 1024}), ("memory.stream_layers={}", stream),
-        ("model.head=int8", {"head": "int8"}), ("lora.rank=8", {"rank": 8}),
-    ]  # fmt: skip
-    total, pace = estimate_vram(shape, settings).total, row_seconds(shape, settings)
-    yield Step("", settings, total, 1.0)
-    for change, found in changes:
-        values = found(settings) if callable(found) else found
-        changed = replace(settings, **values)
-        if (new := estimate_vram(shape, changed).total) < total:
-            settings, total = changed, new
-            yield Step(
-                change.format(*values.values()),
-                settings,
-                total,
-                row_seconds(shape, settings) / pace,
-            )
-
-
-def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
-    """As many savings as it takes to fit (none, if it does), then shorter rows."""
-    pace = row_seconds(shape, settings) / settings.row_tokens
-    for step in savings(shape, settings, budget):
-        if step.change:
-            yield step
-        if step.total <= budget:
-            return
-    for tokens in (n for n in (4096, 2048, 1024, 512, 256) if n < settings.row_tokens):
-        shorter = replace(step.settings, row_tokens=tokens)
-        total = estimate_vram(shape, shorter).total
-        yield Step(
-            f"train.row_tokens={tokens}",
-            shorter,
-            total,
-            row_seconds(shape, shorter) / tokens / pace,
-        )
-        if total <= budget:
-            return
-
-
-def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
-    """`settings` with -1 layers replaced by the fewest recomputed ones that fit `budget` bytes.
-
-    Raises UserError, with the settings that would fit, if these do not.
-    """
-    plan = make_plan(shape, settings, budget / GIB)
-    if plan.fits:
-        return plan.settings
-    values = {
-        "name": shape.name,
-        "need": f"{plan.estimate.total / GIB:.2f}",
-        "budget": f"{budget / GIB:.2f}",
-    }
-    least = plan.ladder[-1].total if plan.ladder else plan.estimate.total
-    if least > budget:
-        raise UserError("memory.hopeless", least=f"{least / GIB:.2f}", **values)
-    changes = " ".join(
-        {step.change.partition("=")[0]: step.change for step in plan.ladder}.values()
-    )
-    raise UserError(
-        "memory.too_big",
-        changes=changes,
-        total=f"{least / GIB:.2f}",
-        longest=plan.longest_row,
-        **values,
-    )
-
-
-def _known_shape(original: Mapping[str, Any], name: str) -> Shape | None:
-    """`shape_of`, or None and a line about it for an architecture that is not known here."""
-    try:
-        return shape_of(original, name)
-    except UserError as error:
-        note("memory.unplanned", reason=error.args[0])
-        return None
-
-
-def plan_training(
-    original: Mapping[str, Any], name: str, settings: Settings, budget: int
-) -> tuple[Settings, VramEstimate | None]:
-    """What a training is to use: `fit` with a line about it; no estimate without a budget, or for
-    an architecture without a known shape.
-    """
-    shape = _known_shape(original, name) if budget else None
-    if shape is None:
-        return settings, None
-    settings = fit(shape, settings, budget)
-    estimate = estimate_vram(shape, settings)
-    note(
-        "memory.plan",
-        total=f"{estimate.total / GIB:.2f}",
-        budget=f"{budget / GIB:.2f}",
-        row=settings.row_tokens,
-        recomputed=len(_recomputed(shape, settings)),
-        layers=shape.layers,
-    )
-    return settings, estimate
-
-
 def estimate_answering(shape: Shape, settings: Settings) -> VramEstimate:
     """Bytes while prompts of `row_tokens` tokens are read without gradients, before any cache: the
     weights as in training, an adapter without gradients or moments, one layer's activations.
@@ -899,7 +451,7 @@ def estimate_answering(shape: Shape, settings: Settings) -> VramEstimate:
     layer = settings.width * tokens * max(3 * shape.intermediate, kv_heads * shape.head_dim)
     stream = tokens * shape.hidden * (2 * settings.residual + 8)  # a norm computes in float32
     mask = tokens**2 * (1 + settings.width)
-    dense = settings.width * shape.hidden * shape.intermediate * _quantized(shape, settings)
+    dense = settings.width * shape.hidden * shape.intermediate * is_quantized(shape, settings)
     items = {
         **trained.items,
         "gradients": 0,
@@ -908,35 +460,3 @@ def estimate_answering(shape: Shape, settings: Settings) -> VramEstimate:
         "activations": layer + stream + mask + dense,
     }
     return VramEstimate(items, "answering", trained.host)
-
-
-def plan_answering(
-    original: Mapping[str, Any], name: str, settings: Settings, budget: int
-) -> tuple[Settings, VramEstimate | None]:
-    """How a model is to be held for answering: with as few more streamed layers as fit `budget`
-    bytes beside a prefill of `row_tokens` tokens and its keys and values; said in a line.
-
-    No estimate without a budget, or for an architecture without a known shape.
-    """
-    shape = _known_shape(original, name) if budget else None
-    if shape is None:
-        return settings, None
-    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * settings.width
-    room = budget - token * settings.row_tokens
-    counts = [settings.stream_layers, *range(3, shape.layers + 1)]
-    options = [replace(settings, stream_layers=n) for n in counts if n >= settings.stream_layers]
-    fitting = (s for s in options if estimate_answering(shape, s).total <= room)
-    settings = next(fitting, options[-1])
-    estimate = estimate_answering(shape, settings)
-    note(
-        "memory.answering",
-        weights=f"{(estimate.allocated - estimate.items['activations']) / GIB:.2f}",
-        prefill=f"{estimate.items['activations'] / GIB:.2f}",
-        row=settings.row_tokens,
-        cache=f"{max(0, budget - estimate.total) / GIB:.2f}",
-        tokens=f"{max(0, budget - estimate.total) // token:,}",
-        budget=f"{budget / GIB:.2f}",
-        streamed=min(settings.stream_layers, shape.layers),
-        layers=shape.layers,
-    )
-    return settings, estimate

@@ -7,10 +7,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cllm import memory
+from cllm import fit, memory, shapes
 from cllm.config import Config
-from cllm.memory import GIB, AdapterShape, Settings, Shape, estimate_vram, make_plan
+from cllm.fit import make_plan
+from cllm.memory import GIB, AdapterShape, Settings, estimate_vram
 from cllm.messages import say, table
+from cllm.shapes import Shape
 
 PLAN_ROWS = (512, 1024, 2048, 4096, 8192)
 BUDGET_GIB = 8.0
@@ -49,7 +51,7 @@ def show_plan(
     """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it
     for the JSON.
     """
-    shape = memory.shape_of(original, name)
+    shape = shapes.shape_of(original, name)
     budget = config.memory.budget_gib or BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
     settings = settings_of(config, precision, "cuda")
@@ -88,7 +90,7 @@ def _grid(shape: Shape, settings: Settings, budget: float) -> list[dict[str, Any
     row that fits.
     """
     grid = []
-    for step in memory.savings(shape, settings, int(budget * GIB)):
+    for step in fit.savings(shape, settings, int(budget * GIB)):
         lengths = {n: replace(step.settings, row_tokens=n) for n in PLAN_ROWS}
         grid.append(
             {
@@ -121,7 +123,7 @@ def _time(
     wanted = work.tokens * train.epochs if work else NO_DATA_TOKENS
     steps = train.steps if work and train.steps else max(1, round(wanted / step_tokens))
     measured = work.row_seconds if work else None
-    row_seconds = measured or memory.row_seconds(shape, settings) * fill
+    row_seconds = measured or fit.row_seconds(shape, settings) * fill
     tokens, seconds = steps * step_tokens, steps * rows_per_step * row_seconds
     print(
         say(

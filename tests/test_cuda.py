@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cllm.memory import Settings, estimate_vram, shape_of
+from cllm.memory import Settings, estimate_vram
+from cllm.shapes import shape_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CONFIG = {

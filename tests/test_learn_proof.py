@@ -11,9 +11,10 @@ import torch
 from cllm import train
 from cllm.learn.optim import Trainee, make_optimizer
 from cllm.learn.proof import peak_storage_bytes, prove, storage_bytes
-from cllm.memory import GIB, Settings, estimate_vram, find_shape
+from cllm.memory import GIB, Settings, estimate_vram
 from cllm.messages import UserError
 from cllm.model.device import Precision, cap_allocator, choose_device
+from cllm.shapes import find_shape
 
 CPU = torch.device("cpu")
 

@@ -15,23 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig
-from cllm.memory import (
-    GIB,
-    MIB,
-    SHAPES,
-    Settings,
-    conversion_bytes,
-    estimate_vram,
-    find_shape,
-    fit,
-    make_plan,
-    nf4_parts,
-    plan_training,
-    row_flops,
-    row_seconds,
-    shape_of,
-)
+from cllm.fit import fit, make_plan, plan_training, row_flops, row_seconds
+from cllm.memory import GIB, MIB, Settings, conversion_bytes, estimate_vram, nf4_parts
 from cllm.messages import UserError
+from cllm.shapes import SHAPES, find_shape, shape_of
 
 if TYPE_CHECKING:
     from cllm.assembly import Assembly

@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cllm.memory import GIB, Settings, estimate_vram, find_shape, make_plan, savings  # noqa: E402
+from cllm.fit import make_plan, savings  # noqa: E402
+from cllm.memory import GIB, Settings, estimate_vram  # noqa: E402
+from cllm.shapes import find_shape  # noqa: E402
 
 MODELS = (
     "Qwen/Qwen3-4B", "THUDM/chatglm3-6b", "01-ai/Yi-6B", "baichuan-inc/Baichuan2-7B-Base", "Qwen/Qwen2.5-7B", "Qwen/Qwen-7B",

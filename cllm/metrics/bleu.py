@@ -114,7 +114,8 @@ class BLEU:
         smooth = (
             f"{self.smooth}[{self._k:.2f}]" if self.smooth in ("floor", "add-k") else self.smooth
         )
-        return f"case:{case}|eff:{effective}|{tokenizer_signature(self.tokenize)}|smooth:{smooth}|{VERSION}"
+        tokens = tokenizer_signature(self.tokenize)
+        return f"case:{case}|eff:{effective}|{tokens}|smooth:{smooth}|{VERSION}"
 
 
 def sentence_bleu(

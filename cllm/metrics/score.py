@@ -54,7 +54,8 @@ def sentence_score(metric: Metric, hypothesis: str, references: Sequence[str | N
     """
     if not _is_list(references):
         raise ValueError(
-            f"references must be a list of strings, not {references!r:.80}: for one reference write [reference]"
+            f"references must be a list of strings, not {references!r:.80}: "
+            "for one reference write [reference]"
         )
     return corpus_score(metric, [hypothesis], [[reference] for reference in references])
 
@@ -96,7 +97,8 @@ def corpus_statistics(
     )
     if bare := [name for name, value in named if not _is_list(value)]:
         raise ValueError(
-            f"lists are needed, not a bare string or a single value, as {', '.join(bare)}; write references=[[…], …]"
+            f"lists are needed, not a bare string or a single value, as {', '.join(bare)}; "
+            "write references=[[…], …]"
         )
     lengths = [len(stream) for stream in references]
     if not hypotheses or set(lengths) != {len(hypotheses)}:
@@ -113,7 +115,8 @@ def corpus_statistics(
         if not row or not all(isinstance(t, str) for t in (text, *row))
     ]:
         raise ValueError(
-            f"each pair needs a string and at least one string as reference; not so at positions {bad[:10]}"
+            "each pair needs a string and at least one string as reference; "
+            f"not so at positions {bad[:10]}"
         )
     return [metric.statistics(hypothesis, row) for hypothesis, row in pairs]
 

@@ -75,9 +75,13 @@ def _jieba_words(text: str) -> tuple[str, ...]:
 # name -> text to tokens. `char` and `jieba` keep white space as tokens; `tokens` drops those.
 Tokens = tuple[str, ...] | str  # a string is the sequence of its characters
 TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
-    "zh": lambda text: _split(text.strip(), _PIECES_ZH), "13a": _13a, "intl": _intl, "none": str.split, "char": list,
+    "zh": lambda text: _split(text.strip(), _PIECES_ZH),
+    "13a": _13a,
+    "intl": _intl,
+    "none": str.split,
+    "char": list,
     "jieba": lambda text: list(_jieba_words(text)),
-}  # fmt: skip
+}
 
 
 # small: several kinds of ROUGE ask for the same pair, but a hoard of tokens is slower than new ones
