@@ -201,7 +201,8 @@ def damaged(rng: random.Random, line: bytes) -> bytes:
 def survive(count: int) -> dict[str, Any]:
     """Read `count` mutated rows in batches and check what comes out."""
     from cllm.data import Conversation, iter_conversations
-    from cllm.data.schema import REASONS, SCHEMA_KEYS
+    from cllm.data.schema import REASONS
+    from cllm.data.turns import SCHEMA_KEYS
 
     rng, start = random.Random(5), time.perf_counter()
     stock, keys = (

@@ -12,14 +12,13 @@ import os
 import sys
 from collections.abc import Iterator
 from itertools import chain, groupby
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.config import PRESETS, Config, load_config
+from cllm.config import Config, load_config
 from cllm.data.reader import sample_rows, write_conversations
 from cllm.data.schema import Conversation, Reject
-from cllm.data.sources import BUILT_IN, divide, read_file, read_sources
+from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, warn_of_demo
 from cllm.messages import UserError, note, say
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 SAMPLES, SAMPLE_TOKENS = 3, 400
 MAX_CHARACTER_TOKENS = 4  # the bytes of one character in UTF-8
 UNITS = ("characters", "tokens")
+TRIAL = "preset:quick"  # whose model counts the tokens of a data file
+RECOMMENDED = "preset:qwen3-4b"  # as in the README
 MIN_ROW, MAX_ROW = 512, 4096  # tokens, of the rows that --init proposes
 ASKING = "question query prompt ask instruction input content source src title 问 题 输入".split()
 REPLYING = "answer response reply output completion summary target tgt 答 复 输出".split()
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
         if path and path.exists():
             raise UserError("check.exists", path=path)
     config = _config(options.target, options.overrides)
+    warn_of_demo(config.data)
     groups, rejects = read_sources(config.data)
     tokenizer = _tokenizer(config)
     account, lengths = _account(config, groups, rejects, tokenizer)
@@ -66,7 +68,11 @@ def main(argv: list[str]) -> int:
         kept = deduplicate(conversations) if config.data.dedup else conversations
         account["written"] = write_conversations(kept, options.write, config.data.kind)
     if options.init:
-        options.init.write_text(_new_config(config, account, options.init), encoding="utf-8")
+        chosen = _is_config(options.target) or config.model != load_config(TRIAL).model
+        proposal = (config, config.train.row_tokens, "chosen") if chosen else _recommended(config)
+        options.init.write_text(
+            _new_config(config, account, options.init, *proposal), encoding="utf-8"
+        )
     if options.report:
         _report(
             options.report,
@@ -81,9 +87,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _is_config(target: str) -> bool:
+    return target.startswith("preset:") or target.endswith(".toml")
+
+
 def _config(target: str, overrides: list[str]) -> Config:
     """The config `target`, or the defaults with the data file `target`."""
-    if target.startswith("preset:") or target.endswith(".toml"):
+    if _is_config(target):
         return load_config(target, overrides)
     given = [
         f"data.train={json.dumps(target, ensure_ascii=False)}",
@@ -91,7 +101,7 @@ def _config(target: str, overrides: list[str]) -> Config:
         "train.row_tokens=2048",
         "train.tokens_per_step=8192",
     ]
-    return load_config("preset:quick", [*given, *overrides])
+    return load_config(TRIAL, [*given, *overrides])
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:
@@ -99,15 +109,11 @@ def _tokenizer(config: Config) -> Tokenizer | None:
     from cllm.corpus import tokenizer_of
     from cllm.model.source import resolve
 
-    before = os.environ.get("HF_HUB_OFFLINE", "0")
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        return tokenizer_of(config, resolve(config.model.path))
+        return tokenizer_of(config, resolve(config.model.path, download=False))
     except UserError as error:
         note("check.no_tokens", detail=error)
         return None
-    finally:
-        os.environ["HF_HUB_OFFLINE"] = before
 
 
 def _account(
@@ -118,7 +124,7 @@ def _account(
 ) -> tuple[dict[str, Any], list[int]]:
     """(account, lengths in tokens, or in characters without a tokenizer)."""
     from cllm.data.encode import batches
-    from cllm.data.quality import NEAR_LIMIT, leaks, quality
+    from cllm.data.quality import NEAR_LIMIT, leaks, quality, rejects_by_reason
 
     conversations = [item for group in groups for item in group]
     pairs = (
@@ -129,11 +135,15 @@ def _account(
     encoded = list(chain.from_iterable(pairs))
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
-    train, held_out, _ = divide(
-        config.data,
-        groups,
-        read_file(config.data, config.data.eval, {})[0] if config.data.eval else [],
-    )
+    tested, refused = read_file(config.data, config.data.eval, {}) if config.data.eval else ([], [])
+    if config.data.eval:
+        account["eval"] = {
+            "rows": len(tested) + len(refused),
+            "valid": len(tested),
+            "rejected": len(refused),
+            "rejects": rejects_by_reason(refused),
+        }
+    train, held_out, _ = divide(config.data, groups, tested)
     account["leaks"] = len(leaks(train[:NEAR_LIMIT], held_out[:NEAR_LIMIT]))
     if tokenizer:
         account["supervised_tokens"] = sum(
@@ -152,12 +162,9 @@ def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
     """The account for people."""
     from cllm.data.quality import histogram
 
-    lines = [say("check.rows", **{key: account[key] for key in ("rows", "valid", "rejected")})]
-    for reason, found in account["rejects"].items():
-        mend = say(f"check.mend.{reason}")
-        lines += ["  " + say("check.reject", **example, mend=mend) for example in found["examples"]]
-        if (left := found["count"] - len(found["examples"])) > 0:
-            lines.append("  " + say("check.more", count=left, reason=reason))
+    lines = _rows(account)
+    if "eval" in account:
+        lines += [say("check.eval"), *("  " + line for line in _rows(account["eval"]))]
     if not account["valid"]:
         return lines
     lines += [
@@ -187,6 +194,17 @@ def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
         )
     if account.get("end_token_trained") is False:
         lines.append(say("check.no_end"))
+    return lines
+
+
+def _rows(account: dict[str, Any]) -> list[str]:
+    """How many rows there are, and the rejected ones by reason."""
+    lines = [say("check.rows", **{key: account[key] for key in ("rows", "valid", "rejected")})]
+    for reason, entry in account["rejects"].items():
+        mend = say(f"check.mend.{reason}")
+        lines += ["  " + say("check.reject", **example, mend=mend) for example in entry["examples"]]
+        if (left := entry["count"] - len(entry["examples"])) > 0:
+            lines.append("  " + say("check.more", count=left, reason=reason))
     return lines
 
 
@@ -264,44 +282,38 @@ def _guess_columns(path: str) -> dict[str, str]:
     )
 
 
-def _fitting(free_bytes: int) -> tuple[Config, int] | None:
-    """The largest preset that fits, and the longest row it fits with; None if none does with
-    MIN_ROW tokens.
-    """
+def _longest_row(preset: Config, free_bytes: int) -> int:
+    """Tokens of the longest row with which the preset fits, at most MAX_ROW; 0 if under MIN_ROW."""
     from cllm.memory import GIB, Settings, find_shape, make_plan
 
-    found: list[tuple[int, int, str]] = []
-    for file in PRESETS.glob("*.toml"):
-        preset = load_config(f"preset:{file.stem}")
-        try:
-            shape = find_shape(preset.model.path)
-        except UserError:  # not a published shape: the built-in model
-            continue
-        row = min(
-            make_plan(
-                shape,
-                Settings(quantize=preset.model.quantize, rank=preset.lora.rank),
-                free_bytes / GIB,
-            ).longest_row,
-            MAX_ROW,
-        )
-        if row >= MIN_ROW:
-            found.append((shape.layers * sum(map(prod, shape.linears().values())), row, file.stem))
-    return (load_config(f"preset:{max(found)[2]}"), max(found)[1]) if found else None
+    settings = Settings(quantize=preset.model.quantize, rank=preset.lora.rank)
+    plan = make_plan(find_shape(preset.model.path), settings, free_bytes / GIB)
+    return min(plan.longest_row, MAX_ROW) if plan.longest_row >= MIN_ROW else 0
 
 
-def _new_config(config: Config, account: dict[str, Any], path: Path) -> str:
-    """A commented config for the data at hand and the memory found."""
+def _recommended(config: Config) -> tuple[Config, int, str]:
+    """(preset, tokens of a row, why): the recommended preset, with the longest row that the GPU
+    here has room for.
+    """
+    import torch
+
+    preset = load_config(RECOMMENDED)
+    if torch.cuda.is_available() and (row := _longest_row(preset, torch.cuda.mem_get_info()[0])):
+        return preset, row, "fits"
+    return preset, config.train.row_tokens, "no_gpu"
+
+
+def _new_config(
+    config: Config, account: dict[str, Any], path: Path, preset: Config, row: int, why: str
+) -> str:
+    """A commented config for the data at hand and the model of `preset`."""
     source = config.data.train[0]
     columns = (
         source.columns
         or config.data.columns
         or ({} if account["valid"] else _guess_columns(source.path))
     )
-    import torch
-
-    fitting = _fitting(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
-    preset, row = fitting or (config, config.train.row_tokens)
+    pairs = ", ".join(f"{role} = {_quoted(name)}" for role, name in columns.items())
     unit = "tokens" if "tokens" in account else "characters"
     return say(
         "check.new_config",
@@ -310,14 +322,10 @@ def _new_config(config: Config, account: dict[str, Any], path: Path) -> str:
         valid=account["valid"],
         file=path,
         model=_quoted(preset.model.path),
-        why=say("check.fits" if fitting else "check.no_gpu"),
+        why=say(f"check.why.{why}"),
         quantize=_quoted(preset.model.quantize),
         train=_quoted(source.path),
-        columns="{ "
-        + ", ".join(f"{role} = {_quoted(name)}" for role, name in columns.items())
-        + " }"
-        if columns
-        else "{}",
+        columns=f"{{ {pairs} }}" if columns else "{}",
         kind=_quoted(config.data.kind),
         row=row,
         longest=account[unit].get("p99", 0),

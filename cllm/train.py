@@ -230,7 +230,8 @@ class Training:
         from cllm.learn.proof import prove
 
         while True:
-            rows = self.learner.encoded.rows.largest()
+            stored = self.learner.encoded.rows
+            rows = [stored.longest(), stored.longest(max)]  # tokens, and tokens of one sequence
             detail = ""
             try:
                 prove(

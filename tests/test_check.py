@@ -14,7 +14,7 @@ import pytest
 from serving import tiny_base
 
 from cllm.__main__ import run
-from cllm.check import _fitting, _guess_columns, main
+from cllm.check import _guess_columns, main
 from cllm.config import PRESETS, load_config
 from cllm.data import read_conversations
 
@@ -114,7 +114,7 @@ def test_nothing_is_downloaded_to_look_at_data(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     text, found = account(capsys, data, "model.path=some/model")
     assert "tokens" not in found and "characters per conversation" in text
 
@@ -196,11 +196,51 @@ def test_columns_are_guessed(tmp_path: Path, header: str, expected: dict[str, st
     assert _guess_columns(str(tmp_path / "own.tsv")) == expected
 
 
-def test_the_largest_preset_that_fits_is_proposed() -> None:
-    large, small = _fitting(24 * 2**30), _fitting(6 * 2**30)
-    assert large is not None and small is not None
-    assert large[0].model.path != small[0].model.path and 512 <= small[1] <= large[1] == 4096
-    assert _fitting(2**20) is None
+@pytest.mark.parametrize(("free_gib", "rows"), [(0, 2048), (2, 2048), (7.2, 4096)])
+def test_the_model_that_the_readme_recommends_is_proposed(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    free_gib: float,
+    rows: int,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(free_gib))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (int(free_gib * 2**30), 0))
+    account(capsys, data, "--init", tmp_path / "my.toml")
+    proposed, recommended = load_config(tmp_path / "my.toml"), load_config("preset:qwen3-4b")
+    assert (proposed.model.path, proposed.model.quantize) == (
+        recommended.model.path,
+        recommended.model.quantize,
+    )
+    assert proposed.train.row_tokens == rows
+    readme = (PRESETS.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "推荐" in next(line for line in readme.split("\n") if "preset:qwen3-4b" in line)
+
+
+def test_a_model_that_was_named_is_kept(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path
+) -> None:
+    account(capsys, data, f"model.path={base}", "--init", tmp_path / "my.toml")
+    assert load_config(tmp_path / "my.toml").model.path == str(base)
+
+
+def test_rejected_rows_of_the_eval_file_are_located_too(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = tmp_path / "test.jsonl"
+    rows = [{"instruction": "第3个问题？", "output": "&#32;"}, {"foo": 1}]
+    test.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    overrides = ["model.path=/nowhere", f"data.eval={test}"]
+    text, found = account(capsys, data, *overrides)
+    counts = {key: found["eval"][key] for key in ("rows", "valid", "rejected")}
+    assert counts == {"rows": 2, "valid": 1, "rejected": 1} and found["rejected"] == 7
+    assert f"{test}:2: unknown_schema: " in text
+    # the run's options rewrite both sides: of this answer nothing is left
+    _, found = account(capsys, data, *overrides, "data.unescape_html=true")
+    assert found["eval"]["rejects"].keys() == {"empty_assistant", "unknown_schema"}
 
 
 def test_the_report_is_one_page(

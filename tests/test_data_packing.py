@@ -20,7 +20,7 @@ def test_collate_draws_the_picture_of_the_docstring() -> None:
     assert row.labels.tolist() == [2, 3, IGNORE_INDEX, 5, IGNORE_INDEX]
     assert row.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert row.cu_seqlens.tolist() == [0, 3, 5] and row.cu_seqlens.dtype == torch.int32
-    assert row.weight == 3
+    assert row.supervised.tolist() == [0, 1, 3] and row.weight == 3
 
 
 @given(st.lists(st.integers(1, 50), max_size=60))
@@ -74,3 +74,17 @@ def test_single_rows_for_recurrent_models_and_the_longest_row() -> None:
     rows = stream(single=True)
     assert len(rows) == 40 and all(len(b.cu_seqlens) == 2 for b in rows.take(40))
     assert len(stream().longest().input_ids) == 16
+
+
+def test_the_row_of_the_longest_sequence_is_not_always_the_one_with_most_tokens() -> None:
+    rows = PackedRows([Example([1] * n, [1] * n) for n in (8, 5, 5)], 10)
+    assert rows.longest().cu_seqlens.diff().tolist() == [5, 5]
+    assert rows.longest(max).cu_seqlens.diff().tolist() == [8]
+
+
+def test_ids_and_bounds_stay_on_the_host() -> None:
+    row = collate([Example([1, 2, 3], [1, 2, 3]), Example([4, 5], [4, 5])]).to("meta")
+    on_host = (row.input_ids, row.cu_seqlens)
+    on_device = (row.labels, row.position_ids, row.supervised, row.device_seqlens)
+    assert [t.device.type for t in on_host] == ["cpu"] * 2
+    assert [t.device.type for t in on_device if t is not None] == ["meta"] * 4

@@ -21,7 +21,8 @@ from cllm.data import (
     read_conversations,
     write_conversations,
 )
-from cllm.data.schema import REASONS, SCHEMA_KEYS, Normalizer, is_turn
+from cllm.data.schema import REASONS, Normalizer
+from cllm.data.turns import SCHEMA_KEYS, is_turn
 
 QUICK = settings(
     max_examples=30,

@@ -255,6 +255,16 @@ def test_a_broken_element_costs_itself_only_when_rows_have_lines_of_their_own(sa
     assert [(reject.line, reject.reason) for reject in rejects] == [(7, "parse_error")]
 
 
+def test_broken_elements_are_saved_one_by_one_however_long_the_array(save: Save) -> None:
+    rows = [{"instruction": f"问{n}" + "长" * 200, "output": "答"} for n in range(6000)]
+    elements = [" " + dump(row)[:-1] + (",}" if n % 3 == 0 else "}") for n, row in enumerate(rows)]
+    conversations, rejects = read_conversations(save("[\n" + ",\n".join(elements) + "\n]"))
+    assert [item.line for item in conversations] == [n + 2 for n in range(6000) if n % 3]
+    assert [(reject.line, reject.reason) for reject in rejects] == [
+        (n + 2, "parse_error") for n in range(0, 6000, 3)
+    ]
+
+
 def test_a_cut_wrapper_and_a_cut_object_by_key(save: Save) -> None:
     for value in ({"data": ROWS}, {f"r{n}": row for n, row in enumerate(ROWS)}):
         conversations, rejects = read_conversations(save(dump(value)[:-20]))
@@ -323,7 +333,10 @@ def test_a_header_alone_is_no_row(save: Save, capsys: pytest.CaptureFixture[str]
 
 
 def test_csv_quotes_newlines_and_stray_quotes(save: Save) -> None:
-    text = 'instruction,output\n"甲,一\n二","他说""好"""\n5" 的管子,乙\n"没有关上,丙\n丁,戊\n己\n庚,辛,多了一格\n'
+    text = (
+        'instruction,output\n"甲,一\n二","他说""好"""\n5" 的管子,乙\n'
+        '"没有关上,丙\n丁,戊\n己\n庚,辛,多了一格\n'
+    )
     conversations, rejects = read_conversations(save(text, "rows.csv"))
     assert [(asked.line, *(message.content for message in asked)) for asked in conversations] == [
         (2, "甲,一\n二", '他说"好"'),
@@ -372,7 +385,10 @@ def test_concatenated_files(save: Save) -> None:
 
 
 def test_duplicate_keys_nan_and_escapes(save: Save) -> None:
-    content = '{"instruction": "甲", "instruction": "乙", "input": NaN, "output": "\\ud83d\\ude00"}\n{"instruction": "甲", "output": "\\ud83d"}\n'
+    content = (
+        '{"instruction": "甲", "instruction": "乙", "input": NaN, "output": "\\ud83d\\ude00"}\n'
+        '{"instruction": "甲", "output": "\\ud83d"}\n'
+    )
     conversations, rejects = read_conversations(
         save(content + '{"instruction": "甲", "output": ' + "9" * 5000 + "}\n")
     )

@@ -69,19 +69,28 @@ FOUR = [("user", "甲"), ("assistant", "乙"), ("user", "丙"), ("assistant", "�
     ("row", "expected"),
     [
         ({"instruction": Q, "input": "", "output": A}, QA),
-        ({"instruction": "翻译", "input": "sea", "output": "海"}, [("user", "翻译\nsea"), ("assistant", "海")]),
+        (
+            {"instruction": "翻译", "input": "sea", "output": "海"},
+            [("user", "翻译\nsea"), ("assistant", "海")],
+        ),
         ({"instruction": "", "input": Q, "output": A}, QA),
         ({"instruction": Q, "input": Q, "output": A}, QA),
         ({"instruction": Q, "output": A}, QA),
         ({"instruction": Q, "input": None, "output": A}, QA),
         ({"instruction": Q, "input": float("nan"), "output": A, "history": float("nan")}, QA),
-        ({"instruction": Q, "input": "", "output": A, "system": "答得短些。"}, [("system", "答得短些。"), *QA]),
+        (
+            {"instruction": Q, "input": "", "output": A, "system": "答得短些。"},
+            [("system", "答得短些。"), *QA],
+        ),
         ({"instruction": "丙", "output": "丁", "history": [["甲", "乙"]]}, FOUR),
         ({"instruction": Q, "output": A, "history": ""}, QA),
         ({"instruction": Q, "output": A, "history": []}, QA),
         ({"instruction": Q, "output": A, "history": None}, QA),
         ({"instruction": "丙", "output": "丁", "history": '[["甲", "乙"]]'}, FOUR),
-        ({"指令": "翻译", "输入": "sea", "输出": "海"}, [("user", "翻译\nsea"), ("assistant", "海")]),
+        (
+            {"指令": "翻译", "输入": "sea", "输出": "海"},
+            [("user", "翻译\nsea"), ("assistant", "海")],
+        ),
         ({"问题": Q, "回答": A}, QA),
         ({"問題": Q, "回答": A}, QA),
         ({"prompt": Q, "response": A}, QA),
@@ -98,43 +107,126 @@ FOUR = [("user", "甲"), ("assistant", "乙"), ("user", "丙"), ("assistant", "�
         ({"ask": Q, "answer": A, "title": "海水"}, QA),
         ({"ask": "无", "answer": A, "title": Q}, QA),
         (sharegpt(("human", Q), ("gpt", A)), QA),
-        ({"conversations": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]}, QA),
-        (sharegpt(("human", ["第一行", "第二行"]), ("gpt", A)), [("user", "第一行\n第二行"), QA[1]]),
+        (
+            {
+                "conversations": [
+                    {"role": "user", "content": Q},
+                    {"role": "assistant", "content": A},
+                ]
+            },
+            QA,
+        ),
+        (
+            sharegpt(("human", ["第一行", "第二行"]), ("gpt", A)),
+            [("user", "第一行\n第二行"), QA[1]],
+        ),
         (openai(("system", "短"), ("User", Q), ("assistant", A)), [("system", "短"), *QA]),
-        (openai(("user", [{"type": "text", "text": Q}]), ("assistant", [{"type": "text", "value": A}])), QA),
-        (openai(("user", Q), ("assistant", [{"type": "reasoning", "value": "先想"}, {"type": "text", "value": A}])), QA),
-        ({"conversation": [{"human": "甲", "assistant": "乙"}, {"human": "丙", "assistant": "丁"}], "category": "闲聊"}, FOUR),
+        (
+            openai(
+                ("user", [{"type": "text", "text": Q}]),
+                ("assistant", [{"type": "text", "value": A}]),
+            ),
+            QA,
+        ),
+        (
+            openai(
+                ("user", Q),
+                (
+                    "assistant",
+                    [{"type": "reasoning", "value": "先想"}, {"type": "text", "value": A}],
+                ),
+            ),
+            QA,
+        ),
+        (
+            {
+                "conversation": [
+                    {"human": "甲", "assistant": "乙"},
+                    {"human": "丙", "assistant": "丁"},
+                ],
+                "category": "闲聊",
+            },
+            FOUR,
+        ),
         (xtuner(("短", "甲", "乙"), (None, "丙", "丁")), [("system", "短"), *FOUR]),
         (xtuner(("短", "甲", "乙"), (" 短", "丙", "丁")), [("system", "短"), *FOUR]),
         (xtuner(("", "甲", "乙"), ("", "丙", "丁")), FOUR),
-        ({"conversation_id": "1", "meta_instruction": "你是助手", "num_turns": 2, "chat": MOSS}, FOUR),
-        ({"instruction": "改写", "instances": [{"input": "甲", "output": "乙"}]}, [("user", "改写\n甲"), ("assistant", "乙")]),
+        (
+            {"conversation_id": "1", "meta_instruction": "你是助手", "num_turns": 2, "chat": MOSS},
+            FOUR,
+        ),
+        (
+            {"instruction": "改写", "instances": [{"input": "甲", "output": "乙"}]},
+            [("user", "改写\n甲"), ("assistant", "乙")],
+        ),
         ({"input": ["甲", "丙"], "output": ["乙", "丁"]}, FOUR),
         ({"input": ["甲", "丙", "戊"], "output": ["乙", "丁"]}, FOUR),
         ({"paragraph": [{"q": "甲", "a": "乙"}, {"q": "丙", "a": "丁"}]}, FOUR),
-        ({"name": "电影", "messages": [{"message": "甲"}, {"message": "乙", "attrs": [{"name": "x"}]}]}, FOUR[:2]),
+        (
+            {
+                "name": "电影",
+                "messages": [{"message": "甲"}, {"message": "乙", "attrs": [{"name": "x"}]}],
+            },
+            FOUR[:2],
+        ),
         ({"text": "Human: 甲\nAssistant: 乙\nHuman: 丙\nAssistant: 丁"}, FOUR),
         ({"text": "Human: 甲 Assistant: 乙"}, FOUR[:2]),
         ({"text": "<user>: 甲 <bot>: 乙 <user>: 丙 <bot>: 丁"}, FOUR),
         ({"conversations": ["[客户] 甲", "[律师] 乙", "[客户] 丙", "[律师] 丁"]}, FOUR),
         ({"conversation": "[客户]甲[律师]乙"}, FOUR[:2]),
-        ({"instruction": "Human:甲\nAssistant:乙\nHuman:丙\nAssistant:", "input": "", "output": "丁"}, FOUR),
+        (
+            {
+                "instruction": "Human:甲\nAssistant:乙\nHuman:丙\nAssistant:",
+                "input": "",
+                "output": "丁",
+            },
+            FOUR,
+        ),
         ({"dialogue": "<human>: 甲 <bot>: 乙", "source": "网络"}, FOUR[:2]),
         ({"conversation": "第一场", "instruction": Q, "output": A}, QA),
         ({"prompt": Q, "chosen": A, "rejected": "不知道。"}, QA),
         ({"instruction": Q, "input": "", "chosen": A, "rejected": "不知道。"}, QA),
-        ({"system": "短", "question": Q, "chosen": A, "rejected": "不知道。"}, [("system", "短"), *QA]),
-        (sharegpt(("human", Q), chosen={"from": "gpt", "value": A}, rejected={"from": "gpt", "value": "不"}), QA),
-        ({"prompt": Q, "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}], "rejected": []}, QA),
-        ({"prompt": [{"role": "user", "content": Q}], "chosen": [{"role": "assistant", "content": A}]}, QA),
-        ({"chosen": "\n\nHuman: 甲\n\nAssistant: 乙", "rejected": "\n\nHuman: 甲\n\nAssistant: 不"}, FOUR[:2]),
+        (
+            {"system": "短", "question": Q, "chosen": A, "rejected": "不知道。"},
+            [("system", "短"), *QA],
+        ),
+        (
+            sharegpt(
+                ("human", Q),
+                chosen={"from": "gpt", "value": A},
+                rejected={"from": "gpt", "value": "不"},
+            ),
+            QA,
+        ),
+        (
+            {
+                "prompt": Q,
+                "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}],
+                "rejected": [],
+            },
+            QA,
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": Q}],
+                "chosen": [{"role": "assistant", "content": A}],
+            },
+            QA,
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: 甲\n\nAssistant: 乙",
+                "rejected": "\n\nHuman: 甲\n\nAssistant: 不",
+            },
+            FOUR[:2],
+        ),
         (openai(("user", Q), ("assistant", A), label=True), QA),
         ([{"instruction": Q, "output": A}], QA),
         (openai(("client", Q), ("counselor", A))["messages"], QA),
         ({"instruction": Q, "output": [A, "次好的答案"]}, QA),
         ({"instruction": ["写诗", "要押韵"], "output": A}, [("user", "写诗\n要押韵"), QA[1]]),
     ],
-)  # fmt: skip
+)
 def test_every_family_becomes_the_same_conversation(
     row: Any, expected: list[tuple[str, str]]
 ) -> None:
@@ -204,8 +296,19 @@ def test_a_whole_row_inside_instruction_is_the_row() -> None:
         (sharegpt(("human", Q), ("human", Q), ("gpt", A)), "role_order"),
         (sharegpt(("narrator", Q), ("gpt", A)), "unknown_role"),
         (sharegpt((None, Q), ("gpt", A)), "unknown_role"),
-        ({"conversations": [{"human": "甲", "assistant": ""}, {"human": "丙", "assistant": "丁"}]}, "empty_turn"),
-        (openai(("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", A)), "invalid_text"),
+        (
+            {
+                "conversations": [
+                    {"human": "甲", "assistant": ""},
+                    {"human": "丙", "assistant": "丁"},
+                ]
+            },
+            "empty_turn",
+        ),
+        (
+            openai(("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", A)),
+            "invalid_text",
+        ),
         ({"messages": ["甲", 3]}, "unknown_schema"),
         ({"messages": ["甲", "乙"]}, "unknown_schema"),
         ({"messages": [{"speaker": "甲"}]}, "unknown_schema"),
@@ -225,7 +328,7 @@ def test_a_whole_row_inside_instruction_is_the_row() -> None:
         ({"prompt": Q, "completion": A, "label": "false"}, "negative_label"),
         ({"prompt": Q, "chosen": "", "rejected": A}, "empty_assistant"),
     ],
-)  # fmt: skip
+)
 def test_every_reason(row: Any, expected: str) -> None:
     assert reason(row) == expected
 

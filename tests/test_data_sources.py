@@ -5,6 +5,7 @@ second start tokenize nothing.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,15 @@ def test_an_eval_file_is_the_held_out_side_and_leaks_are_counted(write: Write) -
     with pytest.raises(UserError) as caught:
         prepare(config(train, eval=write("bad.jsonl", [{"foo": 1}])))
     assert caught.value.code == "data.empty"
+
+
+@pytest.mark.parametrize(("train", "warned"), [("own", True), ("demo", False)])
+def test_the_demo_s_test_set_says_nothing_about_other_data(
+    write: Write, capsys: pytest.CaptureFixture[str], train: str, warned: bool
+) -> None:
+    path = write("own.jsonl", rows(0, 4)) if train == "own" else train
+    prepare(config(path, eval="demo-test"))
+    assert ("demo-test" in capsys.readouterr().err) == warned
 
 
 def test_the_options_of_the_config_rewrite_the_texts(write: Write) -> None:
@@ -270,8 +280,19 @@ def test_the_oldest_entries_make_room(folder: Path, monkeypatch: pytest.MonkeyPa
     for number in range(4):
         cache.recall(f"entry{number}", lambda: ({"numbers": np.zeros(200, np.int32)}, {}))
         for file in folder.iterdir():  # a file system's clock is coarse
-            __import__("os").utime(file, (file.stat().st_mtime - 10,) * 2)
+            os.utime(file, (file.stat().st_mtime - 10,) * 2)
     assert sorted(file.stem for file in folder.iterdir()) == ["entry2", "entry3"]
+
+
+def test_what_killed_writers_left_behind_is_removed(folder: Path) -> None:
+    folder.mkdir()
+    old, fresh = folder / "entry.123", folder / "entry.456"
+    for piece in (old, fresh):
+        piece.write_bytes(b"half")
+    hours_ago = fresh.stat().st_mtime - 2 * cache.STALE_SECONDS
+    os.utime(old, (hours_ago, hours_ago))
+    cache.recall("whole", lambda: ({"numbers": np.zeros(2, np.int32)}, {}))
+    assert {file.name for file in folder.iterdir()} == {"entry.456", "whole.safetensors"}
 
 
 def test_slices_are_a_sequence(write: Write) -> None:

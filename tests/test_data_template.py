@@ -227,8 +227,8 @@ def test_tools_in_the_formats_of_the_models() -> None:
         '<s><|im_start|>system name=<|plugin|>\n[\n    {\n        "name": "clock"'
     )
     assert (
-        '<|action_start|><|plugin|>\n{"name": "clock", "parameters": {"zone": "北京"}}<|action_end|><|im_end|>\n'
-        in internlm2
+        '<|action_start|><|plugin|>\n{"name": "clock", "parameters": {"zone": "北京"}}'
+        "<|action_end|><|im_end|>\n" in internlm2
     )
     assert "<|im_start|>environment name=<|plugin|>\n三点<|im_end|>\n" in internlm2
     qwen = tool_text("qwen3")

@@ -7,12 +7,14 @@ from __future__ import annotations
 import copy
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.packing import PackedRows, collate
@@ -28,6 +30,7 @@ from cllm.learn.optim import (
 )
 from cllm.messages import UserError
 from cllm.model.adapter import adapter_tensors
+from cllm.model.attention import packs
 from cllm.model.head import check_head
 from cllm.model.int8 import Int8Linear
 from cllm.model.lora import inject_lora
@@ -60,6 +63,47 @@ def adapted(architecture: str = "llama", dropout: float = 0.0, seed: int = 0):  
 
 def gradients(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+class Reads(TorchDispatchMode):
+    """Operations whose result the host waits for: values, or sizes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dynamic = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+        if dynamic & set(func.tags) and func.overloadpacket is not torch.ops.aten.index:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_of_eight_rows_reads_the_device_three_times_at_most(precision: str) -> None:
+    model = adapted()
+    chosen = Precision.choose(precision, "cpu")
+    chosen.prepare(model)
+    assert packs(model)
+    rows = [collate(examples(n, seed=n)) for n in (1, 2, 3, 1, 4, 1, 2, 5)]
+    optimizer, scaler = make_optimizer(model, 1e-3), chosen.scaler()
+    with Reads() as reads:
+        train_step(model, rows, sft_loss, optimizer, precision=chosen, scaler=scaler, max_norm=1.0)
+    assert len(reads.names) <= 3, reads.names
+
+
+def test_a_row_and_its_gradients_are_computed_without_reading_the_device() -> None:
+    """On the meta device, where every read raises; the embedding is in host memory."""
+    row = collate(examples(3))
+    with torch.device("meta"):
+        model = tiny_model("llama")
+    model.packs_rows = True
+    embedding = nn.Embedding(96, model.config.hidden_size).requires_grad_(False)
+    embedding.register_forward_hook(lambda _module, _inputs, output: output.to("meta"))
+    model.set_input_embeddings(embedding)
+    loss = sft_loss(model, row.to("meta"))
+    loss.backward()
+    assert loss.shape == () and model.model.layers[0].self_attn.q_proj.weight.grad is not None
 
 
 def test_a_head_that_does_more_than_is_known_is_refused() -> None:

@@ -6,20 +6,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from cllm.messages import UserError
 from cllm.model import source
-from cllm.model.source import RemoteFile, fetch_file, resolve, wanted
+from cllm.model.source import resolve
 
 WEIGHTS = bytes(range(256)) * 5000
+COMMIT = "c" * 40
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": WEIGHTS,
@@ -27,23 +30,41 @@ FILES = {
     "modeling_evil.py": b"import os",
     "pytorch_model.bin": b"old",
     "README.md": b"# text",
+    "onnx/config.json": b"{}",
 }
+MODEL = {"config.json", "model.safetensors", "tokenizer.model"}
+
+
+class Asked(NamedTuple):
+    """One request: the method, the path with its query, and two headers."""
+
+    method: str
+    path: str
+    range: str | None
+    token: str | None
 
 
 class Hub:
-    """A Hugging Face endpoint and a ModelScope on one port. `cut_bytes`: each answer with weights
-    ends after so many bytes.
+    """A Hugging Face endpoint and a ModelScope on one port.
+
+    cut_bytes: each answer with a file ends after so many bytes; xet: large files are said to lie in
+    Xet storage; storage: the address to which downloads of large files are sent.
     """
 
     def __init__(self) -> None:
-        self.requests: list[tuple[str, str | None, str | None]] = []
+        self.requests: list[Asked] = []
+        self.files = dict(FILES)
         self.cut_bytes = len(WEIGHTS)
-        self.wrong_sha256 = False
+        self.wrong_sha256 = self.xet = False
+        self.storage = ""
         self.down: set[str] = set()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                hub.answer(self)
+
+            def do_HEAD(self) -> None:
                 hub.answer(self)
 
             def log_message(self, *_: object) -> None:
@@ -58,43 +79,69 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         self.requests.append(
-            (request.path, request.headers.get("Range"), request.headers.get("Authorization"))
+            Asked(
+                request.command,
+                request.path,
+                request.headers.get("Range"),
+                request.headers.get("Authorization"),
+            )
         )
         url = urlsplit(request.path)
         kind = "modelscope" if url.path.startswith("/scope") else "hf"
         if kind in self.down:
             request.send_error(503, "down")
-        elif url.path == "/api/models/org/name/tree/main":
-            listing: Any = [{"type": "directory", "path": "onnx", "size": 0}]
-            for name, content in FILES.items():
-                lfs = (
-                    {"lfs": {"oid": self.sha256(content), "size": len(content)}}
-                    if content is WEIGHTS
-                    else {}
-                )
-                listing.append(
-                    {"type": "file", "path": name, "size": len(content), "oid": "git", **lfs}
-                )
-            self.send(request, json.dumps(listing).encode())
+        elif url.path == "/api/models/org/name":
+            siblings = [self.sibling(name, content) for name, content in self.files.items()]
+            info = {"id": "org/name", "sha": COMMIT, "siblings": siblings}
+            self.send(request, json.dumps(info).encode())
         elif url.path == "/scope/api/v1/models/org/name/repo/files":
             files = [
                 {"Path": name, "Size": len(content), "Sha256": self.sha256(content), "Type": "blob"}
-                for name, content in FILES.items()
+                for name, content in self.files.items()
             ]
             self.send(request, json.dumps({"Data": {"Files": files}}).encode())
         elif url.path == "/scope/api/v1/models/org/name/repo":
-            self.send(request, FILES[parse_qs(url.query)["FilePath"][0]])
-        elif url.path.startswith("/org/name/resolve/main/"):
-            self.send(request, FILES[url.path.rsplit("/", 1)[1]])
+            self.send_file(request, parse_qs(url.query)["FilePath"][0])
+        elif url.path.startswith(f"/org/name/resolve/{COMMIT}/"):
+            self.send_file(request, url.path.rsplit("/", 1)[1], self.storage)
+        elif url.path.startswith("/storage/"):
+            self.send_file(request, url.path.rsplit("/", 1)[1])
         else:
             request.send_error(404, "not here")
 
-    def send(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
+    def sibling(self, name: str, content: bytes) -> dict[str, Any]:
+        lfs = {"sha256": self.sha256(content), "size": len(content), "pointerSize": 1}
+        large = {"lfs": lfs} if content is WEIGHTS else {}
+        return {"rfilename": name, "size": len(content), "blobId": "git", **large}
+
+    def send_file(self, request: BaseHTTPRequestHandler, name: str, storage: str = "") -> None:
+        content = self.files[name]
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{self.sha256(content)}"'}
+        if content is WEIGHTS and storage:
+            headers["Location"] = f"{storage}/storage/{name}"
+            headers["X-Linked-Size"] = str(len(content))
+        if content is WEIGHTS and self.xet:
+            headers["X-Xet-Hash"] = "1" * 64
+            headers["X-Xet-Refresh-Route"] = f"{self.url}/xet-token"
+        self.send(request, content, headers)
+
+    def send(
+        self, request: BaseHTTPRequestHandler, content: bytes, headers: dict[str, str] | None = None
+    ) -> None:
+        headers = headers or {}
         start = int((request.headers.get("Range") or "bytes=0-")[6:-1])
-        request.send_response(206 if start else 200)
+        request.send_response(302 if "Location" in headers else 206 if start else 200)
+        for name, value in headers.items():
+            request.send_header(name, value)
         request.send_header("Content-Length", str(len(content) - start))
         request.end_headers()
-        request.wfile.write(content[start:][: self.cut_bytes])
+        if request.command == "GET":
+            request.wfile.write(content[start:][: self.cut_bytes])
+
+    def ranges_of(self, name: str) -> list[str | None]:
+        """The Range header of each transfer of a file."""
+        transfers = (asked for asked in self.requests if asked.method == "GET")
+        return [asked.range for asked in transfers if asked.path.endswith(name)]
 
 
 @pytest.fixture
@@ -102,7 +149,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub = Hub()
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
+    # read when the client is imported, which another test may have done
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms"))
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path / "cache"))
@@ -110,6 +160,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
+
+
+def files_of(model: Path) -> set[str]:
+    return {path.name for path in model.iterdir() if not path.name.startswith(".")}
 
 
 def test_local_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,63 +196,84 @@ def test_caches_of_other_tools(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["org/name", "hf:org/name", "modelscope:org/name"])
-def test_download(name: str, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_download(name: str, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     path = resolve(name)
-    assert {file.name for file in path.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.model",
-        ".complete",
-    }
-    assert (path / "model.safetensors").read_bytes() == WEIGHTS
-    asked = [url for url, *_ in hub.requests]
+    assert files_of(path) == MODEL
+    assert all((path / file).read_bytes() == FILES[file] for file in MODEL)
+    asked = [request.path for request in hub.requests]
     assert all(url.startswith("/scope") == name.startswith("modelscope") for url in asked)
     # the second time nothing is asked
     assert resolve(name) == path and len(hub.requests) == len(asked)
     assert "127.0.0.1" in capsys.readouterr().err
 
 
-def test_resume_after_a_cut(hub: Hub) -> None:
+def test_bin_files_are_fetched_where_there_is_no_safetensors(hub: Hub) -> None:
+    del hub.files["model.safetensors"]
+    assert files_of(resolve("hf:org/name")) == {
+        "config.json",
+        "tokenizer.model",
+        "pytorch_model.bin",
+    }
+
+
+def test_a_repository_without_weights_is_said(hub: Hub) -> None:
+    hub.files = {"config.json": b"{}", "training_args.bin": b"", "x.model": b""}
+    with pytest.raises(UserError, match="holds neither"):
+        resolve("hf:org/name")
+
+
+@pytest.mark.parametrize("hub_name", ["hf", "modelscope"])
+def test_a_cut_transfer_goes_on_where_it_stopped(
+    hub: Hub, hub_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Hugging Face's client keeps whole blocks only, usually of 10 MB
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 100_000)
     hub.cut_bytes = 500_000
-    path = resolve("org/name")
+    path = resolve(f"{hub_name}:org/name")
     assert (path / "model.safetensors").read_bytes() == WEIGHTS
-    ranges = [bytes_ for url, bytes_, _ in hub.requests if url.endswith("model.safetensors")]
-    assert ranges == [None, "bytes=500000-", "bytes=1000000-"]
+    first, *others = hub.ranges_of("model.safetensors")
+    assert first in (None, "bytes=0-") and others == ["bytes=500000-", "bytes=1000000-"]
 
 
-def test_resume_in_a_later_session(hub: Hub) -> None:
-    hub.cut_bytes = 100_000  # four attempts are not enough
-    with pytest.raises(UserError, match="broke off 4 times"):
-        resolve("hf:org/name")
-    hub.cut_bytes = len(WEIGHTS)
-    hub.requests.clear()
-    assert (resolve("hf:org/name") / "model.safetensors").read_bytes() == WEIGHTS
-    assert [bytes_ for url, bytes_, _ in hub.requests if url.endswith("model.safetensors")] == [
-        "bytes=400000-"
-    ]
+def test_modelscope_goes_on_in_a_later_session(hub: Hub, tmp_path: Path) -> None:
+    part = tmp_path / "cache" / "org--name" / "model.safetensors.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(WEIGHTS[:400_000])
+    assert (resolve("modelscope:org/name") / "model.safetensors").read_bytes() == WEIGHTS
+    assert hub.ranges_of("model.safetensors") == ["bytes=400000-"]
 
 
-def test_wrong_hash_is_not_kept(hub: Hub, tmp_path: Path) -> None:
-    hub.wrong_sha256 = True
-    with pytest.raises(UserError, match=r"model\.safetensors: the SHA-256"):
-        resolve("hf:org/name")
-    assert not list((tmp_path / "cache").rglob("model.safetensors*"))
-
-
-def test_stale_part_is_fetched_anew(hub: Hub, tmp_path: Path) -> None:
-    """The rest of another revision's file: the SHA-256 tells, and the file is fetched once from its
-    beginning.
-    """
-    (tmp_path / "model.safetensors.incomplete").write_bytes(b"x" * 1000)
-    file = RemoteFile(
-        "model.safetensors",
-        len(WEIGHTS),
-        hub.sha256(WEIGHTS),
-        f"{hub.url}/org/name/resolve/main/model.safetensors",
+def test_whole_files_of_a_broken_off_download_are_kept(hub: Hub) -> None:
+    hub.files["tokenizer.model"] = b""  # shorter than the SHA-256 of the listing says
+    listed = hub.sibling("tokenizer.model", FILES["tokenizer.model"])
+    hub.sibling = lambda name, content: (  # type: ignore[method-assign]
+        listed if name == "tokenizer.model" else Hub.sibling(hub, name, content)
     )
-    fetch_file(file, tmp_path / "model.safetensors")
-    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
-    assert [bytes_ for _, bytes_, _ in hub.requests] == ["bytes=1000-", None]
+    with pytest.raises(UserError, match=r"tokenizer\.model"):
+        resolve("hf:org/name")
+    hub.files["tokenizer.model"] = FILES["tokenizer.model"]
+    hub.requests.clear()
+    assert files_of(resolve("hf:org/name")) == MODEL
+    assert not hub.ranges_of("config.json") and hub.ranges_of("tokenizer.model")
+
+
+@pytest.mark.parametrize("hub_name", ["hf", "modelscope"])
+def test_wrong_hash_is_not_kept(hub: Hub, hub_name: str, tmp_path: Path) -> None:
+    hub.wrong_sha256 = True
+    with pytest.raises(UserError, match="the SHA-256"):
+        resolve(f"{hub_name}:org/name")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    hub.wrong_sha256 = False
+    assert (resolve(f"{hub_name}:org/name") / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_part_of_another_revision_is_told_by_its_hash(hub: Hub, tmp_path: Path) -> None:
+    part = tmp_path / "cache" / "org--name" / "model.safetensors.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 1000)
+    with pytest.raises(UserError, match="the SHA-256"):
+        resolve("modelscope:org/name")
+    assert (resolve("modelscope:org/name") / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_modelscope_when_the_endpoint_is_down(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +289,7 @@ def test_everything_fails(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         resolve("org/name")
     text = str(caught.value)
-    assert caught.value.code == "source.unreachable"
+    assert caught.value.code == "source.unreachable" and "\n" not in text
     for words in (
         urlsplit(hub.url).netloc,
         "127.0.0.1:9",
@@ -230,6 +305,9 @@ def test_everything_fails(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve("org/name", download=False)
+    assert caught.value.code == "source.offline"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         resolve("org/name")
@@ -245,31 +323,56 @@ def test_no_such_name(name: str, hub: Hub) -> None:
     assert caught.value.code == "source.not_found" and not hub.requests
 
 
-def test_token_goes_to_the_endpoint_only(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("endpoint", ["a mirror", ""])
+def test_a_token_goes_to_the_endpoint_only(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str
+) -> None:
+    """Neither to the storage host that the endpoint sends to, nor to ModelScope; an empty
+    HF_ENDPOINT is none.
+    """
+    elsewhere = hub.url.replace("127.0.0.1", "localhost")
+    hub.storage = elsewhere
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr(source, "MODELSCOPE", hub.url.replace("127.0.0.1", "localhost") + "/scope")
-    resolve("hf:org/name")
-    assert {token for *_, token in hub.requests} == {"Bearer secret"}
+    monkeypatch.setattr(source, "MODELSCOPE", f"{elsewhere}/scope")
+    if not endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", "")
+        monkeypatch.setattr(source, "HUGGING_FACE", hub.url)
+    assert (resolve("hf:org/name") / "model.safetensors").read_bytes() == WEIGHTS
+    stored = [asked for asked in hub.requests if asked.path.startswith("/storage")]
+    assert stored and {asked.token for asked in stored} == {None}
+    assert {asked.token for asked in hub.requests if asked not in stored} == {"Bearer secret"}
     hub.requests.clear()
-    (source._own_cache() / "org--name" / ".complete").unlink()
+    monkeypatch.setenv("CLLM_CACHE", str(tmp_path / "another"))
     resolve("modelscope:org/name")
-    assert {token for *_, token in hub.requests} == {None}
+    assert {asked.token for asked in hub.requests} == {None}
 
 
-def test_wanted() -> None:
-    def names(*offered: str) -> list[str]:
-        return [file.name for file in wanted([RemoteFile(name, 1, "", "") for name in offered])]
+def test_a_login_is_not_sent_unasked(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("secret", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    resolve("hf:org/name")
+    assert {asked.token for asked in hub.requests} == {None}
 
-    assert names(
-        "a.py",
-        "config.json",
-        "pytorch_model-1.bin",
-        "training_args.bin",
-        "vocab.txt",
-        "x/config.json",
-    ) == ["config.json", "vocab.txt", "pytorch_model-1.bin"]
-    assert names(
-        "model-00001-of-00002.safetensors", "pytorch_model.bin", "qwen.tiktoken", "..\\x.json"
-    ) == ["qwen.tiktoken", "model-00001-of-00002.safetensors"]
-    with pytest.raises(ValueError, match="holds neither"):
-        wanted([RemoteFile("config.json", 1, "", "")])
+
+@pytest.mark.parametrize("name", ["hf:org/name", "modelscope:org/name"])
+def test_two_processes_resolve_one_model(hub: Hub, name: str) -> None:
+    """Both end with a whole model, fetched once; a mirror's weights come from the mirror, although
+    it says that they are in Xet storage.
+    """
+    hub.xet = True
+    code = (
+        "import sys; from cllm.model import source; source.MODELSCOPE = sys.argv[2];"
+        "path = source.resolve(sys.argv[1]);"
+        "print(sorted(p.name for p in path.iterdir() if p.name[0] != '.'),"
+        "(path / 'model.safetensors').stat().st_size)"
+    )
+    command = [sys.executable, "-c", code, name, source.MODELSCOPE]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [out for out, _ in said] == [f"{sorted(MODEL)} {len(WEIGHTS)}\n"] * 2, said
+    assert len(hub.ranges_of("model.safetensors")) == 1

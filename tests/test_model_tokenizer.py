@@ -20,7 +20,8 @@ from cllm.data.schema import Conversation, Message
 from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer, end_token_untrained, load_tokenizer
-from cllm.model.vocabulary import PATTERNS, from_gguf, from_ranks
+from cllm.model.vocabulary import PATTERNS
+from cllm.model.vocabulary_files import from_gguf, from_ranks
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 FAMILIES = [
@@ -44,7 +45,8 @@ CORPUS = [
     "1 + 1 = 2\n",
 ] * 20
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPOKEN = (
@@ -344,8 +346,8 @@ def test_a_chat_template_that_changes_earlier_text_is_refused(bpe: Path, tmp_pat
 
 def test_a_chat_template_s_own_refusal_is_passed_on(bpe: Path, tmp_path: Path) -> None:
     strict = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
-        + SPOKEN
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('no system role here') }}{% endif %}" + SPOKEN
     )
     tokenizer = load_tokenizer(variant(bpe, tmp_path / "strict", chat_template=strict))
     with pytest.raises(UserError, match="no system role here"):

@@ -9,10 +9,12 @@ entry that is missing, cut or altered is made again. Entries stand in `$CLLM_DAT
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -22,9 +24,16 @@ import numpy as np
 from cllm.messages import note
 
 MAX_BYTES = 4 << 30
+STALE_SECONDS = 3600  # no writer takes so long: it was killed, and its file is a piece
 _PACKAGE = Path(__file__).parents[1]
 # bytes to conversations to ids
-_CODE = ("data/*.py", *(f"model/{name}.py" for name in ("tokenizer", "vocabulary", "fragments")))
+_CODE = (
+    "data/*.py",
+    "model/tokenizer.py",
+    "model/chat_template.py",
+    "model/text_stream.py",
+    "model/vocabulary*.py",
+)
 T = TypeVar("T")
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Arrays: TypeAlias = Mapping[str, Array]
@@ -148,8 +157,17 @@ def _save(path: Path, arrays: Arrays, facts: object) -> None:
     fresh = path.with_suffix(f".{os.getpid()}")
     save_file(whole, fresh)
     fresh.replace(path)
+    with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+        _make_room(path.parent)
+
+
+def _make_room(folder: Path) -> None:
+    """Remove what killed writers left behind, and the entries unused for longest."""
+    for piece in folder.glob("*.[0-9]*"):
+        if time.time() - piece.stat().st_mtime > STALE_SECONDS:
+            piece.unlink()
     left = MAX_BYTES
-    for entry in sorted(path.parent.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime):
+    for entry in sorted(folder.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime):
         left -= entry.stat().st_size
         if left < 0:
             entry.unlink()

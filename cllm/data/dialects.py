@@ -13,6 +13,8 @@ import json
 from cllm.data.template import Template
 from cllm.messages import UserError
 
+_NO_TOOLS = "{{ raise_exception('this chat template was trained without tools') }}"
+
 
 def _put(*parts: str) -> str:
     """Parts are Jinja expressions; "" and empty literals are left out."""
@@ -49,23 +51,25 @@ def jinja(template: Template) -> str:
     )
     return "".join(
         [
-            "{% if tools %}{{ raise_exception('this chat template was trained without tools') }}{% endif %}",
+            f"{{% if tools %}}{_NO_TOOLS}{{% endif %}}",
             "{% set system, rest = "
             + ("none" if t.default_system is None else _quote(t.default_system))
             + ", messages %}",
-            "{% if messages and messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}{% endif %}",
+            "{% if messages and messages[0].role == 'system' %}"
+            "{% set system, rest = messages[0].content, messages[1:] %}{% endif %}",
             "{% set ns = namespace(opening='', turn=0, query=-1) %}",
             system,
             _put(_quote(t.prefix)),
             "" if t.merge_system else "{{ ns.opening }}{% set ns.opening = '' %}",
-            "{% for m in rest %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}"
+            "{% for m in rest %}{% if m.role == 'user' %}"
+            "{% set ns.query = loop.index0 %}{% endif %}{% endfor %}"
             if t.thinking
             else "",
             "{% for m in rest %}{% set content = m.content" + (" | trim" if t.trim else "") + " %}",
             "{% if m.role == 'assistant' %}",
             _answer(t),
             *(["{% elif m.role == 'system' %}", _put(*later)] if later else []),
-            "{% elif m.role == 'tool' %}{{ raise_exception('this chat template was trained without tools') }}",
+            f"{{% elif m.role == 'tool' %}}{_NO_TOOLS}",
             "{% else %}{% set ns.turn = ns.turn + (m.role == 'user') | int %}",
             _put(*user_opening, "ns.opening", "content", _quote(t.user[1])),
             "{% set ns.opening = '' %}{% endif %}{% endfor %}",
@@ -91,7 +95,8 @@ def _answer(t: Template) -> str:
         )
         shown = "true" if t.think_opened else "(loop.last or thought)"
         parts.append(
-            f"('<think>\\n' ~ thought ~ '\\n</think>\\n\\n' if loop.index0 > ns.query and {shown} else '')"
+            "('<think>\\n' ~ thought ~ '\\n</think>\\n\\n' "
+            f"if loop.index0 > ns.query and {shown} else '')"
         )
     closing = (
         f"({_quote(t.end)} if loop.last else {_quote(t.after)})"
@@ -137,7 +142,8 @@ def go(template: Template) -> str:
     return "".join(
         [
             put(t.prefix),
-            "{{ $seen := false }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}",
+            "{{ $seen := false }}{{ range $i, $m := .Messages }}"
+            "{{ $last := eq (len (slice $.Messages $i)) 1 }}",
             '{{ if eq $m.Role "user" }}',
             question,
             '{{ else if eq $m.Role "assistant" }}',

@@ -1,5 +1,7 @@
-"""Text -> (line, row) from JSON Lines, one JSON array, or JSON objects, holding little more than
-one row; broken places become Faults.
+"""Text -> (line, row) from JSON Lines, a JSON array or JSON objects; broken places become Faults.
+
+Lines are read one by one. Arrays and objects are held as one text, from which values are cut one
+after another: what comes before a broken place, and often what follows it, is saved.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cllm.data.encoding import ESCAPED, split_lines
-from cllm.data.schema import SCHEMA_KEYS, TURN_KEYS, Fault, is_turn
+from cllm.data.schema import Fault
+from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, is_turn
 from cllm.messages import say
 
-Row = tuple[int, Any]
-MAX_VALUE_CHARS = 1 << 28  # a JSON value that does not end within this is broken
+NumberedRow = tuple[int, Any]
 # keys whose array holds the rows
 WRAPPERS = frozenset("data rows items examples train validation valid dev test".split())
 # what may surround a row; the last two end files of DOS and of cut disks
@@ -22,7 +24,7 @@ BLANK = " \t\r\n\ufeff\x00\x1a"
 # raw tabs and newlines inside strings are common, and harmless
 _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
-_BETWEEN = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")
+_BLOCK_CHARS = 1 << 18
 
 
 def whole(line: str) -> int:
@@ -39,31 +41,29 @@ def whole(line: str) -> int:
     return 1
 
 
-def json_lines(pieces: Iterable[str]) -> Iterator[Row]:
+def json_lines(pieces: Iterable[str]) -> Iterator[NumberedRow]:
     """A row a line; blank lines are skipped, bad ones are Faults one by one."""
     for number, line in enumerate(split_lines(pieces), 1):
         if not (bare := line.strip(BLANK)):
             continue
         try:
-            value, end = _DECODER.raw_decode(bare)
-            if end < len(bare):
-                _DECODER.decode(bare)  # says what stands behind the value
+            value = _DECODER.decode(bare)
         except (ValueError, RecursionError) as error:
             value = _fault(error, bare)
         yield number, value
 
 
-def json_document(pieces: Iterable[str]) -> Iterator[Row]:
+def json_document(pieces: Iterable[str]) -> Iterator[NumberedRow]:
     """The rows of a JSON array, or of objects one after another: a wrapper, rows by key, columns,
     or one row each.
     """
-    source = _Source(pieces)
-    opening = source.peek()
-    yield from _joined(_array(source)) if opening == "[" else _object(source)
-    while not source.broken and opening == "{" == source.peek():
-        yield from _object(source)
-    if not source.broken and source.peek():
-        yield source.line, Fault("parse_error", say("row.behind", found=source.ahead()))
+    document = _Document("".join(pieces).lstrip("\ufeff"))
+    opening = document.peek()
+    yield from _joined(_array(document)) if opening == "[" else _object(document)
+    while not document.broken and opening == "{" == document.peek():
+        yield from _object(document)
+    if not document.broken and document.peek():
+        yield document.line, Fault("parse_error", say("row.behind", found=document.ahead()))
 
 
 def _fault(error: Exception, text: str) -> Fault:
@@ -78,41 +78,29 @@ def _fault(error: Exception, text: str) -> Fault:
     return Fault("parse_error", say("row.value", detail=f"{error!s:.100}"))
 
 
-class _Source:
-    """JSON values pulled out of pieces of text; `broken` once nothing more can be understood."""
+class _Document:
+    """A text and the place up to which it is read; `broken` once nothing more can be understood."""
 
-    def __init__(self, pieces: Iterable[str]) -> None:
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
         self.broken = False
-        self.pieces = iter(pieces)
-        self.buffer, self.at = next(self.pieces, "").lstrip("\ufeff"), 0
         self._line, self._counted = 1, 0
 
     @property
     def line(self) -> int:
         """The number of the line where the next character stands."""
-        self._line += self.buffer.count("\n", self._counted, self.at)
+        self._line += self.text.count("\n", self._counted, self.at)
         self._counted = self.at
         return self._line
 
     def ahead(self) -> str:
-        return repr(self.buffer[self.at : self.at + 30])
-
-    def more(self, wanted: int = 1) -> bool:
-        """Append at least `wanted` characters if there are any; True if some came."""
-        added: list[str] = []
-        while wanted > 0 and (piece := next(self.pieces, "")):
-            added.append(piece)
-            wanted -= len(piece)
-        self._line, self._counted = self.line, 0
-        self.buffer, self.at = self.buffer[self.at :] + "".join(added), 0
-        return bool(added)
+        """What stands next, for people."""
+        return repr(self.text[self.at : self.at + 30])
 
     def peek(self) -> str:
         """The next character that is not white space, "" at the end."""
-        while True:
-            self.at = _SPACE.match(self.buffer, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.buffer) or not self.more():
-                return self.buffer[self.at : self.at + 1]
+        self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+        return self.text[self.at : self.at + 1]
 
     def skip(self, character: str) -> bool:
         """Step over `character` if it is next."""
@@ -125,40 +113,35 @@ class _Source:
         """The next JSON value. Raises ValueError or RecursionError and then stays where the value
         starts.
         """
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self.buffer, self.at)
-            except json.JSONDecodeError as error:
-                held = len(self.buffer) - self.at
-                cut = error.pos > len(self.buffer) - 16 or error.msg.startswith("Unterminated")
-                if cut and held < MAX_VALUE_CHARS and self.more(held):
-                    continue
-                raise
-            if end == len(self.buffer) and not isinstance(value, (dict, list, str)) and self.more():
-                continue  # a number may go on in the next piece
-            self.at = end
-            return value
+        value, self.at = _DECODER.raw_decode(self.text, self.at)
+        return value
+
+    def fault(self, error: Exception) -> Fault:
+        """Why there is no value where the text is read up to."""
+        return _fault(error, self.text[self.at : self.at + 200])
 
     def resume(self) -> bool:
         """After a broken element, go to the next line that opens an object at this one's
         indentation, if there is one.
         """
-        indent = self.at - (self.buffer.rfind("\n", 0, self.at) + 1)
-        opening = re.compile(rf"\n(?=[ \t]{{{indent}}}\{{)")
-        while True:
-            if found := opening.search(self.buffer, self.at):
-                self.at = found.end()
-                return True
-            self.at = max(self.at, len(self.buffer) - indent - 2)
-            if not self.more():
-                return False
+        indent = self.at - (self.text.rfind("\n", 0, self.at) + 1)
+        opening = re.compile(rf"\n[ \t]{{{indent}}}(?=\{{)").search(self.text, self.at)
+        if not opening:
+            return False
+        self.at = opening.start()
+        if self.at > _BLOCK_CHARS:
+            # A JSONDecodeError counts the lines from the beginning of its text: with many broken
+            # elements, the time would grow with the square of the file's size.
+            self._line, self._counted = self.line, 0
+            self.text, self.at = self.text[self.at :], 0
+        return True
 
 
-def _joined(rows: Iterator[Row]) -> Iterator[Row]:
+def _joined(rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
     """`rows`, but an array of nothing except turns is one row: files of one conversation each
     (SMILE).
     """
-    held: list[Row] = []
+    held: list[NumberedRow] = []
     for line, value in rows:
         if not is_turn(value):
             yield from (*held, (line, value))
@@ -169,66 +152,62 @@ def _joined(rows: Iterator[Row]) -> Iterator[Row]:
         yield held[0][0], [value for _, value in held]
 
 
-def _array(source: _Source) -> Iterator[Row]:
+def _array(document: _Document) -> Iterator[NumberedRow]:
     """The elements of an array, and a Fault where it breaks."""
-    source.skip("[")
+    document.skip("[")
     number = 0
-    while not source.skip("]"):
-        if not source.peek():
-            source.broken = True
-            yield source.line, Fault("parse_error", say("row.cut", count=number))
+    while not document.skip("]"):
+        if not document.peek():
+            document.broken = True
+            yield document.line, Fault("parse_error", say("row.cut", count=number))
             return
-        number, line = number + 1, source.line
+        number, line = number + 1, document.line
         try:
-            yield line, source.value()
+            yield line, document.value()
         except (ValueError, RecursionError) as error:
-            fault = _fault(error, source.buffer[source.at : source.at + 200])
-            yield line, Fault(fault.reason, say("row.element", number=number, detail=fault.detail))
-            if source.resume():
+            reason, detail = document.fault(error)
+            yield line, Fault(reason, say("row.element", number=number, detail=detail))
+            if document.resume():
                 continue
-            source.broken = True
+            document.broken = True
             return
-        if between := _BETWEEN.match(source.buffer, source.at):
-            source.at = between.end()
-        elif source.skip(","):
-            if source.peek() == "]":
-                yield source.line, Fault("parse_error", say("row.comma", count=number))
-        elif source.peek() not in ("]", ""):
-            yield (
-                source.line,
-                Fault("parse_error", say("row.between", found=source.ahead(), number=number)),
-            )
-            if source.peek() != "{":
-                source.broken = True
+        if document.skip(","):
+            if document.peek() == "]":
+                yield document.line, Fault("parse_error", say("row.comma", count=number))
+        elif (following := document.peek()) not in ("]", ""):
+            between = say("row.between", found=document.ahead(), number=number)
+            yield document.line, Fault("parse_error", between)
+            if following != "{":
+                document.broken = True
                 return
 
 
-def _object(source: _Source) -> Iterator[Row]:
+def _object(document: _Document) -> Iterator[NumberedRow]:
     """One top-level object; a wrapper's array streams, other members are held until it is clear
     what they are.
     """
-    members: dict[str, Row] = {}
-    start, wrapped = source.line, False
-    source.skip("{")
-    while not source.skip("}"):
+    members: dict[str, NumberedRow] = {}
+    start, wrapped = document.line, False
+    document.skip("{")
+    while not document.skip("}"):
         try:
-            key = source.value() if source.peek() == '"' else None
-            if key is None or not source.skip(":"):
-                raise ValueError(say("row.key", found=source.ahead()))
-            if source.peek() == "[" and key in WRAPPERS and SCHEMA_KEYS.isdisjoint(members):
+            key = document.value() if document.peek() == '"' else None
+            if key is None or not document.skip(":"):
+                raise ValueError(say("row.key", found=document.ahead()))
+            if document.peek() == "[" and key in WRAPPERS and SCHEMA_KEYS.isdisjoint(members):
                 wrapped = True
-                yield from _joined(_array(source))
-                if source.broken:
+                yield from _joined(_array(document))
+                if document.broken:
                     return
             else:
-                members[key] = (source.line, source.value())
-            if not source.skip(",") and source.peek() != "}":
-                raise ValueError(say("row.member", found=source.ahead()))
+                members[key] = (document.line, document.value())
+            if not document.skip(",") and document.peek() != "}":
+                raise ValueError(say("row.member", found=document.ahead()))
         except (ValueError, RecursionError) as error:
-            source.broken = True
+            document.broken = True
             if _by_key(members):
                 yield from members.values()
-            yield source.line, _fault(error, source.buffer[source.at : source.at + 200])
+            yield document.line, document.fault(error)
             return
     if _by_key(members):
         yield from members.values()
@@ -238,7 +217,7 @@ def _object(source: _Source) -> Iterator[Row]:
         )
 
 
-def _by_key(members: dict[str, Row]) -> bool:
+def _by_key(members: dict[str, NumberedRow]) -> bool:
     """Whether the values of an object are the rows: objects, or one-element lists of one, under
     keys that name no field.
     """

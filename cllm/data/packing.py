@@ -5,8 +5,9 @@ A packed row holds whole sequences back to back, no padding:
 
     input_ids     a0 a1 a2 | b0 b1 b2 b3 | c0 c1
     position_ids   0  1  2 |  0  1  2  3 |  0  1
-    labels        a1 a2  - | b1 b2 b3  - | c1  -      (what each position predicts; - is IGNORE_INDEX)
+    labels        a1 a2  - | b1 b2 b3  - | c1  -      (the next token; - is IGNORE_INDEX)
     cu_seqlens    0 3 7 9
+    supervised     0  1       3  4  5       7
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import bisect
 import functools
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,48 +34,69 @@ class PackedBatch:
     """One packed row of T tokens and N sequences; the micro-batch of training."""
 
     input_ids: Tensor
-    """(T,) int64"""
+    """(T,) int64, always in host memory: the embedding may be there too."""
     labels: Tensor
     """(T,) int64, shifted once: labels[i] is what position i predicts; IGNORE_INDEX where nothing
     is trained.
     """
     position_ids: Tensor
     """(T,) int64, restarts at 0 for each sequence."""
+    supervised: Tensor
+    """(S,) int64: the positions that have a label, ascending."""
     cu_seqlens: Tensor
-    """(N+1,) int32, on the CPU: the attention reads its bounds on the host."""
-    weight: int
-    """Supervised tokens: what the loss is averaged over."""
+    """(N+1,) int32, always in host memory: the attention reads its bounds there."""
+    device_seqlens: Tensor | None = None
+    """The same on the device, for kernels that take all sequences at once."""
+
+    @property
+    def weight(self) -> int:
+        """Supervised tokens: what the loss is averaged over."""
+        return len(self.supervised)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same row with its token tensors on `device`."""
+        """The same row for a model that computes on `device`; nobody waits for the copies."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            position_ids=self.position_ids.to(device),
+            labels=without_waiting(self.labels, device),
+            position_ids=without_waiting(self.position_ids, device),
+            supervised=without_waiting(self.supervised, device),
+            device_seqlens=without_waiting(self.cu_seqlens, device),
         )
 
     def split(self, tokens: int) -> list[PackedBatch]:
         """The same sequences in order as rows of at most `tokens` (a longer sequence stands alone);
         the losses' sum stays the same.
         """
-        bounds = self.cu_seqlens.tolist()
+        if len(self.input_ids) <= tokens:
+            return [self]
+        bounds, supervised = self.cu_seqlens.tolist(), self.supervised.tolist()
         cuts = [0]
         for start, end in itertools.pairwise(bounds):
             if start > cuts[-1] and end - cuts[-1] > tokens:
                 cuts.append(start)
         parts = []
-        for low, high in zip(cuts, [*cuts[1:], bounds[-1]], strict=True):
-            inside = torch.tensor(
-                [bound - low for bound in bounds if low <= bound <= high], dtype=torch.int32
-            )
-            ids, labels, positions = (
-                t[low:high] for t in (self.input_ids, self.labels, self.position_ids)
-            )
+        for low, high in itertools.pairwise([*cuts, bounds[-1]]):
+            inside = [bound - low for bound in bounds if low <= bound <= high]
+            labelled = slice(*(bisect.bisect_left(supervised, edge) for edge in (low, high)))
             parts.append(
-                PackedBatch(ids, labels, positions, inside, int((labels != IGNORE_INDEX).sum()))
+                PackedBatch(
+                    input_ids=self.input_ids[low:high],
+                    labels=self.labels[low:high],
+                    position_ids=self.position_ids[low:high],
+                    supervised=self.supervised[labelled] - low,
+                    cu_seqlens=torch.tensor(inside, dtype=torch.int32),
+                )
             )
         return parts
+
+
+def without_waiting(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`; a copy to a GPU goes through page-locked memory, so that the host does
+    not wait for it.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def collate(examples: Sequence[Example]) -> PackedBatch:
@@ -92,8 +114,10 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         input_ids=torch.tensor(ids),
         labels=torch.tensor(labels),
         position_ids=torch.tensor(positions),
+        supervised=torch.tensor(
+            [at for at, label in enumerate(labels) if label != IGNORE_INDEX], dtype=torch.int64
+        ),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        weight=sum(label != IGNORE_INDEX for label in labels),
     )
 
 
@@ -106,7 +130,8 @@ def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """
     if too_long := [n for n in lengths if n > row_tokens]:
         raise ValueError(
-            f"{len(too_long)} sequences are longer than a row of {row_tokens} tokens (longest {max(too_long)})"
+            f"{len(too_long)} sequences are longer than a row of {row_tokens} tokens "
+            f"(longest {max(too_long)})"
         )
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
@@ -181,15 +206,9 @@ class PackedRows:
             raise IndexError(f"epoch {epoch} has no row {row}")
         self.state = (epoch, row)
 
-    def longest(self) -> PackedBatch:
-        """The row with the most tokens of the first epoch: what the memory plan is proven on."""
-        longest = max(self._rows(0), key=lambda row: sum(self.sizes[i] for i in row))
-        return collate([self.examples[i] for i in longest])
-
-    def largest(self) -> list[PackedBatch]:
-        """The rows that a memory plan is proven on: the one with the most tokens, and the one with
-        the longest sequence, which attention's memory may follow.
+    def longest(self, measure: Callable[[Iterable[int]], int] = sum) -> PackedBatch:
+        """What the memory plan is proven on, of the first epoch: the row with the most tokens, or
+        with `max` the row of the longest sequence, whose attention may take more.
         """
-        rows = self._rows(0)
-        longest = max(rows, key=lambda row: max(self.sizes[i] for i in row))
-        return [self.longest(), collate([self.examples[i] for i in longest])]
+        row = max(self._rows(0), key=lambda row: measure(self.sizes[i] for i in row))
+        return collate([self.examples[i] for i in row])

@@ -234,6 +234,17 @@ def _located(found: list[Conversation]) -> dict[str, Any]:
     }
 
 
+def rejects_by_reason(rejects: Sequence[Reject]) -> dict[str, dict[str, Any]]:
+    """reason -> count and the first examples, ready for JSON; the commonest reason first."""
+    by_reason: dict[str, list[Reject]] = {}
+    for reject in rejects:
+        by_reason.setdefault(reject.reason, []).append(reject)
+    return {
+        reason: {"count": len(group), "examples": [reject._asdict() for reject in group[:EXAMPLES]]}
+        for reason, group in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    }
+
+
 def quality(
     conversations: Sequence[Conversation],
     rejects: Sequence[Reject],
@@ -247,9 +258,6 @@ def quality(
     may exceed.
     """
     unique = deduplicate(conversations)
-    by_reason: dict[str, list[Reject]] = {}
-    for reject in rejects:
-        by_reason.setdefault(reject.reason, []).append(reject)
     texts = ["\n".join(message.content for message in item) for item in conversations]
     near = near_duplicates(
         ["\n".join(message.content for message in item) for item in unique[:NEAR_LIMIT]]
@@ -263,13 +271,7 @@ def quality(
         "rows": len(conversations) + len(rejects),
         "valid": len(conversations),
         "rejected": len(rejects),
-        "rejects": {
-            reason: {
-                "count": len(found),
-                "examples": [reject._asdict() for reject in found[:EXAMPLES]],
-            }
-            for reason, found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
-        },
+        "rejects": rejects_by_reason(rejects),
         "duplicates": {"exact": len(conversations) - len(unique), "near": len(near)},
         "turns": percentiles([sum(m.role == "assistant" for m in item) for item in conversations]),
         "characters": percentiles([len(text) for text in texts]),

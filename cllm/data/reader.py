@@ -20,18 +20,23 @@ from pathlib import Path
 from typing import IO
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
-from cllm.data.json_rows import BLANK, Row, json_document, json_lines, whole
-from cllm.data.schema import SCHEMA_KEYS, Conversation, Fault, Normalizer, Reject, to_row
+from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, whole
+from cllm.data.schema import Conversation, Fault, Normalizer, Reject, to_row
 from cllm.data.text import VERBATIM, TextOptions
+from cllm.data.turns import SCHEMA_KEYS
 from cllm.messages import UserError, note, say
 
 SUFFIXES = frozenset(("", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".gz"))
 HEAD_BYTES = 1 << 18  # what the encoding is judged by
 HEAD_CHARS = 1 << 16  # what the container is judged by
 BINARY = {  # first bytes -> what such a file is
-    b"PAR1\x15": "parquet", b"PK\x03\x04": "zip", b"ARROW1": "arrow", b"\xd0\xcf\x11\xe0": "excel", b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1\x15": "parquet",
+    b"PK\x03\x04": "zip",
+    b"ARROW1": "arrow",
+    b"\xd0\xcf\x11\xe0": "excel",
+    b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh9": "bzip2",
-}  # fmt: skip
+}
 MAX_RECORD_LINES = 1000  # lines that one quoted CSV record may span
 
 
@@ -41,7 +46,8 @@ def iter_conversations(
     kind: str = "chat",
     options: TextOptions = VERBATIM,
 ) -> Iterator[Conversation | Reject]:
-    """Every row of the file or directory `path`, as a Conversation or a Reject, in constant memory.
+    """Every row of the file or directory `path`, as a Conversation or a Reject, in constant
+    memory; of a JSON array or object, with its text.
 
     columns: user, assistant, system, history, category -> a column's name, its index where there is
     no header ("0"), or a template ("{Question}\\nA. {A}"); None detects the schema of each row.
@@ -150,7 +156,7 @@ class _Gzip:
             return b""
 
 
-def _rows(file: Path, normalize: Normalizer) -> Iterator[Row]:
+def _rows(file: Path, normalize: Normalizer) -> Iterator[NumberedRow]:
     """(line, row or Fault) of one file, of whatever format."""
     line = 0
     try:
@@ -173,7 +179,7 @@ def _rows(file: Path, normalize: Normalizer) -> Iterator[Row]:
         raise UserError("data.unreadable_file", path=file, cause=error.strerror or error) from error
 
 
-def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[Row]:
+def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[NumberedRow]:
     """The rows of a Parquet file if pyarrow is here; else what to do about the file."""
     what = say(f"row.file.{kind}")
     if kind == "parquet" and find_spec("pyarrow"):
@@ -192,7 +198,9 @@ def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[Row]:
     yield 1, Fault("parse_error", say("row.binary", what=what))
 
 
-def _text_rows(file: Path, head: bytes, stream: Bytes, normalize: Normalizer) -> Iterator[Row]:
+def _text_rows(
+    file: Path, head: bytes, stream: Bytes, normalize: Normalizer
+) -> Iterator[NumberedRow]:
     encoding = sniff_encoding(head)
     if encoding != "utf-8":
         note("data.encoding", file=file, encoding=encoding)
@@ -236,7 +244,7 @@ def _shape(start: str, suffix: str) -> str:
 # --- tables
 
 
-def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[Row]:
+def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[NumberedRow]:
     """The records of a CSV or TSV; a mapping of nothing but indices says that there is no
     header.
     """

@@ -16,7 +16,7 @@ from cllm.data.quality import deduplicate, repeated_questions, split_held_out
 from cllm.data.reader import list_files, read_conversations, uncollected
 from cllm.data.schema import Conversation, Message, Reject
 from cllm.data.text import TextOptions
-from cllm.messages import UserError, language
+from cllm.messages import UserError, language, note
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 MAX_REJECTED = 0.2
@@ -75,6 +75,12 @@ def read_sources(data: DataConfig) -> tuple[list[list[Conversation]], list[Rejec
     return [found for found, _ in read], [reject for _, rejects in read for reject in rejects]
 
 
+def warn_of_demo(data: DataConfig) -> None:
+    """Say so if a model of other data is to be evaluated on the built-in demo's."""
+    if data.eval in BUILT_IN and not any(source.path in BUILT_IN for source in data.train):
+        note("data.demo_eval", eval=data.eval)
+
+
 def divide(
     data: DataConfig, groups: list[list[Conversation]], given: list[Conversation]
 ) -> tuple[list[Conversation], list[Conversation], int]:
@@ -101,6 +107,7 @@ def prepare(data: DataConfig) -> Data:
     """The data that [data] names, from the cache if nothing has changed. Raises UserError as
     `read_file`, and for an empty eval file.
     """
+    warn_of_demo(data)
     import numpy as np
 
     from cllm.data import cache

@@ -10,14 +10,12 @@ right.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.schema import Conversation, Message
-from cllm.messages import load_toml
+from cllm.data.tools import TOOL_STYLES, Parts, Tools, announced, called, read_tools
 
 Chat: TypeAlias = "Conversation | Iterable[Message | Mapping[str, str]]"
 
@@ -59,8 +57,8 @@ class Template:
     # A tool's result (None: as a user turn), and what stands round neighbouring results.
     tool: tuple[str, str] | None = None
     tool_group: tuple[str, str] = ("", "")
-    # How tools are announced and called: a key of assets/tools.toml or internlm2; react where the
-    # model has no format of its own.
+    # How tools are announced and called: a key of TOOL_STYLES; react where the model has no format
+    # of its own.
     tools: str = "react"
     # First thing generated in an assistant's turn, before its words.
     lead: str = ""
@@ -93,29 +91,53 @@ class Template:
         return self.assistant + block.get(self.thinking, "")
 
 
-# fmt: off
 _HELPFUL = "You are a helpful assistant."
 _INTERNLM2_SYSTEM = """You are an AI assistant whose name is InternLM (书生·浦语).
-- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory (上海人工智能实验室). It is \
-designed to be helpful, honest, and harmless.
-- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the user such as English and 中文."""
+- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI \
+Laboratory (上海人工智能实验室). It is designed to be helpful, honest, and harmless.
+- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the \
+user such as English and 中文."""
 _CHATML: dict[str, Any] = {
-    "user": ("<|im_start|>user\n", "<|im_end|>\n"), "assistant": "<|im_start|>assistant\n", "end": "<|im_end|>", "after": "\n",
+    "user": ("<|im_start|>user\n", "<|im_end|>\n"),
+    "assistant": "<|im_start|>assistant\n",
+    "end": "<|im_end|>",
+    "after": "\n",
     "system": ("<|im_start|>system\n", "<|im_end|>\n"),
 }
 _QWEN = _CHATML | {
-    "tools": "qwen", "tool": ("\n<tool_response>\n", "\n</tool_response>"), "tool_group": ("<|im_start|>user", "<|im_end|>\n"),
+    "tools": "qwen",
+    "tool": ("\n<tool_response>\n", "\n</tool_response>"),
+    "tool_group": ("<|im_start|>user", "<|im_end|>\n"),
 }
 _INTERNLM2 = _CHATML | {
-    "prefix": "<s>", "tools": "internlm2", "empty_system": False, "tool": ("<|im_start|>environment name=<|plugin|>\n", "<|im_end|>\n"),
+    "prefix": "<s>",
+    "tools": "internlm2",
+    "empty_system": False,
+    "tool": ("<|im_start|>environment name=<|plugin|>\n", "<|im_end|>\n"),
 }
 _GLM: dict[str, Any] = {
-    "user": ("<|user|>\n", ""), "assistant": "<|assistant|>", "system": ("<|system|>\n", ""), "tool": ("<|observation|>\n", ""),
-    "lead": "\n", "apart": True, "final_end": True, "stop": ("<|user|>", "<|observation|>"),
+    "user": ("<|user|>\n", ""),
+    "assistant": "<|assistant|>",
+    "system": ("<|system|>\n", ""),
+    "tool": ("<|observation|>\n", ""),
+    "lead": "\n",
+    "apart": True,
+    "final_end": True,
+    "stop": ("<|user|>", "<|observation|>"),
 }
-_BAICHUAN: dict[str, Any] = {"end": "</s>", "system": ("", ""), "apart": True, "final_end": True, "handover": "</s>"}
+_BAICHUAN: dict[str, Any] = {
+    "end": "</s>",
+    "system": ("", ""),
+    "apart": True,
+    "final_end": True,
+    "handover": "</s>",
+}
 _PLAIN: dict[str, Any] = {
-    "user": ("Human: ", "</s>\n"), "assistant": "Assistant:", "end": "</s>", "after": "\n", "system": ("System: ", "</s>\n"),
+    "user": ("Human: ", "</s>\n"),
+    "assistant": "Assistant:",
+    "end": "</s>",
+    "after": "\n",
+    "system": ("System: ", "</s>\n"),
 }
 _FORMATS: dict[str, dict[str, Any]] = {
     "chatml": _QWEN,
@@ -128,40 +150,75 @@ _FORMATS: dict[str, dict[str, Any]] = {
     "internlm2": _INTERNLM2,
     "intern2": _INTERNLM2 | {"default_system": _INTERNLM2_SYSTEM},
     "internlm": {  # the tokenizer's automatic <s> and the prompt's own
-        "prefix": "<s><s>", "user": ("<|User|>:", "<eoh>\n"), "assistant": "<|Bot|>:", "end": "<eoa>", "after": "\n",
+        "prefix": "<s><s>",
+        "user": ("<|User|>:", "<eoh>\n"),
+        "assistant": "<|Bot|>:",
+        "end": "<eoa>",
+        "after": "\n",
     },
     "chatglm2": {
-        "prefix": "[gMASK]sop", "user": ("[Round {round}]\n\n问：", "\n\n答："), "assistant": "", "end": "</s>", "after": "\n\n",
-        "final_end": True, "last_only": True,
+        "prefix": "[gMASK]sop",
+        "user": ("[Round {round}]\n\n问：", "\n\n答："),
+        "assistant": "",
+        "end": "</s>",
+        "after": "\n\n",
+        "final_end": True,
+        "last_only": True,
     },
     "chatglm3": _GLM | {"prefix": "[gMASK]sop", "end": "</s>", "tools": "chatglm3", "handover": ""},
-    "glm4": _GLM | {"prefix": "[gMASK]<sop>", "end": "<|endoftext|>", "tools": "glm4", "handover": "<|endoftext|>"},
+    "glm4": _GLM
+    | {
+        "prefix": "[gMASK]<sop>",
+        "end": "<|endoftext|>",
+        "tools": "glm4",
+        "handover": "<|endoftext|>",
+    },
     "baichuan": _BAICHUAN | {"user": ("<reserved_102>", ""), "assistant": "<reserved_103>"},
     "baichuan2": _BAICHUAN | {"user": ("<reserved_106>", ""), "assistant": "<reserved_107>"},
     "llama2": {
-        "user": ("<s>[INST] ", " [/INST]"), "assistant": "", "end": " </s>", "system": ("<<SYS>>\n", "\n<</SYS>>\n\n"),
-        "merge_system": True, "trim": True,
+        "user": ("<s>[INST] ", " [/INST]"),
+        "assistant": "",
+        "end": " </s>",
+        "system": ("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        "merge_system": True,
+        "trim": True,
     },
     "llama3": {
-        "prefix": "<|begin_of_text|>", "assistant": "<|start_header_id|>assistant<|end_header_id|>\n\n", "end": "<|eot_id|>",
-        **{role: (f"<|start_header_id|>{name}<|end_header_id|>\n\n", "<|eot_id|>")
-           for role, name in (("user", "user"), ("system", "system"), ("tool", "ipython"))},
-        "tools": "llama3", "trim": True, "stop": ("<|eom_id|>",),
+        "prefix": "<|begin_of_text|>",
+        "assistant": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "end": "<|eot_id|>",
+        **{
+            role: (f"<|start_header_id|>{name}<|end_header_id|>\n\n", "<|eot_id|>")
+            for role, name in (("user", "user"), ("system", "system"), ("tool", "ipython"))
+        },
+        "tools": "llama3",
+        "trim": True,
+        "stop": ("<|eom_id|>",),
     },
     "gemma": {
-        "prefix": "<bos>", "user": ("<start_of_turn>user\n", "<end_of_turn>\n"), "assistant": "<start_of_turn>model\n",
-        "end": "<end_of_turn>", "after": "\n", "system": ("", "\n\n"), "merge_system": True,
-        "tool": ("<start_of_turn>tool\n", "<end_of_turn>\n"), "trim": True,
+        "prefix": "<bos>",
+        "user": ("<start_of_turn>user\n", "<end_of_turn>\n"),
+        "assistant": "<start_of_turn>model\n",
+        "end": "<end_of_turn>",
+        "after": "\n",
+        "system": ("", "\n\n"),
+        "merge_system": True,
+        "tool": ("<start_of_turn>tool\n", "<end_of_turn>\n"),
+        "trim": True,
     },
     "alpaca": {
-        "user": ("### Instruction:\n", "\n\n"), "assistant": "### Response:\n", "end": "</s>", "after": "\n\n", "system": ("", "\n\n"),
-        "default_system": "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+        "user": ("### Instruction:\n", "\n\n"),
+        "assistant": "### Response:\n",
+        "end": "</s>",
+        "after": "\n\n",
+        "system": ("", "\n\n"),
+        "default_system": "Below is an instruction that describes a task. Write a response that "
+        "appropriately completes the request.",
     },
     "plain": _PLAIN,
     "default": _PLAIN,  # LLaMA-Factory's name for it
     "text": {"user": ("", ""), "assistant": "", "end": "</s>"},
 }
-# fmt: on
 TEMPLATES = {name: Template(name=name, **parts) for name, parts in _FORMATS.items()}
 
 
@@ -176,7 +233,7 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
     Training: the assistant's words and the end token are supervised. open_turn: nothing is, and the
     text ends with the opening of the assistant's turn, which is what generation starts from.
     """
-    tools = _tools(getattr(conversation, "tools", ""))
+    tools = read_tools(getattr(conversation, "tools", ""))
     messages = messages_of(conversation)
     if template.trim:
         messages = [Message(m.role, m.content.strip()) for m in messages]
@@ -193,11 +250,11 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
     for i, (role, content) in enumerate(messages):
         if role == "assistant":
             last = i == len(messages) - 1
-            called = bool(tools) or roles[i + 2] == "tool"
+            calling = bool(tools) or roles[i + 2] == "tool"
             trained = not template.last_only or (last and not open_turn)
             current = "user" not in roles[i + 2 :]
             segments += _answer(
-                content, template, supervised=trained, last=last, current=current, called=called
+                content, template, supervised=trained, last=last, current=current, calling=calling
             )
             continue
         before, after = _around(role, template, turn=roles[: i + 2].count("user"))
@@ -237,33 +294,29 @@ def _words(text: str, template: Template) -> list[Segment]:
     return [*edge, Segment(text, False, False), *edge] if text else edge
 
 
-def _system(text: str | None, tools: list[dict[str, Any]], template: Template) -> list[Segment]:
-    """The system turn with the tools in it (InternLM2: in a turn of their own), or nothing."""
+def _system(text: str | None, tools: Tools, template: Template) -> list[Segment]:
+    """The system turn, with the tools in it or followed by them in a turn of their own; or
+    nothing.
+    """
     if template.system is None or not (text or tools or (text == "" and template.empty_system)):
         return []
     before, after = template.system
     words = _words(text or "", template)
     if not tools:
         return [*_markup(before), *words, *_markup(after)]
-    if template.tools == "internlm2":
+    head, body, tail = announced(template.tools, tools, bool(text))
+    announcement = [*_markup(head), Segment(body, False, False), *_markup(tail)]
+    place = TOOL_STYLES[template.tools].place
+    if place == "own turn":
         turn = [*_markup(before), *words, *_markup(after)] if text else []
-        return [
-            *turn,
-            *_markup(before.replace("\n", " name=<|plugin|>\n")),
-            Segment(_json(tools, 4), False, False),
-            *_markup(after),
-        ]
-    head, body, tail = _announce(template.tools, tools, bool(text))
-    announced = [*_markup(head), Segment(body, False, False), *_markup(tail)]
-    return [
-        *_markup(before),
-        *(announced + words if template.tools == "qwen3.5" else words + announced),
-        *_markup(after),
-    ]
+        plugin = before.replace("\n", " name=<|plugin|>\n")
+        return [*turn, *_markup(plugin), *announcement, *_markup(after)]
+    inside = announcement + words if place == "before words" else words + announcement
+    return [*_markup(before), *inside, *_markup(after)]
 
 
 def _answer(
-    content: str, template: Template, *, supervised: bool, last: bool, current: bool, called: bool
+    content: str, template: Template, *, supervised: bool, last: bool, current: bool, calling: bool
 ) -> list[Segment]:
     """One assistant turn; `current`: after the last user message, where thinking formats show the
     reasoning.
@@ -295,8 +348,7 @@ def _answer(
             *_markup("\n</think>\n\n", keep),
         ]
     segments += [
-        Segment(text, supervised, markup)
-        for text, markup in _spoken(content, template, _calls(content) if called else [])
+        Segment(text, supervised, markup) for text, markup in _spoken(content, template, calling)
     ]
     if last or not template.final_end:
         segments += _markup(template.end, supervised)
@@ -305,172 +357,12 @@ def _answer(
     return segments
 
 
-# --- Tools: announced in the system turn, called by the assistant in JSON ({"name": …, "arguments":
-# {…}}, one or a list).
-@functools.cache
-def _announcement(style: str) -> tuple[str, str]:
-    """The texts before and behind the tools, from assets/tools.toml."""
-    texts = load_toml(Path(__file__).parents[1] / "assets" / "tools.toml")[style.replace(".", "_")]
-    return texts["before"], texts["after"]
-
-
-def _json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _tools(text: str) -> list[dict[str, Any]]:
-    """The functions of a `tools` JSON text, without OpenAI's {"type": "function", …} wrapper; [] if
-    it is none.
-    """
-    try:
-        given = json.loads(text) if text else []
-    except ValueError:
-        return []
-    tools = [
-        tool.get("function", tool)
-        for tool in (given if isinstance(given, list) else [given])
-        if isinstance(tool, dict)
-    ]
-    return [tool for tool in tools if isinstance(tool, dict) and "name" in tool]
-
-
-def _announce(style: str, tools: list[dict[str, Any]], with_text: bool) -> tuple[str, str, str]:
-    """What tells the model of its tools: markup, the tools, markup."""
-    wrapped = [{"type": "function", "function": tool} for tool in tools]
-    head, tail = _announcement(style)
-    gap = "\n\n" if with_text else ""
-    if style == "qwen":
-        return gap + head, "".join("\n" + _json(tool) for tool in wrapped), tail
-    if style == "qwen3.5":
-        return head, "".join("\n" + _json(tool) for tool in wrapped), tail + gap
-    if style == "glm4":
-        return (
-            head,
-            "".join(f"\n\n## {tool['name']}\n\n{_json(tool, 4)}{tail}" for tool in tools),
-            "",
-        )
-    if style == "chatglm3":
-        return "" if with_text else head, "\n" + _json(tools, 4), ""
-    if style == "llama3":
-        return head, "".join(_json(tool, 4) + "\n\n" for tool in wrapped), ""
-    return (
-        head,
-        "".join(map(_react_tool, tools)) + tail % ", ".join(tool["name"] for tool in tools),
-        "",
-    )
-
-
-def _react_tool(tool: dict[str, Any]) -> str:
-    schema = tool.get("parameters") or {}
-    lines = [
-        f"> Tool Name: {tool['name']}",
-        f"Tool Description: {tool.get('description', '')}",
-        "Tool Args:",
-    ]
-    for name, value in (schema.get("properties") or {}).items():
-        required = ", required" if name in (schema.get("required") or []) else ""
-        choices = (
-            f", should be one of [{', '.join(map(str, value['enum']))}]"
-            if value.get("enum")
-            else ""
-        )
-        items = (
-            f", where each item should be {value['items'].get('type', '')}"
-            if value.get("items")
-            else ""
-        )
-        lines.append(
-            f"  - {name} ({value.get('type', '')}{required}): {value.get('description', '')}{choices}{items}"
-        )
-    return "\n".join(lines) + "\n\n"
-
-
-def _calls(content: str) -> list[tuple[str, Any]]:
-    """(name, arguments) of each call if the content is function calls in JSON, else []."""
-    try:
-        value = json.loads(content)
-    except ValueError:
-        return []
-    calls = value if isinstance(value, list) else [value]
-    if not all(
-        isinstance(call, dict) and "name" in call and ("arguments" in call or "parameters" in call)
-        for call in calls
-    ):
-        return []
-    return [
-        (call["name"], call["arguments"] if "arguments" in call else call["parameters"])
-        for call in calls
-    ]
-
-
-def _spoken(
-    content: str, template: Template, calls: list[tuple[str, Any]]
-) -> list[tuple[str, bool]]:
-    """(text, markup) parts of an assistant's words or calls; an empty part is an edge between
-    strings.
-    """
-    edge = [] if template.last_only else [("", True)]
-    opening = [(template.lead, True)] * bool(template.lead) + edge
-    if not calls:
+def _spoken(content: str, template: Template, calling: bool) -> Parts:
+    """An answer's words, or its calls in the template's format."""
+    opening = [(template.lead, True)] if template.lead else []
+    opening += [] if template.last_only else [("", True)]
+    turns = called(template.tools, opening, content) if calling else []
+    if not turns:
         return [*opening, (content, False)] if content else opening
-    if template.tools in ("glm4", "chatglm3"):  # the tool's name stands behind the role
-        turns = [
-            [(f"{name}\n", False), *edge, (_arguments(template.tools, values), False)]
-            for name, values in calls
-        ]
-        return [
-            part
-            for i, turn in enumerate(turns)
-            for part in [(template.assistant, True)] * bool(i) + turn
-        ]
-    if template.tools in ("qwen", "qwen3.5"):
-        bodies = [
-            _xml_call(n, v) if template.tools == "qwen3.5" else _json({"name": n, "arguments": v})
-            for n, v in calls
-        ]
-        call = [
-            [("\n" * bool(i) + "<tool_call>\n", True), (body, False), ("\n</tool_call>", True)]
-            for i, body in enumerate(bodies)
-        ]
-        return opening + [part for parts in call for part in parts]
-    objects = [{"name": name, "parameters": values} for name, values in calls]
-    if template.tools == "internlm2":
-        return [
-            *opening,
-            ("<|action_start|><|plugin|>\n", True),
-            ("\n".join(map(_json, objects)), False),
-            ("<|action_end|>", True),
-        ]
-    if template.tools == "llama3":
-        return [*opening, (_json(objects[0] if len(objects) == 1 else objects), False)]
-    return [
-        *opening,
-        (
-            "\n".join(f"Action: {name}\nAction Input: {_json(values)}" for name, values in calls),
-            False,
-        ),
-    ]
-
-
-def _arguments(style: str, values: Any) -> str:
-    if style == "glm4" or not isinstance(values, dict):
-        return _json(values)
-    return (
-        "```python\ntool_call("
-        + ", ".join(f"{key}={value!r}" for key, value in values.items())
-        + ")\n```"
-    )
-
-
-def _xml_call(name: str, values: Any) -> str:
-    """Qwen3.5's call: each argument on lines of its own, lists and objects as JSON."""
-    given = values.items() if isinstance(values, dict) else ()
-    pairs = (
-        (key, _json(value) if isinstance(value, list | dict) else str(value))
-        for key, value in given
-    )
-    return (
-        f"<function={name}>\n"
-        + "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in pairs)
-        + "</function>"
-    )
+    first, *others = turns
+    return [*first, *(part for turn in others for part in [(template.assistant, True), *turn])]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cllm.data.encode import IGNORE_INDEX
-from cllm.data.packing import PackedBatch
+from cllm.data.packing import PackedBatch, without_waiting
+from cllm.model.attention import row_arguments
 from cllm.model.head import output_head
 
 CHUNK_BYTES = 128 * 2**20
@@ -27,18 +28,24 @@ _FP32_BYTES = 16 * 2**20
 
 
 def token_nll(
-    hidden: Tensor, lm_head: nn.Module, labels: Tensor, chunk_bytes: int = CHUNK_BYTES
+    hidden: Tensor,
+    lm_head: nn.Module,
+    labels: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+    supervised: Tensor | None = None,
 ) -> Tensor:
     """-log softmax(lm_head(hidden_t))[labels_t] for every position; exact in value and gradient for
     any later weighting.
 
     Shapes: hidden (T, D), labels (T,) int64; result (T,) nats in float32, 0 at IGNORE_INDEX. Labels
-    are what position t predicts (already shifted). At most `chunk_bytes` of logits live at once.
+    are what position t predicts (already shifted). `supervised` (S,) int64: the positions that have
+    one; without it they are read from the device, for which the host waits. At most `chunk_bytes`
+    of logits live at once.
     With a frozen bare head, dense or int8 (dequantized in tiles), the unit gradient (softmax -
     onehot) W is formed in the forward and scaled in the backward; any other head is recomputed
     chunk by chunk there.
     """
-    kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    kept = (labels != IGNORE_INDEX).nonzero().squeeze(1) if supervised is None else supervised
     result = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
     if kept.numel() == 0:
         return result + hidden.sum() * 0.0  # keeps the graph connected
@@ -142,16 +149,15 @@ def row_nll(model: Any, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> T
     """token_nll (T,) of one packed row under `model`, a Transformers causal LM with "cllm"
     attention.
     """
-    # one sequence needs none, and some refuse them
-    bounds = {"cu_seqlens": batch.cu_seqlens} if len(batch.cu_seqlens) > 2 else {}
+    embedding = model.get_input_embeddings().weight
     output = model.base_model(
-        input_ids=batch.input_ids[None],
+        input_ids=without_waiting(batch.input_ids, embedding.device)[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
-        **bounds,
+        **row_arguments(model, batch.cu_seqlens, batch.device_seqlens),
     )
     hidden = output.last_hidden_state[0]
-    return token_nll(hidden, output_head(model), batch.labels, chunk_bytes)
+    return token_nll(hidden, output_head(model), batch.labels, chunk_bytes, batch.supervised)
 
 
 def sft_loss(model: nn.Module, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:

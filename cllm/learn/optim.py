@@ -211,7 +211,7 @@ def train_step(
     def update() -> tuple[float, float, bool]:
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
-        mean, grad_norm = total.item(), norm.item()
+        mean, grad_norm = torch.stack([total, norm]).tolist()  # the step's one wait for the device
         skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
         if scaler.is_enabled() or not skipped:
             scaler.step(optimizer)  # an enabled scaler skips by itself when it saw an inf or nan

@@ -10,13 +10,47 @@ what a family needs beyond that stands on the attention module itself (`sliding_
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cllm.messages import note
+from cllm.model.device import device_of
+
 ATTENTION = "cllm"
+
+
+class Card(NamedTuple):
+    """What decides which attention kernels a device has."""
+
+    type: str
+    capability: tuple[int, int]
+    flash: bool
+    """PyTorch was built with flash attention; wheels for Windows are not."""
+
+
+@cache
+def card_of(device: torch.device) -> Card:
+    """The card that `device` names."""
+    if device.type != "cuda":
+        return Card(device.type, (0, 0), False)
+    capability = torch.cuda.get_device_capability(device)
+    return Card("cuda", capability, torch.backends.cuda.is_flash_attention_available())
+
+
+def flash_takes(card: Card, dtype: torch.dtype, head_dim: int, *, masked: bool = False) -> bool:
+    """Whether SDPA gives a call to its flash kernel (PyTorch 2.11 to 2.14).
+
+    The others are the memory-efficient kernel, which before 2.14 wants as many key as query heads,
+    and the plain products, which hold all T x T scores. Flash trains no heads of 193 to 224
+    features on sm_86 and later.
+    """
+    fits = head_dim <= 192 or 224 < head_dim <= 256
+    half = dtype in (torch.float16, torch.bfloat16)
+    return card.flash and card.capability >= (8, 0) and half and fits and not masked
 
 
 def packed_attention(
@@ -27,6 +61,7 @@ def packed_attention(
     attention_mask: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
+    device_seqlens: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -37,40 +72,53 @@ def packed_attention(
     the one packed row.
 
     Shapes: query (B, H, Q, d), key and value (B, H_kv, K, d), H a multiple of H_kv; result (B, Q,
-    H, d). `cu_seqlens` (N+1,) int: row boundaries, B = 1; sequence n is [cu_seqlens[n],
-    cu_seqlens[n+1]). Without it, `attention_mask` (B, 1, Q, K) bool (True = attend) or additive
-    float; without either, a causal batch whose queries are the last Q of K. `sliding_window` w:
-    position i sees i-w+1 … i (a given mask already contains it). `softcap` c: scores become c
-    tanh(scores / c).
+    H, d). `cu_seqlens` (N+1,) int, on the host: row boundaries, B = 1; sequence n is
+    [cu_seqlens[n], cu_seqlens[n+1]). `device_seqlens`: the same in int32 beside the query, for the
+    kernel that takes all sequences at once. Without them, `attention_mask` (B, 1, Q, K) bool (True
+    = attend) or additive float; without either, a causal batch whose queries are the last Q of K.
+    `sliding_window` w: position i sees i-w+1 … i (a given mask already contains it). `softcap` c:
+    scores become c tanh(scores / c).
     """
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # the kernel is chosen for what SDPA would cast to
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     slopes = getattr(module, "alibi_slopes", None)
-    settings: dict[str, Any] = {
-        "scaling": scaling,
-        "dropout": dropout,
-        "softcap": softcap,
-        "slopes": slopes,
-    }
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = partial(_attend, scale=scale, dropout=dropout, softcap=softcap, slopes=slopes)
     if cu_seqlens is None:
-        if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
-            attention_mask = _causal_mask(
-                query.shape[2], key.shape[2], sliding_window, query.device
-            )
-        return _attend(query, key, value, attention_mask, **settings).transpose(1, 2), None
-    # Split, not sliced: the backward of N slices fills and adds N tensors of the whole row's size.
+        mask = _mask(query, key, attention_mask, sliding_window)
+        return attend(query, key, value, mask).transpose(1, 2), None
     lengths = cu_seqlens.diff().tolist()
-    parts = zip(
-        query.split(lengths, dim=2),
-        key.split(lengths, dim=2),
-        value.split(lengths, dim=2),
-        lengths,
-        strict=True,
-    )
-    outputs = []
-    for q, k, v, length in parts:
-        windowed = sliding_window is not None and length > sliding_window
-        mask = _causal_mask(length, length, sliding_window, query.device) if windowed else None
-        outputs.append(_attend(q, k, v, mask, **settings))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    longest = max(lengths)
+    window = sliding_window if sliding_window and longest > sliding_window else None
+    plain = softcap is None and slopes is None and not dropout and key.shape == value.shape
+    if device_seqlens is not None and plain and (window or len(lengths) > 1):
+        grouped = key.shape[1] != query.shape[1]
+        if varlen_equals_sdpa(query.device, query.dtype, query.shape[-1], grouped):
+            return _varlen(query, key, value, device_seqlens, longest, scale, window), None
+    # Split, not sliced: the backward of N slices fills and adds N tensors of the whole row's size.
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [attend(q, k, v, _mask(q, k, None, window)) for q, k, v in parts]
+    return (torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]).transpose(1, 2), None
+
+
+def _mask(
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, window: int | None
+) -> Tensor | None:
+    """What SDPA is given as mask; None: causal, the queries being all positions or the last one."""
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None or not attention_mask.numel():
+        windowed = window is not None and keys > window
+        if not windowed and queries in (1, keys):
+            return None
+        return _causal_mask(queries, keys, window, query.device)
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    # A row without any visible key (left padding) stays finite with the dtype's minimum, not with
+    # -inf.
+    return attention_mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
 
 
 def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -111,48 +159,122 @@ def _attend(
     value: Tensor,
     mask: Tensor | None,
     *,
-    scaling: float | None,
+    scale: float,
     dropout: float,
     softcap: float | None,
     slopes: Tensor | None,
 ) -> Tensor:
-    queries, keys = query.shape[2], key.shape[2]
+    """(B, H, Q, d) of one batch or sequence, by the kernel that needs least memory."""
+    features, groups = value.shape[-1], query.shape[1] // key.shape[1]
     if slopes is not None:
-        scaling = scaling or query.shape[-1] ** -0.5
-        wide = _with_alibi(query, key, value, slopes.to(query.device) / scaling)
-        how: dict[str, Any] = {
-            "scaling": scaling,
-            "dropout": dropout,
-            "softcap": softcap,
-            "slopes": None,
-        }
-        return _attend(*wide, mask, **how)[..., : value.shape[-1]]
-    if mask is None and (softcap is not None or queries not in (1, keys)):
-        mask = _causal_mask(queries, keys, None, query.device)
-    if mask is not None and mask.dtype != torch.bool:
-        # A row without any visible key (left padding) stays finite with the dtype's minimum, not
-        # with -inf.
-        mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
-    if mask is None or softcap is None:
-        how = {
-            "attn_mask": mask,
-            "is_causal": mask is None and queries > 1,
-            "enable_gqa": key.shape[1] != query.shape[1],
-        }
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=scaling, **how
-        )
-    groups = query.shape[1] // key.shape[1]
-    scores = (
-        query
-        @ key.repeat_interleave(groups, 1).transpose(-1, -2)
-        * (scaling or query.shape[-1] ** -0.5)
+        query, key, value = _with_alibi(query, key, value, slopes.to(query.device) / scale)
+    card, head_dim = card_of(query.device), query.shape[-1]
+    flash = flash_takes(card, query.dtype, head_dim, masked=mask is not None)
+    if groups > 1 and (softcap is not None or (card.type == "cuda" and not flash)):
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if softcap is not None:
+        return _capped(query, key, value, mask, scale, dropout, softcap)[..., :features]
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and query.shape[2] > 1,
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
     )
-    scores = torch.tanh(scores / softcap) * softcap
+    return output[..., :features]
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    softcap: float,
+) -> Tensor:
+    """Attention with capped scores, written out: no kernel of SDPA has them."""
+    if mask is None:
+        mask = _causal_mask(query.shape[2], key.shape[2], None, query.device)
+    scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
     low = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), dropout)
-    return weights @ value.repeat_interleave(groups, 1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seqlens: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """(1, T, H, d) of all sequences of a packed row in one launch; needs a flash kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    output: Any = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        seqlens,
+        seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(window - 1 if window else -1, 0),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    row: Tensor = output[None]
+    return row
+
+
+@cache
+def varlen_equals_sdpa(
+    device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
+) -> bool:
+    """Whether `_varlen` gives SDPA's values and gradients on this card, with and without a window.
+
+    Three sequences are tried. What differs, raises or is not in this PyTorch is said and not used.
+    """
+    if not flash_takes(card_of(device), dtype, head_dim) or head_dim % 8:
+        return False
+    seqlens = torch.tensor([0, 3, 43, 64], dtype=torch.int32)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(heads: int) -> Tensor:
+        shape = (1, heads, 64, head_dim)
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+    def values(output: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(output, (query, key, value), grad)
+        return torch.cat([x.flatten().float() for x in (output, *gradients)])
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            query, grad = random(4).requires_grad_(), random(4).transpose(1, 2)
+            key, value = (random(2 if grouped else 4).requires_grad_() for _ in "kv")
+            differences = []
+            for window in (None, 8):
+                plain, _ = packed_attention(
+                    nn.Module(), query, key, value, cu_seqlens=seqlens, sliding_window=window
+                )
+                scale = head_dim**-0.5
+                fast = _varlen(query, key, value, seqlens.to(device), 40, scale, window)
+                wanted = values(plain)
+                differences.append((values(fast) - wanted).norm() / wanted.norm())
+            # Rounding to bfloat16 is below 0.01, one key too many in a window above 0.1.
+            reason = "" if torch.stack(differences).max() < 0.03 else "other values"
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+    if reason:
+        note("attention.varlen", reason=reason)
+    return not reason
 
 
 def register() -> None:
@@ -183,42 +305,58 @@ def register() -> None:
     AttentionMaskInterface.register(ATTENTION, mask)
 
 
+def row_arguments(
+    model: Any, cu_seqlens: Tensor, device_seqlens: Tensor | None
+) -> dict[str, Tensor]:
+    """What a model's forward is given for a packed row beside its ids and positions.
+
+    The mask is empty and never looked at: Transformers hands masks of four dimensions on as they
+    are, and without one it reads back from the device whether positions start again. A row of one
+    sequence needs nothing, and models that `packs` did not accept may refuse it.
+    """
+    if len(cu_seqlens) == 2 and not getattr(model, "packs_rows", False):
+        return {}
+    bounds = {"cu_seqlens": cu_seqlens, "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool)}
+    return bounds if device_seqlens is None else bounds | {"device_seqlens": device_seqlens}
+
+
 @torch.no_grad()
 def packs(model: Any) -> bool:
     """Whether a packed row keeps its sequences apart in this model: the second one's hidden states
     stay as they are when the first is another, and are those that it has alone. False for recurrent
     layers and for attention that does not ask us; such models take rows of one sequence.
+
+    The answer stays on the model as `packs_rows`, for `row_arguments`.
     """
-    was_training, device = model.training, model.get_input_embeddings().weight.device
+    # The embedding may be in host memory: ids go there, positions to where the layers compute.
+    ids = torch.arange(1, 13, device=model.get_input_embeddings().weight.device)
+    device = device_of(model)
+    was_training = model.training
     model.eval()
-    ids, positions = torch.arange(1, 13, device=device), torch.arange(4, device=device)
 
     def hidden(*starts: int) -> Tensor:
         """Of the last sequence, each being four ids from `starts` on."""
-        row = torch.cat([ids[start : start + 4] for start in starts])[None]
-        bounds = (
-            {"cu_seqlens": torch.arange(0, 4 * len(starts) + 1, 4, dtype=torch.int32)}
-            if len(starts) > 1
-            else {}
-        )
+        seqlens = torch.arange(0, 4 * len(starts) + 1, 4, dtype=torch.int32)
         output = model.base_model(
-            input_ids=row,
-            position_ids=positions.repeat(len(starts))[None],
+            input_ids=torch.cat([ids[start : start + 4] for start in starts])[None],
+            position_ids=torch.arange(4, device=device).repeat(len(starts))[None],
             use_cache=False,
-            **bounds,
+            **row_arguments(model, seqlens, seqlens.to(device)),
         )
         last: Tensor = output.last_hidden_state[0, -4:].float()
         return last
 
+    model.packs_rows = False
     try:
         first, second, alone = hidden(0, 8), hidden(4, 8), hidden(8)
     except ValueError:  # Transformers' own refusal, where a kernel that could is not installed
         return False
     finally:
         model.train(was_training)
-    scale = float(first.abs().max())
     # The same shapes give the same numbers but for a mixture of experts; other shapes round
     # otherwise in 16 bits.
-    return bool(
-        (first - second).abs().max() <= 1e-3 * scale and (first - alone).abs().max() <= 0.1 * scale
-    )
+    limits = first.abs().max() * torch.tensor([1e-3, 0.1], device=device)
+    differences = torch.stack([(first - other).abs().max() for other in (second, alone)])
+    apart = bool((differences <= limits).all())
+    model.packs_rows = apart
+    return apart

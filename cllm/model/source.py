@@ -3,23 +3,25 @@ fetched from a hub.
 
 Order: existing path, built-in, local caches (ours, Hugging Face's, ModelScope's), the Hugging Face
 endpoint (`HF_ENDPOINT` names a mirror), ModelScope. `hf:` or `modelscope:` before the name forces
-one. Both hubs are read with plain HTTPS: every byte comes from the host that is named, transfers
-resume where they stopped, and each file whose SHA-256 the hub publishes is compared.
+one. Hugging Face is read by its own client, ModelScope with plain HTTPS. Each file whose SHA-256
+the hub publishes is compared, because neither way does so by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 from cllm.messages import UserError, note
@@ -28,10 +30,10 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = ("tiny-zh",)
 HUGGING_FACE = "https://huggingface.co"
 MODELSCOPE = "https://modelscope.cn"
-ATTEMPTS = 4  # transfers of one file that may break off before a host counts as failed
 TIMEOUT_SECONDS = 20.0
 PROGRESS_SECONDS = 5.0
 _BLOCK_BYTES = 2**20
+_COMPLETE = ".complete"  # stands in a directory of ours once every file is there
 _WANTED = re.compile(r"[\w.-]+\.(json|model|tiktoken|jinja)|merges\.txt|vocab\.txt")
 _WEIGHTS = (re.compile(r"model[\w.-]*\.safetensors"), re.compile(r"pytorch_model[\w.-]*\.bin"))
 
@@ -42,15 +44,16 @@ class RemoteFile(NamedTuple):
     name: str
     size_bytes: int
     sha256: str
-    url: str
+    fetch: Callable[[Path], object]
+    """Brings the file to this path. Raises whatever the hub's client raises."""
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, *, download: bool = True) -> Path:
     """The local directory (or `.gguf` file) of a model: `tiny-zh`, a path, `org/name`,
     `hf:org/name`, `modelscope:org/name`.
 
-    Downloads what is not there. Raises UserError if nothing has this name or no hub serves it: each
-    host that failed, and the ways round it.
+    Downloads what is not there, unless `download` or HF_HUB_OFFLINE says not to. Raises UserError
+    if nothing has this name or no hub serves it: each host that failed, and the ways round it.
     """
     forced, _, identifier = (
         name.rpartition(":") if name.startswith(("hf:", "modelscope:")) else ("", "", name)
@@ -67,27 +70,29 @@ def resolve(name: str) -> Path:
         or identifier.startswith(".")
     ):
         raise UserError("source.not_found", name=name, built_in=", ".join(BUILT_IN))
-    own = _own_cache() / identifier.replace("/", "--")
-    for cached in (own, *_foreign_caches(identifier, forced)):
-        if _is_complete(cached, own):
+    directory = Path(os.environ.get("CLLM_CACHE", "~/.cache/cllm/models")).expanduser()
+    directory /= identifier.replace("/", "--")
+    if (directory / _COMPLETE).is_file():
+        return directory
+    for cached in _foreign_caches(identifier, forced):
+        if _is_complete(cached):
             return cached
-    endpoint = os.environ.get("HF_ENDPOINT", HUGGING_FACE).rstrip("/")
-    hubs = {"hf": (endpoint, _hugging_face_files), "modelscope": (MODELSCOPE, _modelscope_files)}
+    if not download or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise UserError("source.offline", name=identifier)
+    hubs = {
+        "hf": (os.environ.get("HF_ENDPOINT") or HUGGING_FACE, _hugging_face_files),
+        "modelscope": (MODELSCOPE, _modelscope_files),
+    }
     failures = []
-    for base, list_files in [hubs[forced]] if forced else hubs.values():
-        host = urlsplit(base).netloc or base
+    for address, list_files in [hubs[forced]] if forced else hubs.values():
+        host = urlsplit(address).netloc or address
         try:
-            if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-                raise OSError("HF_HUB_OFFLINE is set")
-            return _download(list_files(base, identifier), identifier, own, host)
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-            failures.append(f"{host}: {error}")
-            note("source.failed", name=identifier, host=host, detail=error)
+            return _download(partial(list_files, address.rstrip("/"), identifier), host, directory)
+        except Exception as error:  # the clients pass on their HTTP libraries' own exceptions
+            detail = " ".join(str(error).split())
+            failures.append(f"{host}: {detail}")
+            note("source.failed", name=identifier, host=host, detail=detail)
     raise UserError("source.unreachable", name=identifier, failures="; ".join(failures))
-
-
-def _own_cache() -> Path:
-    return Path(os.environ.get("CLLM_CACHE", "~/.cache/cllm/models")).expanduser()
 
 
 def _foreign_caches(identifier: str, forced: str) -> list[Path]:
@@ -103,72 +108,53 @@ def _foreign_caches(identifier: str, forced: str) -> list[Path]:
         Path(os.environ.get("MODELSCOPE_CACHE", "~/.cache/modelscope/hub")).expanduser() / "models"
     )
     organisation, name = identifier.split("/")
-    found = {
+    caches = {
         "hf": hub / "snapshots" / commit,
         "modelscope": scope / organisation / name.replace(".", "___"),
     }
-    return [found[forced]] if forced else list(found.values())
+    return [caches[forced]] if forced else list(caches.values())
 
 
-def _is_complete(directory: Path, own: Path) -> bool:
-    """Ours carries a marker; another tool's cache must hold a config and every shard of its
-    index.
-    """
-    if directory == own or not (directory / "config.json").is_file():
-        return (directory / ".complete").is_file()
+def _is_complete(directory: Path) -> bool:
+    """Whether another tool's cache holds a config and every shard of its index."""
     from cllm.model.shards import weight_files
 
+    if not (directory / "config.json").is_file():
+        return False
     try:
         return bool(weight_files(directory))
     except UserError:
         return False
 
 
-def _hugging_face_files(endpoint: str, identifier: str) -> list[RemoteFile]:
-    """Source: the Hub API's tree listing; a large file's SHA-256 is its LFS object id."""
-    entries = [
-        entry
-        for entry in _get_json(f"{endpoint}/api/models/{identifier}/tree/main")
-        if entry["type"] == "file"
-    ]
-    address = f"{endpoint}/{identifier}/resolve/main/"
-    return [
-        RemoteFile(
-            e["path"], e["size"], e.get("lfs", {}).get("oid", ""), address + quote(e["path"])
-        )
-        for e in entries
-    ]
+def _download(list_files: Callable[[], list[RemoteFile]], host: str, directory: Path) -> Path:
+    """Fill `directory` with what is wanted of a repository and mark it as complete. Of several
+    processes one does it, and the others wait for it.
+    """
+    from filelock import FileLock
 
-
-def _modelscope_files(endpoint: str, identifier: str) -> list[RemoteFile]:
-    """Source: the listing and download addresses that ModelScope's own client uses."""
-    repository = f"{endpoint}/api/v1/models/{identifier}/repo"
-    entries = [
-        e
-        for e in _get_json(f"{repository}/files?Revision=master")["Data"]["Files"]
-        if e["Type"] == "blob"
-    ]
-    address = f"{repository}?Revision=master&FilePath="
-    return [
-        RemoteFile(e["Path"], e["Size"], e.get("Sha256") or "", address + quote(e["Path"]))
-        for e in entries
-    ]
-
-
-def _get_json(url: str) -> Any:
-    with _open(url) as response:
-        return json.load(response)
-
-
-def _open(url: str, start: int = 0) -> Any:
-    request = urllib.request.Request(url, headers={"User-Agent": "cllm"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-    endpoint = os.environ.get("HF_ENDPOINT", HUGGING_FACE)
-    if url.startswith(endpoint) and (token := os.environ.get("HF_TOKEN")):
-        # Unredirected: the token is for the hub, not for the storage host that it sends us to.
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    directory.mkdir(parents=True, exist_ok=True)
+    marker = directory / _COMPLETE
+    with FileLock(directory / ".lock"):
+        if marker.is_file():
+            return directory
+        files = wanted(list_files())
+        gib = sum(file.size_bytes for file in files) / 2**30
+        note("source.fetch", host=host, count=len(files), gib=f"{gib:.2f}", path=directory)
+        for file in files:
+            target = directory / file.name
+            if target.is_file() and _is_right(target, file):
+                continue
+            target.unlink(missing_ok=True)
+            file.fetch(target)
+            if not _is_right(target, file):
+                target.unlink()
+                raise OSError(
+                    f"{file.name}: the SHA-256 of what arrived is not "
+                    f"{file.sha256 or file.size_bytes}"
+                )
+        marker.touch()
+    return directory
 
 
 def wanted(files: list[RemoteFile]) -> list[RemoteFile]:
@@ -182,87 +168,83 @@ def wanted(files: list[RemoteFile]) -> list[RemoteFile]:
     raise ValueError("the repository holds neither model*.safetensors nor pytorch_model*.bin")
 
 
-def _download(offered: list[RemoteFile], identifier: str, directory: Path, host: str) -> Path:
-    files = wanted(offered)
-    gib = sum(file.size_bytes for file in files) / 2**30
-    note(
-        "source.fetch",
-        name=identifier,
-        host=host,
-        count=len(files),
-        gib=f"{gib:.2f}",
-        path=directory,
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        fetch_file(file, directory / file.name)
-    (directory / ".complete").write_text(
-        json.dumps({"name": identifier, "host": host}), encoding="utf-8"
-    )
-    return directory
-
-
-def fetch_file(file: RemoteFile, target: Path) -> None:
-    """Bring one file to `target`, resuming `<target>.incomplete`. Raises OSError if it stays short
-    or its SHA-256 is wrong.
-    """
-    if target.is_file() and _is_right(target, file):
-        return
-    part = target.with_name(target.name + ".incomplete")
-    detail: object = "cut"
-    for _ in range(ATTEMPTS):
-        start = part.stat().st_size if part.is_file() else 0
-        try:
-            if start < file.size_bytes or not start:
-                _transfer(file, part, start)
-        except (OSError, HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise
-            detail = error
-            continue
-        if part.stat().st_size < file.size_bytes:
-            continue
-        if _is_right(part, file):
-            part.replace(target)
-            return
-        part.unlink()
-        if not start:
-            raise OSError(
-                f"{file.name}: the SHA-256 of what arrived is not {file.sha256 or file.size_bytes}"
-            )
-    raise OSError(f"{file.name}: broke off {ATTEMPTS} times ({detail})")
-
-
 def _is_right(path: Path, file: RemoteFile) -> bool:
+    """Whether the file at `path` has the size and, where known, the SHA-256 of `file`."""
     if path.stat().st_size != file.size_bytes:
         return False
-    if not file.sha256:
-        return True
     digest = hashlib.sha256()
     with path.open("rb") as data:
-        while block := data.read(_BLOCK_BYTES):
+        while file.sha256 and (block := data.read(_BLOCK_BYTES)):
             digest.update(block)
-    return digest.hexdigest() == file.sha256
+    return file.sha256 in ("", digest.hexdigest())
 
 
-def _transfer(file: RemoteFile, part: Path, start: int) -> None:
-    """Append to `part` what a Range request from `start` brings (or begin anew where the host
-    ignores ranges).
+def _hugging_face_files(endpoint: str, identifier: str) -> list[RemoteFile]:
+    """Source: the Hub API's model info; a large file's SHA-256 is its LFS object id."""
+    if endpoint != HUGGING_FACE:
+        # Xet fetches the bytes from hosts of its own, which those who need a mirror often cannot
+        # reach. The client reads this once, when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    from huggingface_hub import HfApi, hf_hub_download
+
+    # False keeps the client from sending the token that somebody has logged in with.
+    token = os.environ.get("HF_TOKEN") or False
+    info = HfApi(endpoint=endpoint, token=token).model_info(
+        identifier, files_metadata=True, timeout=TIMEOUT_SECONDS
+    )
+
+    def fetch(target: Path) -> None:
+        hf_hub_download(
+            identifier,
+            target.name,
+            revision=info.sha,
+            local_dir=target.parent,
+            endpoint=endpoint,
+            token=token,
+        )
+
+    return [
+        RemoteFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else "", fetch)
+        for file in info.siblings or ()
+    ]
+
+
+def _modelscope_files(address: str, identifier: str) -> list[RemoteFile]:
+    """Source: the listing and download addresses that ModelScope's own client uses."""
+    repository = f"{address}/api/v1/models/{identifier}/repo"
+    with urllib.request.urlopen(
+        f"{repository}/files?Revision=master", timeout=TIMEOUT_SECONDS
+    ) as response:
+        listing = json.load(response)["Data"]["Files"]
+    files = []
+    for entry in listing:
+        if entry["Type"] == "blob":
+            url = f"{repository}?Revision=master&FilePath={quote(entry['Path'])}"
+            fetch = partial(_transfer, url, entry["Size"])
+            files.append(RemoteFile(entry["Path"], entry["Size"], entry.get("Sha256") or "", fetch))
+    return files
+
+
+def _transfer(url: str, size_bytes: int, target: Path) -> None:
+    """Bring `url` to `target`, going on where `<target>.incomplete` ends, as long as something
+    arrives. Raises OSError.
     """
-    with (
-        _open(file.url, start) as response,
-        part.open("ab" if response.status == 206 else "wb") as output,
-    ):
-        arrived = start if response.status == 206 else 0
-        shown = time.monotonic()
-        while block := response.read(_BLOCK_BYTES):
-            output.write(block)
-            arrived += len(block)
-            if time.monotonic() - shown > PROGRESS_SECONDS:
-                shown = time.monotonic()
-                percent = 100 * arrived // max(file.size_bytes, 1)
-                print(
-                    f"{file.name}  {percent:3d} %  {arrived / 2**30:.2f} GiB",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    part = target.with_name(target.name + ".incomplete")
+    part.touch()
+    shown = time.monotonic()
+    while (start := part.stat().st_size) < size_bytes:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
+        with (
+            urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response,
+            part.open("ab" if response.status == 206 else "wb") as output,
+            contextlib.suppress(ConnectionError, TimeoutError, HTTPException),
+        ):
+            while block := response.read(_BLOCK_BYTES):
+                output.write(block)
+                if time.monotonic() - shown > PROGRESS_SECONDS:
+                    shown = time.monotonic()
+                    percent = 100 * output.tell() // size_bytes
+                    print(f"{target.name}  {percent:3d} %", file=sys.stderr, flush=True)
+        if part.stat().st_size <= start:
+            raise OSError(f"{target.name}: broke off at byte {start} of {size_bytes}")
+    part.replace(target)

@@ -8,11 +8,12 @@ Text never yields control tokens; only a template's markup does. A directory wri
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import shutil
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,48 +21,32 @@ from typing import TYPE_CHECKING, Any, Literal
 from cllm.data.dialects import jinja
 from cllm.data.encode import IGNORED, Ids
 from cllm.data.schema import Message
-from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
+from cllm.data.template import TEMPLATES, Chat, Segment, Template, render
 from cllm.messages import UserError, note
 from cllm.model import gguf
+from cllm.model.chat_template import (
+    choose_template,
+    published_template,
+    render_native,
+    renders_like,
+    restored_template,
+)
 from cllm.model.families import GGUF, family_of
 from cllm.model.shards import read_json
-from cllm.model.vocabulary import (
-    Bpe,
-    SentencePiece,
-    Vocabulary,
-    from_directory,
-    from_gguf,
-    prefixed,
-    to_gguf,
-)
+from cllm.model.text_stream import TextStream
+from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, prefixed
+from cllm.model.vocabulary_files import from_directory, from_gguf, to_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPLATE_FILE = "template.json"
+ITSELF = -1  # the label of ids that are their own labels
 FILES = (
-    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt \
-qwen.tiktoken"
+    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json vocab.json merges.txt qwen.tiktoken"
 )
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
-_KINDS = {  # tokenizer_class or model_type -> template
-    "ChatGLMTokenizer": "chatglm3", "ChatGLM4Tokenizer": "glm4", "BaichuanTokenizer": "baichuan2", "QWenTokenizer": "qwen1",
-    "InternLMTokenizer": "internlm", "InternLM2Tokenizer": "internlm2", "glm": "glm4", "glm4": "glm4",
-}  # fmt: skip
-_PROBES = (  # on which one of our templates and a chat_template must agree to be the same
-    ([Message("user", "a"), Message("assistant", "b"), Message("user", "c")], True),
-    (
-        [
-            Message("system", "s"),
-            Message("user", " a\n"),
-            Message("assistant", "b"),
-            Message("user", "c"),
-            Message("assistant", "d"),
-        ],
-        False,
-    ),
-    ([Message("user", "a"), Message("assistant", "b")], False),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +108,12 @@ class Tokenizer:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         return {kind: "" if id is None else self.vocabulary.name(id) for kind, id in ids.items()}
 
-    def stream(self, *, reply: bool = False) -> Stream:
+    def stream(self, *, reply: bool = False) -> TextStream:
         """A decoder for ids that arrive one by one. reply=True: without the white space that opens
         an answer in ChatGLM's formats.
         """
-        return Stream(self, drop_blank=reply and bool(self.template.lead))
+        drop_blank = reply and bool(self.template.lead)
+        return TextStream(self.decode, self.vocabulary.hidden, drop_blank=drop_blank)
 
     def segments(self, conversation: Chat, *, open_turn: bool = False) -> list[Segment]:
         """The conversation in this tokenizer's template (see `cllm.data.template.render`).
@@ -136,7 +122,7 @@ class Tokenizer:
         or cannot be trained on.
         """
         if self.template.jinja:
-            return _render_native(self, conversation, open_turn=open_turn)
+            return render_native(self, conversation, open_turn=open_turn)
         return render(conversation, self.template, open_turn=open_turn)
 
     def encode_chat(self, messages: Chat, open_turn: bool = True) -> list[int]:
@@ -168,45 +154,48 @@ class Tokenizer:
             for part, label in plan:
                 new = known[part] if isinstance(part, str) else array("i", [part])
                 ids += new
-                labels += (
-                    IGNORED * len(new)
-                    if label is None
-                    else new
-                    if label < 0
-                    else array("i", [label])
-                )
+                if label is None:
+                    labels += IGNORED * len(new)
+                else:
+                    labels += new if label == ITSELF else array("i", [label])
             examples.append((ids, labels))
         return examples
 
+    def _pieces(self, segments: Iterable[Segment]) -> Iterator[tuple[str, int | None, int | None]]:
+        """(text, id, label) of the parts of the segments: a control token has an id and no text, an
+        empty segment neither; labels as in `_plan`.
+        """
+        control = self.vocabulary.control
+        for text, supervised, markup, target in segments:
+            label = ITSELF if supervised else None
+            for part in (self._split(text) if markup else (text,)) or ("",):
+                if markup and part in control:
+                    yield "", control[part], control[target] if supervised and target else label
+                else:
+                    yield part, None, label
+
     def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int | None]]:
-        """Texts and control tokens, in order, with the label: None where not supervised, -1 for the
-        ids themselves.
+        """Texts and control tokens, in order, with the label: None where not supervised, ITSELF
+        where the ids are their own labels.
         """
         plan: list[tuple[str | int, int | None]] = []
-        control, split = self.vocabulary.control, self._split
-        strips = self._prefixed and not self.template.apart
-        joins = False
-        for text, supervised, markup, target in segments:
-            label = -1 if supervised else None
-            joins = joins and bool(text) and plan[-1][1] == label
-            if strips and plan and not joins and isinstance(plan[-1][0], str):
+        runs = itertools.groupby(
+            self._pieces(segments), key=lambda piece: (bool(piece[0]), piece[2])
+        )
+        for (of_text, label), run in runs:
+            if not of_text:
+                plan += [(id, label) for _, id, _ in run if id is not None]
+                continue
+            text = "".join([text for text, _, _ in run])
+            if plan and isinstance(plan[-1][0], str) and self._strips:
                 text = text.removeprefix(" ")  # the vocabulary puts one before every string
-            for part in split(text) if markup else (text,) if text else ():
-                if markup and part in control:
-                    plan.append(
-                        (control[part], control[target] if supervised and target else label)
-                    )
-                    joins = False
-                elif joins:
-                    plan[-1] = (f"{plan[-1][0]}{part}", label)
-                else:
-                    plan.append((part, label))
-                    joins = True
+            plan.append((text, label))
         return plan
 
     @functools.cached_property
-    def _prefixed(self) -> bool:
-        return prefixed(self.vocabulary)
+    def _strips(self) -> bool:
+        """Whether a text behind a text loses its first blank."""
+        return prefixed(self.vocabulary) and not self.template.apart
 
     @functools.cached_property
     def _split(self) -> Any:
@@ -252,14 +241,15 @@ class Tokenizer:
         question: ChatGLM3 and Baichuan2 encode markup and words apart, which no chat_template can
         say.
         """
-        own = _own_template(self)
+        own = published_template(self)
         text = (
             own
-            if own and not self.template.jinja and _renders_like(self, own)
+            if own and not self.template.jinja and renders_like(self, own)
             else jinja(self.template)
         )
         if "enable_thinking" in self.template.jinja:
-            text = f"{{% set enable_thinking = {str(self.template.thinking == 'keep').lower()} %}}{text}"
+            thinking = str(self.template.thinking == "keep").lower()
+            text = f"{{% set enable_thinking = {thinking} %}}{text}"
         question = [Message("user", "你好，今天 how are you?")]
         whole = "".join(segment.text for segment in self.segments(question, open_turn=True))
         return text if self.encode(whole, markup=True) == self.encode_chat(question) else ""
@@ -357,39 +347,6 @@ def portable(tokenizer: Tokenizer, directory: Path) -> None:
     )
 
 
-class Stream:
-    """Text from ids one at a time: no piece holds half a character, and joined they are `decode` of
-    all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, drop_blank: bool = False) -> None:
-        self._decode, self._hidden = tokenizer.decode, tokenizer.vocabulary.hidden
-        self._blank = drop_blank  # still at the white space to be dropped
-        self._ids: list[int] = []
-        # ids before `_read` are out; those from `_start` on give the next ones their context
-        self._start = self._read = 0
-
-    def push(self, id: int) -> str:
-        """The text that `id` completes; "" while a character is still incomplete."""
-        if id in self._hidden:
-            return ""
-        self._ids.append(id)
-        text = self._decode(self._ids[self._start :])
-        return "" if text.endswith("\ufffd") else self._emit(text)
-
-    def end(self) -> str:
-        """What was held back."""
-        return self._emit(self._decode(self._ids[self._start :]))
-
-    def _emit(self, text: str) -> str:
-        new = text[len(self._decode(self._ids[self._start : self._read])) :]
-        self._start, self._read = self._read, len(self._ids)
-        if self._blank:
-            new = new.lstrip()
-            self._blank = not new
-        return new
-
-
 # --- Loading
 def load_tokenizer(
     path: Path | str, template: str = "auto", thinking: Literal["off", "keep"] = "off"
@@ -446,10 +403,10 @@ def load_tokenizer(
     )
     if template == "auto" and saved:
         try:
-            return replace(unset, template=_stored(saved["template"]))
+            return replace(unset, template=restored_template(saved["template"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError("tokenizer.damaged", path=path / TEMPLATE_FILE, detail=error) from error
-    return replace(unset, template=_choose(unset, template, kind, model, thinking))
+    return replace(unset, template=choose_template(unset, template, kind, model, thinking))
 
 
 def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -491,226 +448,6 @@ def _write_json(path: Path, value: object) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-# --- The template
-def _stored(values: Mapping[str, Any]) -> Template:
-    """The template whose `asdict` went through JSON."""
-    parts: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
-    return Template(**parts)
-
-
-def _choose(
-    tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, Any], thinking: str
-) -> Template:
-    """The template of this name, fitted to the vocabulary; "auto": see `load_tokenizer`."""
-    own = _own_template(tokenizer)
-    if name == "auto":
-        name = (
-            _of_kind(tokenizer, family, model)
-            or (own and (_same(tokenizer, own) or "native"))
-            or ""
-        )
-        name = name or (
-            "chatml"
-            if {"<|im_start|>", "<|im_end|>"} <= tokenizer.vocabulary.control.keys()
-            else "plain"
-        )
-    if name == "native" and own:
-        return _native(tokenizer, own, thinking)
-    if name not in TEMPLATES:
-        raise UserError("tokenizer.template", name=name, known=", ".join([*TEMPLATES, "native"]))
-    return _fitted(tokenizer, TEMPLATES[name], thinking)
-
-
-def _own_template(tokenizer: Tokenizer) -> str:
-    own = tokenizer.config.get("chat_template") or ""
-    if isinstance(own, list):  # several named ones
-        own = next((entry["template"] for entry in own if entry.get("name") == "default"), "")
-    return str(own)
-
-
-def _of_kind(tokenizer: Tokenizer, family: str, model: Mapping[str, Any]) -> str:
-    """The template that the original tokenizer class, the model type or the family names; "" if
-    they say nothing.
-    """
-    name = _KINDS.get(
-        tokenizer.config.get("tokenizer_class", ""), _KINDS.get(model.get("model_type", ""), family)
-    )
-    if name == "chatglm3":  # ChatGLM2, ChatGLM3 and GLM-4 share their class names
-        names = f"{tokenizer.config.get('name_or_path')} {model.get('_name_or_path')}".lower()
-        return (
-            "glm4"
-            if isinstance(tokenizer.vocabulary, Bpe)
-            else "chatglm2"
-            if "chatglm2" in names
-            else "chatglm3"
-        )
-    if name == "baichuan2" and tokenizer.vocab_size == 64000:
-        return "baichuan"
-    return name if name in TEMPLATES else ""
-
-
-def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template:
-    """The template with this tokenizer's own end of text where it lacks the template's, and its bos
-    if it always has one.
-    """
-    vocabulary = tokenizer.vocabulary
-    if template.thinking:
-        template = replace(template, thinking=thinking)
-    if (end := template.end.strip()) not in vocabulary.control:
-        text = json.dumps(asdict(template), ensure_ascii=False).replace(
-            end, vocabulary.name(tokenizer.eos_id)
-        )
-        template = _stored(json.loads(text))
-    if tokenizer.bos_id is not None:
-        bos = vocabulary.name(tokenizer.bos_id)
-        own = vocabulary.begins_with(tokenizer.bos_id)
-        if bos not in template.prefix + template.user[0] and tokenizer.config.get(
-            "add_bos_token", own
-        ):
-            template = replace(template, prefix=bos + template.prefix)
-    return template
-
-
-# --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only
-# its own text is markup
-_MARK = re.compile("\ue000(\\d+)\ue001")
-
-
-def _marked(messages: Sequence[Message]) -> list[Message]:
-    return [Message(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)]
-
-
-def _filled(text: str, words: Sequence[str]) -> str:
-    return _MARK.sub(lambda match: words[int(match.group(1))], text)
-
-
-def _jinja(
-    tokenizer: Tokenizer,
-    source: str,
-    thinking: str | None,
-    messages: Sequence[Message],
-    opened: bool,
-    tools: str = "",
-) -> str:
-    """The text that Transformers renders; thinking None: without saying so. Raises UserError with
-    the chat_template's own complaint.
-    """
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        texts, _ = render_jinja_template(
-            conversations=[[m._asdict() for m in messages]],
-            tools=json.loads(tools) if tools else None,
-            chat_template=source,
-            add_generation_prompt=opened,
-            **({} if thinking is None else {"enable_thinking": thinking == "keep"}),
-            **tokenizer.special_names(),
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError("tokenizer.native", detail=error) from error
-    return str(texts[0])
-
-
-def _same(tokenizer: Tokenizer, source: str) -> str:
-    """The name of our template that renders exactly like the chat_template, thinking or not, or
-    "".
-    """
-    modes = ("off", "keep")
-    try:
-        texts = [
-            [_jinja(tokenizer, source, mode, turns, opened) for turns, opened in _PROBES]
-            for mode in modes
-        ]
-    except UserError:
-        return ""
-    for name, template in TEMPLATES.items():
-        if [
-            _probed(replace(template, thinking=mode if template.thinking else "")) for mode in modes
-        ] == texts:
-            return name
-    return ""
-
-
-def _probed(template: Template) -> list[str]:
-    return [
-        "".join(segment.text for segment in render(turns, template, open_turn=opened))
-        for turns, opened in _PROBES
-    ]
-
-
-def _renders_like(tokenizer: Tokenizer, source: str) -> bool:
-    """Whether the chat_template, called as everybody calls it, renders exactly like the tokenizer's
-    template.
-    """
-    try:
-        return _probed(tokenizer.template) == [
-            _jinja(tokenizer, source, None, turns, opened) for turns, opened in _PROBES
-        ]
-    except UserError:
-        return False
-
-
-def _native(tokenizer: Tokenizer, source: str, thinking: str) -> Template:
-    """The chat_template as a Template; its end token is the first control token behind an
-    answer.
-    """
-    tail = _jinja(tokenizer, source, thinking, _marked(_PROBES[2][0]), False).rpartition("\ue001")[
-        2
-    ]
-    end = tokenizer.first_control(tail)[1] or tokenizer.vocabulary.name(tokenizer.eos_id)
-    return Template(
-        name="native", user=("", ""), assistant="", end=end, jinja=source, thinking=thinking
-    )
-
-
-def _render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) -> list[Segment]:
-    """Segments from the chat_template. An answer is what the rendering up to and with it has beyond
-    the rendering that opens it; both must begin the whole text.
-    """
-    messages = messages_of(conversation)
-    marked, words = _marked(messages), [m.content for m in messages]
-    source, thinking, tools = (
-        tokenizer.template.jinja,
-        tokenizer.template.thinking,
-        getattr(conversation, "tools", ""),
-    )
-    text = functools.partial(_jinja, tokenizer, source, thinking, tools=tools)
-    whole, actual = text(marked, open_turn), text(messages, open_turn)
-    if _filled(whole, words) != actual:  # most often because the template strips the words
-        words = [content.strip() for content in words]
-        if _filled(whole, words) != actual:
-            raise UserError("tokenizer.prefix")
-    segments: list[Segment] = []
-
-    def put(chunk: str, supervised: bool) -> None:
-        for at, part in enumerate(_MARK.split(chunk)):
-            if part:
-                segments.append(
-                    Segment(words[int(part)] if at % 2 else part, supervised, at % 2 == 0)
-                )
-
-    done = 0
-    for i in (i for i, message in enumerate(messages) if message.role == "assistant"):
-        start, end = text(marked[:i], True), text(marked[: i + 1], False)
-        if not (whole.startswith(end) and end.startswith(start)):
-            raise UserError("tokenizer.prefix")
-        answer, _, tail = end.rpartition("\ue001")
-        before, closing = tokenizer.first_control(tail)
-        if not closing:
-            raise UserError("tokenizer.no_end", token="end of turn", template="chat_template")
-        stop = len(answer) + 1 + len(before)
-        put(whole[done : len(start)], False)
-        segments.append(Segment("", not open_turn, True))
-        put(whole[len(start) : stop], not open_turn)
-        segments.append(Segment(tokenizer.template.end, not open_turn, True))
-        done = stop + len(closing)
-    put(whole[done:], False)
-    return segments
 
 
 # --- Preflight

@@ -346,6 +346,12 @@ def _on_device(inputs: list[Tensor], device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
+def _size_depends_on_values(func: Any, args: Any) -> bool:
+    if func.overloadpacket is torch.ops.aten.index:  # of masks only, though always tagged
+        return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags))
+
+
 def _seed(func: Any) -> int | None:
     """What the device's generator would draw from now, as a seed for the host's."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -366,7 +372,7 @@ class _OnTheHost(TorchDispatchMode):
         host_kwargs.pop("pin_memory", None)
         if "device" in host_kwargs:
             host_kwargs["device"] = torch.device("cpu")
-        if {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags):
+        if _size_depends_on_values(func, args):
             torch.cuda.current_stream().synchronize()
             values = func(*host_args, **host_kwargs)
             return tree_map(lambda x: x.cuda() if isinstance(x, Tensor) else x, values)

@@ -1,0 +1,383 @@
+"""The turns of a row in any of the schemas that instruction files are written in: (role, text) in
+order, as they stand there.
+
+The schema is detected per row, never from the first row of a file. Raises RowError for a row that
+has none, or turns that are no text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any
+
+from cllm.data.text import RowError, clean, json_text, text_of
+from cllm.messages import say
+
+ROLES = {"system": "system", "observation": "tool", "tool": "tool", "function_call": "assistant"}
+ROLES |= dict.fromkeys(("human", "user", "client", "usr", "用户"), "user")
+ROLES |= dict.fromkeys(("gpt", "assistant", "bot", "counselor", "助手"), "assistant")
+NO_INPUT = frozenset(
+    "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
+)
+TURN_KEYS = ("conversations", "messages", "conversation")
+PAIRS = {  # question key -> answer keys
+    "prompt": ("response", "completion"),
+    "query": ("response",),
+    "question": ("answer", "std_answer", "reference"),
+    "input": ("target",),
+    "content": ("summary",),
+    "context": ("target",),
+    "riddle": ("answer",),
+    "ask": ("answer",),
+}
+CHINESE = {
+    "指令": "instruction",
+    "输入": "input",
+    "輸入": "input",
+    "输出": "output",
+    "輸出": "output",
+}
+CHINESE |= {"问题": "question", "問題": "question", "回答": "answer"}
+# one element of a list that is two turns
+EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
+SCHEMA_KEYS = frozenset(
+    "instruction output chosen rejected chat instances paragraph text history system".split()
+)
+_ANSWERS = frozenset(
+    ("output", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys))
+)
+SCHEMA_KEYS |= {*PAIRS, *_ANSWERS, *CHINESE}
+SPECIAL_KEYS = SCHEMA_KEYS | {"label", "tools"}  # whatever else a row has is metadata
+
+_BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
+# a dialogue inside one string is split by the style it begins with; line starts are believed before
+# words
+_TAGS = (
+    re.compile(
+        r"[<\[【](?:(human|user|用户|客户|患者)|(assistant|bot|助手|律师|医生))[>\]】][ \t]*[:：]?",
+        re.I,
+    ),
+    re.compile(rf"^[ \t]*{_BARE}", re.I | re.M),
+    re.compile(rf"(?:^|(?<=\s)){_BARE}", re.I),
+)
+TAG_START = re.compile(r"\s*(?:[<\[【]|(?:human|user|用户)[ \t]*[:：])", re.I)
+_MOSS_MARK = re.compile(r"<\|(?:Human|MOSS)\|>\s*[:：]?|<eo[hm]>")
+
+Row = dict[str, Any]
+Turns = list[tuple[str, str]]
+
+
+def _dialogue(value: object) -> Turns | None:
+    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …` in a string
+    or a flat list of strings, else None.
+    """
+    if isinstance(value, list) and value and all(isinstance(element, str) for element in value):
+        value = "\n".join(value)
+    if not isinstance(value, str) or not TAG_START.match(value):
+        return None
+    text = clean(value)
+    for pattern in _TAGS:
+        marks = list(pattern.finditer(text)) if pattern.match(text) else []
+        if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
+            ends = [mark.start() for mark in marks[1:]] + [len(text)]
+            roles = ["user" if mark.group(1) else "assistant" for mark in marks]
+            return [
+                (role, text[mark.end() : end])
+                for role, mark, end in zip(roles, marks, ends, strict=True)
+            ]
+    return None
+
+
+def _asked(text: str, answered: bool = True) -> Turns:
+    """A prompt: usually one user turn; a dialogue typed into it (BELLE:
+    `Human:…Assistant:…Human:…Assistant:`) is unfolded.
+    """
+    if turns := _dialogue(text):
+        if turns[-1][0] == "assistant" and not clean(turns[-1][1]):
+            turns.pop()
+        if turns[-1][0] == "user" or not answered:
+            return turns
+    return [("user", text)]
+
+
+def exchange(ask: str, reply: str) -> Turns:
+    """A question, or the dialogue typed into it, and its answer."""
+    asked = _asked(ask, bool(clean(reply)))
+    return asked if asked[-1][0] == "assistant" else [*asked, ("assistant", reply)]
+
+
+def _parts(parts: list[Any]) -> str:
+    """OpenAI-style typed parts: texts and tool calls, one after another; reasoning is an inner
+    thought and is dropped.
+    """
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind in ("reasoning", "thinking"):
+            continue
+        if kind in ("text", "input_text", "output_text"):
+            texts.append(text_of(part, "text"))
+        elif isinstance(kind, str) and re.search("tool|function|observation", kind):
+            texts.append(json_text(part.get("value", part.get("text", part))))
+        else:
+            raise RowError("invalid_text", say("row.part", kind=f"{kind!r:.30}"))
+    return "\n".join(texts)
+
+
+def unboxed(value: Any) -> Any:
+    """What lists of one element hold."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
+
+
+def is_turn(value: object) -> bool:
+    """Whether `value` is a message with a role, and no row."""
+    pairs = ({"role", "content"}, {"from", "value"})
+    return (
+        isinstance(value, dict)
+        and "messages" not in value
+        and any(value.keys() >= pair for pair in pairs)
+    )
+
+
+def _said(message: Row, role: str) -> str:
+    """What a message with a role says: its content, and an assistant's tool calls verbatim."""
+    key = "content" if "content" in message else "value"
+    value, calls = message.get(key), message.get("tool_calls") or message.get("function_call")
+    if isinstance(value, dict) and role in ("function_call", "tool", "observation"):
+        text = json_text(value)
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        text = _parts(value)
+    else:
+        text = text_of(value, key)
+    return (
+        "\n".join(filter(None, (text, json_text(calls))))
+        if calls and ROLES[role] == "assistant"
+        else text
+    )
+
+
+def _turns(elements: object, name: str) -> Turns:
+    """The turns of a list of role/content, from/value, exchanges, or messages without roles; or of
+    tagged text.
+    """
+    if tagged := _dialogue(elements):
+        return tagged
+    if not isinstance(elements, list):
+        raise RowError("unknown_schema", say("row.turns", name=name, found=f"{elements!r:.40}"))
+    roles = {
+        str(element.get("role", element.get("from")))
+        for element in elements
+        if isinstance(element, dict)
+    }
+    turns: Turns = []
+    for number, element in enumerate(elements, 1):
+        if not isinstance(element, dict):
+            raise RowError(
+                "unknown_schema", say("row.turn", number=number, found=f"{element!r:.30}")
+            )
+        if key := next((key for key in ("role", "from") if key in element), ""):
+            role = str(element[key]).strip().lower()
+            # CrossWOZ
+            role = ("assistant" if "usr" in roles else "system") if role == "sys" else role
+            if role not in ROLES:
+                raise RowError(
+                    "unknown_role",
+                    say(
+                        "row.role",
+                        number=number,
+                        found=f"{element[key]!r:.30}",
+                        known=", ".join(ROLES),
+                    ),
+                )
+            turns.append((ROLES[role], _said(element, role)))
+        elif pair := next(
+            (pair for pair in EXCHANGES if pair[0] in element or pair[1] in element), None
+        ):
+            told = [
+                ("user", text_of(element.get(pair[0]), pair[0])),
+                ("assistant", text_of(element.get(pair[1]), pair[1])),
+            ]
+            repeats = bool(turns) and turns[0] == (
+                "system",
+                clean(text_of(element.get("system"), "system")),
+            )
+            turns += told if repeats else with_system(element.get("system"), told)
+        elif "message" in element:  # no roles: speakers alternate, the first one asks
+            turns.append(
+                ("assistant" if number % 2 == 0 else "user", text_of(element["message"], "message"))
+            )
+        else:
+            raise RowError(
+                "unknown_schema",
+                say("row.turn_keys", number=number, found=", ".join(map(str, element))),
+            )
+    return turns
+
+
+def with_system(value: object, turns: Turns) -> Turns:
+    """The turns behind a system turn of these words, unless they open with it already."""
+    system = clean(text_of(value, "system"))
+    repeated = turns[:1] in ([("system", system)], [("system", "")])
+    return [("system", system), *turns[repeated:]] if system else turns
+
+
+def history_turns(value: object) -> Turns:
+    """`history`: a list of [question, answer] pairs, an empty list, or blank text; a CSV cell may
+    hold the list as JSON.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowError("unknown_schema", say("row.history", found=f"{value!r:.40}")) from None
+    if not value or value != value or (isinstance(value, str) and not clean(value)):
+        return []
+    if isinstance(value, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value
+    ):
+        pairs = [(text_of(ask, "user"), text_of(reply, "assistant")) for ask, reply in value]
+        return [turn for ask, reply in pairs for turn in (("user", ask), ("assistant", reply))]
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return _turns(value, "history")
+    raise RowError("unknown_schema", say("row.history", found=f"{value!r:.40}"))
+
+
+def _user_text(row: Mapping[str, Any]) -> str:
+    """instruction + newline + input, or the one that is there."""
+    return with_input(*(clean(text_of(row.get(name), name)) for name in ("instruction", "input")))
+
+
+def with_input(ask: str, extra: str) -> str:
+    """The question and its input on the next line; words that say "no input" are none."""
+    if not extra or extra == ask or extra in NO_INPUT:
+        return ask
+    return f"{ask}\n{extra}" if ask else extra
+
+
+def _alpaca(row: Row) -> Turns:
+    asks, replies = row.get("input"), row.get("output")
+    # parallel lists are turns
+    if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:
+        asked = [("user", text_of(ask, "input")) for ask in asks]
+        asked[0] = ("user", _user_text({**row, "input": asked[0][1]}))
+        told = [("assistant", text_of(reply, "output")) for reply in replies]
+        return [turn for both in zip_longest(asked, told) for turn in both if turn]
+    while isinstance(replies, list):  # ranked alternatives: the best comes first
+        replies = replies[0] if replies else None
+    return exchange(_user_text(row), text_of(replies, "output"))
+
+
+def _chat(chat: Row) -> Turns:
+    """MOSS: turns by the number in their key; only what was said aloud, without markup."""
+    found = [
+        (re.search(r"\d{1,9}", str(key)), turn)
+        for key, turn in chat.items()
+        if isinstance(turn, dict)
+    ]
+    turns = sorted(
+        ((int(digits.group()), turn) for digits, turn in found if digits),
+        key=lambda numbered: numbered[0],
+    )
+    said = [
+        (role, text_of(turn.get(key), key))
+        for _, turn in turns
+        for role, key in (("user", "Human"), ("assistant", "MOSS"))
+    ]
+    return [(role, _MOSS_MARK.sub("", text)) for role, text in said]
+
+
+def _instances(row: Row) -> Turns:
+    """BELLE's seed tasks: the instruction with each instance's input."""
+    if not all(isinstance(instance, dict) for instance in row["instances"]):
+        raise RowError("unknown_schema", say("row.instances", found=f"{row['instances']!r:.40}"))
+    asks = [
+        {**instance, "input": _user_text({**row, "input": instance.get("input")})}
+        for instance in row["instances"]
+    ]
+    return _turns(asks, "instances")
+
+
+def _pair(row: Row, ask_key: str) -> Turns:
+    replies = (text_of(row[key], key) for key in PAIRS[ask_key] if key in row)
+    reply, ask = next((text for text in replies if clean(text)), ""), text_of(row[ask_key], ask_key)
+    if ask_key == "ask" and clean(ask) in ("无", ""):
+        ask = text_of(row.get("title"), "title")
+    return exchange(ask, reply)
+
+
+def _preference(row: Row) -> Turns:
+    """prompt + chosen; the rejected answer is not for instruction tuning."""
+    chosen = unboxed(row["chosen"])
+    keys = [
+        key
+        for key in (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask")
+        if row.get(key) is not None
+    ]
+    if keys and isinstance(row[keys[0]], list):
+        asked = _turns(row[keys[0]], keys[0])
+    else:
+        text = text_of(row[keys[0]], keys[0]) if keys else _user_text(row)
+        asked = _asked(text) if text else []
+    if isinstance(chosen, list):  # the whole dialogue again, or only its last turns
+        told = _turns(chosen, "chosen")
+        return told if told and told[0][0] != "assistant" else asked + told
+    if not asked and (tagged := _dialogue(chosen)):
+        return tagged
+    return [*asked, ("assistant", text_of(chosen, "value"))]
+
+
+def _recognized(row: Row) -> Turns | None:
+    """The turns of a row by the first known schema it has; None if it has none."""
+    if "chosen" in row:
+        return history_turns(row.get("history")) + _preference(row)
+    for key in (*TURN_KEYS, "chat", "paragraph"):
+        value = row.get(key)
+        if (isinstance(value, list) and value) or _dialogue(value):
+            return _turns(value, key)
+    if isinstance(row.get("chat"), dict):
+        return _chat(row["chat"])
+    if isinstance(row.get("instances"), list):
+        return _instances(row)
+    if "output" in row or ("instruction" in row and _ANSWERS.isdisjoint(row)):
+        whole = unboxed(row.get("instruction"))
+        if (
+            isinstance(whole, dict)
+            and not _ANSWERS.isdisjoint(whole)
+            and (turns := _recognized(whole)) is not None
+        ):
+            return with_system(whole.get("system"), turns)
+        return history_turns(row.get("history")) + _alpaca(row)
+    if ask_key := next(
+        (
+            ask
+            for ask, answers in PAIRS.items()
+            if ask in row and not row.keys().isdisjoint(answers)
+        ),
+        "",
+    ):
+        return history_turns(row.get("history")) + _pair(row, ask_key)
+    if any(key in row and not row[key] for key in TURN_KEYS):
+        return []
+    return next((turns for value in row.values() if (turns := _dialogue(value))), None)
+
+
+def key_names(row: Mapping[str, Any]) -> str:
+    """A row's keys, for people; those of a file without header are whole texts."""
+    return ", ".join(f"{name!r:.24}" for name in list(row)[:12]) or say("row.nothing")
+
+
+def row_turns(row: Row) -> Turns:
+    """The turns of a row by its Chinese or English keys. Raises RowError if no schema is known."""
+    if not CHINESE.keys().isdisjoint(row):
+        row = {CHINESE.get(name, name): value for name, value in row.items()}
+    if (turns := _recognized(row)) is None:
+        raise RowError(
+            "unknown_schema",
+            say("row.text" if "text" in row else "row.schema", found=key_names(row)),
+        )
+    return with_system(row.get("system"), turns)
