@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def _votes(run: Path) -> list[dict[str, Any]]:
         raise UserError("eval.no_votes", path=run / "votes.jsonl")
     pairs = summarise(votes)
     print(table(vote_table(pairs)))
-    return pairs
+    return [asdict(pair) for pair in pairs]
 
 
 def _written(model: str, data: str, results: Evaluation | Exam, rows: int) -> dict[str, Any]:

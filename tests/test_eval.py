@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -524,13 +525,10 @@ def test_votes_are_counted_per_pair_of_models(tmp_path: Path, capsys: Capture) -
         (adapters["by_category"][key]["wins"], adapters["by_category"][key]["losses"])
         for key in "xz"
     ] == [(0, 2), (1, 0)]
-    first, then = summarise(list(reversed(rows)))
+    first, then = map(asdict, summarise(list(reversed(rows))))
     assert (first, then) == (against_base, adapters), (
         "the order of the votes and of A and B does not matter"
     )
     (undecided,) = summarise([{"vote": "tie", "models": ["base", "r"]}])
-    assert (
-        undecided["ties"] == 1
-        and (undecided["low"], undecided["high"]) == (0, 1)
-        and not math.isnan(undecided["win_rate"])
-    )
+    assert undecided.ties == 1 and (undecided.low, undecided.high) == (0, 1)
+    assert not math.isnan(undecided.win_rate)

@@ -6,50 +6,70 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cllm.messages import say
 from cllm.metrics import wilson_interval
 
-OUTCOMES = ("wins", "losses", "ties", "both_bad")  # of the pair's first model
+OUTCOMES = ("wins", "losses", "ties", "both_bad")
 Votes = Sequence[Mapping[str, Any]]
 
 
-def summarise(votes: Votes) -> list[dict[str, Any]]:
-    """For each pair of models {`models`: [first, second], `wins`, `losses`, `ties`, `both_bad`,
-    `win_rate`, `low`, `high`, `by_category`: category -> the same counts} of the first, most votes
-    first. In a pair with the base, the base is the second; two adapters stand in the order of their
-    names.
+@dataclass(frozen=True)
+class Tally:
+    """Votes on a pair of models, counted for the first of them."""
 
-    The rate is wins over decided votes with Wilson's 95 % interval (Wilson 1927); ties and both bad
-    are counted beside it.
-    """
+    wins: int
+    losses: int
+    ties: int
+    both_bad: int
+    win_rate: float
+    """Wins over decided votes (0-1); ties and both bad are counted beside it."""
+    low: float
+    """Bounds of Wilson's 95 % interval (Wilson 1927)."""
+    high: float
+
+
+@dataclass(frozen=True)
+class PairVotes(Tally):
+    """All votes on one pair, and those of each category."""
+
+    models: list[str]
+    """With the base, the base is the second; two adapters stand in the order of their names."""
+    by_category: dict[str, Tally]
+
+
+def summarise(votes: Votes) -> list[PairVotes]:
+    """The rows of votes.jsonl counted for each pair of models, most votes first."""
     pairs: defaultdict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in votes:
         pairs[tuple(sorted(row["models"], key=lambda name: (name == "base", name)))].append(row)
-    return [
-        _of_pair(pair, rows)
-        for pair, rows in sorted(pairs.items(), key=lambda item: (-len(item[1]), item[0]))
-    ]
+    ordered = sorted(pairs.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [_of_pair(pair, rows) for pair, rows in ordered]
 
 
-def _of_pair(pair: tuple[str, ...], votes: Votes) -> dict[str, Any]:
-    by_category: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
+def _of_pair(pair: tuple[str, ...], votes: Votes) -> PairVotes:
+    groups: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in votes:
         if row.get("category"):
-            by_category[str(row["category"])].append(row)
-    counted = {name: _counted(pair[0], rows) for name, rows in sorted(by_category.items())}
-    return {"models": list(pair)} | _counted(pair[0], votes) | {"by_category": counted}
+            groups[str(row["category"])].append(row)
+    by_category = {name: _tally(pair[0], rows) for name, rows in sorted(groups.items())}
+    return PairVotes(**asdict(_tally(pair[0], votes)), models=list(pair), by_category=by_category)
 
 
-def _counted(first: str, votes: Votes) -> dict[str, Any]:
+def _tally(first: str, votes: Votes) -> Tally:
     counts = Counter(_outcome(first, row) for row in votes)
     rate = wilson_interval(counts["wins"], counts["wins"] + counts["losses"])
-    return {name: counts[name] for name in OUTCOMES} | {
-        "win_rate": rate.value,
-        "low": rate.low,
-        "high": rate.high,
-    }
+    return Tally(
+        counts["wins"],
+        counts["losses"],
+        counts["ties"],
+        counts["both_bad"],
+        rate.value,
+        rate.low,
+        rate.high,
+    )
 
 
 def _outcome(first: str, row: Mapping[str, Any]) -> str:
@@ -58,19 +78,13 @@ def _outcome(first: str, row: Mapping[str, Any]) -> str:
     return "wins" if row["models"]["ab".index(row["vote"])] == first else "losses"
 
 
-def vote_table(summary: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def vote_table(pairs: Sequence[PairVotes]) -> list[list[str]]:
     """All votes of a pair, then one line per category; then the next pair."""
-    lines = [
-        ["", *(say(f"eval.votes.{name}") for name in OUTCOMES), say("eval.votes.win_rate"), "95 %"]
-    ]
-    for pair in summary:
-        for name, its in [(" ↔ ".join(pair["models"]), pair), *pair["by_category"].items()]:
-            lines.append(
-                [
-                    name,
-                    *(str(its[key]) for key in OUTCOMES),
-                    f"{its['win_rate']:.1%}",
-                    f"{its['low']:.1%} … {its['high']:.1%}",
-                ]
-            )
+    heads = [say(f"eval.votes.{outcome}") for outcome in OUTCOMES]
+    lines = [["", *heads, say("eval.votes.win_rate"), "95 %"]]
+    for pair in pairs:
+        for name, tally in {" ↔ ".join(pair.models): pair, **pair.by_category}.items():
+            counts = [str(getattr(tally, outcome)) for outcome in OUTCOMES]
+            interval = f"{tally.low:.1%} … {tally.high:.1%}"
+            lines.append([name, *counts, f"{tally.win_rate:.1%}", interval])
     return lines

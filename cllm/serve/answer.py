@@ -42,12 +42,10 @@ class Answer:
         adapter: int = 1,
         stop: Sequence[str] = (),
     ) -> None:
-        self._engine, self._sampling, self._adapter, self._stop = (
-            engine,
-            sampling,
-            adapter,
-            tuple(stop),
-        )
+        self._engine = engine
+        self._sampling = sampling
+        self._adapter = adapter
+        self._stop = tuple(stop)
         # Half a surrogate pair, from JSON or a terminal, is no text that a tokenizer could read.
         clean = [
             Message(role, content.encode("utf-8", "replace").decode()) for role, content in messages
@@ -58,19 +56,23 @@ class Answer:
         self._decoder = tokenizer.stream(reply=True)
         # Qwen3.5's prompt opens the reasoning
         opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")
-        self._held, self._cancelled = "<think>\n" if opened else "", False
-        self._stream: Request | None = None
-        self.text, self.finish_reason = "", ""
-        self.prompt_tokens, self.tokens = len(self.prompt), 0
-        self.first_seconds, self.started = 0.0, time.perf_counter()
+        self._held = "<think>\n" if opened else ""
+        self._cancelled = False
+        self._request: Request | None = None
+        self.text = ""
+        self.finish_reason = ""
+        self.prompt_tokens = len(self.prompt)
+        self.tokens = 0
+        self.first_seconds = 0.0
+        self.started = time.perf_counter()
 
     def cancel(self) -> None:
         """Stop decoding and free the row, from any thread; what was decoded so far stays in
         `text`.
         """
         self._cancelled = True
-        if self._stream is not None:
-            self._stream.cancel()
+        if self._request is not None:
+            self._request.cancel()
 
     def cost(self) -> dict[str, Any]:
         """The fields of chat.cost and ui.cost: tokens of prompt and answer, seconds until the first
@@ -85,20 +87,19 @@ class Answer:
         }
 
     def _submit(self, listener: Listener | None = None) -> Request:
-        self._stream = stream = self._engine.submit(
-            self.prompt, self._sampling, self._adapter, listener
-        )
-        stream.cancelled = self._cancelled
-        return stream
+        request = self._engine.submit(self.prompt, self._sampling, self._adapter, listener)
+        request.cancelled = self._cancelled
+        self._request = request
+        return request
 
     def __iter__(self) -> Iterator[str]:
-        stream = self._submit()
+        request = self._submit()
         try:
-            for token in itertools.chain(stream, [None]):
-                if piece := self._take(stream, token):
+            for token in itertools.chain(request, [None]):
+                if piece := self._take(request, token):
                     yield piece
         finally:
-            stream.cancel()
+            request.cancel()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         loop, tokens = asyncio.get_running_loop(), asyncio.Queue[int | None]()
@@ -107,25 +108,25 @@ class Answer:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        stream = self._submit(listener)
+        request = self._submit(listener)
         try:
             token: int | None = 0
             while token is not None:
                 token = await tokens.get()
-                if piece := self._take(stream, token):
+                if piece := self._take(request, token):
                     yield piece
         finally:
-            stream.cancel()
+            request.cancel()
 
-    def _take(self, stream: Request, token: int | None) -> str:
+    def _take(self, request: Request, token: int | None) -> str:
         """Text that is certain to belong to the answer now that `token` came, or None, the end."""
-        if token is None and stream.finish_reason == "error":
-            raise ModelError(stream.error)
+        if token is None and request.finish_reason == "error":
+            raise ModelError(request.error)
         if self.finish_reason:  # a stop string came before
             return ""
         if token is None:
             piece = self._release(self._decoder.end(), last=True)
-            self.finish_reason = self.finish_reason or stream.finish_reason
+            self.finish_reason = self.finish_reason or request.finish_reason
             return piece
         self.tokens += 1
         self.first_seconds = self.first_seconds or time.perf_counter() - self.started
@@ -136,11 +137,11 @@ class Answer:
         before it.
         """
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
+        places = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if places:
             self.finish_reason = "stop"
             self.cancel()
-            keep = min(found)
+            keep = min(places)
         else:
             keep = len(self._held) - (0 if last else _overlap(self._held, self._stop))
         piece, self._held = self._held[:keep], self._held[keep:]
@@ -151,14 +152,10 @@ class Answer:
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins a stop string."""
     longest = max((len(stop) for stop in stops), default=1) - 1
-    return next(
-        (
-            n
-            for n in range(min(longest, len(text)), 0, -1)
-            if any(s.startswith(text[-n:]) for s in stops)
-        ),
-        0,
-    )
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
 
 
 def chat_sampling(**values: Any) -> Sampling:

@@ -98,8 +98,8 @@ class Guard:
 
         async def guarded(message: Event) -> None:
             if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message.get("headers", []), *own]
+                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] = [*message.get("headers", []), *added]
             await send(message)
 
         refusal = self._refusal(
@@ -130,8 +130,8 @@ class Guard:
         if origin and origin.partition("//")[2] != host:
             return _refuse(403, "serve.origin", origin=origin)
         if self.key and scope["path"] != "/health":
-            given = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])[0]
-            if scope["path"] == "/" and self._is_key(given):
+            linked = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])[0]
+            if scope["path"] == "/" and self._is_key(linked):
                 cookie = f"{COOKIE}={self.key}; Path=/; HttpOnly; SameSite=Lax; Max-Age=31536000"
                 return Response(status_code=303, headers={"location": "/", "set-cookie": cookie})
             cookies = dict(
@@ -151,8 +151,8 @@ class Guard:
             return _refuse(415, "serve.json")
         return None
 
-    def _is_key(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode("utf-8", "replace"), self.key.encode())
+    def _is_key(self, text: str) -> bool:
+        return hmac.compare_digest(text.encode("utf-8", "replace"), self.key.encode())
 
 
 def _refuse(

@@ -71,7 +71,10 @@ class Engine:
         prefill_tokens: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.model, self.stop_ids, self.pad_id, self.autocast = model, stop_ids, pad_id, autocast
+        self.model = model
+        self.stop_ids = stop_ids
+        self.pad_id = pad_id
+        self.autocast = autocast
         self.device = device_of(model)
         self.gates = gates(model)
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
@@ -85,11 +88,15 @@ class Engine:
         self.row_tokens = -(-row_bytes // token_bytes)
         self.kv_tokens = kv_tokens or _free_bytes(self.device) // token_bytes
         self.prefill_tokens = prefill_tokens or (256 if self.device.type == "cpu" else 2048)
-        self.healthy, self.steps, self.generated_tokens, self._closed = True, 0, 0, False
+        self.healthy = True
+        self.steps = 0
+        self.generated_tokens = 0
+        self._closed = False
         self.waiting: deque[Request] = deque()
         self.prefill: _Batch | None = None
         self.batch = self._new_batch([])
-        self._owner, self._work = _owners.setdefault(model, threading.Lock()), threading.Condition()
+        self._owner = _owners.setdefault(model, threading.Lock())
+        self._work = threading.Condition()
         # Transformers 5.24 renamed the argument.
         self.cache_argument = (
             "cache"
@@ -297,13 +304,9 @@ class Engine:
         pad_columns = torch.tensor(pads, device=self.device)[:, None]
         for number, gate in self.gates.items():
             chosen = [row.adapter == number for row in batch.rows]
-            gate.rows = (
-                None
-                if all(chosen)
-                else torch.tensor(chosen, device=self.device)
-                if any(chosen)
-                else 0.0
-            )
+            gate.rows = None if all(chosen) else 0.0
+            if any(chosen) and not all(chosen):
+                gate.rows = torch.tensor(chosen, device=self.device)
         output = self.model(
             input_ids=torch.tensor(ids, device=self.device),
             attention_mask=(columns >= pad_columns).long(),
