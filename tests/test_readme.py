@@ -221,3 +221,29 @@ def test_the_example_rows_are_read(name: str, tmp_path: Path) -> None:
     conversations, rejects = read_file(DataConfig(), str(file), {})
     assert not rejects and len(conversations) == len(block.strip().split("\n"))
     assert any(message.role == "system" for talk in conversations for message in talk.messages)
+
+
+def tree_of_architecture() -> set[str]:
+    """Every path of the file tree in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = text.partition("## File tree")[2].split("```\n")[1]
+    folders: list[str] = []
+    paths = set()
+    for line in tree.splitlines():
+        name, _, role = line.strip().partition(" ")
+        assert role.strip() or name.endswith("/"), line
+        folders = folders[: (len(line) - len(line.lstrip())) // 2]
+        path = "/".join([*folders, name.rstrip("/")])
+        assert path not in paths, line
+        paths.add(path)
+        folders.append(name.rstrip("/"))
+    return paths
+
+
+def test_the_file_tree_is_the_repositorys() -> None:
+    named = tree_of_architecture()
+    assert not [path for path in named if not (ROOT / path).exists()]
+    shown = ("cllm/**/*.py", "tools/**/*", "bench/*.*", "docs/*.md", "deploy/**/*")
+    files = (file for pattern in shown for file in ROOT.glob(pattern) if file.is_file())
+    present = {file.relative_to(ROOT).as_posix() for file in files if file.suffix != ".pyc"}
+    assert not present - named
