@@ -34,6 +34,7 @@ from cllm.messages import UserError  # noqa: E402
 RESULT = ROOT / "bench" / "results" / "null-gpu.json"
 CONTEXT_MIB = memory.CONTEXT_BYTES // memory.MIB
 ROWS = (2048, 8192)
+SEQUENCES = 4  # of a row, as in packed data
 MODELS = {
     "qwen3-4b": "Qwen/Qwen3-4B",
     "qwen3-8b": "Qwen/Qwen3-8B",
@@ -94,12 +95,16 @@ class Step(NamedTuple):
 
 
 def steps() -> Iterator[Step]:
-    """Every step to run: the presets at both lengths with every setting, larger models streamed."""
+    """The presets as planned and with every saving, at both lengths on both cards; what else the
+    bytes depend on at one length; larger models streamed.
+    """
     for card in (ADA, TURING):
-        for model in MODELS.values():
-            yield from (Step(model, n, setting, card) for n in ROWS for setting in SETTINGS)
-        for model in LARGE.values():
-            yield from (Step(model, n, "every saving", card) for n in ROWS)
+        for setting in ("planned", "every saving"):
+            yield from (Step(m, n, setting, card) for m in MODELS.values() for n in ROWS)
+        for setting in ("dropout", "dora"):
+            yield from (Step(m, ROWS[0], setting, card) for m in MODELS.values())
+    yield from (Step(m, ROWS[0], "recomputed", ADA) for m in MODELS.values())
+    yield from (Step(m, n, "every saving", ADA) for m in LARGE.values() for n in ROWS)
 
 
 def run_step(step: Step, environment: dict[str, str]) -> dict[str, Any]:
@@ -131,8 +136,11 @@ def child(model: str, tokens: int, overrides: list[str]) -> None:
 
     from cllm.bench import ROWS_PER_STEP, Subject, random_row
     from cllm.config import load_config
+    from cllm.data.encode import Example
+    from cllm.data.packing import collate
     from cllm.learn.proof import peak_bytes
     from cllm.model import nf4
+    from cllm.model.offload import checkpoint_layers
 
     # Scales are computed on the host, which takes most of the time, and no value matters here.
     def no_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,12 +153,15 @@ def child(model: str, tokens: int, overrides: list[str]) -> None:
     torch.cuda.reset_peak_memory_stats()
     subject = Subject(config, name, original, tokens)
     loading = torch.cuda.max_memory_allocated()
-    row, settings = random_row(tokens, subject.shape.vocab), subject.settings(tokens)
-    subject.step(row)
+    settings, trainee = subject.settings(tokens), subject.trainee
+    checkpoint_layers(trainee.model, settings.checkpoint_layers, offload=settings.offload_inputs)
+    ids = random_row(tokens // SEQUENCES, subject.shape.vocab).input_ids.tolist()
+    rows = [collate([Example(ids, ids)] * SEQUENCES)] * ROWS_PER_STEP
+    trainee.step(rows)
     nullgpu.reset()
-    trainee = subject.trainee
-    allocated = peak_bytes(lambda: subject.step(row), trainee.model, trainee.optimizer)
+    trainee.step(rows)
     counters = nullgpu.counters()
+    allocated = peak_bytes(lambda: trainee.step(rows), trainee.model, trainee.optimizer)
     reserved = torch.cuda.max_memory_reserved()
     planned = memory.estimate_vram(subject.shape, settings)
     print(
@@ -168,7 +179,7 @@ def child(model: str, tokens: int, overrides: list[str]) -> None:
                 "plan_ratio": planned.allocated / allocated,
                 "with_context_gib": (reserved + memory.CONTEXT_BYTES) / memory.GIB,
                 "launches_per_step": counters["launch"] + counters["blas"],
-                "host_reads_per_step": counters["waits"] - 1,  # the last waits for the step's end
+                "host_reads_per_step": counters["waits"],
                 "rows_per_step": ROWS_PER_STEP,
             }
         )

@@ -15,6 +15,7 @@ from cllm.config import LoraConfig, MemoryConfig, ModelConfig, PrecisionName, Qu
 from cllm.memory import AdapterShape, Settings, VramEstimate, plan_answering, plan_training
 from cllm.messages import UserError, note
 from cllm.model.adapter import CONFIG_FILE, load_adapter, load_beside
+from cllm.model.attention import packs
 from cllm.model.checkpoint import (
     load_model,
     open_checkpoint,
@@ -23,6 +24,7 @@ from cllm.model.checkpoint import (
     split_rows,
 )
 from cllm.model.device import Precision, cap_allocator, choose_device, out_of_memory, release_memory
+from cllm.model.head import check_head
 from cllm.model.lora import inject_lora
 from cllm.model.offload import place
 from cllm.model.source import resolve
@@ -51,6 +53,8 @@ class Assembly:
     """None without a budget, or for an architecture that cannot be planned."""
     budget: int
     """Bytes of the device that may be taken; 0: no limit, as on a CPU."""
+    packed: bool
+    """Whether sequences may share a row, as far as it is to be trained on rows."""
 
     def engine(self) -> Engine:
         """The engine for this model, with its stop ids and its number format."""
@@ -104,7 +108,20 @@ def assemble(
     built, settings = _build(source, adapter, settings, precision, target)
     if tokenizer is not None and not isinstance(adapter, Path):
         tokenizer = with_trained_end(tokenizer, built)
-    return Assembly(built, tokenizer, target, precision, settings, plan, budget)
+    packed = bool(row_tokens) and _rows_may_be_shared(built, precision)
+    return Assembly(built, tokenizer, target, precision, settings, plan, budget, packed)
+
+
+def _rows_may_be_shared(model: Any, precision: Precision) -> bool:
+    """Raises UserError for a model whose logits are not its head's."""
+    # Adapters are made in training mode, and dropout would look like an unknown head.
+    model.eval()
+    with precision.autocast():
+        check_head(model)
+        shared = packs(model)
+    if not shared:
+        note("train.single", architecture=type(model).__name__)
+    return shared
 
 
 def _build(

@@ -17,9 +17,7 @@ from cllm.learn.loss import sft_loss
 from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
 from cllm.messages import note
 from cllm.model.adapter import adapter_tensors, save_adapter
-from cllm.model.attention import packs
 from cllm.model.device import choose_device, release_memory
-from cllm.model.head import check_head
 from cllm.model.lora import lora_layers
 from cllm.model.nf4 import QuantizedLinear
 from cllm.model.offload import checkpoint_layers, embedding_on_cpu
@@ -60,7 +58,7 @@ class Learner:
         )
         self.trainee = self._trainee()
         self._introduce()
-        self.single = not self._rows_may_be_shared()
+        self.single = not self.assembly.packed
         if self.single or self.tokenizer is not tokenizer:
             self.encoded = self._encode(self.tokenizer)
         self.engine = self.assembly.engine()
@@ -126,16 +124,6 @@ class Learner:
             share=f"{trained / total:.1%}",
             device=self.assembly.device,
         )
-
-    def _rows_may_be_shared(self) -> bool:
-        # Adapters are made in training mode, and dropout would look like an unknown head.
-        self.model.eval()
-        with self.assembly.precision.autocast():
-            check_head(self.model)
-            shared = packs(self.model)
-        if not shared:
-            note("train.single", architecture=type(self.model).__name__)
-        return shared
 
     def apply(self, ladder: Ladder) -> None:
         """Make the model and the rows what `ladder` says; may be called again."""

@@ -580,8 +580,14 @@ def _kept(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[in
         if s.fused
         else s.width * ((5 - shape.fused_mlp) if s.precision == "fp16" else 2)
     )
-    # With dropout the last linear of attention keeps a dropped copy of its input instead.
-    attention = s.width * ((3 - s.dropout) * q + 2 * kv) + 4 * s.row_tokens * shape.heads
+    # Query, keys, values and output; where no kernel takes all sequences of a row at once, their
+    # outputs are put together, which dropout keeps a copy of instead. Without flash attention a
+    # GPU is given as many key heads as query heads.
+    cuda = s.device != "cpu"
+    flash = cuda and s.precision == "bf16" and not shape.alibi
+    keys = q if cuda and not flash else kv
+    together = not flash and not s.dropout
+    attention = s.width * ((2 + together) * q + 2 * keys) + 4 * s.row_tokens * shape.heads
     # ALiBi rides in eight more channels of each head
     attention += s.width * 4 * 8 * s.row_tokens * shape.heads * shape.alibi
     masks = 0 < shape.window < s.row_tokens
