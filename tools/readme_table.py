@@ -23,9 +23,16 @@ from cllm.memory import GIB, Settings, estimate_vram  # noqa: E402
 from cllm.shapes import find_shape  # noqa: E402
 
 MODELS = (
-    "Qwen/Qwen3-4B", "THUDM/chatglm3-6b", "01-ai/Yi-6B", "baichuan-inc/Baichuan2-7B-Base", "Qwen/Qwen2.5-7B", "Qwen/Qwen-7B",
-    "Qwen/Qwen3-8B", "Qwen/Qwen3-14B", "Qwen/Qwen3-32B",
-)  # fmt: skip
+    "Qwen/Qwen3-4B",
+    "THUDM/chatglm3-6b",
+    "01-ai/Yi-6B",
+    "baichuan-inc/Baichuan2-7B-Base",
+    "Qwen/Qwen2.5-7B",
+    "Qwen/Qwen-7B",
+    "Qwen/Qwen3-8B",
+    "Qwen/Qwen3-14B",
+    "Qwen/Qwen3-32B",
+)
 BUDGET_GIB = 8.0
 QUALITY = ("lora.rank=8", "model.head=int8")
 """Savings that change what is learned: not counted in the last column."""
@@ -33,16 +40,16 @@ BEGIN, END = "<!-- tools/readme_table.py: begin -->\n", "<!-- end -->\n"
 HEADS = {
     "README.md": (
         "模型",
-        "2,048 词元一行",
-        "8,192 词元一行",
-        "8 GiB 内最长一行",
+        "打包行 2,048 词元",
+        "打包行 8,192 词元",
+        "8 GiB 内最长的打包行",
         "加上不改变结果的全部省显存设置",
     ),
     "README.en.md": (
         "model",
-        "2,048-token row",
-        "8,192-token row",
-        "longest row in 8 GiB",
+        "packed rows of 2,048",
+        "of 8,192 tokens",
+        "longest packed row in 8 GiB",
         "with every saving that changes no result",
     ),
 }
