@@ -316,6 +316,7 @@ def start(case: dict[str, Any], gib: int) -> tuple[int, str, str]:
     environment = os.environ | {
         "NULLGPU_GIB": str(gib),
         "NULLGPU_VALUES": "harmless",
+        "NULLGPU_COPY": "0",  # or 80 GiB of it would come to lie in this machine's memory
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "HF_HUB_OFFLINE": "1",
         "CLLM_LANG": "en",
