@@ -141,6 +141,7 @@ def harmless() -> Iterator[None]:
     patch(Tensor, "__index__", lambda tensor: 1)
     patch(Tensor, "__float__", lambda tensor: 1.0)
     patch(Tensor, "tolist", lambda tensor: torch.full(tensor.shape, _one(tensor)).tolist())
+    patch(Tensor, "masked_scatter", lambda tensor, _mask, source: source.reshape(tensor.shape) + 0)
     for owner in (Tensor, torch):
         patch(owner, "equal", _same_shape)
         patch(owner, "allclose", _same_shape)
