@@ -22,7 +22,8 @@ from cllm.messages import UserError, say
 from cllm.shapes import Shape
 
 MIB, GIB = 2**20, 2**30
-CONTEXT_BYTES = 450 * MIB  # CUDA context and cuBLAS workspaces
+CONTEXT_BYTES = 450 * MIB  # CUDA context and libraries
+WORKSPACE_BYTES = 20 * MIB  # cuBLAS's, which PyTorch's allocator gives it (bench/null_gpu.sh)
 FRAGMENTATION_BYTES = 250 * MIB
 CONVERSION_BYTES = 75_000_000
 _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
@@ -271,6 +272,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
         ),
         "layer_inputs": (recomputed - offloaded + min(2, offloaded)) * layer_input,
         "activations": moments[moment],
+        "workspaces": WORKSPACE_BYTES if cuda else 0,
         "context": CONTEXT_BYTES if cuda else 0,
         "fragmentation": FRAGMENTATION_BYTES if cuda else 0,
     }
@@ -325,6 +327,11 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[
     gradient += (2 * s.dropout + 3 * s.dora) * mlp
     # the norm before the MLP, when that is done
     gradient = max(gradient, s.residual * hidden + 20 * hidden * shape.gated - in_mlp)
+    # The queries' norm, when attention's backward is done.
+    if shape.qk_norm:
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        norms = s.row_tokens * (18 * queries + s.width * (queries + keys))
+        gradient = max(gradient, norms - attention_bytes(shape, s) - in_mlp)
     if len(recomputed) < shape.layers:
         moments["kept_layer"] = kept - (0 if tiled else product) + tiled * in_mlp + gradient
     if recomputed:
@@ -382,14 +389,7 @@ def kept_bytes(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tup
         if s.fused
         else s.width * ((5 - shape.fused_mlp) if s.precision == "fp16" else 2)
     )
-    # Query, keys, values and output; where no kernel takes all sequences of a row at once, their
-    # outputs are put together, which dropout keeps a copy of instead. Without flash attention a
-    # GPU is given as many key heads as query heads.
-    cuda = s.device != "cpu"
-    flash = cuda and s.precision == "bf16" and not shape.alibi
-    keys = q if cuda and not flash else kv
-    together = not flash and not s.dropout
-    attention = s.width * ((2 + together) * q + 2 * keys) + 4 * s.row_tokens * shape.heads
+    attention = attention_bytes(shape, s)
     # ALiBi rides in eight more channels of each head
     attention += s.width * 4 * 8 * s.row_tokens * shape.heads * shape.alibi
     masks = 0 < shape.window < s.row_tokens
@@ -418,6 +418,21 @@ def kept_bytes(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tup
         attention = max(attention, peak * 80 // 100, peak - 2 * gates)
     before = norms + casts * hidden + s.width * masks * s.row_tokens**2 + attention + lora
     return before + plain_before, gates + plain_mlp, plain_down + (0 if lean else wide)
+
+
+def attention_bytes(shape: Shape, s: Settings) -> int:
+    """What autograd keeps of attention: query, keys, values, output and a number a score row.
+
+    Where no kernel takes all sequences of a row at once, their outputs are put together, which
+    dropout keeps a copy of instead. Without flash attention a GPU is given as many key heads as
+    query heads. GLM, which rotates part of a head, keeps one more query.
+    """
+    q = s.row_tokens * shape.heads * shape.head_dim
+    cuda = s.device != "cpu"
+    flash = cuda and s.precision == "bf16" and not shape.alibi
+    keys = q if cuda and not flash else s.row_tokens * shape.kv_heads * shape.head_dim
+    queries = 2 + (not flash and not s.dropout) + (cuda and shape.fused_mlp)
+    return s.width * (queries * q + 2 * keys) + 4 * s.row_tokens * shape.heads
 
 
 def _plain(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> tuple[int, int, int]:
