@@ -215,6 +215,7 @@ def nf4_parts(weights: int) -> tuple[int, ...]:
 
 
 def is_quantized(shape: Shape, s: Settings) -> bool:
+    """Whether the linears are NF4: GPT-2's never are."""
     return s.quantize == "nf4" and shape.gated
 
 

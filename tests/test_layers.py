@@ -20,6 +20,8 @@ LAYER_1 = {
     "config",
     "messages",
     "memory",
+    "shapes",
+    "fit",
     "plan",
     "plots",
     "runs",
@@ -84,10 +86,10 @@ HEAVY = {
     "gguf",
 }
 # docs/architecture.md says why not the planned 6,000
-MAX_TOKENS = 123_500
-MAX_FILE_LINES = 1000
-MAX_FUNCTION_LINES = 90
-WIDTH = 140
+MAX_TOKENS = 124_700  # to become 114,000: issue "the house"
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+WIDTH = 100
 
 
 def modules() -> dict[str, Path]:

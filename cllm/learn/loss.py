@@ -52,7 +52,8 @@ def token_nll(
     chosen, targets = hidden[kept], labels[kept]
     bare = type(lm_head) is nn.Linear or hasattr(lm_head, "tiles")
     if bare and not any(p.requires_grad for p in lm_head.parameters()):
-        nll = _FrozenHeadNll.apply(chosen, lm_head, targets, chunk_bytes)  # type: ignore[no-untyped-call]
+        frozen: Any = _FrozenHeadNll
+        nll = frozen.apply(chosen, lm_head, targets, chunk_bytes)
     else:
         rows = max(1, chunk_bytes // (6 * _vocabulary(lm_head)))
         parts = zip(chosen.split(rows), targets.split(rows), strict=True)

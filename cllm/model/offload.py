@@ -322,7 +322,8 @@ class _Route:
         if not recompute or not torch.is_grad_enabled() or not (parameters or hidden.requires_grad):
             return run(hidden, 1)
         kept = self.inputs.put(hidden, self.index) if self.inputs else None
-        output: Tensor = _Checkpoint.apply(run, kept, hidden, *parameters)  # type: ignore[no-untyped-call]
+        checkpoint: Any = _Checkpoint
+        output: Tensor = checkpoint.apply(run, kept, hidden, *parameters)
         return output
 
 

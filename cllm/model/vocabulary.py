@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 
 _CONTROL_LIKE = re.compile(r"<[^<>\s]+>|\[\w+\]")
 _HTML = re.compile(  # user-defined pieces of Baichuan2, Yi and Gemma that are text all the same
-    r"</?(?:h\d|t(?:able|body|head|foot|[dhr])|caption|blockquote|strong|em|[abipsu]|su[bp]|code|html|body|img|span|bbox|[ou]l|li|div|"
+    r"</?(?:h\d|t(?:able|body|head|foot|[dhr])|caption|blockquote|strong|em|[abipsu]|su[bp]|code"
+    r"|html|body|img|span|bbox|[ou]l|li|div|"
     r"iframe|footer|br)/?>|<!DOCTYPE>"
 )
 # Not "special" in the files, yet written by templates only.
