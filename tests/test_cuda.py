@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 
-from cllm.memory import Settings, estimate_vram
+from cllm.memory import WORKSPACE_BYTES, estimate_vram
 from cllm.shapes import shape_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -24,41 +25,31 @@ CONFIG = {
 }
 
 
-def step_of(
-    quantize: str, precision_name: str, rows: int, tokens: int = 1024
-) -> tuple[Any, Any, Any]:
-    """(model, run one step -> StepStats, settings) as the trainer makes them."""
+def step_of(quantize: str, precision: str, rows: int, tokens: int = 1024) -> tuple[Any, Any, Any]:
+    """(model, run one step -> StepStats, settings) as every program makes them."""
+    from cllm.assembly import assemble
     from cllm.bench import random_row
+    from cllm.config import LoraConfig, MemoryConfig, ModelConfig
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import make_optimizer, train_step
-    from cllm.model.checkpoint import random_model
-    from cllm.model.device import Precision
-    from cllm.model.lora import inject_lora
-    from cllm.model.offload import checkpoint_layers
+    from cllm.learn.optim import Trainee, make_optimizer
 
-    torch.manual_seed(0)
-    precision = Precision.choose(precision_name, "cuda")
-    model: Any = random_model(
+    assembly = assemble(
         CONFIG,
-        dtype=precision.weights,
-        device="cuda",
-        quantize=None if quantize == "none" else quantize,
-    ).train()
-    inject_lora(model, rank=16, alpha=32)
-    precision.prepare(model)
-    checkpoint_layers(model)
-    optimizer, scaler, batches = (
-        make_optimizer(model, 1e-3),
-        precision.scaler(),
-        [random_row(tokens, 4096)] * rows,
+        ModelConfig(quantize=quantize, precision=precision, device="cuda"),  # type: ignore[arg-type]
+        MemoryConfig(checkpoint_layers=999),
+        adapter=LoraConfig(rank=16, alpha=32),
+        row_tokens=tokens,
     )
+    model = assembly.model.train()
+    optimizer = make_optimizer(model, 1e-3)
+    chosen = assembly.precision
+    trainee = Trainee(model, sft_loss, optimizer, chosen, chosen.scaler())
+    batches = [random_row(tokens, 4096)] * rows
 
-    def run():
-        return train_step(
-            model, batches, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
-        )
+    def run() -> Any:
+        return trainee.step(batches)
 
-    return model, run, Settings(tokens, quantize, precision.name)
+    return model, run, assembly.settings
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -106,16 +97,18 @@ def test_fp16_follows_fp32() -> None:
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_peak_is_within_five_percent_of_the_estimate(quantize: str) -> None:
     precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # The model of the case before is garbage, and cuBLAS's workspaces are no part of a step.
+    gc.collect()
     torch.cuda.empty_cache()
+    torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")
     before = torch.cuda.memory_allocated()
     _, run, settings = step_of(quantize, precision, rows=2, tokens=2048)
     run()
     torch.cuda.reset_peak_memory_stats()
     run()
     estimate = estimate_vram(shape_of(CONFIG), settings)
-    assert estimate.allocated / (torch.cuda.max_memory_allocated() - before) == pytest.approx(
-        1, abs=0.05
-    )
+    planned = estimate.allocated - WORKSPACE_BYTES
+    assert planned / (torch.cuda.max_memory_allocated() - before) == pytest.approx(1, abs=0.05)
 
 
 def test_packed_attention_equals_the_cpu() -> None:
@@ -178,7 +171,8 @@ def test_streamed_offloaded_and_on_the_cpu_equal_resident_bit_for_bit() -> None:
     from cllm.model.lora import inject_lora
     from cllm.model.offload import checkpoint_layers, embedding_on_cpu, stream_layers
 
-    row, results = random_row(512, 4096).to("cuda"), []
+    card = torch.device("cuda", torch.cuda.current_device())
+    row, results = random_row(512, 4096).to(card), []
     for hosted in (False, True):
         torch.manual_seed(0)
         model: Any = random_model(
@@ -191,8 +185,8 @@ def test_streamed_offloaded_and_on_the_cpu_equal_resident_bit_for_bit() -> None:
         inject_lora(model, rank=8, alpha=16)
         checkpoint_layers(model, offload=hosted)
         if hosted:
-            stream_layers(model, 4, "cuda")
-            embedding_on_cpu(model, "cuda")
+            stream_layers(model, 4, card)
+            embedding_on_cpu(model, card)
             weights = model.model.layers[0].forward.weights[0]
             assert all(host.is_pinned() for host in weights.hosts) and {
                 slot.device.type for slot in weights.slots
