@@ -27,7 +27,7 @@ from cllm.messages import language, say
 GIB = 2**30
 DISK_GIB = 20  # an 8B checkpoint in 16 bits, and a run
 HUBS = {
-    "Hugging Face": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
+    "Hugging Face": os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
     "hf-mirror": "https://hf-mirror.com",
     "ModelScope": "https://modelscope.cn",
 }

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -482,7 +483,8 @@ def main(argv: list[str]) -> int:
         steps = training.progress.step
         if training.interrupted:
             training.log.close()
-            command = f"python -m cllm.train {arguments.config} --resume"
+            again = shlex.join([arguments.config, *arguments.overrides])
+            command = f"python -m cllm.train {again} --resume"
             note("train.interrupted", step=steps, total=training.total, command=command)
             return 130
         results = training.finish()

@@ -156,7 +156,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(config: Path) -> None:
     assert process.wait(60) == 130
     assert (
         "stopping after this step" in rest
-        and f"go on with: python -m cllm.train {config} --resume" in rest
+        and f"python -m cllm.train {config} train.steps=100000 eval.every=100000 --resume" in rest
     )
     assert list((config.parent / "runs" / "a" / "snapshots").glob("step-*"))
 
