@@ -304,13 +304,14 @@ def programs(folder: Path, base: Path) -> dict[str, list[str]]:
         "resume": [*train, "train.steps=2", "--resume", "--allow-changes"],
         "eval": ["eval", str(run), "--data", str(data), "--limit", "2", "--max-new-tokens", "2"],
         "chat": ["chat", str(run), "--terminal"],
-        "export": ["export", str(run), str(folder / "peft"), "--to", "peft"],
+        "export peft": ["export", str(run), str(folder / "peft"), "--to", "peft"],
+        "export merged": ["export", str(run), str(folder / "merged"), "--to", "merged"],
         "bench": bench,
     }
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     # No other program has ALiBi under a native name, and the plan knows some architectures only.
     if "baichuan2_13b" in base.name:
-        del commands["export"]
+        del commands["export peft"], commands["export merged"]
     try:
         shapes.shape_of(config, base.name)
     except UserError:

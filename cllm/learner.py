@@ -157,7 +157,6 @@ class Learner:
 
     def load(self, run: Path) -> None:
         """The model becomes what run/adapter/ holds."""
-
         saved = load_file(run / "adapter" / "adapter_model.safetensors")
         for name, tensor in adapter_tensors(self.model).items():
             tensor.data.copy_(saved[name])

@@ -202,13 +202,6 @@ def test_one_prompt_that_differs_fails_the_export(
     assert error.value.code == "export.differs" and not out.exists()
 
 
-def test_sixteen_bits_are_given_the_room_that_one_more_rounding_takes() -> None:
-    assert fidelity.limits_of("f16", "fp32") == fidelity.limits_of("", "fp32") == (0.99, 1e-3)
-    assert fidelity.limits_of("q8_0", "fp32") == (0.97, 1e-2)
-    assert fidelity.limits_of("", "bf16") == (0.94, 2e-3)
-    assert fidelity.limits_of("q8_0", "fp16") == (0.94, 1e-2)
-
-
 def test_the_allocator_is_told_before_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     from cllm import __main__
 
