@@ -321,13 +321,13 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[
         else max(mlp + dense, 2 * mlp + 3 * min(mlp, _PIECE * s.width))
     )
     first = 2 * mlp + dense * (1 + shape.fused_mlp) + 2 * s.width * hidden // (1 + tiled) - in_mlp
-    gradient = (s.residual + s.width * tiled) * hidden + max(
-        last, first, product + 20 * hidden if shape.norms > 2 else 0
-    )
+    around = (1 + tiled) * s.residual * hidden  # the layer's, and those of the tiles' inputs
+    gradient = around + max(last, first, product + 20 * hidden if shape.norms > 2 else 0)
     # Gradients on both sides of a dropout; of DoRA's result, update and their factor.
     gradient += (2 * s.dropout + 3 * s.dora) * mlp
-    # the norm before the MLP, when that is done
-    gradient = max(gradient, s.residual * hidden + 20 * hidden * shape.gated - in_mlp)
+    # the norm before the MLP, when that and its input are done
+    norm = 20 * hidden * shape.gated - in_mlp - s.fused * shape.gated * s.residual * hidden
+    gradient = max(gradient, s.residual * hidden + norm)
     # The queries' norm, when attention's backward is done.
     if shape.qk_norm:
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -338,9 +338,10 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[
     if recomputed:
         # kept layers below the uppermost recomputed one
         below = max(recomputed) + 1 - len(recomputed)
-        moments["recomputed_layer"] = (
-            below * layer + before_mlp + in_mlp + s.residual * hidden + gradient
-        )
+        # A recomputed MLP's last linear makes its product and its output beside the weight.
+        output = s.width * shape.hidden * (s.mlp_tile_tokens if tiled else s.row_tokens)
+        again = around + mlp + dense + output
+        moments["recomputed_layer"] = below * layer + before_mlp + in_mlp + max(gradient, again)
     return moments
 
 

@@ -358,6 +358,25 @@ def prompt_behind_api(loaded: Any, talk: list[Message]) -> list[int]:
     return list(seen[0])
 
 
+def test_a_choice_between_equals_is_no_difference_but_a_decided_one_is() -> None:
+    """Two of a thousand flips: one of a tie that a KL of 1e-3 allows, one of a decided position."""
+    from cllm.fidelity import Measured, differences
+
+    def measured(*rows: tuple[float, float, float]) -> Measured:
+        return Measured(torch.tensor(rows).log(), torch.zeros(len(rows), dtype=torch.int64), [])
+
+    sure, tie, flipped = (0.8, 0.1, 0.1), (0.41, 0.39, 0.2), (0.395, 0.405, 0.2)
+    figures = differences(measured(sure, tie), measured(sure, flipped), 1e-3)
+    assert figures["top1_agreement"] == 0.5 and figures["equal_choices"] == 1
+    assert figures["mean_kl"] < 1e-3
+    figures = differences(measured(sure, sure), measured(sure, (0.1, 0.8, 0.1)), 1e-3)
+    assert figures["top1_agreement"] == figures["equal_choices"] == 0.5
+    # At the margin itself: sqrt(2 * 0.0032) = 0.08.
+    wider = measured((0.44, 0.37, 0.19)), measured((0.37, 0.44, 0.19))
+    assert differences(*wider, 0.0032)["equal_choices"] == 1
+    assert differences(*wider, 0.0020)["equal_choices"] == 0
+
+
 def test_merged_program_checks_and_the_template_contract_holds(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from cllm.config import PrecisionName
-from cllm.memory import CONTEXT_BYTES, GIB
+from cllm.memory import CONTEXT_BYTES, GIB, MIB
 from cllm.messages import UserError, note
+
+SEGMENT_BYTES = 20 * MIB  # what PyTorch's allocator takes from CUDA at a time
 
 
 class Precision(NamedTuple):
@@ -103,8 +105,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def cap_allocator(budget_gib: float, device: torch.device) -> int:
-    """Keep PyTorch within `budget_gib` less the CUDA context (0: within what is free); returns the
-    budget in bytes.
+    """Keep PyTorch within `budget_gib` less the CUDA context and a segment (0: within what is
+    free); returns the budget in bytes.
 
     On the CPU nothing can be capped, and 0 means no budget.
     """
@@ -116,7 +118,9 @@ def cap_allocator(budget_gib: float, device: torch.device) -> int:
     # What this process holds already, as when a second model is opened, is its own to use.
     free += torch.cuda.memory_reserved(device)
     usable = min(free, budget - CONTEXT_BYTES) if budget else free
-    torch.cuda.set_per_process_memory_fraction(max(0.0, usable / total), device)
+    # PyTorch holds the cap against what is asked for, then takes whole segments.
+    cap = max(0, usable - SEGMENT_BYTES)
+    torch.cuda.set_per_process_memory_fraction(cap / total, device)
     return usable + CONTEXT_BYTES
 
 

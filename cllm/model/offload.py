@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from cllm.memory import Settings, streamed_layers
 from cllm.messages import note
@@ -97,7 +98,9 @@ class _Input:
         self.source = None
 
     def fetch(self) -> None:
-        """Start the copy back to the device."""
+        """Start the copy back to the device, if the input has left it."""
+        if self.back is None:
+            self.back = self.source
         if self.back is None:
             self.back = torch.empty_like(self.host, device=self.lane.device)
             self.done = self.lane.copy(self.back, self.host)
@@ -274,7 +277,8 @@ class _Checkpoint(torch.autograd.Function):
                 torch.cuda.set_rng_state(cuda_state, hidden.device)
             inputs = hidden.detach().requires_grad_(ctx.needs_input_grad[2])
             with torch.autocast(device, dtype=dtype, enabled=enabled):
-                output = ctx.run(inputs, -1)
+                # Of the output only its place in the graph is needed, so its bytes go.
+                output = get_gradient_edge(ctx.run(inputs, -1))
         wanted = [inputs, *ctx.parameters] if inputs.requires_grad else list(ctx.parameters)
         found = torch.autograd.grad(output, wanted, gradients[0], allow_unused=True)
         return (None, None, *found) if inputs.requires_grad else (None, None, None, *found)
