@@ -176,7 +176,7 @@ def test_without_the_repository_a_report_has_no_plot(
     assert not out.with_suffix(".png").exists()
 
 
-def test_readme_tables_are_what_the_plan_says(
+def test_readme_tables_are_what_the_null_device_and_the_plan_say(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """tools/readme_table.py rewrites them."""

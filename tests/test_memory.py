@@ -5,6 +5,7 @@ storage census.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cllm.config import LoraConfig, MemoryConfig, ModelConfig
+from cllm.config import LoraConfig, MemoryConfig, ModelConfig, load_config
 from cllm.fit import fit, make_plan, plan_training, row_flops, row_seconds
 from cllm.memory import GIB, MIB, Settings, conversion_bytes, estimate_vram, nf4_parts
 from cllm.messages import UserError
+from cllm.plan import settings_of
 from cllm.shapes import SHAPES, find_shape, shape_of
 
 if TYPE_CHECKING:
@@ -284,6 +286,29 @@ def test_recurrent_layers_are_within_ten_percent_of_a_storage_census(size: int) 
     assert (estimate.allocated - estimate.items["optimizer"]) / (fixed + peak) == pytest.approx(
         1, abs=0.1
     )
+
+
+def test_plan_is_within_three_percent_of_what_pytorchs_cuda_allocator_recorded() -> None:
+    """bench/null_gpu.sh's steps, planned again with the settings that each was run with."""
+    report = Path(__file__).parents[1] / "bench" / "results" / "null-gpu.json"
+    runs = json.loads(report.read_text(encoding="utf-8"))["programs"]
+    steps = [run for run in runs if "max_memory_allocated" in run]
+    assert len({(run["model"], run["setting"], run["card"]) for run in steps}) >= 48
+    wrong = {}
+    for run in steps:
+        config = load_config(os.devnull, run["command"].split()[4:])
+        settings = replace(
+            settings_of(config, run["precision"], "cuda"),
+            row_tokens=run["row_tokens"],
+            checkpoint_layers=run["recomputed_layers"],
+        )
+        planned = estimate_vram(find_shape(run["model"]), settings)
+        ratio = planned.allocated / run["max_memory_allocated"]
+        if abs(ratio - 1) > 0.03:
+            wrong[run["build"], run["row_tokens"]] = round(ratio, 4)
+        if run["fits_8_gib"]:
+            assert run["with_context_gib"] <= 8, run["build"]
+    assert not wrong
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -1,7 +1,8 @@
-"""The table "what fits in 8 GB" of both READMEs, from the plan of each model.
+"""The table "what fits in 8 GB" of both READMEs: bytes from bench/null_gpu.sh's runs, the longest
+rows from the plan.
 
     python tools/readme_table.py            # rewrite the tables between the markers
-    python tools/readme_table.py --check    # exit code 1 if they differ from the plan
+    python tools/readme_table.py --check    # exit code 1 if they are out of date
 
 Measured peaks are added once bench/results holds a GPU's report of the same model and row
 (bench/gpu.sh writes it).
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cllm.fit import make_plan, savings  # noqa: E402
-from cllm.memory import GIB, Settings, estimate_vram  # noqa: E402
+from cllm.memory import GIB, Settings  # noqa: E402
 from cllm.shapes import find_shape  # noqa: E402
 
 MODELS = (
@@ -78,35 +79,47 @@ def measured() -> dict[tuple[str, int], float]:
     return found
 
 
+def null_device() -> dict[tuple[str, int], float]:
+    """(model, row) -> GiB that PyTorch's allocator reserved on the null device with every layer
+    recomputed, and the CUDA context.
+    """
+    data = json.loads((ROOT / "bench" / "results" / "null-gpu.json").read_text(encoding="utf-8"))
+    return {
+        (run["model"], run["row_tokens"]): run["with_context_gib"]
+        for run in data["programs"]
+        if run.get("setting") == "recomputed"
+    }
+
+
+def longest_rows(model: str) -> tuple[int, int]:
+    """Tokens of the longest packed row in 8 GiB, plain and with every saving that changes no
+    result; 0: none.
+    """
+    shape, settings = find_shape(model), Settings(2048, "nf4", rank=16)
+    *_, last = (
+        step
+        for step in savings(shape, settings, int(BUDGET_GIB * GIB))
+        if step.change not in QUALITY
+    )
+    saving = replace(last.settings, rank=16, head="16bit", stream_layers=shape.layers)
+    plain, longest = (make_plan(shape, s, BUDGET_GIB).longest_row for s in (settings, saving))
+    return plain, longest
+
+
 def rows(name: str) -> list[str]:
     """Lines of the table in the language of README `name`."""
-    peaks = measured()
+    peaks, null = measured(), null_device()
     lines = ["| " + " | ".join(HEADS[name]) + " |", "|---|---:|---:|---:|---:|"]
     for model in MODELS:
-        shape, settings = find_shape(model), Settings(2048, "nf4", rank=16)
-        cells = []
+        cells = [model.split("/")[1]]
         for tokens in (2048, 8192):
-            total = estimate_vram(shape, replace(settings, row_tokens=tokens)).total / GIB
-            seen = (
-                f" ({MEASURED[name]} {peaks[model, tokens]:.2f})"
-                if (model, tokens) in peaks
-                else ""
-            )
-            cells.append(
-                f"{total:.2f} GiB{seen}" if total <= BUDGET_GIB else f"*{total:.2f} GiB*{seen}"
-            )
-        steps = [
-            s for s in savings(shape, settings, int(BUDGET_GIB * GIB)) if s.change not in QUALITY
-        ]
-        longest = [
-            make_plan(shape, s, BUDGET_GIB).longest_row
-            for s in (settings, replace(steps[-1].settings, rank=16, stream_layers=shape.layers))
-        ]
-        lines.append(
-            "| "
-            + " | ".join([model.split("/")[1], *cells, *(f"{n:,}" if n else "–" for n in longest)])
-            + " |"
-        )
+            taken = null[model, tokens]
+            cell = f"{taken:.2f} GiB"
+            cells.append(cell if taken <= BUDGET_GIB else f"*{cell}*")
+            if (model, tokens) in peaks:
+                cells[-1] += f" ({MEASURED[name]} {peaks[model, tokens]:.2f})"
+        cells += [f"{tokens:,}" if tokens else "–" for tokens in longest_rows(model)]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
