@@ -1,11 +1,13 @@
 """cllm on a CUDA device that computes nothing: memory by PyTorch's own allocator, launches, waits,
 and whether every program runs to its end. No number here is a GPU measurement.
 
-    PYTHON=CUVENV/bin/python bench/null_gpu.sh [--only steps|programs] [--filter TEXT] [--out FILE]
+    PYTHON=CUVENV/bin/python bench/null_gpu.sh [--only steps|programs|edges] [--filter TEXT]
+        [--out FILE]
 
 `steps`: two optimizer steps of published shapes with random weights, on a card of sm_89 and one of
 sm_75. `programs`: train -> resume -> eval -> chat -> export -> bench on a tiny checkpoint of every
-family, the CPU's kernels computing into the device's memory. Needs a CUDA build of torch and a C
+family, the CPU's kernels computing into the device's memory. `edges`: what a card or its host may
+lack. Needs a CUDA build of torch and a C
 compiler (tools/nullgpu). Writes {"programs": [one object a run], …} into
 bench/results/null-gpu.json.
 """
@@ -131,7 +133,7 @@ def run_build(build: Build, environment: dict[str, str]) -> list[dict[str, Any]]
     """One result for each row length, from a process of their own."""
     rows = ",".join(map(str, build.rows))
     command = ["bench/null_gpu.py", "--child", build.model, rows, *SETTINGS[build.setting]]
-    done, seconds = under_null(command, build.card, environment, "harmless")
+    done, seconds = under_null(command, {**environment, **build.card.environment}, "harmless")
     head = {
         "build": build.name,
         "command": " ".join(command),
@@ -224,16 +226,15 @@ def measured(subject: Any, tokens: int) -> dict[str, Any]:
 
 
 def under_null(
-    arguments: list[str], card: Card, environment: dict[str, str], values: str
+    arguments: list[str], environment: dict[str, str], values: str
 ) -> tuple[subprocess.CompletedProcess[str], float]:
-    """`python arguments` on the card; its output and seconds."""
+    """`python arguments` on the card that `environment` describes; its output and seconds."""
     start = time.perf_counter()
     done = subprocess.run(
         [str(ROOT / "tools" / "nullgpu" / "run"), *arguments],
         cwd=ROOT,
         env={
             **environment,
-            **card.environment,
             "NULLGPU_VALUES": values,
             # Where no value matters, none is copied: 8,192 tokens would fill the host's memory.
             "NULLGPU_COPY": "0" if values == "harmless" else "1",
@@ -358,7 +359,7 @@ def run_programs(
             folder = Path(name) / family
             folder.mkdir()
             child_command = ["bench/null_gpu.py", "--family", str(folder), str(base)]
-            done, _ = under_null(child_command, card, environment, "host")
+            done, _ = under_null(child_command, {**environment, **card.environment}, "host")
             ended = [json.loads(text) for text in done.stdout.splitlines() if text[:2] == '["']
             for program in programs(folder, base):
                 known = next((entry for entry in ended if entry[0] == program), None)
@@ -375,6 +376,59 @@ def run_programs(
                 }
 
 
+class Edge(NamedTuple):
+    """A state of the machine that a program must get through, or say in one line."""
+
+    name: str
+    environment: dict[str, str]
+    overrides: list[str]
+    said: str
+    """Part of what the program says, which shows that it got there."""
+    exit_code: int = 0
+
+
+STREAMED = ["memory.stream_layers=3", "memory.offload_inputs=true"]
+EDGES = (
+    Edge("no host memory to pin", {"NULLGPU_PIN_GIB": "0"}, STREAMED, "could not be page-locked"),
+    Edge("second of two cards", {"NULLGPU_DEVICES": "2"}, ["model.device=cuda:1"], "· cuda:1 ·"),
+    Edge("no such card", {}, ["model.device=cuda:1"], "there is no cuda:1", exit_code=2),
+    Edge(
+        "memory runs out while loading",
+        {"NULLGPU_GIB": "0.441"},
+        [],
+        "out of memory while loading",
+        exit_code=2,
+    ),
+)
+
+
+def run_edges(environment: dict[str, str], results: Results) -> Iterator[dict[str, Any]]:
+    """`cllm.train` of a family that the plan does not know, in each of these states."""
+    with tempfile.TemporaryDirectory() as name:
+        base = tiny_checkpoints(Path(name) / "bases")["internlm3"]
+        for edge in EDGES:
+            if results.has("edge", edge.name):
+                continue
+            folder = Path(name) / edge.name.replace(" ", "-")
+            folder.mkdir()
+            train = programs(folder, base)["train"]
+            command = ["-m", "cllm.train", *train[1:], *edge.overrides, "train.steps=1"]
+            states = {**environment, **ADA.environment, **edge.environment}
+            done, seconds = under_null(command, states, "host")
+            output = done.stderr + done.stdout
+            right = done.returncode == edge.exit_code and edge.said in output
+            yield {
+                "edge": edge.name,
+                "command": f"python {' '.join(command)}".replace(name, "TMP"),
+                "card": str(ADA),
+                "exit_code": int(not right),
+                "program_exit_code": done.returncode,
+                "said": next((line for line in output.splitlines() if edge.said in line), ""),
+                "seconds": round(seconds, 1),
+                **({} if right else {"stderr": output[-600:]}),
+            }
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--family"]:
         family_child(Path(sys.argv[2]), Path(sys.argv[3]))
@@ -383,7 +437,7 @@ def main() -> int:
         child(sys.argv[2], [int(n) for n in sys.argv[3].split(",")], sys.argv[4:])
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("steps", "programs"))
+    parser.add_argument("--only", choices=("steps", "programs", "edges"))
     parser.add_argument("--filter", default="", help="of models, settings, families, cards")
     parser.add_argument("--allocator", default=ALLOCATOR["linux"])
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -397,12 +451,14 @@ def main() -> int:
         "PYTORCH_CUDA_ALLOC_CONF": arguments.allocator,
     }
     results = Results(arguments.out, arguments.allocator)
-    for build in builds() if arguments.only != "programs" else ():
+    for build in builds() if arguments.only in (None, "steps") else ():
         if arguments.filter in build.name and not results.has("build", build.name):
             results.add(run_build(build, environment))
-    for card in (ADA, TURING) if arguments.only != "steps" else ():
+    for card in (ADA, TURING) if arguments.only in (None, "programs") else ():
         for result in run_programs(card, environment, arguments.filter, results):
             results.add([result])
+    for result in run_edges(environment, results) if arguments.only in (None, "edges") else ():
+        results.add([result])
     return int(any(result["exit_code"] for result in results.runs))
 
 
@@ -436,7 +492,7 @@ def line(result: dict[str, Any]) -> str:
     """One run for people."""
     head = f"{result['exit_code']} {result['seconds']:6.1f} s  {result['card']}  "
     if "plan_ratio" not in result:
-        what = result.get("family", result["command"])
+        what = result.get("family") or result.get("edge") or result["command"]
         return f"{head}{what} {result.get('program', '')} {result.get('stderr', '')}"
     return (
         f"{head}{result['model']} {result['row_tokens']} {result['setting']}: "

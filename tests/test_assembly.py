@@ -42,6 +42,7 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     cuda = torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "init", lambda: None)
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "set_device", set_device)
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: (7 * GIB, 8 * GIB))
@@ -65,11 +66,11 @@ def test_a_gpu_has_its_index_from_the_start(name: str, index: int, two_cards: li
     assert free_bytes(device) == 4 * GIB  # half of the card is what the cap leaves
 
 
-@pytest.mark.parametrize("name", ["cuda:7", "gpu"])
-def test_a_device_that_is_none_is_one_line(name: str, two_cards: list[Any]) -> None:
+@pytest.mark.parametrize(("name", "code"), [("cuda:7", "memory.no_card"), ("gpu", "memory.no_gpu")])
+def test_a_device_that_is_none_is_one_line(name: str, code: str, two_cards: list[Any]) -> None:
     with pytest.raises(UserError) as error:
         choose_device(name)
-    assert error.value.code == "memory.no_gpu" and "\n" not in str(error.value)
+    assert error.value.code == code and "\n" not in str(error.value)
 
 
 def test_a_build_for_cpus_beside_a_card_is_said(

@@ -84,6 +84,8 @@ def choose_device(name: torch.device | str) -> torch.device:
         torch.cuda.init()
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
+        if device.index >= torch.cuda.device_count():
+            raise UserError("memory.no_card", device=name, count=torch.cuda.device_count())
         torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # no driver, an old one, a build for CPUs
         reason = str(error).strip().splitlines()[0]

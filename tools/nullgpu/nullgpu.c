@@ -61,6 +61,7 @@ typedef struct {
 } Range; /* kind: 0 device, 1 host, 2 registered, 3 managed, 4 virtual */
 static Range *ranges;
 static size_t range_count, range_room;
+static size_t registered, pin_limit; /* of pages that were ever registered, and at most */
 
 static double env_number(const char *name, double otherwise) {
     const char *value = getenv(name);
@@ -75,6 +76,7 @@ static void start(void) {
     if (device_count > DEVICES) device_count = DEVICES;
     verbose = (int)env_number("NULLGPU_VERBOSE", 0);
     copying = (int)env_number("NULLGPU_COPY", 1);
+    pin_limit = (size_t)(env_number("NULLGPU_PIN_GIB", 1 << 20) * 1024) * MIB;
     for (int i = 0; i < device_count; i++)
         used[i] = (size_t)env_number("NULLGPU_CONTEXT_MIB", 256) * MIB;
     base = mmap(NULL, 2 * SHADOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -358,15 +360,18 @@ EXPORT cudaError_t cudaHostRegister(void *p, size_t size, unsigned flags) {
     }
     if (maps) fclose(maps);
     int allowed = readable && (writable || flags & 8);
-    if (!taken && allowed) {
+    int room = registered + size <= pin_limit;
+    if (!taken && allowed && room) {
+        registered += size;
         add(p, size, 0, 2);
         COUNT(host_register);
         ADD(host_register_bytes, size);
     }
     pthread_mutex_unlock(&lock);
-    return fail(taken     ? cudaErrorHostMemoryAlreadyRegistered
-                : allowed ? cudaSuccess
-                          : cudaErrorInvalidValue,
+    return fail(taken      ? cudaErrorHostMemoryAlreadyRegistered
+                : !allowed ? cudaErrorInvalidValue
+                : !room    ? cudaErrorMemoryAllocation
+                           : cudaSuccess,
                 "cudaHostRegister");
 }
 EXPORT cudaError_t cudaHostUnregister(void *p) {
