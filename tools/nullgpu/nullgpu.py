@@ -326,11 +326,22 @@ def _varlen_backward(
     ]
 
 
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, shape: Any, mean: Tensor, rstd: Tensor, *weights_and_mask: Any
+) -> list[Any]:
+    """In float32: a card keeps the statistics of 16-bit rows so, which the CPU's kernel refuses."""
+    *weights, mask = weights_and_mask
+    tensors = [None if w is None else w.float() for w in weights]
+    backward = torch.ops.aten.native_layer_norm_backward
+    return list(backward(grad.float(), x.float(), shape, mean, rstd, *tensors, mask))
+
+
 _INSTEAD: dict[str, Callable[..., list[Any]]] = {
     "aten._scaled_dot_product_flash_attention": _flash,
     "aten._scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten._scaled_dot_product_efficient_attention": _efficient,
     "aten._scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten.native_layer_norm_backward": _layer_norm_backward,
     "torch_attn._varlen_attn": _varlen,
     "torch_attn._varlen_attn_backward": _varlen_backward,
 }
