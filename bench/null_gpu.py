@@ -165,7 +165,8 @@ def child(model: str, rows: list[int], overrides: list[str]) -> None:
 
     nf4._quantize_absmax = no_scales
     name, original = shapes.find_config(model)
-    config = load_config(os.devnull, [f"train.row_tokens={min(rows)}", *overrides])
+    lengths = [f"train.row_tokens={min(rows)}", f"train.tokens_per_step={max(rows)}"]
+    config = load_config(os.devnull, [*lengths, *overrides])
     torch.cuda.reset_peak_memory_stats()
     subject = Subject(config, name, original, min(rows))
     loading = torch.cuda.max_memory_allocated()

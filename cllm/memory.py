@@ -24,7 +24,7 @@ from cllm.shapes import Shape
 MIB, GIB = 2**20, 2**30
 CONTEXT_BYTES = 450 * MIB  # CUDA context and libraries
 WORKSPACE_BYTES = 20 * MIB  # cuBLAS's, which PyTorch's allocator gives it (bench/null_gpu.sh)
-FRAGMENTATION_BYTES = 250 * MIB
+FRAGMENTATION_BYTES = 250 * MIB  # at least; or as much as the largest block (bench/null_gpu.sh)
 CONVERSION_BYTES = 75_000_000
 _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
 _PIECE = 2**22  # cllm.model.lora makes so many elements of a gated MLP's product at a time
@@ -260,6 +260,9 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     layer_input = s.row_tokens * shape.hidden * s.residual
     moments = _moments(shape, s, [size for name, size in linears.items() if s.adapts(name)])
     moment = max(moments, key=lambda name: moments[name])
+    whole = not 0 < s.mlp_tile_tokens < s.row_tokens
+    widest = max(4 * shape.hidden, 4 * shape.heads * shape.head_dim)
+    block = s.row_tokens * max(widest, whole * s.width * shape.intermediate)
     items = {
         "linears": weights * (shape.layers - streamed) // shape.layers + min(2, streamed) * packed,
         "embedding": ((0 if away else matrix) + shape.positions * shape.hidden) * s.width,
@@ -275,7 +278,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
         "activations": moments[moment],
         "workspaces": WORKSPACE_BYTES if cuda else 0,
         "context": CONTEXT_BYTES if cuda else 0,
-        "fragmentation": FRAGMENTATION_BYTES if cuda else 0,
+        "fragmentation": max(FRAGMENTATION_BYTES, block) if cuda else 0,
     }
     return VramEstimate(
         items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input
@@ -328,10 +331,10 @@ def _moments(shape: Shape, s: Settings, adapted: list[tuple[int, int]]) -> dict[
     # the norm before the MLP, when that and its input are done
     norm = 20 * hidden * shape.gated - in_mlp - s.fused * shape.gated * s.residual * hidden
     gradient = max(gradient, s.residual * hidden + norm)
-    # The queries' norm, when attention's backward is done.
+    # The queries' norm, when attention's backward and that of the keys are done.
     if shape.qk_norm:
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        norms = s.row_tokens * (18 * queries + s.width * (queries + keys))
+        norms = s.row_tokens * ((18 + s.width) * queries - 4 * keys)
         gradient = max(gradient, norms - attention_bytes(shape, s) - in_mlp)
     if len(recomputed) < shape.layers:
         moments["kept_layer"] = kept - (0 if tiled else product) + tiled * in_mlp + gradient
