@@ -196,6 +196,11 @@ def answer_of(conversation: Conversation) -> str:
     return conversation.messages[-1].content
 
 
+def with_answers(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those that end with an answer to something."""
+    return [c for c in conversations if len(c.messages) > 1 and c.messages[-1].role == "assistant"]
+
+
 @contextmanager
 def unless_memory_is_short(engine: Engine) -> Iterator[None]:
     """Answers that do not fit into memory are left out, and it is said: nothing that was learned
