@@ -61,15 +61,8 @@ def _of_pair(pair: tuple[str, ...], votes: Votes) -> PairVotes:
 def _tally(first: str, votes: Votes) -> Tally:
     counts = Counter(_outcome(first, row) for row in votes)
     rate = wilson_interval(counts["wins"], counts["wins"] + counts["losses"])
-    return Tally(
-        counts["wins"],
-        counts["losses"],
-        counts["ties"],
-        counts["both_bad"],
-        rate.value,
-        rate.low,
-        rate.high,
-    )
+    numbers = {outcome: counts[outcome] for outcome in OUTCOMES}
+    return Tally(**numbers, win_rate=rate.value, low=rate.low, high=rate.high)
 
 
 def _outcome(first: str, row: Mapping[str, Any]) -> str:
