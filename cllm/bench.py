@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm import fit, shapes
 from cllm.config import Config, load_config
-from cllm.corpus import tokenizer_of
+from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
 from cllm.memory import GIB, MIB, Settings, estimate_vram
 from cllm.messages import UserError, note, say, table, to_json
 from cllm.plan import Workload, settings_of, show_plan
@@ -176,24 +176,18 @@ def _work(config: Config, original: Record) -> Workload:
     """The config's data in tokens, encoded with the base's tokenizer if it is at hand; then rows
     are timed on this device, too, unless that would take long.
     """
-    from cllm.data.sources import prepare
-
-    train = prepare(config.data).train
+    corpus = read_corpus(config.data, accept_rejects=True)
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
-        characters = sum(len(message.content) for c in train for message in c.messages)
+        characters = sum(len(message.content) for c in corpus.train for message in c.messages)
         return Workload(round(TOKENS_PER_CHARACTER * characters))
     import torch
 
-    from cllm.data.encode import encode_set
-    from cllm.data.packing import PackedRows
     from cllm.model.source import resolve
 
     length = config.train.row_tokens
     tokenizer = tokenizer_of(config, resolve(config.model.path))
-    kind, truncate = config.data.kind, config.data.truncate
-    examples = encode_set(train, tokenizer, kind=kind, max_tokens=length, truncate=truncate)[0]
-    rows = PackedRows(examples, length, seed=config.train.seed)
-    tokens = sum(examples.sizes)
+    rows = encode_corpus(corpus, tokenizer, config.data, config.train, row_tokens=length).rows
+    tokens = sum(rows.sizes)
     work = Workload(tokens, tokens / (len(rows) * length))
     on_cpu = fit.row_seconds(shapes.shape_of(original), settings_of(config, "fp32", "cpu"), CPU)
     if not torch.cuda.is_available() and on_cpu >= SLOWEST_WARM_ROW:
