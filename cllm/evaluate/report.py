@@ -29,9 +29,7 @@ def number(value: float | None, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
 
 
-def score_table(
-    scores: Mapping[str, Mapping[str, float]], gaps: Mapping[str, Gap] | None = None
-) -> Table:
+def score_table(scores: Mapping[str, Mapping[str, float]], gaps: Mapping[str, Gap]) -> Table:
     """One line a system, then what the adapter changed: difference to the base, its 95 % interval,
     p-value.
     """
@@ -88,7 +86,7 @@ def tables(results: Evaluation | Exam) -> list[Table]:
         return [accuracy_table(results)]
     systems = results.systems
     scores = {name: system.scores for name, system in systems.items()}
-    gaps = systems["adapter"].versus_base if "adapter" in systems else None
+    gaps = systems["adapter"].versus_base if "adapter" in systems else {}
     shown = (
         score_table(scores, gaps),
         group_table(systems, "by_category", "exact"),
