@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ from cllm.data.sources import prepare, read_file
 from cllm.messages import UserError, note, say, table, to_json
 
 if TYPE_CHECKING:
-    from cllm.assembly import Loaded
     from cllm.evaluate.results import Evaluation, Exam
 
 EXAM_SHOTS = 5
@@ -111,22 +111,49 @@ def _exams(arguments: argparse.Namespace) -> dict[str, Any]:
 
 # --- Conversations and texts
 def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every set is read, with the run's own [data], before the model is loaded."""
+    """Losses and answers of base and adapter on every set, which is read with the run's own [data]
+    before the model is loaded.
+    """
     from cllm.assembly import open_model
+    from cllm.data.encode import encode_set
+    from cllm.evaluate.answers import Asking, evaluate, example_nll
+    from cllm.evaluate.report import AnswerCount
 
     file = Path(arguments.model) / "config.toml"
     config = load_config(file) if file.is_file() else Config()
+    kind = config.data.kind
     sets = {data: _read(data, config, arguments) for data in arguments.data}
     train: Sequence[Conversation] = ()
-    if file.is_file() and config.data.kind == "chat":
+    if file.is_file() and kind == "chat":
         try:
             train = prepare(config.data).train  # for the baselines
         except UserError as error:
             note("eval.no_train", detail=error.args[0])
     loaded = open_model(arguments.model, adapter=not arguments.base)
+    engine, precision = loaded.engine(), loaded.precision
+    chunk_bytes, row_tokens = config.memory.chunk_mib * 2**20, config.train.row_tokens
     summaries = {}
     for data, rows in sets.items():
-        results = _evaluate(loaded, data, rows, train, config, arguments)
+        limit = engine.max_tokens
+        examples, kept, refused = encode_set(
+            rows, loaded.tokenizer, kind=kind, max_tokens=limit, truncate="drop"
+        )
+        if left_out := sum(refused.values()):
+            note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=limit)
+        if not examples:
+            raise UserError("eval.empty", path=data, rejects=left_out)
+        note("eval.start", path=data, count=len(kept))
+        losses = partial(example_nll, loaded.model, examples, precision, chunk_bytes, row_tokens)
+        results = evaluate(
+            engine,
+            loaded.tokenizer,
+            kept if kind == "chat" else [],
+            losses,
+            precision,
+            chunk_bytes,
+            Asking(train, arguments.shots or 0, arguments.max_new_tokens, progress=AnswerCount()),
+            losses_of_answers=True,
+        )
         count = len(results.samples) or len(rows)
         summaries[data] = _written(arguments.model, data, results, count)
     return summaries
@@ -149,43 +176,6 @@ def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conv
     if not rows:
         raise UserError("eval.empty", path=data, rejects=len(rejects))
     return rows[: arguments.limit or None]
-
-
-def _evaluate(
-    loaded: Loaded,
-    data: str,
-    conversations: list[Conversation],
-    train: Sequence[Conversation],
-    config: Config,
-    arguments: argparse.Namespace,
-) -> Evaluation:
-    """Losses and answers of base and adapter on one file."""
-    from cllm.data.encode import encode_set
-    from cllm.evaluate.answers import Asking, evaluate, example_nll
-    from cllm.evaluate.report import AnswerCount
-
-    engine, kind = loaded.engine(), config.data.kind
-    limit = engine.max_tokens
-    examples, kept, refused = encode_set(
-        conversations, loaded.tokenizer, kind=kind, max_tokens=limit, truncate="drop"
-    )
-    if left_out := sum(refused.values()):
-        note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=limit)
-    if not examples:
-        raise UserError("eval.empty", path=data, rejects=left_out)
-    note("eval.start", path=data, count=len(kept))
-    precision, chunk_bytes = loaded.precision, config.memory.chunk_mib * 2**20
-    row_tokens = config.train.row_tokens
-    return evaluate(
-        engine,
-        loaded.tokenizer,
-        kept if kind == "chat" else [],
-        lambda: example_nll(loaded.model, examples, precision, chunk_bytes, row_tokens),
-        precision,
-        chunk_bytes,
-        Asking(train, arguments.shots or 0, arguments.max_new_tokens, progress=AnswerCount()),
-        losses_of_answers=True,
-    )
 
 
 if __name__ == "__main__":

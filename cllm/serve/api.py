@@ -266,8 +266,15 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
     @app.post("/v1/chat/completions", responses=ERRORS | EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         name = body.model or next(iter(loaded.models))
-        if refusal := _not_served(body, name, loaded, engine):
-            return refusal
+        if name not in loaded.models:
+            message = say("serve.model", name=name, known=", ".join(loaded.models))
+            return error_response(404, message, param="model", code="model_not_found")
+        extra = body.model_extra or {}
+        if fields := [field for field in UNSUPPORTED if extra.get(field)]:
+            message = say("serve.unsupported", fields=", ".join(fields))
+            return error_response(400, message, param=fields[0])
+        if len(engine.waiting) >= MAX_WAITING:
+            return error_response(429, say("serve.busy"), headers={"Retry-After": "5"})
         answer = await run_in_threadpool(_answer, body, name, loaded, engine)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
@@ -290,24 +297,6 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
         )
 
     return app
-
-
-def _not_served(
-    body: ChatRequest, name: str, loaded: Loaded, engine: Engine
-) -> JSONResponse | None:
-    """The refusal of a request for another model, for what would change the answer unseen, or one
-    too many.
-    """
-    if name not in loaded.models:
-        message = say("serve.model", name=name, known=", ".join(loaded.models))
-        return error_response(404, message, param="model", code="model_not_found")
-    extra = body.model_extra or {}
-    if fields := [field for field in UNSUPPORTED if extra.get(field)]:
-        message = say("serve.unsupported", fields=", ".join(fields))
-        return error_response(400, message, param=fields[0])
-    if len(engine.waiting) >= MAX_WAITING:
-        return error_response(429, say("serve.busy"), headers={"Retry-After": "5"})
-    return None
 
 
 def _answer(body: ChatRequest, name: str, loaded: Loaded, engine: Engine) -> Answer:
