@@ -174,10 +174,10 @@ class Engine:
 
     def stats(self) -> dict[str, int | bool]:
         """What /health and the monitor show."""
-        rows, prefilling = len(self.batch.rows), len(self.prefill.rows) if self.prefill else 0
+        rows = len(self.batch.rows)
         return {
             "healthy": self.healthy,
-            "running": rows + prefilling,
+            "running": rows + (len(self.prefill.rows) if self.prefill else 0),
             "waiting": len(self.waiting),
             "steps": self.steps,
             "generated_tokens": self.generated_tokens,

@@ -176,16 +176,14 @@ def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
     def edited(history: Turns, data: gr.EditData) -> tuple[Any, Turns]:
         return busy(), [*history[: _index(data)], _user(data.value)]
 
-    starts = [
+    answers = []
+    for start in (
         box.submit(ask, [box, chatbot], [box, chatbot], **QUIET),
         chatbot.retry(again, chatbot, [box, chatbot], **QUIET),
         chatbot.edit(edited, chatbot, [box, chatbot], **QUIET),
-    ]
-    answers = [
-        start.success(respond, [chatbot, *knobs], [chatbot, cost], **QUIET) for start in starts
-    ]
-    for event in answers:
-        event.then(idle, None, box, **QUIET)
+    ):
+        answers.append(start.success(respond, [chatbot, *knobs], [chatbot, cost], **QUIET))
+        answers[-1].then(idle, None, box, **QUIET)
     box.stop(idle, None, box, cancels=answers, **QUIET)
     return knobs
 
