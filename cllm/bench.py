@@ -118,7 +118,8 @@ class BenchModel:
         from cllm.learn.proof import peak_bytes
         from cllm.model.offload import checkpoint_layers
 
-        model, budget = self.trainee.model, self.assembly.budget
+        model = self.trainee.model
+        budget = self.assembly.budget
         layers = self.config.memory.checkpoint_layers
         settings = replace(self.assembly.settings, row_tokens=tokens, checkpoint_layers=layers)
         if budget:
@@ -165,8 +166,8 @@ class BenchModel:
         import torch
 
         size = 8192 if self.cuda else 1024
-        weights, device = self.assembly.precision.weights, self.assembly.device
-        a = torch.ones(size, size, dtype=weights, device=device)
+        dtype = self.assembly.precision.weights
+        a = torch.ones(size, size, dtype=dtype, device=self.assembly.device)
         seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)
         return float(2 * size**3 / min(seconds))
 

@@ -130,8 +130,10 @@ def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
         except UserError as error:
             note("eval.no_train", detail=error.args[0])
     loaded = open_model(arguments.model, adapter=not arguments.base)
-    engine, precision = loaded.engine(), loaded.precision
-    chunk_bytes, row_tokens = config.memory.chunk_mib * 2**20, config.train.row_tokens
+    engine = loaded.engine()
+    precision = loaded.precision
+    chunk_bytes = config.memory.chunk_mib * 2**20
+    row_tokens = config.train.row_tokens
     summaries = {}
     for data, rows in sets.items():
         limit = engine.max_tokens

@@ -167,7 +167,8 @@ def main(argv: list[str]) -> int:
     held_out = held_out_of(Path(run)) if arguments.check else []
     if arguments.check and not held_out:
         raise UserError("export.no_data", run=run)
-    base, tokenizer = resolve(located.base_name), open_tokenizer(located)
+    base = resolve(located.base_name)
+    tokenizer = open_tokenizer(located)
     part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
     report = None
     try:
