@@ -17,20 +17,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cllm.bench import Subject, config_of, parse, random_row, subject_of
+from cllm.bench import BenchModel, bench_model, config_of, parse, random_row
 from cllm.serve.sampling import Sampling
 
 DECODE_TOKENS = 32
 ROWS = (1, 4, 16)
 
 
-def generation(subject: Subject, prompt_tokens: int = 128) -> list[dict[str, Any]]:
+def generation(model: BenchModel, prompt_tokens: int = 128) -> list[dict[str, Any]]:
     """One result for each number of rows."""
-    engine = subject.assembly.engine()
+    engine = model.assembly.engine()
     results = []
     for rows in ROWS:
         prompts = [
-            random_row(prompt_tokens, subject.shape.vocab, seed).input_ids.tolist()
+            random_row(prompt_tokens, model.shape.vocab, seed).input_ids.tolist()
             for seed in range(rows)
         ]
         seconds = []
@@ -40,7 +40,7 @@ def generation(subject: Subject, prompt_tokens: int = 128) -> list[dict[str, Any
         _, first, whole = seconds
         results.append(
             {
-                "model": subject.name,
+                "model": model.name,
                 "rows": rows,
                 "first_token_seconds": first,
                 "decode_tokens_per_second": rows * (DECODE_TOKENS - 1) / (whole - first),
@@ -52,10 +52,10 @@ def generation(subject: Subject, prompt_tokens: int = 128) -> list[dict[str, Any
 def main() -> None:
     arguments = parse(sys.argv[1:])
     results = []
-    for name in arguments.subjects:
+    for name in arguments.models:
         config = config_of(name, arguments.overrides)
         rows = arguments.rows or [config.train.row_tokens]
-        results += generation(subject_of(config, arguments, min(rows)))
+        results += generation(bench_model(config, arguments, min(rows)))
     print(json.dumps(results))
 
 

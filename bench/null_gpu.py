@@ -154,7 +154,7 @@ def child(model: str, rows: list[int], overrides: list[str]) -> None:
     """
     import torch
 
-    from cllm.bench import Subject
+    from cllm.bench import BenchModel
     from cllm.config import load_config
     from cllm.model import nf4
 
@@ -168,13 +168,13 @@ def child(model: str, rows: list[int], overrides: list[str]) -> None:
     lengths = [f"train.row_tokens={min(rows)}", f"train.tokens_per_step={max(rows)}"]
     config = load_config(os.devnull, [*lengths, *overrides])
     torch.cuda.reset_peak_memory_stats()
-    subject = Subject(config, name, original, min(rows))
+    bench_model = BenchModel(config, name, original, min(rows))
     loading = torch.cuda.max_memory_allocated()
     for tokens in rows:
-        print(json.dumps({**measured(subject, tokens), "loading_peak": loading}), flush=True)
+        print(json.dumps({**measured(bench_model, tokens), "loading_peak": loading}), flush=True)
 
 
-def measured(subject: Any, tokens: int) -> dict[str, Any]:
+def measured(model: Any, tokens: int) -> dict[str, Any]:
     """What a step on rows of `tokens` takes, at the settings that an 8 GiB card would plan."""
     import nullgpu
     import torch
@@ -186,16 +186,16 @@ def measured(subject: Any, tokens: int) -> dict[str, Any]:
     from cllm.model.device import cap_allocator
     from cllm.model.offload import checkpoint_layers
 
-    trainee = subject.trainee
-    asked = subject.config.memory.checkpoint_layers
-    wanted = replace(subject.assembly.settings, row_tokens=tokens, checkpoint_layers=asked)
-    plan = fit.make_plan(subject.shape, wanted, BUDGET_GIB)
+    trainee = model.trainee
+    asked = model.config.memory.checkpoint_layers
+    wanted = replace(model.assembly.settings, row_tokens=tokens, checkpoint_layers=asked)
+    plan = fit.make_plan(model.shape, wanted, BUDGET_GIB)
     settings = plan.settings
     torch.cuda.empty_cache()
-    cap_allocator(BUDGET_GIB if plan.fits else 0, subject.assembly.device)
+    cap_allocator(BUDGET_GIB if plan.fits else 0, model.assembly.device)
     layers, offload = settings.checkpoint_layers, settings.offload_inputs
     checkpoint_layers(trainee.model, layers, offload=offload)
-    ids = random_row(tokens // SEQUENCES, subject.shape.vocab).input_ids.tolist()
+    ids = random_row(tokens // SEQUENCES, model.shape.vocab).input_ids.tolist()
     rows = [collate([Example(ids, ids)] * SEQUENCES)] * ROWS_PER_STEP
     trainee.step(rows)
     counters: dict[str, int] = {}
@@ -207,9 +207,9 @@ def measured(subject: Any, tokens: int) -> dict[str, Any]:
 
     allocated = peak_bytes(counted, trainee.model, trainee.optimizer)
     reserved = torch.cuda.max_memory_reserved()
-    planned = memory.estimate_vram(subject.shape, settings)
+    planned = memory.estimate_vram(model.shape, settings)
     return {
-        "model": subject.name,
+        "model": model.name,
         "row_tokens": tokens,
         "precision": settings.precision,
         "recomputed_layers": layers,

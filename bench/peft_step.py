@@ -1,7 +1,8 @@
 """The peer of `python -m cllm.bench --against peft`: Trainer + PEFT on the same random weights,
 rows and adapter sizes.
 
-Called with one JSON argument by cllm.bench; prints one JSON line: for Trainer's defaults ("plain")
+Called by cllm.bench with one JSON argument, the run's config with the base's config.json as
+"original", "row_tokens" and "steps"; prints one JSON line: for Trainer's defaults ("plain")
 and with gradient checkpointing, step time, tokens per second, peak (max_memory_allocated, on the
 CPU the same storage census) and the first loss. The usual recipe: `prepare_model_for_kbit_training`
 and bitsandbytes' Linear4bit for NF4, bf16 weights, PEFT's float32 adapters, fused AdamW.
@@ -66,11 +67,11 @@ class Clock(TrainerCallback):
 
 def build(spec: dict[str, Any], device: str, checkpointing: bool) -> Any:
     """The model as PEFT's own guides prepare it."""
-    torch.manual_seed(spec["seed"])
-    dtype = Precision.choose(spec["precision"], torch.device(device).type).weights
-    model: Any = random_model(spec["config"], dtype=dtype, device=device)
+    torch.manual_seed(spec["train"]["seed"])
+    dtype = Precision.choose(spec["model"]["precision"], torch.device(device).type).weights
+    model: Any = random_model(spec["original"], dtype=dtype, device=device)
     model.set_attn_implementation("sdpa")
-    if spec["quantize"] == "nf4":
+    if spec["model"]["quantize"] == "nf4":
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         head = model.get_output_embeddings()
@@ -95,8 +96,8 @@ def build(spec: dict[str, Any], device: str, checkpointing: bool) -> Any:
     return get_peft_model(
         model,
         LoraConfig(
-            r=spec["rank"],
-            lora_alpha=spec["alpha"],
+            r=spec["lora"]["rank"],
+            lora_alpha=spec["lora"]["alpha"],
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         ),
@@ -112,7 +113,7 @@ def measure(spec: dict[str, Any], device: str, checkpointing: bool, folder: str)
         settings: dict[str, Any] = {
             "max_steps": steps,
             "gradient_checkpointing": checkpointing,
-            "seed": spec["seed"],
+            "seed": spec["train"]["seed"],
             "use_cpu": not cuda,
         }
         settings |= {
@@ -155,13 +156,9 @@ def measure(spec: dict[str, Any], device: str, checkpointing: bool, folder: str)
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    device = (
-        spec["device"]
-        if spec["device"] != "auto"
-        else "cuda"
-        if torch.cuda.is_available()
-        else "cpu"
-    )
+    device = spec["model"]["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         results = {
             name: measure(spec, device, name == "checkpointing", folder)

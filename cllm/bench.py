@@ -19,13 +19,13 @@ import sys
 import time
 import timeit
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import fit, shapes
 from cllm.config import Config, load_config
-from cllm.corpus import tokenizer_of
-from cllm.fit import make_plan
+from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
 from cllm.memory import GIB, MIB, Settings, estimate_vram
 from cllm.messages import UserError, note, say, table, to_json
 from cllm.plan import Workload, settings_of, show_plan
@@ -43,6 +43,8 @@ SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on 
 # one or two cores: only decides whether to measure
 CPU = fit.Hardware(flops=0.4e12, bandwidth=20e9)
 TOKENS_PER_CHARACTER = 0.7  # of mixed Chinese text, where no tokenizer is at hand
+Record = dict[str, Any]
+"""A JSON object: a config.json, or one result of the report."""
 
 
 def random_row(tokens: int, vocabulary: int, seed: int = 0) -> PackedBatch:
@@ -60,12 +62,10 @@ def random_row(tokens: int, vocabulary: int, seed: int = 0) -> PackedBatch:
     return collate([Example(ids, ids)])
 
 
-class Subject:
+class BenchModel:
     """One model on one device with the trainer's settings: its adapter, optimizer and step."""
 
-    def __init__(
-        self, config: Config, name: str, original: dict[str, Any] | None, row_tokens: int
-    ) -> None:
+    def __init__(self, config: Config, name: str, original: Record | None, row_tokens: int) -> None:
         from cllm.assembly import assemble
         from cllm.learn.loss import sft_loss
         from cllm.learn.optim import Trainee, make_optimizer
@@ -85,28 +85,17 @@ class Subject:
             name=name,
             seed=config.train.seed,
         )
-        self.device = self.assembly.device
-        self.cuda = self.device.type == "cuda"
+        self.cuda = self.assembly.device.type == "cuda"
         known = original_config(source) if isinstance(source, Path) else source
         self.shape = shapes.shape_of(known, name)
-        chunk_bytes = config.memory.chunk_mib * MIB
         model = self.assembly.model.train()
         self.trainee = Trainee(
             model,
-            lambda model, row: sft_loss(model, row, chunk_bytes),
+            partial(sft_loss, chunk_bytes=config.memory.chunk_mib * MIB),
             make_optimizer(model, 1e-4, name=config.train.optimizer),
             self.assembly.precision,
             self.assembly.precision.scaler(),
         )
-
-    def settings(self, tokens: int) -> Settings:
-        """What a run on rows of `tokens` would use: as few recomputed layers as fit, if there is a
-        budget and the config leaves it open.
-        """
-        layers = self.config.memory.checkpoint_layers
-        settings = replace(self.assembly.settings, row_tokens=tokens, checkpoint_layers=layers)
-        budget = self.assembly.budget
-        return make_plan(self.shape, settings, budget / GIB).settings if budget else settings
 
     def step(self, row: PackedBatch, rows: int = ROWS_PER_STEP) -> tuple[float, float]:
         """One optimizer step; returns its loss and seconds."""
@@ -115,11 +104,12 @@ class Subject:
         start = time.perf_counter()
         loss = self.trainee.step([row] * rows).loss
         if self.cuda:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.assembly.device)
         return loss, time.perf_counter() - start
 
-    def measure(self, tokens: int, steps: int) -> dict[str, Any]:
-        """Loss of the first step, step time, speed, peak and estimate for rows of `tokens`;
+    def measure(self, tokens: int, steps: int) -> Record:
+        """Loss of the first step, step time, speed, peak and estimate for rows of `tokens`, with as
+        few recomputed layers as fit, if there is a budget and the config leaves it open;
         out_of_memory if it does not run.
         """
         import torch
@@ -129,14 +119,19 @@ class Subject:
         from cllm.model.offload import checkpoint_layers
 
         model = self.trainee.model
-        row, settings = random_row(tokens, self.shape.vocab), self.settings(tokens)
+        budget = self.assembly.budget
+        layers = self.config.memory.checkpoint_layers
+        settings = replace(self.assembly.settings, row_tokens=tokens, checkpoint_layers=layers)
+        if budget:
+            settings = fit.make_plan(self.shape, settings, budget / GIB).settings
+        row = random_row(tokens, self.shape.vocab)
         checkpoint_layers(model, settings.checkpoint_layers, offload=settings.offload_inputs)
         estimate = estimate_vram(self.shape, settings)
         result = {
             "model": self.name,
             "layers": self.shape.layers,
             **asdict(settings),
-            "budget_bytes": self.assembly.budget,
+            "budget_bytes": budget,
             "reserved_bytes": None,
             "estimate_bytes": estimate.allocated,
             "estimate_total_bytes": estimate.total,
@@ -149,16 +144,17 @@ class Subject:
         except StepOutOfMemoryError:
             return {**result, "out_of_memory": True}
         if self.cuda:
-            result["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
-            free, total = torch.cuda.mem_get_info(self.device)
+            device = self.assembly.device
+            result["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+            free, total = torch.cuda.mem_get_info(device)
             # and whatever else uses the card
-            result["context_bytes"] = total - free - torch.cuda.memory_reserved(self.device)
-        needed = fit.row_flops(self.shape, Settings(tokens, checkpoint_layers=0))
+            result["context_bytes"] = total - free - torch.cuda.memory_reserved(device)
+        needed = ROWS_PER_STEP * fit.row_flops(self.shape, Settings(tokens, checkpoint_layers=0))
         return {
             **result,
             "step_seconds": seconds,
             "tokens_per_second": ROWS_PER_STEP * tokens / seconds,
-            "mfu": ROWS_PER_STEP * needed / seconds / self.matmul_rate(),
+            "mfu": needed / seconds / self.matmul_rate(),
             "peak_bytes": peak,
             "estimate_ratio": estimate.allocated / peak,
         }
@@ -170,43 +166,36 @@ class Subject:
         import torch
 
         size = 8192 if self.cuda else 1024
-        a = torch.ones(size, size, dtype=self.assembly.precision.weights, device=self.device)
+        dtype = self.assembly.precision.weights
+        a = torch.ones(size, size, dtype=dtype, device=self.assembly.device)
         seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)
         return float(2 * size**3 / min(seconds))
 
 
 # --- On paper
-def _work(config: Config, original: dict[str, Any]) -> Workload:
+def _work(config: Config, original: Record) -> Workload:
     """The config's data in tokens, encoded with the base's tokenizer if it is at hand; then rows
     are timed on this device, too, unless that would take long.
     """
-    from cllm.data.sources import prepare
-
-    train = prepare(config.data).train
+    corpus = read_corpus(config.data, accept_rejects=True)
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
-        characters = sum(len(message.content) for c in train for message in c.messages)
+        characters = sum(len(message.content) for c in corpus.train for message in c.messages)
         return Workload(round(TOKENS_PER_CHARACTER * characters))
     import torch
 
-    from cllm.data.encode import encode_set
-    from cllm.data.packing import PackedRows
     from cllm.model.source import resolve
 
     length = config.train.row_tokens
     tokenizer = tokenizer_of(config, resolve(config.model.path))
-    data = config.data
-    examples = encode_set(
-        train, tokenizer, kind=data.kind, max_tokens=length, truncate=data.truncate
-    )[0]
-    rows = PackedRows(examples, length, seed=config.train.seed)
-    tokens = sum(examples.sizes)
+    rows = encode_corpus(corpus, tokenizer, config.data, config.train, row_tokens=length).rows
+    tokens = sum(rows.sizes)
     work = Workload(tokens, tokens / (len(rows) * length))
     on_cpu = fit.row_seconds(shapes.shape_of(original), settings_of(config, "fp32", "cpu"), CPU)
     if not torch.cuda.is_available() and on_cpu >= SLOWEST_WARM_ROW:
         return work
     note("bench.timing", steps=WARM_STEPS)
-    subject = Subject(config, config.model.path, None, length)
-    seconds = [subject.step(row, 1)[1] for row in rows.take(WARM_STEPS + 1)]
+    model = BenchModel(config, config.model.path, None, length)
+    seconds = [model.step(row, 1)[1] for row in rows.take(WARM_STEPS + 1)]
     return replace(work, row_seconds=statistics.median(seconds[1:]))
 
 
@@ -225,7 +214,7 @@ def config_of(name: str, overrides: list[str]) -> Config:
     return load_config(os.devnull, [path, "model.quantize=nf4", *overrides])
 
 
-def published(config: Config, layers: int) -> tuple[str, dict[str, Any]]:
+def published(config: Config, layers: int) -> tuple[str, Record]:
     """(name, config.json) of the config's model, as published or with so many `layers`."""
     name = config.model.path
     built_in = ASSETS / name / "config.json"
@@ -260,33 +249,18 @@ def run_script(name: str, arguments: list[str]) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _peer(config: Config, original: dict[str, Any], tokens: int, steps: int) -> dict[str, Any]:
-    """The same model, rows and adapter under Trainer and PEFT."""
-    spec = {
-        "config": original,
-        "row_tokens": tokens,
-        "steps": steps,
-        "rank": config.lora.rank,
-        "alpha": config.lora.alpha,
-        "seed": config.train.seed,
-        "quantize": config.model.quantize,
-        "precision": config.model.precision,
-        "device": config.model.device,
-    }
-    return dict(run_script(PEFT, [json.dumps(spec)]))
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; `subjects` are its configs and models, `overrides` the rest."""
+    """The command line; `models` are its configs and models, `overrides` the rest."""
     parser = argparse.ArgumentParser(prog="cllm.bench", description=say("bench.help"))
     parser.add_argument(
         "words",
         nargs="*",
         metavar="CONFIG|preset:NAME|MODEL|section.key=value",
-        help=say("bench.help.subjects"),
+        help=say("bench.help.models"),
     )
-    parser.add_argument("--plan", action="store_true", help=say("bench.help.plan"))
-    parser.add_argument("--random-init", action="store_true", help=say("bench.help.random_init"))
+    for switch in ("plan", "random_init", "generate", "doctor"):
+        name = f"--{switch.replace('_', '-')}"
+        parser.add_argument(name, action="store_true", help=say(f"bench.help.{switch}"))
     parser.add_argument("--layers", type=int, default=0, help=say("bench.help.layers"))
     parser.add_argument(
         "--rows",
@@ -295,17 +269,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help=say("bench.help.rows"),
     )
     parser.add_argument("--steps", type=int, default=5, help=say("bench.help.steps"))
-    parser.add_argument("--generate", action="store_true", help=say("bench.help.generate"))
     parser.add_argument("--out", type=Path, help=say("bench.help.out"))
-    parser.add_argument("--doctor", action="store_true", help=say("bench.help.doctor"))
     parser.add_argument("--against", choices=["peft"], help=say("bench.help.against"))
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = [word for word in arguments.words if "=" in word]
-    arguments.subjects = [word for word in arguments.words if "=" not in word] or ["tiny-zh"]
+    arguments.models = [word for word in arguments.words if "=" not in word] or ["tiny-zh"]
     return arguments
 
 
-def subject_of(config: Config, arguments: argparse.Namespace, row_tokens: int) -> Subject:
+def bench_model(config: Config, arguments: argparse.Namespace, row_tokens: int) -> BenchModel:
     """The config's model as the command line asks for it: random weights of its published shape, or
     the checkpoint itself.
     """
@@ -313,11 +285,11 @@ def subject_of(config: Config, arguments: argparse.Namespace, row_tokens: int) -
     if arguments.random_init or arguments.layers or arguments.against:
         name, original = published(config, arguments.layers)
     note("bench.building", name=name)
-    return Subject(config, name, original, row_tokens)
+    return BenchModel(config, name, original, row_tokens)
 
 
 def main(argv: list[str]) -> int:
-    """Measure (or plan) every subject; the last line on stdout is {"device", "results", …} or
+    """Measure (or plan) every model; the last line on stdout is {"device", "results", …} or
     {"plans"}.
     """
     arguments = parse(argv)
@@ -326,7 +298,7 @@ def main(argv: list[str]) -> int:
 
         print(to_json({"findings": [finding._asdict() for finding in examine()]}))
         return 0
-    configs = {name: config_of(name, arguments.overrides) for name in arguments.subjects}
+    configs = {name: config_of(name, arguments.overrides) for name in arguments.models}
     if arguments.plan:
         plans = []
         for name, config in configs.items():
@@ -337,7 +309,7 @@ def main(argv: list[str]) -> int:
         return 0
     if arguments.generate:
         script(GENERATION)  # before anything is measured
-    report: dict[str, Any] = {"device": "", "results": [], "generation": []}
+    report: Record = {"device": "", "results": [], "generation": []}
     for config in configs.values():
         _measure(config, arguments, report)
     if arguments.generate:
@@ -351,66 +323,69 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _measure(config: Config, arguments: argparse.Namespace, report: dict[str, Any]) -> None:
+def _measure(config: Config, arguments: argparse.Namespace, report: Record) -> None:
     """Add one model's results to the report. Its peers run first, while the memory is theirs; what
     comes after finds all of it free.
     """
     from cllm.model.device import release_memory
 
     rows = arguments.rows or [config.train.row_tokens]
-    peers: list[dict[str, Any]] = [{} for _ in rows]
+    peers: list[Record] = [{} for _ in rows]
     if arguments.against:
         original = published(config, arguments.layers)[1]
-        peers = [_peer(config, original, tokens, arguments.steps) for tokens in rows]
-    subject = subject_of(config, arguments, min(rows))
-    report |= _machine(subject.device)
+        for i, tokens in enumerate(rows):
+            request = {"original": original, "row_tokens": tokens, "steps": arguments.steps}
+            peers[i] = run_script(PEFT, [to_json({**asdict(config), **request})])
+    model = bench_model(config, arguments, min(rows))
+    report |= _machine(model.assembly.device)
     for tokens, peer in zip(rows, peers, strict=True):
-        report["results"].append({**subject.measure(tokens, arguments.steps), "peft": peer})
-    del subject
+        report["results"].append({**model.measure(tokens, arguments.steps), "peft": peer})
+    del model
     gc.collect()
     release_memory()
 
 
-def _machine(device: Any) -> dict[str, Any]:
+def _machine(device: Any) -> Record:
     import torch
     import transformers
 
-    versions = {
+    machine = {
+        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": platform.platform(),
     }
-    if device.type != "cuda":
-        return {"device": f"{platform.machine()}, {torch.get_num_threads()} threads", **versions}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "device": properties.name,
-        "device_bytes": properties.total_memory,
-        "cuda": torch.version.cuda,
-        **versions,
-    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["device"] = properties.name
+        machine |= {"device_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return machine
 
 
-def _table(report: dict[str, Any]) -> str:
+def _table(report: Record) -> str:
     """The measured rows as a table, then a line for each peer and each number of answers."""
     rows, lines = [say("bench.columns").split("|")], []
     for r in report["results"]:
-        cells = ["", "", "", say("bench.out_of_memory")]
+        measured = ["", "", "", say("bench.out_of_memory")]
         ratio = ""
         if "peak_bytes" in r:
-            cells = [f"{r['tokens_per_second']:,.0f}", f"{r['step_seconds']:,.2f}"]
-            cells += [f"{100 * r['mfu']:,.1f}", f"{r['peak_bytes'] / GIB:,.3f}"]
+            measured = [
+                f"{r['tokens_per_second']:,.0f}",
+                f"{r['step_seconds']:,.2f}",
+                f"{100 * r['mfu']:,.1f}",
+                f"{r['peak_bytes'] / GIB:,.3f}",
+            ]
             ratio = f"{r['estimate_ratio']:.3f}"
             lines += [_against(r, setting, peer) for setting, peer in r["peft"].items()]
         sizes = [str(r["layers"]), str(r["row_tokens"])]
-        rows.append([r["model"], *sizes, *cells, f"{r['estimate_bytes'] / GIB:.3f}", ratio])
+        rows.append([r["model"], *sizes, *measured, f"{r['estimate_bytes'] / GIB:.3f}", ratio])
     for g in report["generation"]:
         first, speed = f"{g['first_token_seconds']:.3f}", f"{g['decode_tokens_per_second']:.1f}"
         lines.append(say("bench.generation", rows=g["rows"], first=first, speed=speed))
     return "\n".join([table(rows), *lines])
 
 
-def _against(result: dict[str, Any], setting: str, peer: dict[str, Any]) -> str:
+def _against(result: Record, setting: str, peer: Record) -> str:
     return say(
         "bench.against",
         row=result["row_tokens"],

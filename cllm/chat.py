@@ -57,28 +57,27 @@ class Terminal:
 
     def command(self, word: str, rest: str) -> str:
         """Obey `/word rest`; returns what to tell the user."""
-        if word == "system":
-            self.system, self.messages = rest.strip(), []
-        elif word == "reset":
-            self.messages = []
-        elif word in ("base", "adapter"):
-            name = "base" if word == "base" else rest.strip() or self.loaded.adapter_name
-            if name not in self.loaded.models:
-                raise UserError(
-                    "chat.no_adapter",
-                    model=self.loaded.base_name,
-                    known=", ".join(self.loaded.adapters) or "-",
-                )
-            self.name = name
-            return say("chat.now", model=self.shown)
-        elif word == "save":
-            path = Path(rest.strip() or "conversation.jsonl")
-            with path.open("a", encoding="utf-8") as file:
+        match word:
+            case "system":
+                self.system = rest.strip()
+            case "reset":
+                pass
+            case "base" | "adapter":
+                name = "base" if word == "base" else rest.strip() or self.loaded.adapter_name
+                if name not in self.loaded.models:
+                    known = ", ".join(self.loaded.adapters) or "-"
+                    raise UserError("chat.no_adapter", model=self.loaded.base_name, known=known)
+                self.name = name
+                return say("chat.now", model=self.shown)
+            case "save":
+                path = Path(rest.strip() or "conversation.jsonl")
                 row = {"messages": [message._asdict() for message in self.context()]}
-                file.write(to_json(row) + "\n")
-            return say("chat.saved", path=path)
-        else:
-            return say("chat.commands")
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(to_json(row) + "\n")
+                return say("chat.saved", path=path)
+            case _:
+                return say("chat.commands")
+        self.messages = []
         return say("chat.fresh", system=self.system or "-")
 
     def context(self) -> list[Message]:
@@ -89,13 +88,9 @@ class Terminal:
         from cllm.serve.answer import Answer, ModelError, chat_sampling
 
         asked = Message("user", words)
-        answer = Answer(
-            self.engine,
-            self.loaded.tokenizer,
-            [*self.context(), asked],
-            chat_sampling(),
-            self.loaded.models[self.name],
-        )
+        messages = [*self.context(), asked]
+        adapter = self.loaded.models[self.name]
+        answer = Answer(self.engine, self.loaded.tokenizer, messages, chat_sampling(), adapter)
         try:
             for piece in answer:
                 self.write(piece)
@@ -106,7 +101,8 @@ class Terminal:
             self.write(f"{error}\n")
             return
         self.messages += [asked, Message("assistant", answer.text)]
-        self.turns, self.tokens = self.turns + 1, self.tokens + answer.tokens
+        self.turns += 1
+        self.tokens += answer.tokens
         self.write(f"\n{say('chat.cost', **answer.cost())}\n")
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,37 +60,33 @@ def _judge(topic: str, good: bool, found: str, mend: str, *, worst: str = "note"
     return Finding(topic, "ok", found) if good else Finding(topic, worst, found, mend)
 
 
+def _set_variable(name: str, text: str) -> str:
+    """The command that sets an environment variable, for PowerShell or for a POSIX shell."""
+    return f'$env:{name} = "{text}"' if sys.platform == "win32" else f"export {name}={text}"
+
+
 def _python() -> Iterator[Finding]:
     supported = (3, 10) <= sys.version_info < (3, 14)
-    yield _judge("python", supported, platform.python_version(), say("doctor.python"), worst="bad")
+    system = "windows" if sys.platform == "win32" else "posix"
+    mend = say(f"doctor.python.{system}")
+    yield _judge("python", supported, platform.python_version(), mend, worst="bad")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    names = ", ".join(
-        missing or (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    )
-    yield _judge(
-        "packages",
-        not missing,
-        say("doctor.missing", names=names) if missing else names,
-        "pip install -e .",
-        worst="bad",
-    )
+    if missing:
+        names = ", ".join(missing)
+        yield Finding("packages", "bad", say("doctor.missing", names=names), "pip install -e .")
+    else:
+        versions = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+        yield Finding("packages", "ok", ", ".join(versions))
 
 
 def _driver() -> str:
     """The NVIDIA driver's version and its card, if it answers."""
+    query = ["--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
     try:
-        command = [
-            "nvidia-smi",
-            "--query-gpu=driver_version,name,memory.total",
-            "--format=csv,noheader",
-        ]
-        return (
-            subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-            .stdout.strip()
-            .replace("\n", "; ")
-        )
+        cards = subprocess.check_output(["nvidia-smi", *query], text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return ""
+    return cards.strip().replace("\n", "; ")
 
 
 def _torch() -> Iterator[Finding]:
@@ -98,63 +94,42 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of it does not load
-        yield Finding(
-            "torch", "bad", f"{type(error).__name__}: {error}", "pip install torch==2.13.0"
-        )
+        yield Finding("torch", "bad", _reason(error), "pip install torch==2.13.0")
         return
-    build = (
-        f"{torch.__version__}, CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else f"{torch.__version__}, CPU"
-    )
+    cuda = torch.version.cuda
+    build = f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "CPU")
     if torch.cuda.is_available():
         yield Finding("torch", "ok", build)
         yield from _cards(torch, driver)
-    elif driver and torch.version.cuda:
-        yield Finding(
-            "torch",
-            "bad",
-            say("doctor.old_driver", build=build, driver=driver),
-            say("doctor.old_driver.mend"),
-        )
     elif driver:
-        yield Finding(
-            "torch",
-            "bad",
-            say("doctor.cpu_build", build=build, driver=driver),
-            say("doctor.cpu_build.mend"),
-        )
+        fault = "old_driver" if cuda else "cpu_build"
+        state = say(f"doctor.unused.{fault}", build=build, driver=driver)
+        yield Finding("torch", "bad", state, say(f"doctor.unused.{fault}.mend"))
     else:
-        wsl = (
-            "microsoft" in platform.release().lower()
-            and not Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
-        )
-        yield Finding(
-            "torch", "note", say("doctor.no_gpu", build=build), say("doctor.wsl") if wsl else ""
-        )
+        wsl = "microsoft" in platform.release().lower()
+        unseen = wsl and not Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
+        mend = say("doctor.wsl") if unseen else ""
+        yield Finding("torch", "note", say("doctor.no_gpu", build=build), mend)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def _cards(torch: Any, driver: str) -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
-        card, (free, total) = (
-            torch.cuda.get_device_properties(index),
-            torch.cuda.mem_get_info(index),
-        )
-        bf16 = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if index == torch.cuda.current_device()
-            else card.major >= 8
-        )
-        found = say(
+        card = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        figures = say(
             "doctor.card",
             name=card.name,
             total=f"{total / GIB:.1f}",
             free=f"{free / GIB:.1f}",
             capability=f"{card.major}.{card.minor}",
-            precision="bf16" if bf16 else "fp16",
+            precision="bf16" if card.major >= 8 else "fp16",
             driver=driver.split(",")[0] or "?",
         )
-        yield _judge(f"cuda:{index}", total - free <= GIB, found, say("doctor.crowded"))
+        yield _judge(f"cuda:{index}", total - free <= GIB, figures, say("doctor.crowded"))
     if sys.platform == "win32":
         yield Finding("windows", "note", say("doctor.spill"), say("doctor.spill.mend"))
 
@@ -165,25 +140,18 @@ def _bitsandbytes() -> Iterator[Finding]:
         yield Finding("bitsandbytes", "ok", module.__version__)
     # a driver, a missing library, a wrong build: it raises what it likes
     except Exception as error:
-        yield Finding(
-            "bitsandbytes",
-            "note",
-            f"{type(error).__name__}: {error}".split("\n")[0][:200],
-            say("doctor.bitsandbytes"),
-        )
+        yield Finding("bitsandbytes", "note", _reason(error), say("doctor.bitsandbytes"))
 
 
 def _machine() -> Iterator[Finding]:
     for name, folder in (("disk", Path.cwd()), ("cache", Path.home())):
         free = shutil.disk_usage(folder).free / GIB
-        found = say("doctor.disk", folder=folder, free=f"{free:.0f}")
-        yield _judge(name, free >= DISK_GIB, found, say("doctor.disk.mend", need=DISK_GIB))
+        space = say("doctor.disk", folder=folder, free=f"{free:.0f}")
+        yield _judge(name, free >= DISK_GIB, space, say("doctor.disk.mend", need=DISK_GIB))
     encoding = (sys.stdout.encoding or "?").lower()
     readable = encoding.replace("-", "").startswith(("utf", "gb", "cp936"))
-    mend = "set PYTHONUTF8=1" if sys.platform == "win32" else "export PYTHONUTF8=1 LANG=C.UTF-8"
-    yield _judge(
-        "console", readable, say("doctor.console", encoding=encoding, language=language()), mend
-    )
+    console = say("doctor.console", encoding=encoding, language=language())
+    yield _judge("console", readable, console, _set_variable("PYTHONUTF8", "1"))
 
 
 def _reach(url: str) -> str:
@@ -193,7 +161,7 @@ def _reach(url: str) -> str:
         urllib.request.urlopen(request, timeout=4).close()
     except urllib.error.HTTPError:
         return ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: HF_ENDPOINT is no address
         return str(getattr(error, "reason", error))
     return ""
 
@@ -204,31 +172,18 @@ def _hubs() -> Iterator[Finding]:
         return
     with ThreadPoolExecutor() as pool:
         reasons = dict(zip(HUBS, pool.map(_reach, HUBS.values()), strict=True))
-    mirror = (
-        say("doctor.hub") if reasons["hf-mirror"] else "export HF_ENDPOINT=https://hf-mirror.com"
-    )
     for name, reason in reasons.items():
-        yield _judge(
-            name,
-            not reason,
-            f"{HUBS[name]} {reason}".strip(),
-            mirror if name == "Hugging Face" else "",
-        )
-
-
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    _python,
-    _torch,
-    _bitsandbytes,
-    _machine,
-    _hubs,
-)
+        mend = ""
+        if name == "Hugging Face":
+            mirror = _set_variable("HF_ENDPOINT", HUBS["hf-mirror"])
+            mend = say("doctor.hub") if reasons["hf-mirror"] else mirror
+        yield _judge(name, not reason, f"{HUBS[name]} {reason}".strip(), mend)
 
 
 def examine() -> list[Finding]:
     """Run every check; prints each finding as it comes, with its command below it."""
     findings = []
-    for check in CHECKS:
+    for check in (_python, _torch, _bitsandbytes, _machine, _hubs):
         for finding in check():
             print(f"{MARKS[finding.state]} {finding.topic:<13} {finding.found}")
             if finding.mend:

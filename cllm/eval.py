@@ -11,8 +11,9 @@ multiple-choice exam instead, `--votes` sums up the votes of the chat page.
 from __future__ import annotations
 
 import argparse
-import functools
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,6 @@ from cllm.data.sources import prepare, read_file
 from cllm.messages import UserError, note, say, table, to_json
 
 if TYPE_CHECKING:
-    from cllm.assembly import Loaded
-    from cllm.evaluate.choice import Subject
     from cllm.evaluate.results import Evaluation, Exam
 
 EXAM_SHOTS = 5
@@ -93,11 +92,15 @@ def _written(model: str, data: str, results: Evaluation | Exam, rows: int) -> di
 def _exams(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every exam is read before the model is loaded."""
     from cllm.assembly import open_model
-    from cllm.evaluate.choice import examine
+    from cllm.evaluate.choice import examine, read_subjects
     from cllm.evaluate.report import AnswerCount
 
     shots = EXAM_SHOTS if arguments.shots is None else arguments.shots
-    exams = {data: _exam(data, shots, arguments.limit) for data in arguments.data}
+    exams = {}
+    for data in arguments.data:
+        subjects = exams[data] = read_subjects(data, shots, arguments.limit)
+        count = sum(len(subject.questions) for subject in subjects)
+        note("eval.exam", count=count, subjects=len(subjects))
     loaded = open_model(arguments.model, adapter=not arguments.base)
     summaries = {}
     for data, subjects in exams.items():
@@ -106,29 +109,53 @@ def _exams(arguments: argparse.Namespace) -> dict[str, Any]:
     return summaries
 
 
-def _exam(data: str, shots: int, limit: int) -> list[Subject]:
-    from cllm.evaluate.choice import read_subjects
-
-    subjects = read_subjects(data, shots, limit)
-    count = sum(len(subject.questions) for subject in subjects)
-    note("eval.exam", count=count, subjects=len(subjects))
-    return subjects
-
-
 # --- Conversations and texts
 def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every set is read, with the run's own [data], before the model is loaded."""
+    """Losses and answers of base and adapter on every set, which is read with the run's own [data]
+    before the model is loaded.
+    """
     from cllm.assembly import open_model
+    from cllm.data.encode import encode_set
+    from cllm.evaluate.answers import Asking, evaluate, example_nll
+    from cllm.evaluate.report import AnswerCount
 
     file = Path(arguments.model) / "config.toml"
     config = load_config(file) if file.is_file() else Config()
+    kind = config.data.kind
     sets = {data: _read(data, config, arguments) for data in arguments.data}
-    trained_on_chat = file.is_file() and config.data.kind == "chat"
-    train = _training_set(config) if trained_on_chat else []
+    train: Sequence[Conversation] = ()
+    if file.is_file() and kind == "chat":
+        try:
+            train = prepare(config.data).train  # for the baselines
+        except UserError as error:
+            note("eval.no_train", detail=error.args[0])
     loaded = open_model(arguments.model, adapter=not arguments.base)
+    engine = loaded.engine()
+    precision = loaded.precision
+    chunk_bytes = config.memory.chunk_mib * 2**20
+    row_tokens = config.train.row_tokens
     summaries = {}
     for data, rows in sets.items():
-        results = _evaluate(loaded, data, rows, train, config, arguments)
+        limit = engine.max_tokens
+        examples, kept, refused = encode_set(
+            rows, loaded.tokenizer, kind=kind, max_tokens=limit, truncate="drop"
+        )
+        if left_out := sum(refused.values()):
+            note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=limit)
+        if not examples:
+            raise UserError("eval.empty", path=data, rejects=left_out)
+        note("eval.start", path=data, count=len(kept))
+        losses = partial(example_nll, loaded.model, examples, precision, chunk_bytes, row_tokens)
+        results = evaluate(
+            engine,
+            loaded.tokenizer,
+            kept if kind == "chat" else [],
+            losses,
+            precision,
+            chunk_bytes,
+            Asking(train, arguments.shots or 0, arguments.max_new_tokens, progress=AnswerCount()),
+            losses_of_answers=True,
+        )
         count = len(results.samples) or len(rows)
         summaries[data] = _written(arguments.model, data, results, count)
     return summaries
@@ -138,6 +165,8 @@ def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conv
     """The file's conversations that end with an answer (texts, for a run that was trained on
     texts); what is rejected is said.
     """
+    from cllm.evaluate.answers import with_answers
+
     pairs = (pair for pair in arguments.columns.split(",") if "=" in pair)
     columns = dict(pair.split("=", 1) for pair in pairs)
     rows, rejects = read_file(config.data, data, columns)
@@ -145,62 +174,10 @@ def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conv
         shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejects[:3]]
         note("eval.rejects", count=len(rejects), path=data, examples="\n  ".join(shown))
     if config.data.kind == "chat":
-        rows = [c for c in rows if len(c.messages) > 1 and c.messages[-1].role == "assistant"]
+        rows = with_answers(rows)
     if not rows:
         raise UserError("eval.empty", path=data, rejects=len(rejects))
     return rows[: arguments.limit or None]
-
-
-def _training_set(config: Config) -> list[Conversation]:
-    """What the run was trained on, for the baselines; nothing, and a note, where those files are
-    gone.
-    """
-    try:
-        return list(prepare(config.data).train)
-    except UserError as error:
-        note("eval.no_train", detail=error.args[0])
-        return []
-
-
-def _evaluate(
-    loaded: Loaded,
-    data: str,
-    conversations: list[Conversation],
-    train: list[Conversation],
-    config: Config,
-    arguments: argparse.Namespace,
-) -> Evaluation:
-    """Losses and answers of base and adapter on one file."""
-    from cllm.data.encode import encode_set
-    from cllm.evaluate.answers import Asking, evaluate, example_nll
-    from cllm.evaluate.report import AnswerCount
-
-    engine, kind = loaded.engine(), config.data.kind
-    limit = engine.max_tokens
-    examples, kept, refused = encode_set(
-        conversations, loaded.tokenizer, kind=kind, max_tokens=limit, truncate="drop"
-    )
-    if left_out := sum(refused.values()):
-        note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=limit)
-    if not examples:
-        raise UserError("eval.empty", path=data, rejects=left_out)
-    note("eval.start", path=data, count=len(kept))
-    chunk_bytes = config.memory.chunk_mib * 2**20
-    row_tokens = config.train.row_tokens
-    held_out = functools.partial(
-        example_nll, loaded.model, examples, loaded.precision, chunk_bytes, row_tokens
-    )
-    asking = Asking(train, arguments.shots or 0, arguments.max_new_tokens, progress=AnswerCount())
-    return evaluate(
-        engine,
-        loaded.tokenizer,
-        kept if kind == "chat" else [],
-        held_out,
-        loaded.precision,
-        chunk_bytes,
-        asking,
-        losses_of_answers=True,
-    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cllm.data.schema import Conversation
 from cllm.messages import UserError, note, say, to_json
@@ -29,23 +29,21 @@ COMPARED = 64  # conversations that a check chooses its rows and prompts from
 
 
 def write(
-    located: Located, base: Path, tokenizer: Tokenizer, folder: Path, to: str, nf4: bool, kind: str
+    merge: Merge, tokenizer: Tokenizer, located: Located, folder: Path, to: str, kind: str
 ) -> None:
-    """The export in the new directory `folder`. Raises UserError for what the target cannot hold,
-    before anything is written.
+    """The export in the new directory `folder`; `kind`: number format of a GGUF file. Raises
+    UserError for what the target cannot hold, before anything is written.
     """
-    from cllm.model.merge import open_merge, write_merged
+    from cllm.model.merge import write_merged
     from cllm.model.tokenizer import portable
 
-    assert located.adapter is not None
-    merge = open_merge(base, located.adapter, nf4=nf4)
     if merge.checkpoint.family.alibi:
         raise UserError("export.alibi", base=located.base_name)
     if to in ("gguf", "ollama"):
         _write_gguf(merge, tokenizer, folder, kind, ollama=to == "ollama")
         return
     if to == "peft":
-        _write_peft(merge, located.adapter, located.base_name, folder)
+        _write_peft(merge, located, folder)
     else:
         folder.mkdir(parents=True)
         write_merged(merge, folder)
@@ -80,13 +78,15 @@ def _write_gguf(
         (folder / "Modelfile").write_text(_modelfile(tokenizer, template), encoding="utf-8")
 
 
-def _write_peft(merge: Merge, adapter: Path, base_name: str, folder: Path) -> None:
+def _write_peft(merge: Merge, located: Located, folder: Path) -> None:
     from cllm.model.adapter import read_adapter, write_adapter
     from cllm.model.lora import LoraSettings
 
-    settings, _ = read_adapter(adapter)
+    assert located.adapter is not None
+    base_name = located.base_name
+    settings, _ = read_adapter(located.adapter)
     if settings.dora:
-        raise UserError("export.dora", path=adapter)
+        raise UserError("export.dora", path=located.adapter)
     if merge.checkpoint.family.config:
         note("export.native_names", base=base_name)
     rank = settings.rank
@@ -112,15 +112,14 @@ def held_out_of(run: Path) -> list[Conversation]:
     from cllm.config import load_config
     from cllm.data.reader import read_conversations
     from cllm.data.sources import BUILT_IN, prepare
+    from cllm.evaluate.answers import with_answers
 
     if (run / "config.toml").is_file():
         data = prepare(load_config(run / "config.toml").data)
-        conversations = list((data.held_out or data.train)[:COMPARED])
+        conversations = (data.held_out or data.train)[:COMPARED]
     else:
         conversations, _ = read_conversations(BUILT_IN["demo-test"])
-    return [c for c in conversations if len(c.messages) > 1 and c.messages[-1].role == "assistant"][
-        :COMPARED
-    ]
+    return with_answers(conversations)[:COMPARED]
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -147,64 +146,55 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Write, check, rename; the last line of stdout is JSON."""
+    """Write, check, rename; the last line of stdout is JSON. What was written is kept, and that is
+    said, where the check itself could not run; only an export that differs is removed.
+    """
     arguments = _arguments(argv)
     from cllm.assembly import locate, open_tokenizer
+    from cllm.fidelity import DifferentError, check
+    from cllm.model.device import out_of_memory
+    from cllm.model.merge import open_merge
     from cllm.model.source import resolve
 
-    out, run, to = arguments.out, Path(arguments.run), arguments.to
+    out, run, to, kind = arguments.out, arguments.run, arguments.to, arguments.type
     if out.exists():
         raise UserError("model.exists", path=out)
     located = locate(run)
     if located.adapter is None:
         raise UserError("run.no_adapter", run=run)
-    trained_in_nf4 = located.model.quantize == "nf4"
-    into_nf4 = trained_in_nf4 if arguments.into is None else arguments.into == "dequantized-nf4"
-    nf4 = into_nf4 and to != "peft"
-    held_out = held_out_of(run) if arguments.check else []
+    into = arguments.into or ("dequantized-nf4" if located.model.quantize == "nf4" else "16bit")
+    nf4 = into == "dequantized-nf4" and to != "peft"
+    held_out = held_out_of(Path(run)) if arguments.check else []
     if arguments.check and not held_out:
         raise UserError("export.no_data", run=run)
-    base, tokenizer = resolve(located.base_name), open_tokenizer(located)
+    base = resolve(located.base_name)
+    tokenizer = open_tokenizer(located)
     part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
     report = None
     try:
         try:
-            write(located, base, tokenizer, part, to, nf4, arguments.type)
+            merge = open_merge(base, located.adapter, nf4=nf4)
+            write(merge, tokenizer, located, part, to, kind)
         except OSError as error:
             raise UserError("export.disk", path=out, detail=error) from error
-        if arguments.check:
-            report = _checked(arguments.run, part, to, arguments.type, nf4, held_out, out)
+        try:
+            if held_out:
+                report = check(run, part, to, kind, nf4, held_out)
+        except DifferentError:
+            raise
+        except Exception as error:
+            part.rename(out)
+            if not (isinstance(error, UserError) or out_of_memory(error)):
+                raise
+            detail = str(error).split("\n")[0] or type(error).__name__
+            raise UserError("export.unchecked", path=out, detail=detail) from error
         size = sum(file.stat().st_size for file in part.iterdir())
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     note("export.written", path=out, gib=f"{size / 2**30:.2f}")
-    print(
-        to_json({"run": arguments.run, "to": to, "out": str(out), "bytes": size, "check": report})
-    )
+    print(to_json({"run": run, "to": to, "out": str(out), "bytes": size, "check": report}))
     return 0
-
-
-def _checked(
-    run: str, part: Path, to: str, kind: str, nf4: bool, held_out: list[Conversation], out: Path
-) -> dict[str, Any]:
-    """The fidelity report. What was written is kept, and that is said, where the check itself
-    could not run; only an export that differs is removed.
-    """
-    from cllm.fidelity import DifferentError, check
-
-    try:
-        return check(run, part, to, kind, nf4, held_out)
-    except DifferentError:
-        raise
-    except Exception as error:
-        from cllm.model.device import out_of_memory
-
-        part.rename(out)
-        if isinstance(error, UserError) or out_of_memory(error):
-            detail = str(error).split("\n")[0] or type(error).__name__
-            raise UserError("export.unchecked", path=out, detail=detail) from error
-        raise
 
 
 if __name__ == "__main__":

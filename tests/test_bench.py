@@ -71,11 +71,11 @@ def test_plan_of_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "subjects", [["nobody/nothing"], ["tiny-zh", "model.quantise=nf4"], ["missing.toml"]]
+    "words", [["nobody/nothing"], ["tiny-zh", "model.quantise=nf4"], ["missing.toml"]]
 )
-def test_mistakes_are_one_line(subjects: list[str]) -> None:
+def test_mistakes_are_one_line(words: list[str]) -> None:
     with pytest.raises(UserError):
-        bench.main(["--plan", *subjects])
+        bench.main(["--plan", *words])
 
 
 def test_plan_tells_time_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,9 +133,9 @@ def test_measured_step_is_near_its_estimate(
 def test_what_is_measured_is_what_the_trainer_would_make() -> None:
     overrides = ["model.quantize=none", "model.device=cpu", "train.optimizer=adamw8bit"]
     config = bench.config_of("tiny-zh", [*overrides, "lora.dora=true"])
-    subject = bench.Subject(config, *bench.published(config, 1), 64)
-    assert type(subject.trainee.optimizer).__name__ == "AdamW8bit"
-    assert all(layer.magnitude is not None for layer in lora_layers(subject.trainee.model).values())
+    model = bench.BenchModel(config, *bench.published(config, 1), 64)
+    assert type(model.trainee.optimizer).__name__ == "AdamW8bit"
+    assert all(layer.magnitude is not None for layer in lora_layers(model.trainee.model).values())
 
 
 SMALL = ["tiny-zh", "--layers", "1", "--rows", "16", "--steps", "1", "model.device=cpu"]

@@ -5,6 +5,7 @@ played.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,18 @@ def test_a_full_disk_and_an_ascii_console(monkeypatch: pytest.MonkeyPatch) -> No
         and "CLLM_CACHE" in disk.mend
         and "PYTHONUTF8" in console.mend
     )
+
+
+def test_what_mends_windows_runs_in_powershell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PowerShell 5.1 has neither `&&` nor `export`, and no `set` that programs see."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(sys, "version_info", (3, 9, 0))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="ascii"))
+    monkeypatch.setattr(doctor, "_reach", lambda url: "timed out" if "huggingface" in url else "")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for check in (doctor._python, doctor._machine, doctor._hubs):
+        for finding in check():
+            assert not re.search(r"&&|\bexport |\bset ", finding.mend), finding
+    mends = {f.topic: f.mend for check in (doctor._machine, doctor._hubs) for f in check()}
+    assert mends["console"] == '$env:PYTHONUTF8 = "1"'
+    assert mends["Hugging Face"] == '$env:HF_ENDPOINT = "https://hf-mirror.com"'

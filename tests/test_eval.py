@@ -309,13 +309,13 @@ def test_a_loss_too_large_for_a_perplexity_is_null_in_the_files(tmp_path: Path) 
 
 
 def test_the_report_escapes_what_models_and_data_say(tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>&$tables 汉字"
+    evil = "<script>alert(1)</script>&$tables {{ title }} 汉字"
     asked = [conversation(evil, evil, evil), conversation("一", "二")]
     write_results(tmp_path, score(asked, {"base": [evil, ""]}, {}))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert (
         "<script" not in page
-        and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;$tables 汉字") >= 4
+        and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;$tables {{ title }} 汉字") >= 4
     )
     assert "The 1 worst answers" in page and "The 1 best answers" in page
 

@@ -316,6 +316,7 @@ def test_one_key_guards_all_but_health(loaded: Loaded) -> None:
             {"Authorization": f"Bearer {KEY}x"},
             {"Cookie": "cllm_key=; x"},
             {"Authorization": "Bearer \xe9"},
+            {"Host": "box.lan/health?"},
         ):
             status, _, text = server.call("GET", "/v1/models", headers=headers)
             assert status == 401 and json.loads(text)["error"]["code"] == "invalid_api_key"

@@ -196,6 +196,11 @@ def answer_of(conversation: Conversation) -> str:
     return conversation.messages[-1].content
 
 
+def with_answers(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those that end with an answer to something."""
+    return [c for c in conversations if len(c.messages) > 1 and c.messages[-1].role == "assistant"]
+
+
 @contextmanager
 def unless_memory_is_short(engine: Engine) -> Iterator[None]:
     """Answers that do not fit into memory are left out, and it is said: nothing that was learned
@@ -312,17 +317,19 @@ def score(
     answered = {name: statistics(texts, references) for name, texts in systems.items()}
     lengths = [_bucket(reference) for reference in references]
     categories = [c.category for c in conversations]
-    base = {**measured.get("base", {}), **answered.get("base", {})}
+    tables = {
+        name: {**measured.get(name, {}), **answered.get(name, {})}
+        for name in {**systems, **measured}
+    }
     scores = {}
-    for name in {**systems, **measured}:
-        table = {**measured.get(name, {}), **answered.get(name, {})}
-        intervals, gaps = versus(base, table)
+    for name, table in tables.items():
+        intervals, gaps = versus(tables.get("base", {}), table)
         scores[name] = SystemScores(
             {metric: value(metric, rows) for metric, rows in table.items()},
             intervals,
             {} if name == "base" else gaps,
-            _grouped(answered[name], lengths) if name in answered else {},
-            _grouped(answered[name], categories) if name in answered else {},
+            _grouped(answered.get(name, {}), lengths),
+            _grouped(answered.get(name, {}), categories),
         )
     shown = {name: answered[name] for name in systems if name not in ("copy", "majority")}
     for name, table in shown.items():
@@ -343,19 +350,14 @@ def score(
 
 
 def _grouped(table: Statistics, keys: Sequence[str]) -> dict[str, Group]:
-    """The scores of the answers that share a key; numbers in their order, then names."""
+    """The scores of the answers that share a key; numbers in their order, then names. Nothing for a
+    system that answered nothing.
+    """
     groups: defaultdict[str, list[int]] = defaultdict(list)
-    for i, key in enumerate(keys):
+    for i, key in enumerate(keys if table else ()):
         groups[key].append(i)
-
-    def order(key: str) -> tuple[int, str]:
-        number = re.match(r"\d+", key)
-        return int(number[0]) if number else 0, key
-
-    return {
-        key: Group(len(groups[key]), _values(table, groups[key]))
-        for key in sorted(groups, key=order)
-    }
+    ordered = sorted(groups, key=lambda key: (int(re.sub(r"\D.*", "", key) or 0), key))
+    return {key: Group(len(groups[key]), _values(table, groups[key])) for key in ordered}
 
 
 def _bucket(reference: str) -> str:

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from cllm.data.schema import Message
 from cllm.evaluate.answers import Rows, before_after, versus
-from cllm.evaluate.results import Accuracy, Exam, ExamSample, ExamScores, Gap, SubjectAccuracy
+from cllm.evaluate.results import Accuracy, Exam, ExamSample, ExamScores, SubjectAccuracy
 from cllm.messages import UserError
 from cllm.metrics import wilson_interval
 from cllm.model.device import out_of_memory
@@ -75,9 +76,9 @@ def read_subjects(directory: str | Path, shots: int, limit: int = 0) -> list[Sub
 def _answered_split(root: Path) -> str:
     """The folder with published answers."""
     for split in ("test", "val"):
-        for path in sorted((root / split).glob("*.csv"))[:1]:
-            if any(row.get("answer") for row in _rows(path)[:1]):
-                return split
+        files = sorted((root / split).glob("*.csv"))
+        if files and any(row.get("answer") for row in _rows(files[0])[:1]):
+            return split
     raise UserError("eval.no_exam", path=root)
 
 
@@ -175,11 +176,9 @@ def _hidden(engine: Engine, rows: list[list[int]], cache: DynamicCache | None) -
     attention never looks.
     """
     last = torch.tensor([len(row) - 1 for row in rows], device=engine.device)
-    width = max(map(len, rows))
-    ids = torch.tensor(
-        [row + [engine.pad_id] * (width - len(row)) for row in rows], device=engine.device
-    )
-    keywords = {engine.cache_argument: cache} if cache is not None else {}
+    prompts = [torch.tensor(row, device=engine.device) for row in rows]
+    ids = pad_sequence(prompts, batch_first=True, padding_value=engine.pad_id)
+    keywords = {engine.cache_argument: cache}
     base: Any = engine.model.base_model
     hidden: Tensor = base(input_ids=ids, use_cache=cache is not None, **keywords).last_hidden_state
     return hidden[torch.arange(len(rows), device=engine.device), last]
@@ -197,12 +196,9 @@ class Sitting:
 
     def right(self, system: str) -> Rows:
         """[100 or 0, 1] per question: the most likely letter counts."""
-        rows = []
-        pairs = zip(self.log_likelihoods[system], self.subject.answers, strict=True)
-        for likelihoods, answer in pairs:
-            letter = LETTERS[likelihoods.index(max(likelihoods))]
-            rows.append([100.0 * (letter == answer), 1.0])
-        return rows
+        chosen = (LETTERS[row.index(max(row))] for row in self.log_likelihoods[system])
+        pairs = zip(chosen, self.subject.answers, strict=True)
+        return [[100.0 * (letter == answer), 1.0] for letter, answer in pairs]
 
     def samples(self) -> list[ExamSample]:
         samples = []
@@ -260,16 +256,14 @@ def _scores(sittings: Sequence[Sitting], system: str) -> ExamScores:
         sitting.subject.name: SubjectAccuracy(**asdict(_accuracy(part)), shots=sitting.shots)
         for sitting, part in zip(sittings, parts, strict=True)
     }
-    gaps: dict[str, Gap] = {}
-    if system != "base":
-        base = [row for sitting in sittings for row in sitting.right("base")]
-        _, gaps = versus({"accuracy": base}, {"accuracy": everything})
+    base = [row for sitting in sittings for row in sitting.right("base")]
+    _, gaps = versus({"accuracy": base}, {"accuracy": everything})
     return ExamScores(
         **asdict(_accuracy(everything)),
         macro=sum(subject.accuracy for subject in subjects.values()) / len(parts),
         macro_interval=_macro_interval(list(subjects.values())),
         subjects=subjects,
-        versus_base=gaps,
+        versus_base={} if system == "base" else gaps,
     )
 
 

@@ -5,11 +5,11 @@ report.html that needs no other file.
 from __future__ import annotations
 
 import base64
-import html
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
+
+from jinja2 import Environment
 
 from cllm.evaluate.answers import METRICS
 from cllm.evaluate.results import Evaluation, Exam, Gap, Sample, SystemScores, document
@@ -29,9 +29,7 @@ def number(value: float | None, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
 
 
-def score_table(
-    scores: Mapping[str, Mapping[str, float]], gaps: Mapping[str, Gap] | None = None
-) -> Table:
+def score_table(scores: Mapping[str, Mapping[str, float]], gaps: Mapping[str, Gap]) -> Table:
     """One line a system, then what the adapter changed: difference to the base, its 95 % interval,
     p-value.
     """
@@ -88,7 +86,7 @@ def tables(results: Evaluation | Exam) -> list[Table]:
         return [accuracy_table(results)]
     systems = results.systems
     scores = {name: system.scores for name, system in systems.items()}
-    gaps = systems["adapter"].versus_base if "adapter" in systems else None
+    gaps = systems["adapter"].versus_base if "adapter" in systems else {}
     shown = (
         score_table(scores, gaps),
         group_table(systems, "by_category", "exact"),
@@ -124,60 +122,32 @@ def write_results(folder: Path, results: Evaluation | Exam) -> None:
 
 
 def _page(title: str, results: Evaluation | Exam, plots: Sequence[Path]) -> str:
-    """The whole report as one HTML document; every text of models and data is escaped."""
-    images = [
-        f'<img alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        for path in plots
-    ]
+    """The whole report as one HTML document; the template escapes every text of models and data."""
     signed = METRICS | {
         "rouge-l": ROUGE("rougeL", "jieba", "set"),
         "bleu-4": BLEU("char", "method3", effective_order=True),
     }
-    notes = [say("eval.note"), *(f"{name}: {metric.signature}" for name, metric in signed.items())]
-    return Template(_PAGE.read_text(encoding="utf-8")).substitute(
+    page = Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
+    return page.render(
         lang=language(),
-        title=html.escape(say("eval.report", name=title)),
-        tables="".join(map(_html_table, tables(results))),
-        images="".join(images),
-        samples=_ends(results) if isinstance(results, Evaluation) else "",
-        notes="".join(f"<p>{html.escape(text)}</p>" for text in notes),
+        title=say("eval.report", name=title),
+        tables=tables(results),
+        images={path.stem: base64.b64encode(path.read_bytes()).decode() for path in plots},
+        ends=_ends(results) if isinstance(results, Evaluation) else {},
+        reference=say("eval.reference"),
+        notes=[say("eval.note"), *(f"{name}: {m.signature}" for name, m in signed.items())],
     )
 
 
-def _ends(results: Evaluation) -> str:
-    """The worst and the best answers by ROUGE-L."""
+def _ends(results: Evaluation) -> dict[str, list[Sample]]:
+    """Heading -> the worst and the best answers by ROUGE-L."""
     system = "adapter" if "adapter" in results.systems else "base"
     ranked = sorted(results.samples, key=lambda sample: sample.scores[system]["rouge-l-char"])
     count = min(SHOWN, (len(ranked) + 1) // 2)
     if not count:
-        return ""
-    sections = []
-    for code, samples in (("eval.worst", ranked[:count]), ("eval.best", ranked[::-1][:count])):
-        cards = "".join(map(_card, samples))
-        sections.append(f"<section><h2>{say(code, count=count)}</h2>{cards}</section>")
-    return "".join(sections)
-
-
-def _html_table(rows: list[list[str]]) -> str:
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _card(sample: Sample) -> str:
-    """One question with the reference and every system's answer beside each other."""
-    question = "\n".join(
-        message.content if message.role == "user" else f"{message.role}: {message.content}"
-        for message in sample.question
-    )
-    cells = [(say("eval.reference"), sample.reference)]
-    for name, scores in sample.scores.items():
-        cells.append((f"{name} · {scores['rouge-l-char']:.0f}", sample.answers[name]))
-    columns = "".join(
-        f"<div><b>{html.escape(head)}</b><p>{html.escape(text)}</p></div>" for head, text in cells
-    )
-    question = f'<p class="q">{html.escape(question)}</p>'
-    return f'<article>{question}<div class="row">{columns}</div></article>'
+        return {}
+    worst, best = say("eval.worst", count=count), say("eval.best", count=count)
+    return {worst: ranked[:count], best: ranked[::-1][:count]}
 
 
 class AnswerCount:

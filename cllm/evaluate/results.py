@@ -7,7 +7,7 @@ object a question, of `Sample` or `ExamSample`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cllm.data.schema import Message
@@ -41,11 +41,11 @@ class SystemScores:
     """Metric -> 0-100; `loss`: nats per token; `general-ppl`: a perplexity."""
     interval: dict[str, list[float]]
     """Metric -> [low, high] at 95 %, for the metrics that the base has too."""
-    versus_base: dict[str, Gap] = field(default_factory=dict)
+    versus_base: dict[str, Gap]
     """Metric -> what the system changed; empty for the base."""
-    by_length: dict[str, Group] = field(default_factory=dict)
+    by_length: dict[str, Group]
     """Characters of the reference -> scores; empty for a system that answered nothing."""
-    by_category: dict[str, Group] = field(default_factory=dict)
+    by_category: dict[str, Group]
 
 
 @dataclass(frozen=True)

@@ -42,34 +42,26 @@ class PairVotes(Tally):
 
 def summarise(votes: Votes) -> list[PairVotes]:
     """The rows of votes.jsonl counted for each pair of models, most votes first."""
-    pairs: defaultdict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    # pair -> category -> its votes; the category "" has all of the pair's
+    pairs: defaultdict[tuple[str, ...], defaultdict[str, list[Mapping[str, Any]]]]
+    pairs = defaultdict(lambda: defaultdict(list))
     for row in votes:
-        pairs[tuple(sorted(row["models"], key=lambda name: (name == "base", name)))].append(row)
-    ordered = sorted(pairs.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [_of_pair(pair, rows) for pair, rows in ordered]
-
-
-def _of_pair(pair: tuple[str, ...], votes: Votes) -> PairVotes:
-    groups: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in votes:
-        if row.get("category"):
-            groups[str(row["category"])].append(row)
-    by_category = {name: _tally(pair[0], rows) for name, rows in sorted(groups.items())}
-    return PairVotes(**asdict(_tally(pair[0], votes)), models=list(pair), by_category=by_category)
+        pair = tuple(sorted(row["models"], key=lambda name: (name == "base", name)))
+        for category in {"", str(row.get("category") or "")}:
+            pairs[pair][category].append(row)
+    summaries = []
+    for pair, groups in sorted(pairs.items(), key=lambda item: (-len(item[1][""]), item[0])):
+        total = _tally(pair[0], groups.pop(""))
+        by_category = {name: _tally(pair[0], rows) for name, rows in sorted(groups.items())}
+        summaries.append(PairVotes(**asdict(total), models=list(pair), by_category=by_category))
+    return summaries
 
 
 def _tally(first: str, votes: Votes) -> Tally:
     counts = Counter(_outcome(first, row) for row in votes)
     rate = wilson_interval(counts["wins"], counts["wins"] + counts["losses"])
-    return Tally(
-        counts["wins"],
-        counts["losses"],
-        counts["ties"],
-        counts["both_bad"],
-        rate.value,
-        rate.low,
-        rate.high,
-    )
+    numbers = {outcome: counts[outcome] for outcome in OUTCOMES}
+    return Tally(**numbers, win_rate=rate.value, low=rate.low, high=rate.high)
 
 
 def _outcome(first: str, row: Mapping[str, Any]) -> str:

@@ -138,12 +138,12 @@ class Answer:
         """
         self._held += text
         places = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        keep = min(places, default=len(self._held))
         if places:
             self.finish_reason = "stop"
             self.cancel()
-            keep = min(places)
-        else:
-            keep = len(self._held) - (0 if last else _overlap(self._held, self._stop))
+        elif not last:
+            keep -= _overlap(self._held, self._stop)
         piece, self._held = self._held[:keep], self._held[keep:]
         self.text += piece
         return piece
@@ -151,11 +151,8 @@ class Answer:
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins a stop string."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+    starts = (stop[:length] for stop in stops for length in range(1, len(stop)))
+    return max((len(start) for start in starts if text.endswith(start)), default=0)
 
 
 def chat_sampling(**values: Any) -> Sampling:

@@ -11,26 +11,23 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cllm.assembly import Loaded
-from cllm.data.schema import Message
+from cllm.data import schema
 from cllm.messages import UserError, say
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import LIMITS, MAX_TOP_K
-
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Event, Receive, Send], Awaitable[None]]
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 BODY_BYTES = 256 * 2**10
@@ -61,15 +58,21 @@ ERROR_CODES = {
 }
 
 
-def error_body(
-    status: int, message: str, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
     """An error in OpenAI's shape."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     if status == 429:
         kind = "rate_limit_error"
-    code = code or ERROR_CODES.get(status)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    error = {"message": message, "type": kind, "param": param}
+    body = {"error": {**error, "code": code or ERROR_CODES.get(status)}}
+    return JSONResponse(body, status, headers)
 
 
 class Guard:
@@ -81,91 +84,70 @@ class Guard:
     K`. Only /health needs none.
     """
 
-    def __init__(self, app: App, key: str = "") -> None:
+    def __init__(self, app: ASGIApp, key: str = "") -> None:
         self.app, self.key = app, key
 
-    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what may pass; bodies are read whole first, so that a missing Content-Length
         hides nothing.
         """
-        if scope["type"] != "http":
-            await (
-                self.app(scope, receive, send)
-                if scope["type"] == "lifespan"
-                else send({"type": "websocket.close"})
-            )
-            return
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close"})
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
 
-        async def guarded(message: Event) -> None:
+        async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message.get("headers", []), *added]
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        refusal = self._refusal(
-            scope, {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        )
-        whole: list[Event] = []
-        if refusal is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            body, more = b"", True
-            while more and len(body) <= BODY_BYTES:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return
-                body, more = body + message.get("body", b""), message.get("more_body", False)
+        request = Request(scope, receive)
+        refusal = self._refusal(request)
+        whole: list[Message] = []
+        if refusal is None and request.method not in ("GET", "HEAD", "OPTIONS"):
+            body = b""
+            try:
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > BODY_BYTES:
+                        limit = BODY_BYTES // 1024
+                        refusal = error_response(413, say("serve.body", limit=limit))
+                        break
+            except ClientDisconnect:
+                return None
             whole = [{"type": "http.request", "body": body}]
-            if len(body) > BODY_BYTES:
-                refusal = _refuse(413, "serve.body", limit=BODY_BYTES // 1024)
 
-        async def replay() -> Event:
+        async def replay() -> Message:
             return whole.pop() if whole else await receive()
 
-        await (refusal or self.app)(scope, replay, guarded)
+        return await (refusal or self.app)(scope, replay, guarded)
 
-    def _refusal(self, scope: Event, headers: dict[str, str]) -> App | None:
+    def _refusal(self, request: Request) -> Response | None:
         """What answers instead of the application, if something must."""
+        headers = request.headers
+        path = request.scope["path"]  # not request.url's, which begins with the Host header
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.key and re.sub(r":\d+$", "", host).strip("[]") not in LOOPBACK:
-            return _refuse(403, "serve.host", host=host)
+            return error_response(403, say("serve.host", host=host))
         if origin and origin.partition("//")[2] != host:
-            return _refuse(403, "serve.origin", origin=origin)
-        if self.key and scope["path"] != "/health":
-            linked = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])[0]
-            if scope["path"] == "/" and self._is_key(linked):
-                cookie = f"{COOKIE}={self.key}; Path=/; HttpOnly; SameSite=Lax; Max-Age=31536000"
-                return Response(status_code=303, headers={"location": "/", "set-cookie": cookie})
-            cookies = dict(
-                part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";")
-            )
-            sent = headers.get("authorization", "").removeprefix("Bearer ").strip() or cookies.get(
-                COOKIE, ""
-            )
-            if not self._is_key(sent):
-                return _refuse(401, "serve.key")
-        is_json = (
-            headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
-        )
+            return error_response(403, say("serve.origin", origin=origin))
+        if self.key and path != "/health":
+            if path == "/" and self._is_key(request.query_params.get("key", "")):
+                redirect = RedirectResponse("/", 303)
+                redirect.set_cookie(COOKIE, self.key, max_age=31536000, httponly=True)
+                return redirect
+            bearer = headers.get("authorization", "").removeprefix("Bearer ").strip()
+            if not self._is_key(bearer or request.cookies.get(COOKIE, "")):
+                return error_response(401, say("serve.key"))
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         # neither a form of another site nor an upload gets further
-        if scope["method"] == "POST" and has_body and not is_json:
-            return _refuse(415, "serve.json")
+        if request.method == "POST" and has_body and kind != "application/json":
+            return error_response(415, say("serve.json"))
         return None
 
     def _is_key(self, text: str) -> bool:
         return hmac.compare_digest(text.encode("utf-8", "replace"), self.key.encode())
-
-
-def _refuse(
-    status: int,
-    message_code: str,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    **values: object,
-) -> JSONResponse:
-    """The response that says why; an ASGI application, too."""
-    body = error_body(status, say(message_code, **values), param=param, code=code)
-    return JSONResponse(body, status, {"Retry-After": "5"} if status == 429 else None)
 
 
 class Strict(BaseModel):
@@ -187,13 +169,11 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
 
-    def plain(self) -> Message:
-        text = (
-            "".join(part.text for part in self.content)
-            if isinstance(self.content, list)
-            else self.content or ""
-        )
-        return Message("system" if self.role == "developer" else self.role, text)
+    def plain(self) -> schema.Message:
+        text = self.content or ""
+        if isinstance(text, list):
+            text = "".join(part.text for part in text)
+        return schema.Message("system" if self.role == "developer" else self.role, text)
 
 
 class StreamOptions(Strict):
@@ -241,32 +221,32 @@ UNSUPPORTED = tuple(
 )
 
 
-# What the OpenAPI description says of answers: JSON or events, and every error in one shape.
-ERROR = {
-    "type": "object",
-    "required": ["message", "type", "param", "code"],
-    "properties": {"message": {"type": "string"}},
-}
-ERRORS = {
-    "content": {
-        "application/json": {
-            "schema": {"type": "object", "required": ["error"], "properties": {"error": ERROR}}
-        }
-    }
-}
+class ErrorDetail(BaseModel):
+    """OpenAI's fields of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What the OpenAPI description says of every error."""
+
+    error: ErrorDetail
+
+
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-RESPONSES: Any = {
-    # up to OpenAPI 3.1 this describes one event
-    200: {"content": {"text/event-stream": {"schema": EVENT}}},
-    "default": {"description": "An error in OpenAI's shape", **ERRORS},
-}
+ERRORS: Any = {"default": {"description": "An error in OpenAI's shape", "model": ErrorBody}}
+# up to OpenAPI 3.1 this describes one event
+EVENTS: Any = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 def build_app(loaded: Loaded, engine: Engine) -> Any:
     """The FastAPI application with /health, /v1/models and /v1/chat/completions; models: `base` and
     the adapter's name.
     """
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
 
     # FastAPI's own documentation pages load from other hosts
     app = FastAPI(title="cllm", docs_url=None, redoc_url=None)
@@ -278,16 +258,23 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
         healthy = engine.healthy
         return JSONResponse({"status": "ok" if healthy else "failing"}, 200 if healthy else 503)
 
-    @app.get("/v1/models", responses={"default": RESPONSES["default"]})
+    @app.get("/v1/models", responses=ERRORS)
     async def list_models() -> dict[str, Any]:
         common = {"object": "model", "created": started, "owned_by": "cllm"}
         return {"object": "list", "data": [{"id": name, **common} for name in loaded.models]}
 
-    @app.post("/v1/chat/completions", responses=RESPONSES)
+    @app.post("/v1/chat/completions", responses=ERRORS | EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         name = body.model or next(iter(loaded.models))
-        if refusal := _not_served(body, name, loaded, engine):
-            return refusal
+        if name not in loaded.models:
+            message = say("serve.model", name=name, known=", ".join(loaded.models))
+            return error_response(404, message, param="model", code="model_not_found")
+        extra = body.model_extra or {}
+        if fields := [field for field in UNSUPPORTED if extra.get(field)]:
+            message = say("serve.unsupported", fields=", ".join(fields))
+            return error_response(400, message, param=fields[0])
+        if len(engine.waiting) >= MAX_WAITING:
+            return error_response(429, say("serve.busy"), headers={"Retry-After": "5"})
         answer = await run_in_threadpool(_answer, body, name, loaded, engine)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
@@ -312,35 +299,13 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
     return app
 
 
-def _not_served(
-    body: ChatRequest, name: str, loaded: Loaded, engine: Engine
-) -> JSONResponse | None:
-    """The refusal of a request for another model, for what would change the answer unseen, or one
-    too many.
-    """
-    if name not in loaded.models:
-        known = ", ".join(loaded.models)
-        param, code = "model", "model_not_found"
-        return _refuse(404, "serve.model", param=param, code=code, name=name, known=known)
-    extra = body.model_extra or {}
-    if fields := [field for field in UNSUPPORTED if extra.get(field)]:
-        return _refuse(400, "serve.unsupported", param=fields[0], fields=", ".join(fields))
-    return _refuse(429, "serve.busy") if len(engine.waiting) >= MAX_WAITING else None
-
-
 def _answer(body: ChatRequest, name: str, loaded: Loaded, engine: Engine) -> Answer:
-    sampling = chat_sampling(
-        max_new_tokens=body.max_completion_tokens or body.max_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        seed=body.seed,
-    )
+    length = body.max_completion_tokens or body.max_tokens
+    values = body.model_dump(include={*LIMITS, "seed"})
+    sampling = chat_sampling(max_new_tokens=length, **values)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    said = [message.plain() for message in body.messages]
-    return Answer(engine, loaded.tokenizer, said, sampling, loaded.models[name], stop)
+    messages = [message.plain() for message in body.messages]
+    return Answer(engine, loaded.tokenizer, messages, sampling, loaded.models[name], stop)
 
 
 def _handle_errors(app: Any) -> None:
@@ -349,20 +314,19 @@ def _handle_errors(app: Any) -> None:
 
     async def reply(_: object, error: Any) -> JSONResponse:
         if isinstance(error, HTTPException):
-            return JSONResponse(
-                error_body(error.status_code, str(error.detail)), error.status_code, error.headers
-            )
+            return error_response(error.status_code, str(error.detail), headers=error.headers)
         if isinstance(error, RequestValidationError):
-            problems = [
-                (".".join(str(part) for part in e["loc"] if part != "body"), e["msg"])
-                for e in error.errors()
+            problems = error.errors()
+            places = [".".join(map(str, problem["loc"][1:])) for problem in problems]
+            texts = [
+                f"{place}: {problem['msg']}".removeprefix(": ")
+                for place, problem in zip(places, problems, strict=True)
             ]
-            message = "; ".join(f"{where}: {what}" if where else what for where, what in problems)
-            return JSONResponse(error_body(400, message, param=problems[0][0] or None), 400)
+            return error_response(400, "; ".join(texts), param=places[0] or None)
         if isinstance(error, UserError):
             code = "context_length_exceeded" if error.code == "serve.context" else None
-            return JSONResponse(error_body(400, error.args[0], code=code), 400)
-        return JSONResponse(error_body(500, str(error)), 500)
+            return error_response(400, error.args[0], code=code)
+        return error_response(500, str(error))
 
     for kind in (RequestValidationError, HTTPException, UserError, ModelError):
         app.add_exception_handler(kind, reply)
@@ -372,11 +336,8 @@ async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIte
     """Server-sent events: the role, the pieces, the reason, the usage if asked for, [DONE]."""
 
     def event(delta: dict[str, str] | None, reason: str | None = None) -> str:
-        choices = (
-            []
-            if delta is None
-            else [{"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}]
-        )
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        choices = [] if delta is None else [choice]
         chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
         if usage:
             chunk["usage"] = _usage(answer) if delta is None else None
@@ -390,7 +351,7 @@ async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIte
         if usage:
             yield event(None)
     except ModelError as error:
-        yield f"data: {json.dumps(error_body(500, str(error)), ensure_ascii=False)}\n\n"
+        yield f"data: {bytes(error_response(500, str(error)).body).decode()}\n\n"
     finally:
         answer.cancel()
     yield "data: [DONE]\n\n"

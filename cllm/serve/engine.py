@@ -30,6 +30,7 @@ from cllm.serve.sampling import Listener, Request, Sampling, sample
 
 # what an admitted row is expected to grow by; a wrong guess costs one preemption
 HEADROOM_TOKENS = 128
+CPU_CACHE_BYTES = 2 * 2**30
 # one per model: its gate and its mode are shared state
 _owners: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
@@ -86,8 +87,10 @@ class Engine:
             config, next(p.dtype for p in model.parameters() if p.is_floating_point())
         )
         self.row_tokens = -(-row_bytes // token_bytes)
-        self.kv_tokens = kv_tokens or _free_bytes(self.device) // token_bytes
-        self.prefill_tokens = prefill_tokens or (256 if self.device.type == "cpu" else 2048)
+        on_gpu = self.device.type == "cuda"
+        cache_limit = free_bytes(self.device) // 2 if on_gpu else CPU_CACHE_BYTES
+        self.kv_tokens = kv_tokens or cache_limit // token_bytes
+        self.prefill_tokens = prefill_tokens or (2048 if on_gpu else 256)
         self.healthy = True
         self.steps = 0
         self.generated_tokens = 0
@@ -146,12 +149,11 @@ class Engine:
         complete. Raises UserError for a prompt that does not fit, before anything is computed, and
         RuntimeError if the model fails.
         """
-        adapters = [adapter] * len(prompts) if isinstance(adapter, int) else adapter
-        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
-        rows = [
-            self._row(p, replace(sampling, seed=s), a)
-            for p, s, a in zip(prompts, seeds, adapters, strict=True)
-        ]
+        numbers = [adapter] * len(prompts) if isinstance(adapter, int) else adapter
+        rows = []
+        for i, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
+            seed = None if sampling.seed is None else sampling.seed + i
+            rows.append(self._row(prompt, replace(sampling, seed=seed), number))
         self.waiting.extend(sorted(rows, key=lambda row: -len(row.ids)))
         done = 0
         try:
@@ -172,10 +174,10 @@ class Engine:
 
     def stats(self) -> dict[str, int | bool]:
         """What /health and the monitor show."""
-        rows, prefilling = len(self.batch.rows), len(self.prefill.rows) if self.prefill else 0
+        rows = len(self.batch.rows)
         return {
             "healthy": self.healthy,
-            "running": rows + prefilling,
+            "running": rows + (len(self.prefill.rows) if self.prefill else 0),
             "waiting": len(self.waiting),
             "steps": self.steps,
             "generated_tokens": self.generated_tokens,
@@ -243,12 +245,9 @@ class Engine:
     def _new_batch(self, rows: list[Request]) -> _Batch:
         # Recurrent layers have cache types that cannot be padded or joined: such models run one
         # request at a time.
-        return _Batch(
-            rows,
-            DynamicCache(config=self.model.config)
-            if self.stateful
-            else Cache(layer_class_to_replicate=RowLayer),
-        )
+        if self.stateful:
+            return _Batch(rows, DynamicCache(config=self.model.config))
+        return _Batch(rows, Cache(layer_class_to_replicate=RowLayer))
 
     def _take_all(self) -> list[Request]:
         """Empty the engine; returns what was prefilling or decoding."""
@@ -388,7 +387,8 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         rows = self._take_all()
         if not out_of_memory(error):
-            detail, self.healthy = f"{type(error).__name__}: {error}", False
+            self.healthy = False
+            detail = f"{type(error).__name__}: {error}"
             note("serve.failed", detail=detail)
             for row in rows:
                 row.finish("error", say("serve.failed", detail=detail))
@@ -401,7 +401,3 @@ class Engine:
                 row.finish("error", say("serve.too_long_for_memory", tokens=len(row.ids)))
             else:
                 self.waiting.appendleft(row)
-
-
-def _free_bytes(device: torch.device) -> int:
-    return free_bytes(device) // 2 if device.type == "cuda" else 2 * 2**30

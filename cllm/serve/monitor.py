@@ -42,10 +42,10 @@ def training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
         rows, answers = read_metrics(run / "metrics.jsonl"), read_metrics(run / "samples.jsonl")
         menu = gr.Dropdown(choices=names, value=run.name if names else None)
         curves = chart(rows, ["loss", "eval_loss"]), chart(rows, ["tokens_per_second"])
-        cells = []
-        for row in answers[:20]:
-            question = row["messages"][-1]["content"]
-            cells.append([question, *(row.get(key, "") for key in SHOWN)])
+        cells = [
+            [row["messages"][-1]["content"], *(row.get(key, "") for key in SHOWN)]
+            for row in answers[:20]
+        ]
         return menu, *curves, _scores(run / "eval.json", answers), cells
 
     outputs = [chosen, *charts, scores, samples]
@@ -79,9 +79,11 @@ def chart(rows: list[dict[str, Any]], keys: list[str]) -> str:
         return ""
     last = max(x for x, _ in points) or 1
     top = max(y for _, y in points) or 1
-    shapes = ['<path d="M40 10V150H390" fill="none" stroke="currentColor" opacity=".4"/>']
-    shapes.append(f'<text x="2" y="20">{top:.4g}</text><text x="2" y="152">0</text>')
-    shapes.append(f'<text x="350" y="170">{last}</text>')
+    shapes = [
+        '<path d="M40 10V150H390" fill="none" stroke="currentColor" opacity=".4"/>',
+        f'<text x="2" y="20">{top:.4g}</text><text x="2" y="152">0</text>',
+        f'<text x="350" y="170">{last}</text>',
+    ]
     for i, (key, curve) in enumerate(zip(keys, curves, strict=True)):
         if not curve:
             continue

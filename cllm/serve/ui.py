@@ -42,16 +42,23 @@ CSS = """
 }
 """
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
-# in the sliders' order
-SETTINGS = (
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-)
+# setting -> (lowest, highest, step) of its slider, in the order on the page
+SLIDERS = {
+    "max_new_tokens": (1, 4096, 1),
+    "temperature": (0, 2, 0.05),
+    "top_p": (0.05, 1, 0.05),
+    "top_k": (1, 200, 1),
+    "min_p": (0, 0.5, 0.01),
+    "repetition_penalty": (0.8, 2, 0.05),
+}
+SETTINGS = (*SLIDERS, "seed")
+FIELD: dict[str, Any] = {
+    "show_label": False,
+    "container": False,
+    "elem_classes": "field",
+    "min_width": 120,
+}
+"""What every text box has: a border and nothing around it."""
 VOTES = ("a", "b", "tie", "bad")
 _votes = threading.Lock()
 Turns = list[dict[str, Any]]
@@ -139,7 +146,7 @@ def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
         reasoning_tags=[("<think>", "</think>")],
     )
     cost = gr.Markdown(" ", elem_classes="cost")
-    box = _field(t("ask"), max_lines=8, autofocus=True, submit_btn=True)
+    box = gr.Textbox(placeholder=t("ask"), max_lines=8, autofocus=True, submit_btn=True, **FIELD)
     knobs = _knobs(t, loaded)
 
     async def respond(
@@ -169,16 +176,14 @@ def _chat_tab(t: Any, loaded: Loaded, engine: Engine) -> list[Any]:
     def edited(history: Turns, data: gr.EditData) -> tuple[Any, Turns]:
         return busy(), [*history[: _index(data)], _user(data.value)]
 
-    starts = [
+    answers = []
+    for start in (
         box.submit(ask, [box, chatbot], [box, chatbot], **QUIET),
         chatbot.retry(again, chatbot, [box, chatbot], **QUIET),
         chatbot.edit(edited, chatbot, [box, chatbot], **QUIET),
-    ]
-    answers = [
-        start.success(respond, [chatbot, *knobs], [chatbot, cost], **QUIET) for start in starts
-    ]
-    for event in answers:
-        event.then(idle, None, box, **QUIET)
+    ):
+        answers.append(start.success(respond, [chatbot, *knobs], [chatbot, cost], **QUIET))
+        answers[-1].then(idle, None, box, **QUIET)
     box.stop(idle, None, box, cancels=answers, **QUIET)
     return knobs
 
@@ -191,36 +196,14 @@ def _messages(history: Turns, system: str) -> list[Message]:
     for turn in history:
         titled = (turn.get("metadata") or {}).get("title")
         if turn["role"] != "assistant" or not titled:
-            said.append(Message(turn["role"], _text(turn["content"])))
+            parts = turn["content"]  # a list, as Gradio hands a turn back
+            text = parts if isinstance(parts, str) else "".join(p.get("text", "") for p in parts)
+            said.append(Message(turn["role"], text))
     return said
 
 
 def _user(words: str) -> dict[str, Any]:
     return {"role": "user", "content": words}
-
-
-def _field(
-    placeholder: Any,
-    *,
-    max_lines: int = 1,
-    autofocus: bool = False,
-    submit_btn: bool = False,
-    scale: int | None = None,
-) -> Any:
-    """A text box with a border and nothing around it."""
-    import gradio as gr
-
-    return gr.Textbox(
-        show_label=False,
-        placeholder=placeholder,
-        container=False,
-        elem_classes="field",
-        min_width=120,
-        max_lines=max_lines,
-        autofocus=autofocus,
-        submit_btn=submit_btn,
-        scale=scale,
-    )
 
 
 def _knobs(t: Any, loaded: Loaded) -> list[Any]:
@@ -230,19 +213,17 @@ def _knobs(t: Any, loaded: Loaded) -> list[Any]:
     import gradio as gr
 
     usual = chat_sampling()
-    model = _choice(list(loaded.models))
+    knobs = [_choice(list(loaded.models))]
     with gr.Accordion(t("settings"), open=False):
-        system = gr.Textbox(label=t("system"), lines=2)
+        knobs.append(gr.Textbox(label=t("system"), lines=2))
         with gr.Row():
-            length = gr.Slider(1, 4096, usual.max_new_tokens, step=1, label=t("max_tokens"))
-            temperature = gr.Slider(0, 2, usual.temperature, step=0.05, label=t("temperature"))
-            top_p = gr.Slider(0.05, 1, usual.top_p, step=0.05, label="top-p")
-        with gr.Row():
-            top_k = gr.Slider(1, 200, usual.top_k, step=1, label="top-k")
-            min_p = gr.Slider(0, 0.5, usual.min_p, step=0.01, label="min-p")
-            penalty = gr.Slider(0.8, 2, usual.repetition_penalty, step=0.05, label=t("penalty"))
-            seed = gr.Number(None, precision=0, label=t("seed"))
-    return [model, system, length, temperature, top_p, top_k, min_p, penalty, seed]
+            for name, (lowest, highest, step) in SLIDERS.items():
+                start = getattr(usual, name)
+                knobs.append(
+                    gr.Slider(lowest, highest, start, step=step, label=t(name), min_width=220)
+                )
+            knobs.append(gr.Number(None, precision=0, label=t("seed")))
+    return knobs
 
 
 @dataclass(frozen=True)
@@ -265,8 +246,9 @@ def _compare_tab(t: Any, loaded: Loaded, engine: Engine, knobs: list[Any]) -> No
     }
     pair = _choice(list(pairs))
     with gr.Row(equal_height=True):
-        question = _field(t("compare_ask"), max_lines=6, submit_btn=True, scale=5)
-        category = _field(t("category"))
+        asked = t("compare_ask")
+        question = gr.Textbox(placeholder=asked, max_lines=6, submit_btn=True, scale=5, **FIELD)
+        category = gr.Textbox(placeholder=t("category"), max_lines=1, **FIELD)
     with gr.Row():
         sides = [
             gr.Chatbot(height="44vh", label=side, buttons=["copy"], feedback_options=None)
@@ -345,9 +327,8 @@ def _append_vote(vote: str, category: str, voted: Duel, loaded: Loaded) -> None:
 
 
 def _weights_hash(home: Path) -> str:
-    weights = home / "adapter" / WEIGHTS_FILE
-    if not weights.exists():
-        weights = home / WEIGHTS_FILE
+    folder = home / "adapter"  # of a run; else the adapter itself
+    weights = (folder if folder.is_dir() else home) / WEIGHTS_FILE
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
@@ -385,13 +366,6 @@ def _shown_errors() -> Iterator[None]:
 
 def _sampling(values: tuple[Any, ...]) -> Sampling:
     return chat_sampling(**dict(zip(SETTINGS, values, strict=True)))
-
-
-def _text(content: Any) -> str:
-    """The words of a turn: Gradio hands them back as a list of parts."""
-    return (
-        content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    )
 
 
 def _index(data: Any) -> int:
