@@ -336,10 +336,13 @@ def family_child(folder: Path, base: Path) -> None:
     import contextlib
     import io
 
+    from cllm import bench
     from cllm.__main__ import run
     from cllm.serve import answer
 
-    # Random weights seldom end an answer, and a token takes a tenth of a second here.
+    # Kernels run on the host here: large products take minutes, a token a tenth of a second, and
+    # random weights seldom end an answer.
+    bench.PRODUCT["cuda"] = 256
     as_chat = answer.chat_sampling
     answer.chat_sampling = lambda **values: as_chat(**{**values, "max_new_tokens": 8})
     for program, (name, *arguments) in programs(folder, base).items():

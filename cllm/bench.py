@@ -39,6 +39,7 @@ PEFT, GENERATION, PLOT = "peft_step.py", "generation.py", "plot.py"
 # so that gradients of earlier rows are alive at the peak, as in any accumulated step
 ROWS_PER_STEP = 2
 WARM_STEPS = 3
+PRODUCT = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices that the rate is of
 SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on paper"
 # one or two cores: only decides whether to measure
 CPU = fit.Hardware(flops=0.4e12, bandwidth=20e9)
@@ -165,7 +166,7 @@ class BenchModel:
         """
         import torch
 
-        size = 8192 if self.cuda else 1024
+        size = PRODUCT["cuda" if self.cuda else "cpu"]
         dtype = self.assembly.precision.weights
         a = torch.ones(size, size, dtype=dtype, device=self.assembly.device)
         seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)
@@ -173,11 +174,17 @@ class BenchModel:
 
 
 # --- On paper
-def _work(config: Config, original: Record) -> Workload:
+def _work(config: Config, original: Record) -> Workload | None:
     """The config's data in tokens, encoded with the base's tokenizer if it is at hand; then rows
-    are timed on this device, too, unless that would take long.
+    are timed on this device, too, unless that would take long. None: the data are not there yet.
     """
-    corpus = read_corpus(config.data, accept_rejects=True)
+    try:
+        corpus = read_corpus(config.data, accept_rejects=True)
+    except UserError as error:
+        if error.code != "data.missing_file":
+            raise
+        note("bench.no_data", reason=error.args[0])
+        return None
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
         characters = sum(len(message.content) for c in corpus.train for message in c.messages)
         return Workload(round(TOKENS_PER_CHARACTER * characters))

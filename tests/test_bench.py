@@ -65,6 +65,16 @@ def test_plan_of_a_config_follows_its_settings(
     assert plan["ladder"][-1]["total"] <= 5 * 2**30
 
 
+def test_plan_of_a_preset_needs_no_data(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["--plan", "preset:qwen3-4b", "data.train=mine.jsonl"]) == 0
+    output = capsys.readouterr()
+    plan = json.loads(output.out.splitlines()[-1])["plans"][0]
+    assert plan["fits"] and plan["time"]["tokens"] > 900_000 and "mine.jsonl" in output.err
+
+
 def test_plan_of_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--plan"]) == 0
     assert last_json(capsys)["plans"][0]["fits"] is True  # type: ignore[index]
