@@ -33,10 +33,8 @@ def jinja(template: Template) -> str:
     t = template
     if t.jinja:
         return t.jinja
-    before, _, behind = t.user[0].partition("{round}")
-    user_opening = (
-        [_quote(before), "ns.turn", _quote(behind)] if "{round}" in t.user[0] else [_quote(before)]
-    )
+    before, numbered, behind = t.user[0].partition("{round}")
+    turn = "ns.turn" if numbered else ""
     system = ""
     if t.system is not None:
         given = "system is not none" if t.empty_system else "system"
@@ -44,11 +42,10 @@ def jinja(template: Template) -> str:
             (_quote(t.system[0]), "(system | trim)" if t.trim else "system", _quote(t.system[1]))
         )
         system = "{% if " + given + " %}{% set ns.opening = " + opening + " %}{% endif %}"
-    later = (
-        [_quote(t.system[0]), "content", _quote(t.system[1])]
-        if t.system and not t.merge_system
-        else []
-    )
+    later = ""
+    if t.system and not t.merge_system:
+        later = _put(_quote(t.system[0]), "content", _quote(t.system[1]))
+        later = "{% elif m.role == 'system' %}" + later
     return "".join(
         [
             f"{{% if tools %}}{_NO_TOOLS}{{% endif %}}",
@@ -68,10 +65,10 @@ def jinja(template: Template) -> str:
             "{% for m in rest %}{% set content = m.content" + (" | trim" if t.trim else "") + " %}",
             "{% if m.role == 'assistant' %}",
             _answer(t),
-            *(["{% elif m.role == 'system' %}", _put(*later)] if later else []),
+            later,
             f"{{% elif m.role == 'tool' %}}{_NO_TOOLS}",
             "{% else %}{% set ns.turn = ns.turn + (m.role == 'user') | int %}",
-            _put(*user_opening, "ns.opening", "content", _quote(t.user[1])),
+            _put(_quote(before), turn, _quote(behind), "ns.opening", "content", _quote(t.user[1])),
             "{% set ns.opening = '' %}{% endif %}{% endfor %}",
             "{% if add_generation_prompt %}" + _put(_quote(t.opening)) + "{% endif %}",
         ]
@@ -115,40 +112,31 @@ def go(template: Template) -> str:
         raise UserError("export.ollama", template=t.name)
 
     def put(text: str) -> str:
-        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+        return "{{ " + _quote(text) + " }}" if text else ""
 
-    system = "" if t.system is None else put(t.system[0]) + "{{ $m.Content }}" + put(t.system[1])
-    merged = (
-        ""
-        if t.system is None
-        else "{{ if and $.System (not $seen) }}"
-        + system.replace("$m.Content", "$.System")
-        + "{{ end }}"
-    )
-    closing = put(t.end + t.after) if not t.final_end else put(t.after)
-    answer = (
-        put(t.assistant + t.lead)
-        + "{{ $m.Content }}"
-        + "{{ if not $last }}"
-        + closing
-        + "{{ end }}"
-    )
-    question = (
-        put(t.user[0])
-        + (merged if t.merge_system else "")
-        + "{{ $seen = true }}{{ $m.Content }}"
-        + put(t.user[1])
-    )
+    later = merged = ""
+    if t.system is not None:
+        opening, closing = map(put, t.system)
+        later = '{{ else if eq $m.Role "system" }}' + opening + "{{ $m.Content }}" + closing
+        merged = (
+            "{{ if and $.System (not $seen) }}" + opening + "{{ $.System }}" + closing + "{{ end }}"
+        )
     return "".join(
         [
             put(t.prefix),
             "{{ $seen := false }}{{ range $i, $m := .Messages }}"
             "{{ $last := eq (len (slice $.Messages $i)) 1 }}",
             '{{ if eq $m.Role "user" }}',
-            question,
+            put(t.user[0]),
+            merged if t.merge_system else "",
+            "{{ $seen = true }}{{ $m.Content }}",
+            put(t.user[1]),
             '{{ else if eq $m.Role "assistant" }}',
-            answer,
-            "" if t.merge_system or not system else '{{ else if eq $m.Role "system" }}' + system,
+            put(t.assistant + t.lead),
+            "{{ $m.Content }}{{ if not $last }}",
+            put(t.after if t.final_end else t.end + t.after),
+            "{{ end }}",
+            "" if t.merge_system else later,
             "{{ end }}",
             '{{ if and $last (ne $m.Role "assistant") }}',
             put(t.opening),

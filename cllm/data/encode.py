@@ -55,23 +55,6 @@ class Encoder(Protocol):
     def save(self, directory: Path) -> None: ...
 
 
-def encode(
-    conversation: Conversation,
-    tokenizer: Encoder,
-    *,
-    max_tokens: int,
-    truncate: Literal["drop", "prompt"] = "drop",
-) -> Example | Refusal:
-    """The conversation's token ids and labels, at most `max_tokens` of them, or the reason why
-    there is none.
-
-    truncate="drop": a longer conversation is "too_long". truncate="prompt": its oldest rounds are
-    left out, then the last user message is cut from its start; "too_long" only if the last answer
-    does not fit either.
-    """
-    return next(encode_all([conversation], tokenizer, max_tokens=max_tokens, truncate=truncate))
-
-
 def encode_all(
     conversations: Iterable[Conversation],
     tokenizer: Encoder,
@@ -79,7 +62,13 @@ def encode_all(
     max_tokens: int,
     truncate: Literal["drop", "prompt"] = "drop",
 ) -> Iterator[Example | Refusal]:
-    """`encode` of each conversation in order, many at a time."""
+    """Of each conversation in order: its token ids and labels, at most `max_tokens` of them, or the
+    reason why there are none.
+
+    truncate="drop": a longer conversation is "too_long". truncate="prompt": its oldest rounds are
+    left out, then the last user message is cut from its start; "too_long" only if the last answer
+    does not fit either.
+    """
     results = _encoded(conversations, tokenizer, max_tokens, truncate)
     return (
         result if isinstance(result, str) else Example(*(part.tolist() for part in result))
@@ -108,9 +97,10 @@ def _encoded(
     for batch in batches(conversations):
         pairs = tokenizer.encode_batch([tokenizer.segments(item) for item in batch])
         for conversation, pair in zip(batch, pairs, strict=True):
-            fitting: Ids | None = pair if len(pair[0]) <= max_tokens else None
-            if fitting is None and truncate == "prompt":
-                fitting = _shorten(conversation, tokenizer, max_tokens)
+            fitting: Ids | None = pair
+            if len(pair[0]) > max_tokens:
+                prompt = truncate == "prompt"
+                fitting = _shorten(conversation, tokenizer, max_tokens) if prompt else None
             if fitting is None:
                 yield "too_long"
             elif fitting[1] == IGNORED * len(fitting[1]):

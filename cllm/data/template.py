@@ -243,8 +243,10 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
         else template.default_system
     )
     opening = _system(system, tools, template)
-    segments = [*_markup(template.prefix), *([] if template.merge_system else opening)]
-    opening = opening if template.merge_system else []
+    segments = [*_markup(template.prefix)]
+    if not template.merge_system:
+        segments += opening
+        opening = []
     # roles[i] stands before message i, roles[i + 2] after it
     roles = ["", *(m.role for m in messages), ""]
     for i, (role, content) in enumerate(messages):
@@ -302,15 +304,15 @@ def _system(text: str | None, tools: Tools, template: Template) -> list[Segment]
         return []
     before, after = template.system
     words = _words(text or "", template)
+    turn = [*_markup(before), *words, *_markup(after)]
     if not tools:
-        return [*_markup(before), *words, *_markup(after)]
+        return turn
     head, body, tail = announced(template.tools, tools, bool(text))
     announcement = [*_markup(head), Segment(body, False, False), *_markup(tail)]
     place = TOOL_STYLES[template.tools].place
     if place == "own turn":
-        turn = [*_markup(before), *words, *_markup(after)] if text else []
         plugin = before.replace("\n", " name=<|plugin|>\n")
-        return [*turn, *_markup(plugin), *announcement, *_markup(after)]
+        return [*(turn if text else ()), *_markup(plugin), *announcement, *_markup(after)]
     inside = announcement + words if place == "before words" else words + announcement
     return [*_markup(before), *inside, *_markup(after)]
 
@@ -323,30 +325,21 @@ def _answer(
     """
     reasoning = ""
     if template.thinking and "</think>" in content:
-        reasoning = (
-            content.split("</think>")[0]
-            .rstrip("\n")
-            .split("<think>")[-1]
-            .strip(None if template.trim else "\n")
-        )
-        content = content.split("</think>")[-1].lstrip("\n")
-        if template.thinking == "off":
-            reasoning = ""
-        elif not current:
+        thought, *_, content = content.split("</think>")
+        content = content.lstrip("\n")
+        if template.thinking == "keep":
+            thought = thought.rstrip("\n").split("<think>")[-1]
+            reasoning = thought.strip(None if template.trim else "\n")
             # without the reasoning that led to it, the answer would teach to skip it
-            supervised = False
+            supervised = supervised and current
     segments = [*_markup(template.assistant)]
     if template.thinking and current and (last or reasoning or template.think_opened):
-        keep = (
-            supervised
-            and template.thinking == "keep"
-            and bool(reasoning or not template.think_opened)
-        )
-        segments += _markup("<think>\n", keep and not template.think_opened)
-        segments += [
-            *([Segment(reasoning, keep, False)] if reasoning else []),
-            *_markup("\n</think>\n\n", keep),
-        ]
+        opened = template.think_opened
+        keep = supervised and template.thinking == "keep" and bool(reasoning or not opened)
+        segments += _markup("<think>\n", keep and not opened)
+        if reasoning:
+            segments.append(Segment(reasoning, keep, False))
+        segments += _markup("\n</think>\n\n", keep)
     segments += [
         Segment(text, supervised, markup) for text, markup in _spoken(content, template, calling)
     ]

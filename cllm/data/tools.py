@@ -39,31 +39,28 @@ def read_tools(text: str) -> Tools:
     """The functions of a `tools` JSON text, without OpenAI's {"type": "function", …} wrapper; [] if
     it is none.
     """
-    try:
-        listed = json.loads(text) if text else []
-    except ValueError:
-        return []
-    tools = [
-        tool.get("function", tool)
-        for tool in (listed if isinstance(listed, list) else [listed])
-        if isinstance(tool, dict)
-    ]
+    tools = [tool.get("function", tool) for tool in _listed(text) if isinstance(tool, dict)]
     return [tool for tool in tools if isinstance(tool, dict) and "name" in tool]
 
 
 def read_calls(content: str) -> list[tuple[str, Any]]:
     """(name, arguments) of each call, if the content is function calls in JSON, else []."""
+    calls = []
+    for call in _listed(content):
+        keys = call.keys() & {"arguments", "parameters"} if isinstance(call, dict) else ()
+        if not keys or "name" not in call:
+            return []
+        calls.append((call["name"], call[min(keys)]))
+    return calls
+
+
+def _listed(text: str) -> list[Any]:
+    """The elements of a JSON list, or the one value that is none; [] if it is no JSON."""
     try:
-        value = json.loads(content)
+        value = json.loads(text)
     except ValueError:
         return []
-    calls = value if isinstance(value, list) else [value]
-    if not all(
-        isinstance(call, dict) and "name" in call and ("arguments" in call or "parameters" in call)
-        for call in calls
-    ):
-        return []
-    return [(call["name"], call.get("arguments", call.get("parameters"))) for call in calls]
+    return value if isinstance(value, list) else [value]
 
 
 @functools.cache
