@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -51,8 +50,9 @@ def main(argv: list[str]) -> int:
             f"--{option}", type=Path, metavar="FILE", help=say(f"check.help.{option}")
         )
     options = parser.parse_args(argv)
-    for path in (options.init, options.write, options.report):
-        if path and path.exists():
+    files = list(filter(None, (options.write, options.init, options.report)))
+    for path in files:
+        if path.exists():
             raise UserError("check.exists", path=path)
     config = _config(options.target, options.overrides)
     warn_of_demo(config.data)
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         options.init.write_text(proposed, encoding="utf-8")
     if options.report:
         _report(options.report, options.target, text, lengths, account.get("limit", 0))
-    for path in filter(None, (options.write, options.init, options.report)):
+    for path in files:
         note("check.wrote", path=path)
     print(to_json(account))
     return 0
@@ -91,7 +91,7 @@ def _config(target: str, overrides: list[str]) -> Config:
     if _is_config(target):
         return load_config(target, overrides)
     given = [
-        f"data.train={_quoted(target)}",
+        f"data.train={to_json(target)}",
         'data.eval=""',
         "train.row_tokens=2048",
         "train.tokens_per_step=8192",
@@ -270,7 +270,7 @@ def _new_config(
         or config.data.columns
         or ({} if account["valid"] else _guess_columns(source.path))
     )
-    pairs = ", ".join(f"{role} = {_quoted(name)}" for role, name in columns.items())
+    pairs = ", ".join(f"{role} = {to_json(name)}" for role, name in columns.items())
     unit = "tokens" if "tokens" in account else "characters"
     return say(
         "check.new_config",
@@ -278,22 +278,18 @@ def _new_config(
         rows=account["rows"],
         valid=account["valid"],
         file=path,
-        model=_quoted(preset.model.path),
+        model=to_json(preset.model.path),
         why=say(f"check.why.{why}"),
-        quantize=_quoted(preset.model.quantize),
-        train=_quoted(source.path),
+        quantize=to_json(preset.model.quantize),
+        train=to_json(source.path),
         columns=f"{{ {pairs} }}" if columns else "{}",
-        kind=_quoted(config.data.kind),
+        kind=to_json(config.data.kind),
         row=row,
         longest=account[unit].get("p99", 0),
         unit=say(f"check.unit.{unit}"),
         step=max(8192, row),
-        run=_quoted(f"runs/{path.stem}"),
+        run=to_json(f"runs/{path.stem}"),
     )
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _report(path: Path, title: str, text: str, lengths: list[int], limit: int) -> None:

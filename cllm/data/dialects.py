@@ -8,10 +8,8 @@ what was never trained.
 
 from __future__ import annotations
 
-import json
-
 from cllm.data.template import Template
-from cllm.messages import UserError
+from cllm.messages import UserError, to_json
 
 _NO_TOOLS = "{{ raise_exception('this chat template was trained without tools') }}"
 
@@ -20,10 +18,6 @@ def _put(*parts: str) -> str:
     """Parts are Jinja expressions; "" and empty literals are left out."""
     kept = [part for part in parts if part not in ("", '""')]
     return "{{ " + " ~ ".join(kept) + " }}" if kept else ""
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def jinja(template: Template) -> str:
@@ -39,24 +33,24 @@ def jinja(template: Template) -> str:
     if t.system is not None:
         given = "system is not none" if t.empty_system else "system"
         opening = " ~ ".join(
-            (_quote(t.system[0]), "(system | trim)" if t.trim else "system", _quote(t.system[1]))
+            (to_json(t.system[0]), "(system | trim)" if t.trim else "system", to_json(t.system[1]))
         )
         system = "{% if " + given + " %}{% set ns.opening = " + opening + " %}{% endif %}"
     later = ""
     if t.system and not t.merge_system:
-        later = _put(_quote(t.system[0]), "content", _quote(t.system[1]))
+        later = _put(to_json(t.system[0]), "content", to_json(t.system[1]))
         later = "{% elif m.role == 'system' %}" + later
     return "".join(
         [
             f"{{% if tools %}}{_NO_TOOLS}{{% endif %}}",
             "{% set system, rest = "
-            + ("none" if t.default_system is None else _quote(t.default_system))
+            + ("none" if t.default_system is None else to_json(t.default_system))
             + ", messages %}",
             "{% if messages and messages[0].role == 'system' %}"
             "{% set system, rest = messages[0].content, messages[1:] %}{% endif %}",
             "{% set ns = namespace(opening='', turn=0, query=-1) %}",
             system,
-            _put(_quote(t.prefix)),
+            _put(to_json(t.prefix)),
             "" if t.merge_system else "{{ ns.opening }}{% set ns.opening = '' %}",
             "{% for m in rest %}{% if m.role == 'user' %}"
             "{% set ns.query = loop.index0 %}{% endif %}{% endfor %}"
@@ -68,15 +62,17 @@ def jinja(template: Template) -> str:
             later,
             f"{{% elif m.role == 'tool' %}}{_NO_TOOLS}",
             "{% else %}{% set ns.turn = ns.turn + (m.role == 'user') | int %}",
-            _put(_quote(before), turn, _quote(behind), "ns.opening", "content", _quote(t.user[1])),
+            _put(
+                to_json(before), turn, to_json(behind), "ns.opening", "content", to_json(t.user[1])
+            ),
             "{% set ns.opening = '' %}{% endif %}{% endfor %}",
-            "{% if add_generation_prompt %}" + _put(_quote(t.opening)) + "{% endif %}",
+            "{% if add_generation_prompt %}" + _put(to_json(t.opening)) + "{% endif %}",
         ]
     )
 
 
 def _answer(t: Template) -> str:
-    parts = [_quote(t.assistant)]
+    parts = [to_json(t.assistant)]
     before = ""
     if t.thinking:
         strip = "strip()" if t.trim else r"strip('\n')"
@@ -96,11 +92,11 @@ def _answer(t: Template) -> str:
             f"if loop.index0 > ns.query and {shown} else '')"
         )
     closing = (
-        f"({_quote(t.end)} if loop.last else {_quote(t.after)})"
+        f"({to_json(t.end)} if loop.last else {to_json(t.after)})"
         if t.final_end
-        else _quote(t.end + t.after)
+        else to_json(t.end + t.after)
     )
-    return before + _put(*parts, _quote(t.lead), "content", closing)
+    return before + _put(*parts, to_json(t.lead), "content", closing)
 
 
 def go(template: Template) -> str:
@@ -112,7 +108,7 @@ def go(template: Template) -> str:
         raise UserError("export.ollama", template=t.name)
 
     def put(text: str) -> str:
-        return "{{ " + _quote(text) + " }}" if text else ""
+        return "{{ " + to_json(text) + " }}" if text else ""
 
     later = merged = ""
     if t.system is not None:

@@ -41,6 +41,7 @@ class Example(NamedTuple):
 Ids: TypeAlias = "tuple[array[int], array[int]]"
 """An Example's ids and labels as int32."""
 Refusal = Literal["too_long", "no_supervised_token"]
+Truncate = Literal["drop", "prompt"]
 
 
 class Encoder(Protocol):
@@ -60,7 +61,7 @@ def encode_all(
     tokenizer: Encoder,
     *,
     max_tokens: int,
-    truncate: Literal["drop", "prompt"] = "drop",
+    truncate: Truncate = "drop",
 ) -> Iterator[Example | Refusal]:
     """Of each conversation in order: its token ids and labels, at most `max_tokens` of them, or the
     reason why there are none.
@@ -89,10 +90,7 @@ def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
 
 
 def _encoded(
-    conversations: Iterable[Conversation],
-    tokenizer: Encoder,
-    max_tokens: int,
-    truncate: Literal["drop", "prompt"],
+    conversations: Iterable[Conversation], tokenizer: Encoder, max_tokens: int, truncate: Truncate
 ) -> Iterator[Ids | Refusal]:
     for batch in batches(conversations):
         pairs = tokenizer.encode_batch([tokenizer.segments(item) for item in batch])
@@ -115,7 +113,7 @@ def encode_set(
     *,
     kind: Literal["chat", "text"],
     max_tokens: int,
-    truncate: Literal["drop", "prompt"] = "drop",
+    truncate: Truncate = "drop",
 ) -> tuple[Slices[Example], Sequence[Conversation], Counter[str]]:
     """(examples, the conversations that gave them, how many did not by reason); what comes out of
     the cache goes there.

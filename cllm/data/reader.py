@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gc
 import gzip
-import json
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, w
 from cllm.data.schema import Conversation, Normalizer, Reject, to_row
 from cllm.data.text import VERBATIM, RowError, TextOptions
 from cllm.data.turns import SCHEMA_KEYS
-from cllm.messages import UserError, note, say
+from cllm.messages import UserError, note, say, to_json
 
 SUFFIXES = frozenset(("", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".gz"))
 HEAD_BYTES = 1 << 18  # what the encoding is judged by
@@ -111,7 +110,7 @@ def write_conversations(
     count = 0
     with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
         for conversation in conversations:
-            stream.write(json.dumps(to_row(conversation, kind), ensure_ascii=False) + "\n")
+            stream.write(to_json(to_row(conversation, kind)) + "\n")
             count += 1
     return count
 

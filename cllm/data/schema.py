@@ -171,10 +171,9 @@ class Normalizer:
             raise UserError(
                 "data.columns_unknown", keys=", ".join(unknown), known=", ".join(COLUMN_KEYS)
             )
-        if kind == "chat" and ("user" in self.columns) != ("assistant" in self.columns):
-            raise UserError(
-                "data.columns_half", have="user" if "user" in self.columns else "assistant"
-            )
+        sides = [role for role in ("user", "assistant") if role in self.columns]
+        if kind == "chat" and len(sides) == 1:
+            raise UserError("data.columns_half", have=sides[0])
         self.kind, self.rewrite = kind, rewriter(options)
         self.headless = bool(self.columns) and all(
             source.isdigit() for source in self.columns.values()

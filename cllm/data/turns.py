@@ -18,9 +18,13 @@ from typing import Any
 from cllm.data.text import RowError, clean, json_text, text_of
 from cllm.messages import say
 
-ROLES = {"system": "system", "observation": "tool", "tool": "tool", "function_call": "assistant"}
-ROLES |= dict.fromkeys(("human", "user", "client", "usr", "用户"), "user")
-ROLES |= dict.fromkeys(("gpt", "assistant", "bot", "counselor", "助手"), "assistant")
+_ROLE_WORDS = {
+    "system": "system",
+    "user": "human user client usr 用户",
+    "assistant": "gpt assistant bot counselor 助手 function_call",
+    "tool": "tool observation",
+}
+ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
 NO_INPUT = frozenset(
     "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
 )
@@ -45,13 +49,9 @@ CHINESE = {
 CHINESE |= {"问题": "question", "問題": "question", "回答": "answer"}
 # one element of a list that is two turns
 EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
-SCHEMA_KEYS = frozenset(
-    "instruction output chosen rejected chat instances paragraph text history system".split()
-)
-_ANSWERS = frozenset(
-    ("output", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys))
-)
-SCHEMA_KEYS |= {*PAIRS, *_ANSWERS, *CHINESE}
+_ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.values())))
+_OTHERS = "instruction rejected instances paragraph text history system".split()
+SCHEMA_KEYS = _ANSWERS.union(PAIRS, CHINESE, _OTHERS)
 SPECIAL_KEYS = SCHEMA_KEYS | {"label", "tools"}  # whatever else a row has is metadata
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
@@ -137,11 +137,10 @@ def unboxed(value: Any) -> Any:
 
 def is_turn(value: object) -> bool:
     """Whether `value` is a message with a role, and no row."""
-    pairs = ({"role", "content"}, {"from", "value"})
     return (
         isinstance(value, dict)
         and "messages" not in value
-        and any(value.keys() >= pair for pair in pairs)
+        and any(value.keys() >= pair for pair in ({"role", "content"}, {"from", "value"}))
     )
 
 
@@ -217,13 +216,12 @@ def history_turns(value: object) -> Turns:
             value = json.loads(value)
     if not value or value != value or (isinstance(value, str) and not clean(value)):
         return []
-    if isinstance(value, list) and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value
-    ):
-        said = (zip(("user", "assistant"), pair, strict=True) for pair in value)
-        return [(role, text_of(text, role)) for role, text in chain.from_iterable(said)]
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return _turns(value, "history")
+    if isinstance(value, list):
+        if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+            said = (zip(("user", "assistant"), pair, strict=True) for pair in value)
+            return [(role, text_of(text, role)) for role, text in chain(*said)]
+        if all(isinstance(turn, dict) for turn in value):
+            return _turns(value, "history")
     raise RowError("row.history", "unknown_schema", found=f"{value!r:.40}")
 
 
@@ -243,8 +241,8 @@ def _alpaca(row: Row) -> Turns:
     asks, replies = row.get("input"), row.get("output")
     # parallel lists are turns
     if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:
+        asks = [_user_text({**row, "input": asks[0]}), *asks[1:]]
         asked = [("user", text_of(ask, "input")) for ask in asks]
-        asked[0] = ("user", _user_text({**row, "input": asked[0][1]}))
         told = [("assistant", text_of(reply, "output")) for reply in replies]
         return [turn for both in zip_longest(asked, told) for turn in both if turn]
     while isinstance(replies, list):  # ranked alternatives: the best comes first

@@ -102,12 +102,11 @@ def corpus_statistics(
         for row in zip(*references, strict=True)
     ]
     pairs = list(zip(hypotheses, rows, strict=True))
-    bad = [
+    if bad := [
         i
         for i, (text, row) in enumerate(pairs)
         if not row or not all(isinstance(t, str) for t in (text, *row))
-    ]
-    if bad:
+    ]:
         raise ValueError(
             "each pair needs a string and at least one string as reference; "
             f"not so at positions {bad[:10]}"
