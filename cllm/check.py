@@ -190,10 +190,12 @@ def _listed(values: dict[str, Any]) -> str:
 
 def _samples(conversations: list[Conversation], tokenizer: Tokenizer) -> list[str]:
     """The first conversations, token by token, the supervised ones ⟦so⟧."""
+    from cllm.data.encode import IGNORE_INDEX
+
     lines = []
     for item in conversations[:SAMPLES]:
         ids, labels = tokenizer.encode_segments(tokenizer.segments(item))
-        trained = [label != -100 for label in labels]
+        trained = [label != IGNORE_INDEX for label in labels]
         numbers = {"supervised": sum(trained), "tokens": len(ids)}
         lines.append(say("check.sample", file=item.file, line=item.line, **numbers))
         shown = []
@@ -224,7 +226,7 @@ def _guess_columns(path: str) -> dict[str, str]:
     """A column map for a file whose names say nothing to `cllm.data.schema`: by likeness of names,
     else the two longest texts.
     """
-    rows = [row for row in sample_rows(BUILT_IN.get(path, path), 50) if isinstance(row, dict)]
+    rows = sample_rows(BUILT_IN.get(path, path), 50)
     names = list(dict.fromkeys(name for row in rows for name in row))
     sizes = {name: sum(len(str(row.get(name) or "")) for row in rows) for name in names}
     if len(names) < 2:
@@ -233,11 +235,11 @@ def _guess_columns(path: str) -> dict[str, str]:
     if all(len(name) > 20 or not name for name in longest):  # the "header" is a row of its own
         ask, reply = (str(names.index(name)) for name in longest)
     else:
-        asking = (name for word in ASKING for name in names if word in name.lower())
-        ask = next(asking, longest[0])
-        replying = (name for word in REPLYING for name in names if word in name.lower())
-        reply = next((name for name in replying if name != ask), longest[1])
-    return {"user": ask, "assistant": reply} if ask != reply else {}
+        asking = [name for word in ASKING for name in names if word in name.lower()]
+        replying = [name for word in REPLYING for name in names if word in name.lower()]
+        ask = next((name for name in (*asking, *longest) if name not in replying), longest[0])
+        reply = next(name for name in (*replying, *longest) if name != ask)
+    return {"user": ask, "assistant": reply}
 
 
 def _recommended(config: Config) -> tuple[Config, int, str]:

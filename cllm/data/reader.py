@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
 from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, whole
@@ -115,12 +115,10 @@ def write_conversations(
     return count
 
 
-def sample_rows(path: str | Path, count: int) -> list[object]:
-    """The first `count` rows as they stand in the file, for guessing what their names mean; broken
-    ones are left out.
-    """
+def sample_rows(path: str | Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` rows with names as they stand in the file, for guessing what those mean."""
     rows = (row for file in list_files(path) for _, row in _rows(file, Normalizer()))
-    return list(islice((row for row in rows if not isinstance(row, RowError)), count))
+    return list(islice((row for row in rows if isinstance(row, dict)), count))
 
 
 def list_files(path: str | Path) -> list[Path]:
@@ -142,16 +140,14 @@ def list_files(path: str | Path) -> list[Path]:
     return [path]
 
 
-class _Gzip:
+class _Gzip(gzip.GzipFile):
     """A gzip file that ends where it breaks, and then says why in `fault`."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.file = gzip.GzipFile(fileobj=raw)
-        self.fault = ""
+    fault = ""
 
-    def read1(self, size: int) -> bytes:
+    def read1(self, size: int = -1) -> bytes:
         try:
-            return self.file.read1(size)
+            return super().read1(size)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             self.fault = str(error)
             return b""
@@ -162,7 +158,7 @@ def _rows(file: Path, normalize: Normalizer) -> Iterator[NumberedRow]:
     line = 0
     try:
         with file.open("rb") as raw:
-            stream: Bytes = _Gzip(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            stream: Bytes = _Gzip(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             head = b""
             while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES)):
                 head += piece
@@ -269,10 +265,8 @@ def _dialect(start: str, known: frozenset[str]) -> tuple[str, int]:
     """(delimiter, columns): the delimiter whose header names known columns, else the one that
     splits the lines most evenly.
     """
-    lines = [
-        line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n")[:40] if line.strip()
-    ] or [""]
-    lines = lines[:-1] or lines  # the last may be cut
+    lines = [line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n")[:40] if line.strip()]
+    lines = lines[:-1] or lines or [""]  # the last may be cut
     choices = []
     for delimiter in DELIMITERS:
         names = [cell.strip().strip('"') for cell in lines[0].split(delimiter)]

@@ -175,9 +175,7 @@ class Normalizer:
         if kind == "chat" and len(sides) == 1:
             raise UserError("data.columns_half", have=sides[0])
         self.kind, self.rewrite = kind, rewriter(options)
-        self.headless = bool(self.columns) and all(
-            source.isdigit() for source in self.columns.values()
-        )
+        self.headless = bool(self.columns) and all(map(str.isdigit, self.columns.values()))
         self._planned = lru_cache(1000)(self._plan)
 
     def __call__(self, row: object, file: str = "", line: int = 0) -> Conversation | Reject:
@@ -212,11 +210,9 @@ class Normalizer:
         if not type(ask) is type(reply) is type(extra) is str:
             return None
         ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-        return (
-            (Message("user", ask), Message("assistant", reply))
-            if ask and reply and not TAG_START.match(ask)
-            else None
-        )
+        if not ask or not reply or TAG_START.match(ask):
+            return None
+        return Message("user", ask), Message("assistant", reply)
 
     def _plan(self, keys: tuple[str, ...]) -> tuple[str, str] | None:
         """(question key, answer key) of rows that have these two and metadata only, else None."""
@@ -225,15 +221,8 @@ class Normalizer:
             return None
         if special - {"input"} == {"instruction", "output"}:
             return "instruction", "output"
-        return next(
-            (
-                (q, a)
-                for q, answers in PAIRS.items()
-                for a in answers
-                if q != "ask" and special == {q, a}
-            ),
-            None,
-        )
+        pairs = ((ask, reply) for ask, replies in PAIRS.items() for reply in replies)
+        return next((pair for pair in pairs if special == {*pair} and "ask" not in pair), None)
 
     def _conversation(self, row: Row, file: str, line: int) -> Conversation:
         if self.kind == "text":
@@ -252,8 +241,9 @@ class Normalizer:
     def _category(self, row: Row) -> str:
         if "category" in self.columns:
             return clean(_mapped_text(row, self.columns["category"]))
-        texts = [row[key] for key in ("task", "category", "class") if isinstance(row.get(key), str)]
-        return clean(texts[0]) if texts and not SURROGATE.search(texts[0]) else ""
+        values = map(row.get, ("task", "category", "class"))
+        text = next((value for value in values if isinstance(value, str)), "")
+        return "" if SURROGATE.search(text) else clean(text)
 
 
 def to_row(conversation: Conversation, kind: str = "chat") -> Row:
