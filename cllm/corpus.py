@@ -9,21 +9,14 @@ from typing import TYPE_CHECKING
 
 from cllm.config import Config, DataConfig, TrainConfig
 from cllm.data.schema import Conversation
-from cllm.data.sources import read_data
+from cllm.data.sources import Data, prepare
 from cllm.messages import UserError, note
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch, PackedRows
     from cllm.model.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Corpus:
-    """Both sides of a run's data, read and checked, not yet encoded."""
-
-    train: Sequence[Conversation]
-    held_out: Sequence[Conversation]
-    rejects: int
+MAX_REJECTED = 0.2
 
 
 @dataclass(frozen=True)
@@ -41,12 +34,22 @@ class Encoded:
     """Of all examples that are trained on."""
 
 
-def read_corpus(data: DataConfig, *, accept_rejects: bool) -> Corpus:
-    """Everything that can be found wrong with the data before a tokenizer is at hand."""
-    read = read_data(data, accept_rejects=accept_rejects)
-    if read.duplicates or read.leaked:
-        note("train.repeated", duplicates=read.duplicates, leaked=read.leaked)
-    return Corpus(read.train, read.held_out, len(read.rejects))
+def read_corpus(data: DataConfig, *, accept_rejects: bool) -> Data:
+    """`prepare` for a training. Raises UserError if nothing is left, or if over a fifth was
+    rejected and that is not accepted.
+    """
+    corpus = prepare(data)
+    rejected = len(corpus.rejects)
+    shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in corpus.rejects[:3]]
+    located = "\n  ".join([str(rejected), *shown])
+    if not corpus.train:
+        raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=located)
+    if rejected > MAX_REJECTED * corpus.rows and not accept_rejects:
+        share = f"{rejected / corpus.rows:.0%}"
+        raise UserError("train.rejects", share=share, count=rejected, examples=located)
+    if corpus.duplicates or corpus.leaked:
+        note("train.repeated", duplicates=corpus.duplicates, leaked=corpus.leaked)
+    return corpus
 
 
 def tokenizer_of(config: Config, base: Path) -> Tokenizer:
@@ -58,7 +61,7 @@ def tokenizer_of(config: Config, base: Path) -> Tokenizer:
 
 
 def encode_corpus(
-    corpus: Corpus,
+    corpus: Data,
     tokenizer: Tokenizer,
     data: DataConfig,
     train: TrainConfig,
@@ -73,12 +76,9 @@ def encode_corpus(
     from cllm.data.encode import encode_set
     from cllm.data.packing import PackedRows
 
-    kind, truncate = data.kind, data.truncate
-    examples, trained, refused = encode_set(
-        corpus.train, tokenizer, kind=kind, max_tokens=row_tokens, truncate=truncate
-    )
-    held_examples, held_out, _ = encode_set(
-        corpus.held_out, tokenizer, kind=kind, max_tokens=row_tokens, truncate=truncate
+    (examples, trained, refused), (held_examples, held_out, _) = (
+        encode_set(side, tokenizer, kind=data.kind, max_tokens=row_tokens, truncate=data.truncate)
+        for side in (corpus.train, corpus.held_out)
     )
     if not examples:
         raise UserError(
@@ -100,13 +100,13 @@ def encode_corpus(
         held_out=len(held_out),
         tokens=f"{tokens:,}",
         rows=len(rows),
-        rejects=corpus.rejects,
+        rejects=len(corpus.rejects),
         left_out=", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0",
     )
     return Encoded(
         rows,
         max(1, train.tokens_per_step // tokens_per_row),
-        held.take(len(held)) if held_examples else [],
+        held.take(len(held)),
         trained,
         held_out,
         examples.digest(),

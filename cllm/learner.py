@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from cllm.assembly import assemble
 from cllm.config import Config
-from cllm.corpus import Corpus, Encoded, encode_corpus, tokenizer_of
+from cllm.corpus import Encoded, encode_corpus, tokenizer_of
+from cllm.data.sources import Data
 from cllm.learn.dist import World
 from cllm.learn.ladder import Ladder
 from cllm.learn.loss import sft_loss
@@ -34,7 +35,7 @@ class Learner:
     trained, or that sequences may not share a row.
     """
 
-    def __init__(self, config: Config, corpus: Corpus) -> None:
+    def __init__(self, config: Config, corpus: Data) -> None:
         self.config = config
         self.corpus = corpus
         row_tokens = config.train.row_tokens

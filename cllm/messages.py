@@ -21,11 +21,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_TABLE = Path(__file__).parent / "assets" / "messages.toml"
 
-
-def load_toml(path: Path) -> dict[str, Any]:
-    """A TOML file of the package as a dictionary."""
+def load_toml(name: str) -> dict[str, Any]:
+    """The file `name` of assets/ as a dictionary."""
+    path = Path(__file__).parent / "assets" / name
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
@@ -43,7 +42,7 @@ def messages() -> dict[str, tuple[str, str]]:
         if "en" in tree:
             found[prefix] = (tree["en"], tree["zh"])
 
-    collect("", load_toml(_TABLE))
+    collect("", load_toml("messages.toml"))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Every picture, drawn with matplotlib: loss.png and scores.png."""
+"""Every picture, drawn with matplotlib: loss.png, scores.png and lengths.png."""
 
 from __future__ import annotations
 
@@ -38,6 +38,20 @@ def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target)
+
+
+def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0) -> None:
+    """A histogram of the conversations' lengths in `unit`, with a line at `limit`, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=60)
+    if limit:
+        axes.axvline(limit, color="tab:red", label=f"limit {limit}")
+        axes.legend()
+    axes.set(xlabel=f"{unit} per conversation", ylabel="conversations", yscale="log")
     figure.savefig(target)
 
 

@@ -180,6 +180,8 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
             {"user": "0", "assistant": "1"},
         ),
         ("a\tb\tc", {"user": "b", "assistant": "c"}),
+        ("a\tmy reply\tc", {"user": "c", "assistant": "my reply"}),
+        ("a\tb\tmy question", {"user": "my question", "assistant": "b"}),
         ("only", {}),
     ],
 )

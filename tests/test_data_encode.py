@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.encode import IGNORE_INDEX, Example, Ids, encode, encode_all, encode_set
+from cllm.data.encode import IGNORE_INDEX, Example, Ids, encode_all, encode_set
 from cllm.data.schema import Conversation, Message
 from cllm.data.template import TEMPLATES, Segment, render
 
@@ -51,6 +51,15 @@ def conversation(*words: str, system: str = "") -> Conversation:
             *(Message("assistant" if i % 2 else "user", word) for i, word in enumerate(words)),
         )
     )
+
+
+def encode(
+    conversation: Conversation,
+    tokenizer: Characters,
+    max_tokens: int,
+    truncate: Literal["drop", "prompt"] = "drop",
+) -> Example | str:
+    return next(encode_all([conversation], tokenizer, max_tokens=max_tokens, truncate=truncate))
 
 
 def kept(result: Example | str) -> Example:

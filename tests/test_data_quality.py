@@ -16,10 +16,10 @@ from cllm.data.quality import (
     leaks,
     near_duplicates,
     percentiles,
-    plot_lengths,
     quality,
     split_held_out,
 )
+from cllm.plots import draw_lengths
 
 
 def talk(ask: str, reply: str = "好的。", line: int = 0, **more: str) -> Conversation:
@@ -179,5 +179,5 @@ def test_the_account_of_nothing() -> None:
 
 
 def test_lengths_are_plotted(tmp_path: Path) -> None:
-    plot_lengths([1, 2, 3, 50], tmp_path / "lengths.png", "tokens", 40)
+    draw_lengths([1, 2, 3, 50], tmp_path / "lengths.png", "tokens", 40)
     assert (tmp_path / "lengths.png").read_bytes()[:4] == b"\x89PNG"

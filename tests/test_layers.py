@@ -174,6 +174,7 @@ def test_the_data_cache_knows_all_code_that_decides_ids() -> None:
     from cllm.data.cache import _CODE
 
     hashed = {file for pattern in _CODE for file in PACKAGE.glob(pattern)}
+    assert {PACKAGE / "assets" / f"{name}.toml" for name in ("templates", "tools")} <= hashed
     reached, waiting = set(), ["model.tokenizer"]
     while waiting:
         name = waiting.pop()

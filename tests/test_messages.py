@@ -32,13 +32,13 @@ def test_both_languages_say_the_same_fields(code: str) -> None:
 
 
 def used_codes() -> dict[str, set[str]]:
-    """Every literal code given to say, note, UserError -> the keywords of one call."""
+    """Every literal code given to say, note, UserError, RowError -> the keywords of one call."""
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(
                 node.func, "id", getattr(node.func, "attr", "")
-            ) in ("say", "note", "UserError"):
+            ) in ("say", "note", "UserError", "RowError"):
                 for constant in ast.walk(node.args[0]) if node.args else ():
                     if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
                         named = {k.arg or "**" for k in node.keywords}

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.encode import IGNORE_INDEX, encode
+from cllm.data.encode import IGNORE_INDEX, encode_all
 from cllm.data.schema import Conversation, Message
 from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
@@ -205,7 +205,9 @@ def test_training_ids_and_labels_equal_the_authors_scripts(
     for example in golden(SHARED / "sft" / "dev" / f"{name}.json")["examples"]:
         system = [Message("system", example["system"])] if "system" in example else []
         messages = (*system, *(Message(m["role"], m["content"]) for m in example["messages"]))
-        made = encode(Conversation(messages=messages), family(loaded, name), max_tokens=1000)
+        made = next(
+            encode_all([Conversation(messages=messages)], family(loaded, name), max_tokens=1000)
+        )
         assert not isinstance(made, str)
         assert made.input_ids == example["input_ids"], example["name"]
         if name != "qwen":  # Qwen's script also trains other roles' markup; here only answers are

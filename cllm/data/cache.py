@@ -29,6 +29,7 @@ _PACKAGE = Path(__file__).parents[1]
 # bytes to conversations to ids
 _CODE = (
     "data/*.py",
+    "assets/t*.toml",
     "model/tokenizer.py",
     "model/chat_template.py",
     "model/text_stream.py",
@@ -77,8 +78,8 @@ class Slices(Sequence[T]):
         return _hashed(self.starts, self.ends, *self.arrays)
 
 
-def _hashed(*parts: bytes | Array | Path) -> str:
-    """Of bytes, arrays and files' contents; each part's end counts, so that none runs into the
+def _hashed(*parts: str | Array | Path) -> str:
+    """Of texts, arrays and files' contents; each part's end counts, so that none runs into the
     next.
     """
     digest = hashlib.blake2b(digest_size=16)
@@ -87,8 +88,10 @@ def _hashed(*parts: bytes | Array | Path) -> str:
             with part.open("rb") as stream:
                 while block := stream.read(1 << 22):
                     digest.update(block)
+        elif isinstance(part, str):
+            digest.update(part.encode("utf-8", "surrogatepass"))
         else:
-            digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+            digest.update(np.ascontiguousarray(part).data)
         digest.update(digest.digest())
     return digest.hexdigest()
 
@@ -101,13 +104,12 @@ def key_of(*facts: object, files: Sequence[Path] = (), tokenizer: Any = None) ->
     with tempfile.TemporaryDirectory() as saved:
         if tokenizer:
             tokenizer.save(Path(saved))  # whatever decides its ids
-        own = [
-            part for file in sorted(Path(saved).iterdir()) for part in (file.name.encode(), file)
-        ]
-        named = [
-            part for file in files for part in (str(file).encode("utf-8", "surrogatepass"), file)
-        ]
-        return _hashed(repr(facts).encode("utf-8", "surrogatepass"), *code, *own, *named)
+        parts: list[str | Path] = [repr(facts), *code]
+        for file in sorted(Path(saved).iterdir()):
+            parts += [file.name, file]
+        for file in files:
+            parts += [str(file), file]
+        return _hashed(*parts)
 
 
 def recall(key: str, make: Callable[[], Entry]) -> Entry:

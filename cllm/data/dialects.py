@@ -8,10 +8,8 @@ what was never trained.
 
 from __future__ import annotations
 
-import json
-
 from cllm.data.template import Template
-from cllm.messages import UserError
+from cllm.messages import UserError, to_json
 
 _NO_TOOLS = "{{ raise_exception('this chat template was trained without tools') }}"
 
@@ -22,10 +20,6 @@ def _put(*parts: str) -> str:
     return "{{ " + " ~ ".join(kept) + " }}" if kept else ""
 
 
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
 def jinja(template: Template) -> str:
     """The chat_template: variables messages, add_generation_prompt and tools, as Transformers gives
     them.
@@ -33,33 +27,30 @@ def jinja(template: Template) -> str:
     t = template
     if t.jinja:
         return t.jinja
-    before, _, behind = t.user[0].partition("{round}")
-    user_opening = (
-        [_quote(before), "ns.turn", _quote(behind)] if "{round}" in t.user[0] else [_quote(before)]
-    )
+    before, numbered, behind = t.user[0].partition("{round}")
+    turn = "ns.turn" if numbered else ""
     system = ""
     if t.system is not None:
         given = "system is not none" if t.empty_system else "system"
         opening = " ~ ".join(
-            (_quote(t.system[0]), "(system | trim)" if t.trim else "system", _quote(t.system[1]))
+            (to_json(t.system[0]), "(system | trim)" if t.trim else "system", to_json(t.system[1]))
         )
         system = "{% if " + given + " %}{% set ns.opening = " + opening + " %}{% endif %}"
-    later = (
-        [_quote(t.system[0]), "content", _quote(t.system[1])]
-        if t.system and not t.merge_system
-        else []
-    )
+    later = ""
+    if t.system and not t.merge_system:
+        later = _put(to_json(t.system[0]), "content", to_json(t.system[1]))
+        later = "{% elif m.role == 'system' %}" + later
     return "".join(
         [
             f"{{% if tools %}}{_NO_TOOLS}{{% endif %}}",
             "{% set system, rest = "
-            + ("none" if t.default_system is None else _quote(t.default_system))
+            + ("none" if t.default_system is None else to_json(t.default_system))
             + ", messages %}",
             "{% if messages and messages[0].role == 'system' %}"
             "{% set system, rest = messages[0].content, messages[1:] %}{% endif %}",
             "{% set ns = namespace(opening='', turn=0, query=-1) %}",
             system,
-            _put(_quote(t.prefix)),
+            _put(to_json(t.prefix)),
             "" if t.merge_system else "{{ ns.opening }}{% set ns.opening = '' %}",
             "{% for m in rest %}{% if m.role == 'user' %}"
             "{% set ns.query = loop.index0 %}{% endif %}{% endfor %}"
@@ -68,18 +59,20 @@ def jinja(template: Template) -> str:
             "{% for m in rest %}{% set content = m.content" + (" | trim" if t.trim else "") + " %}",
             "{% if m.role == 'assistant' %}",
             _answer(t),
-            *(["{% elif m.role == 'system' %}", _put(*later)] if later else []),
+            later,
             f"{{% elif m.role == 'tool' %}}{_NO_TOOLS}",
             "{% else %}{% set ns.turn = ns.turn + (m.role == 'user') | int %}",
-            _put(*user_opening, "ns.opening", "content", _quote(t.user[1])),
+            _put(
+                to_json(before), turn, to_json(behind), "ns.opening", "content", to_json(t.user[1])
+            ),
             "{% set ns.opening = '' %}{% endif %}{% endfor %}",
-            "{% if add_generation_prompt %}" + _put(_quote(t.opening)) + "{% endif %}",
+            "{% if add_generation_prompt %}" + _put(to_json(t.opening)) + "{% endif %}",
         ]
     )
 
 
 def _answer(t: Template) -> str:
-    parts = [_quote(t.assistant)]
+    parts = [to_json(t.assistant)]
     before = ""
     if t.thinking:
         strip = "strip()" if t.trim else r"strip('\n')"
@@ -99,11 +92,11 @@ def _answer(t: Template) -> str:
             f"if loop.index0 > ns.query and {shown} else '')"
         )
     closing = (
-        f"({_quote(t.end)} if loop.last else {_quote(t.after)})"
+        f"({to_json(t.end)} if loop.last else {to_json(t.after)})"
         if t.final_end
-        else _quote(t.end + t.after)
+        else to_json(t.end + t.after)
     )
-    return before + _put(*parts, _quote(t.lead), "content", closing)
+    return before + _put(*parts, to_json(t.lead), "content", closing)
 
 
 def go(template: Template) -> str:
@@ -115,40 +108,31 @@ def go(template: Template) -> str:
         raise UserError("export.ollama", template=t.name)
 
     def put(text: str) -> str:
-        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+        return "{{ " + to_json(text) + " }}" if text else ""
 
-    system = "" if t.system is None else put(t.system[0]) + "{{ $m.Content }}" + put(t.system[1])
-    merged = (
-        ""
-        if t.system is None
-        else "{{ if and $.System (not $seen) }}"
-        + system.replace("$m.Content", "$.System")
-        + "{{ end }}"
-    )
-    closing = put(t.end + t.after) if not t.final_end else put(t.after)
-    answer = (
-        put(t.assistant + t.lead)
-        + "{{ $m.Content }}"
-        + "{{ if not $last }}"
-        + closing
-        + "{{ end }}"
-    )
-    question = (
-        put(t.user[0])
-        + (merged if t.merge_system else "")
-        + "{{ $seen = true }}{{ $m.Content }}"
-        + put(t.user[1])
-    )
+    later = merged = ""
+    if t.system is not None:
+        opening, closing = map(put, t.system)
+        later = '{{ else if eq $m.Role "system" }}' + opening + "{{ $m.Content }}" + closing
+        merged = (
+            "{{ if and $.System (not $seen) }}" + opening + "{{ $.System }}" + closing + "{{ end }}"
+        )
     return "".join(
         [
             put(t.prefix),
             "{{ $seen := false }}{{ range $i, $m := .Messages }}"
             "{{ $last := eq (len (slice $.Messages $i)) 1 }}",
             '{{ if eq $m.Role "user" }}',
-            question,
+            put(t.user[0]),
+            merged if t.merge_system else "",
+            "{{ $seen = true }}{{ $m.Content }}",
+            put(t.user[1]),
             '{{ else if eq $m.Role "assistant" }}',
-            answer,
-            "" if t.merge_system or not system else '{{ else if eq $m.Role "system" }}' + system,
+            put(t.assistant + t.lead),
+            "{{ $m.Content }}{{ if not $last }}",
+            put(t.after if t.final_end else t.end + t.after),
+            "{{ end }}",
+            "" if t.merge_system else later,
             "{{ end }}",
             '{{ if and $last (ne $m.Role "assistant") }}',
             put(t.opening),

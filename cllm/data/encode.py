@@ -41,6 +41,7 @@ class Example(NamedTuple):
 Ids: TypeAlias = "tuple[array[int], array[int]]"
 """An Example's ids and labels as int32."""
 Refusal = Literal["too_long", "no_supervised_token"]
+Truncate = Literal["drop", "prompt"]
 
 
 class Encoder(Protocol):
@@ -55,31 +56,20 @@ class Encoder(Protocol):
     def save(self, directory: Path) -> None: ...
 
 
-def encode(
-    conversation: Conversation,
-    tokenizer: Encoder,
-    *,
-    max_tokens: int,
-    truncate: Literal["drop", "prompt"] = "drop",
-) -> Example | Refusal:
-    """The conversation's token ids and labels, at most `max_tokens` of them, or the reason why
-    there is none.
-
-    truncate="drop": a longer conversation is "too_long". truncate="prompt": its oldest rounds are
-    left out, then the last user message is cut from its start; "too_long" only if the last answer
-    does not fit either.
-    """
-    return next(encode_all([conversation], tokenizer, max_tokens=max_tokens, truncate=truncate))
-
-
 def encode_all(
     conversations: Iterable[Conversation],
     tokenizer: Encoder,
     *,
     max_tokens: int,
-    truncate: Literal["drop", "prompt"] = "drop",
+    truncate: Truncate = "drop",
 ) -> Iterator[Example | Refusal]:
-    """`encode` of each conversation in order, many at a time."""
+    """Of each conversation in order: its token ids and labels, at most `max_tokens` of them, or the
+    reason why there are none.
+
+    truncate="drop": a longer conversation is "too_long". truncate="prompt": its oldest rounds are
+    left out, then the last user message is cut from its start; "too_long" only if the last answer
+    does not fit either.
+    """
     results = _encoded(conversations, tokenizer, max_tokens, truncate)
     return (
         result if isinstance(result, str) else Example(*(part.tolist() for part in result))
@@ -100,17 +90,15 @@ def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
 
 
 def _encoded(
-    conversations: Iterable[Conversation],
-    tokenizer: Encoder,
-    max_tokens: int,
-    truncate: Literal["drop", "prompt"],
+    conversations: Iterable[Conversation], tokenizer: Encoder, max_tokens: int, truncate: Truncate
 ) -> Iterator[Ids | Refusal]:
     for batch in batches(conversations):
         pairs = tokenizer.encode_batch([tokenizer.segments(item) for item in batch])
         for conversation, pair in zip(batch, pairs, strict=True):
-            fitting: Ids | None = pair if len(pair[0]) <= max_tokens else None
-            if fitting is None and truncate == "prompt":
-                fitting = _shorten(conversation, tokenizer, max_tokens)
+            fitting: Ids | None = pair
+            if len(pair[0]) > max_tokens:
+                prompt = truncate == "prompt"
+                fitting = _shorten(conversation, tokenizer, max_tokens) if prompt else None
             if fitting is None:
                 yield "too_long"
             elif fitting[1] == IGNORED * len(fitting[1]):
@@ -125,7 +113,7 @@ def encode_set(
     *,
     kind: Literal["chat", "text"],
     max_tokens: int,
-    truncate: Literal["drop", "prompt"] = "drop",
+    truncate: Truncate = "drop",
 ) -> tuple[Slices[Example], Sequence[Conversation], Counter[str]]:
     """(examples, the conversations that gave them, how many did not by reason); what comes out of
     the cache goes there.

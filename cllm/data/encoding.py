@@ -59,12 +59,7 @@ def sniff_encoding(head: bytes) -> str:
         return "utf-8"
     except UnicodeDecodeError:
         lines = [line for line in head.split(b"\n") if not line.isascii()][:200]
-    good = 0
-    for line in lines:
-        try:
-            good += bool(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            continue
+    good = sum(line.decode("utf-8", "ignore").encode() == line for line in lines)
     return "utf-8" if 2 * good >= len(lines) else _guess(b"\n".join(lines))[1]
 
 
@@ -106,10 +101,9 @@ def decoded(head: bytes, stream: Bytes, encoding: str) -> Iterator[str]:
     one.
     """
     errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
-    decoder, rest = (
-        codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)(errors),
-        "",
-    )
+    codec = "utf-8-sig" if encoding == "utf-8" else encoding
+    decoder = codecs.getincrementaldecoder(codec)(errors)
+    rest = ""
     for data in chain((head,), iter(lambda: stream.read1(CHUNK_BYTES), b"")):
         text = rest + _decode(decoder, data)
         cut = text.rfind("\n") + 1 or len(text)

@@ -1,4 +1,4 @@
-"""Text -> (line, row) from JSON Lines, a JSON array or JSON objects; broken places become Faults.
+"""Text -> (line, row) from JSON Lines, a JSON array or objects; broken places become RowErrors.
 
 Lines are read one by one. Arrays and objects are held as one text, from which values are cut one
 after another: what comes before a broken place, and often what follows it, is saved.
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cllm.data.encoding import ESCAPED, split_lines
-from cllm.data.schema import Fault
-from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, is_turn
+from cllm.data.text import RowError
+from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, is_turn, unboxed
 from cllm.messages import say
 
 NumberedRow = tuple[int, Any]
@@ -42,7 +42,7 @@ def whole(line: str) -> int:
 
 
 def json_lines(pieces: Iterable[str]) -> Iterator[NumberedRow]:
-    """A row a line; blank lines are skipped, bad ones are Faults one by one."""
+    """A row a line; blank lines are skipped, bad ones are RowErrors one by one."""
     for number, line in enumerate(split_lines(pieces), 1):
         if not (bare := line.strip(BLANK)):
             continue
@@ -63,19 +63,17 @@ def json_document(pieces: Iterable[str]) -> Iterator[NumberedRow]:
     while not document.broken and opening == "{" == document.peek():
         yield from _object(document)
     if not document.broken and document.peek():
-        yield document.line, Fault("parse_error", say("row.behind", found=document.ahead()))
+        yield document.line, RowError("row.behind", "parse_error", found=document.ahead())
 
 
-def _fault(error: Exception, text: str) -> Fault:
+def _fault(error: Exception, text: str) -> RowError:
     """Why `text` is no JSON."""
     if ESCAPED.search(text):
-        return Fault("decode_error", say("row.bytes", found=f"{text:.40}"))
+        return RowError("row.bytes", "decode_error", found=f"{text:.40}")
     if isinstance(error, json.JSONDecodeError):
-        near = error.doc[max(0, error.pos - 15) : error.pos + 15]
-        return Fault(
-            "parse_error", say("row.json", detail=error.msg, column=error.colno, near=repr(near))
-        )
-    return Fault("parse_error", say("row.value", detail=f"{error!s:.100}"))
+        near = repr(error.doc[max(0, error.pos - 15) : error.pos + 15])
+        return RowError("row.json", "parse_error", detail=error.msg, column=error.colno, near=near)
+    return RowError("row.value", "parse_error", detail=f"{error!s:.100}")
 
 
 class _Document:
@@ -116,7 +114,7 @@ class _Document:
         value, self.at = _DECODER.raw_decode(self.text, self.at)
         return value
 
-    def fault(self, error: Exception) -> Fault:
+    def fault(self, error: Exception) -> RowError:
         """Why there is no value where the text is read up to."""
         return _fault(error, self.text[self.at : self.at + 200])
 
@@ -153,30 +151,30 @@ def _joined(rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
 
 
 def _array(document: _Document) -> Iterator[NumberedRow]:
-    """The elements of an array, and a Fault where it breaks."""
+    """The elements of an array, and a RowError where it breaks."""
     document.skip("[")
     number = 0
     while not document.skip("]"):
         if not document.peek():
             document.broken = True
-            yield document.line, Fault("parse_error", say("row.cut", count=number))
+            yield document.line, RowError("row.cut", "parse_error", count=number)
             return
         number, line = number + 1, document.line
         try:
             yield line, document.value()
         except (ValueError, RecursionError) as error:
-            reason, detail = document.fault(error)
-            yield line, Fault(reason, say("row.element", number=number, detail=detail))
+            reason, detail = document.fault(error).args
+            yield line, RowError("row.element", reason, number=number, detail=detail)
             if document.resume():
                 continue
             document.broken = True
             return
         if document.skip(","):
             if document.peek() == "]":
-                yield document.line, Fault("parse_error", say("row.comma", count=number))
+                yield document.line, RowError("row.comma", "parse_error", count=number)
         elif (following := document.peek()) not in ("]", ""):
-            between = say("row.between", found=document.ahead(), number=number)
-            yield document.line, Fault("parse_error", between)
+            ahead = document.ahead()
+            yield document.line, RowError("row.between", "parse_error", found=ahead, number=number)
             if following != "{":
                 document.broken = True
                 return
@@ -212,27 +210,22 @@ def _object(document: _Document) -> Iterator[NumberedRow]:
     if _by_key(members):
         yield from members.values()
     elif not wrapped:
-        yield from (
-            (start, row) for row in _unstacked({key: value for key, (_, value) in members.items()})
-        )
+        row = {key: value for key, (_, value) in members.items()}
+        yield from ((start, part) for part in _unstacked(row))
 
 
 def _by_key(members: dict[str, NumberedRow]) -> bool:
     """Whether the values of an object are the rows: objects, or one-element lists of one, under
     keys that name no field.
     """
-    values = [
-        value[0] if isinstance(value, list) and len(value) == 1 else value
-        for _, value in members.values()
-    ]
     return (
         bool(members)
         and SCHEMA_KEYS.isdisjoint(members)
-        and all(isinstance(value, dict) for value in values)
+        and all(isinstance(unboxed(value), dict) for _, value in members.values())
     )
 
 
-def _unstacked(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _unstacked(row: dict[str, Any]) -> list[dict[str, Any]]:
     """{"instruction": […], "output": […], …} -> its rows; anything else is one row (input[] and
     output[] alone are turns).
     """
@@ -249,7 +242,5 @@ def _unstacked(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         or set(row) == {"input", "output"}
         or SCHEMA_KEYS.isdisjoint(row)
     ):
-        yield row
-        return
-    for values in zip(*row.values(), strict=True):
-        yield dict(zip(row, values, strict=True))
+        return [row]
+    return [dict(zip(row, values, strict=True)) for values in zip(*row.values(), strict=True)]

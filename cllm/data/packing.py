@@ -69,22 +69,20 @@ class PackedBatch:
         """
         if len(self.input_ids) <= tokens:
             return [self]
-        bounds, supervised = self.cu_seqlens.tolist(), self.supervised.tolist()
+        bounds, supervised = self.cu_seqlens, self.supervised
         cuts = [0]
-        for start, end in itertools.pairwise(bounds):
+        for start, end in itertools.pairwise(bounds.tolist()):
             if start > cuts[-1] and end - cuts[-1] > tokens:
                 cuts.append(start)
         parts = []
-        for low, high in itertools.pairwise([*cuts, bounds[-1]]):
-            inside = [bound - low for bound in bounds if low <= bound <= high]
-            labelled = slice(*(bisect.bisect_left(supervised, edge) for edge in (low, high)))
+        for low, high in itertools.pairwise([*cuts, len(self.input_ids)]):
             parts.append(
                 PackedBatch(
                     input_ids=self.input_ids[low:high],
                     labels=self.labels[low:high],
                     position_ids=self.position_ids[low:high],
-                    supervised=self.supervised[labelled] - low,
-                    cu_seqlens=torch.tensor(inside, dtype=torch.int32),
+                    supervised=supervised[(supervised >= low) & (supervised < high)] - low,
+                    cu_seqlens=bounds[(bounds >= low) & (bounds <= high)] - low,
                 )
             )
         return parts
@@ -179,13 +177,8 @@ class PackedRows:
         rows: list[list[int]] = []
         for start in range(0, len(order), _WINDOW):
             window = order[start : start + _WINDOW]
-            lengths = [self.sizes[i] for i in window]
-            groups = (
-                [[i] for i in range(len(window))]
-                if self.single
-                else best_fit(lengths, self.row_tokens)
-            )
-            rows += [[window[i] for i in group] for group in groups]
+            sizes = [self.row_tokens if self.single else self.sizes[i] for i in window]
+            rows += [[window[i] for i in group] for group in best_fit(sizes, self.row_tokens)]
         shuffle.shuffle(rows)
         return rows
 

@@ -9,10 +9,11 @@ word segmentation; every candidate is checked exactly.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from cllm.data.schema import Conversation, Message, Reject
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # a pair of Jaccard similarity s is found with probability 1 - (1 - s^4)^16: 0.9998 at 0.8
 SHINGLE_CHARS, BANDS, BAND_ROWS = 3, 16, 4
 EXAMPLES = 3
+BINS, BAR_WIDTH = 12, 40  # of the histogram in a terminal
 NEAR_LIMIT = 100_000  # conversations; the search takes about 0.2 ms and 2 kB for each
 
 # Simplified characters, each followed by its traditional form: the commonest of those where the two
@@ -44,13 +46,6 @@ BOILERPLATE = re.compile(
 )
 
 
-def content_hash(conversation: Conversation) -> bytes:
-    """16 bytes that are equal for equal messages and tools; where a row stood does not matter."""
-    parts = [part for message in conversation for part in message] + [conversation.tools]
-    # no message holds a NUL
-    return hashlib.blake2b("\x00".join(parts).encode(), digest_size=16).digest()
-
-
 def deduplicate(conversations: Iterable[Conversation]) -> list[Conversation]:
     """The conversations without exact duplicates, in order; of equal ones the first is kept."""
     first: dict[tuple[tuple[Message, ...], str], Conversation] = {}
@@ -69,11 +64,12 @@ def split_held_out(
     neither side is empty (for 0 < fraction < 1).
     """
     salt = seed.to_bytes(8, "little", signed=True)
-    digests = (
-        hashlib.blake2b(content_hash(item), digest_size=8, salt=salt).digest()
-        for item in conversations
-    )
-    draws = [int.from_bytes(digest, "big") for digest in digests]
+    draws = []
+    for item in conversations:
+        parts = [*chain.from_iterable(item), item.tools]  # no message holds a NUL
+        content = hashlib.blake2b("\x00".join(parts).encode(), digest_size=16).digest()
+        salted = hashlib.blake2b(content, digest_size=8, salt=salt).digest()
+        draws.append(int.from_bytes(salted, "big"))
     limit = int(fraction * 2**64)
     if 0 < fraction < 1 and len(set(draws)) > 1:
         limit = sorted((min(draws) + 1, limit, max(draws)))[1]  # min and max go to different sides
@@ -83,15 +79,18 @@ def split_held_out(
     return sides
 
 
+def _folded(text: str) -> str:
+    """`text` without white space and case."""
+    return "".join(text.lower().split())
+
+
 def _shingles(text: str) -> np.ndarray:
     """The distinct hashes (uint64) of all runs of SHINGLE_CHARS characters, white space and case
     aside.
     """
     import numpy as np
 
-    codes = np.frombuffer(
-        "".join(text.lower().split()).encode("utf-32-le"), dtype=np.uint32
-    ).astype(np.uint64)
+    codes = np.frombuffer(_folded(text).encode("utf-32-le"), np.uint32).astype(np.uint64)
     size = min(SHINGLE_CHARS, len(codes))
     hashes = np.zeros(len(codes) - size + 1 if size else 0, dtype=np.uint64)
     for offset in range(size):
@@ -131,24 +130,24 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[
     return pairs
 
 
+def _whole(conversation: Conversation) -> str:
+    return "\n".join(message.content for message in conversation)
+
+
 def question(conversation: Conversation) -> str:
     """Everything the user says, a line each; the text itself for pre-training."""
-    return (
-        "\n".join(m.content for m in conversation if m.role == "user")
-        or conversation.messages[0].content
-    )
+    asked = "\n".join(m.content for m in conversation if m.role == "user")
+    return asked or conversation.messages[0].content
 
 
-def leaks(
-    train: Sequence[Conversation], test: Sequence[Conversation], threshold: float = 0.8
-) -> list[tuple[int, int]]:
+def leaks(train: Sequence[Conversation], test: Sequence[Conversation]) -> list[tuple[int, int]]:
     """(test index, train index) of the test conversations whose questions are also in the training
     set, or nearly.
     """
     texts = [question(conversation) for conversation in (*train, *test)]
     return [
         (late - len(train), early)
-        for late, early in near_duplicates(texts, threshold)
+        for late, early in near_duplicates(texts)
         if early < len(train) <= late
     ]
 
@@ -159,8 +158,8 @@ def repeated_questions(
     """The test conversations whose questions, white space and case aside, are asked in the training
     set too.
     """
-    asked = {"".join(question(item).lower().split()) for item in train}
-    return [item for item in test if "".join(question(item).lower().split()) in asked]
+    asked = {_folded(question(item)) for item in train}
+    return [item for item in test if _folded(question(item)) in asked]
 
 
 def language(text: str) -> str:
@@ -173,7 +172,7 @@ def language(text: str) -> str:
         return "other"
     counts = Counter(text)
     simple, full = (
-        sum(counts[c] for c in script if c in counts) for script in (_SIMPLIFIED, _TRADITIONAL)
+        sum(counts[c] for c in counts.keys() & script) for script in (_SIMPLIFIED, _TRADITIONAL)
     )
     return "traditional" if full > simple else "simplified"
 
@@ -183,65 +182,46 @@ def percentiles(values: Sequence[int]) -> dict[str, float]:
     if not values:
         return {}
     ordered = sorted(values)
-    at = {f"p{q}": ordered[min(len(ordered) - 1, q * len(ordered) // 100)] for q in (50, 90, 99)}
-    return {
-        "min": ordered[0],
-        **at,
-        "max": ordered[-1],
-        "mean": round(sum(ordered) / len(ordered), 1),
-    }
+    shares = {"min": 0, "p50": 50, "p90": 90, "p99": 99}
+    result = {name: ordered[share * len(ordered) // 100] for name, share in shares.items()}
+    return result | {"max": ordered[-1], "mean": round(sum(ordered) / len(ordered), 1)}
 
 
-def histogram(values: Sequence[int], width: int = 40, bins: int = 12) -> list[str]:
+def histogram(values: Sequence[int]) -> list[str]:
     """Lines of a bar chart for a terminal; the last bin holds everything beyond the 99th
     percentile.
     """
     if not values:
         return []
-    top = max(1, int(percentiles(values)["p99"]))
-    step = -(-top // bins)
-    counts = Counter(min(value // step, bins) for value in values)
-    last = max(counts)
-    high = max(counts.values())
-    labels = [
-        f"{n * step:>7}-{(n + 1) * step - 1}" if n < bins else f"{n * step:>7}-"
-        for n in range(last + 1)
-    ]
-    return [
-        f"{label:<16} {'█' * -(-counts[n] * width // high)} {counts[n]}"
-        for n, label in enumerate(labels)
-    ]
+    step = math.ceil(max(1, percentiles(values)["p99"]) / BINS)
+    heights = Counter(min(value // step, BINS) for value in values)
+    high = max(heights.values())
+    lines = []
+    for n in range(max(heights) + 1):
+        label = f"{n * step:>7}-" + (f"{(n + 1) * step - 1}" if n < BINS else "")
+        bar = "█" * math.ceil(heights[n] * BAR_WIDTH / high)
+        lines.append(f"{label:<16} {bar} {heights[n]}")
+    return lines
 
 
-def plot_lengths(values: Sequence[int], path: Path, unit: str, limit: int = 0) -> None:
-    """Write a histogram of lengths as PNG, with a line at `limit`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(values, bins=60)
-    if limit:
-        axes.axvline(limit, color="tab:red", label=f"limit {limit}")
-        axes.legend()
-    axes.set(xlabel=f"{unit} per conversation", ylabel="conversations", yscale="log")
-    figure.savefig(path, format="png", dpi=110)
+def _located(conversations: Iterable[Conversation]) -> dict[str, Any]:
+    places = [f"{item.file}:{item.line}" for item in conversations]
+    return {"count": len(places), "examples": places[:EXAMPLES]}
 
 
-def _located(found: list[Conversation]) -> dict[str, Any]:
+def counts(conversations: Sequence[Conversation], rejects: Sequence[Reject]) -> dict[str, Any]:
+    """How many rows there are, and of the rejects by reason (the commonest first) how many and the
+    first examples; ready for JSON.
+    """
+    by_reason: dict[str, Any] = {}
+    for reason, count in Counter(reject.reason for reject in rejects).most_common():
+        first = islice((r._asdict() for r in rejects if r.reason == reason), EXAMPLES)
+        by_reason[reason] = {"count": count, "examples": list(first)}
     return {
-        "count": len(found),
-        "examples": [f"{item.file}:{item.line}" for item in found[:EXAMPLES]],
-    }
-
-
-def rejects_by_reason(rejects: Sequence[Reject]) -> dict[str, dict[str, Any]]:
-    """reason -> count and the first examples, ready for JSON; the commonest reason first."""
-    by_reason: dict[str, list[Reject]] = {}
-    for reject in rejects:
-        by_reason.setdefault(reject.reason, []).append(reject)
-    return {
-        reason: {"count": len(group), "examples": [reject._asdict() for reject in group[:EXAMPLES]]}
-        for reason, group in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+        "rows": len(conversations) + len(rejects),
+        "valid": len(conversations),
+        "rejected": len(rejects),
+        "rejects": by_reason,
     }
 
 
@@ -258,37 +238,32 @@ def quality(
     may exceed.
     """
     unique = deduplicate(conversations)
-    texts = ["\n".join(message.content for message in item) for item in conversations]
-    near = near_duplicates(
-        ["\n".join(message.content for message in item) for item in unique[:NEAR_LIMIT]]
-    )
-    boilerplate = [item for item in conversations if BOILERPLATE.search(item.messages[-1].content)]
+    texts = [_whole(item) for item in conversations]
+    near = near_duplicates([_whole(item) for item in unique[:NEAR_LIMIT]])
     personal = {
-        kind: [item for item, text in zip(conversations, texts, strict=True) if p.search(text)]
+        kind: _located(
+            item for item, text in zip(conversations, texts, strict=True) if p.search(text)
+        )
         for kind, p in PERSONAL.items()
     }
-    result: dict[str, Any] = {
-        "rows": len(conversations) + len(rejects),
-        "valid": len(conversations),
-        "rejected": len(rejects),
-        "rejects": rejects_by_reason(rejects),
+    categories = Counter(item.category for item in conversations if item.category)
+    result = counts(conversations, rejects) | {
         "duplicates": {"exact": len(conversations) - len(unique), "near": len(near)},
         "turns": percentiles([sum(m.role == "assistant" for m in item) for item in conversations]),
         "characters": percentiles([len(text) for text in texts]),
         "languages": dict(Counter(map(language, texts)).most_common()),
-        "boilerplate": _located(boilerplate),
-        "personal": {kind: _located(found) for kind, found in personal.items()},
-        "replacement_characters": sum("\ufffd" in text for text in texts),
-        "categories": dict(
-            Counter(item.category for item in conversations if item.category).most_common(20)
+        "boilerplate": _located(
+            item for item in conversations if BOILERPLATE.search(item.messages[-1].content)
         ),
+        "personal": personal,
+        "replacement_characters": sum("\ufffd" in text for text in texts),
+        "categories": dict(categories.most_common(20)),
     }
     if token_lengths:
-        over = sum(length > max_tokens for length in token_lengths)
         result |= {
             "tokens": percentiles(token_lengths),
             "total_tokens": sum(token_lengths),
             "limit": max_tokens,
-            "over_limit": over,
+            "over_limit": sum(length > max_tokens for length in token_lengths),
         }
     return result

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gc
 import gzip
-import json
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,14 +16,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
 from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, whole
-from cllm.data.schema import Conversation, Fault, Normalizer, Reject, to_row
-from cllm.data.text import VERBATIM, TextOptions
+from cllm.data.schema import Conversation, Normalizer, Reject, to_row
+from cllm.data.text import VERBATIM, RowError, TextOptions
 from cllm.data.turns import SCHEMA_KEYS
-from cllm.messages import UserError, note, say
+from cllm.messages import UserError, note, say, to_json
 
 SUFFIXES = frozenset(("", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".gz"))
 HEAD_BYTES = 1 << 18  # what the encoding is judged by
@@ -37,6 +36,7 @@ BINARY = {  # first bytes -> what such a file is
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh9": "bzip2",
 }
+DELIMITERS = ",\t;"
 MAX_RECORD_LINES = 1000  # lines that one quoted CSV record may span
 
 
@@ -56,7 +56,8 @@ def iter_conversations(
     """
     normalize = Normalizer(columns, kind, options)
     for file in list_files(path):
-        name, count, before = str(file), 0, 0
+        name = str(file)
+        count = before = 0
         for count, (line, row) in enumerate(_rows(file, normalize), 1):
             item = normalize(row, name, line)
             # many rows on one line: the line alone does not find it
@@ -109,17 +110,15 @@ def write_conversations(
     count = 0
     with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
         for conversation in conversations:
-            stream.write(json.dumps(to_row(conversation, kind), ensure_ascii=False) + "\n")
+            stream.write(to_json(to_row(conversation, kind)) + "\n")
             count += 1
     return count
 
 
-def sample_rows(path: str | Path, count: int) -> list[object]:
-    """The first `count` rows as they stand in the file, for guessing what their names mean; broken
-    ones are left out.
-    """
+def sample_rows(path: str | Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` rows with names as they stand in the file, for guessing what those mean."""
     rows = (row for file in list_files(path) for _, row in _rows(file, Normalizer()))
-    return list(islice((row for row in rows if not isinstance(row, Fault)), count))
+    return list(islice((row for row in rows if isinstance(row, dict)), count))
 
 
 def list_files(path: str | Path) -> list[Path]:
@@ -141,40 +140,38 @@ def list_files(path: str | Path) -> list[Path]:
     return [path]
 
 
-class _Gzip:
+class _Gzip(gzip.GzipFile):
     """A gzip file that ends where it breaks, and then says why in `fault`."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.file = gzip.GzipFile(fileobj=raw)
-        self.fault = ""
+    fault = ""
 
-    def read1(self, size: int) -> bytes:
+    def read1(self, size: int = -1) -> bytes:
         try:
-            return self.file.read1(size)
+            return super().read1(size)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             self.fault = str(error)
             return b""
 
 
 def _rows(file: Path, normalize: Normalizer) -> Iterator[NumberedRow]:
-    """(line, row or Fault) of one file, of whatever format."""
+    """(line, row or RowError) of one file, of whatever format."""
     line = 0
     try:
         with file.open("rb") as raw:
-            stream: Bytes = _Gzip(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            stream: Bytes = _Gzip(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             head = b""
             while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES)):
                 head += piece
             binary = next((what for magic, what in BINARY.items() if head.startswith(magic)), "")
-            for numbered in (
+            rows = (
                 _binary(head, stream, binary)
                 if binary
                 else _text_rows(file, head, stream, normalize)
-            ):
-                line = numbered[0]
-                yield numbered
+            )
+            for line, row in rows:
+                yield line, row
             if isinstance(stream, _Gzip) and stream.fault:
-                yield line + 1, Fault("decode_error", say("row.gzip", detail=stream.fault))
+                yield line + 1, RowError("row.gzip", "decode_error", detail=stream.fault)
     except OSError as error:
         raise UserError("data.unreadable_file", path=file, cause=error.strerror or error) from error
 
@@ -187,15 +184,13 @@ def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[NumberedRow]:
         import pyarrow.parquet
 
         try:
-            source = pyarrow.BufferReader(
-                b"".join((head, *iter(lambda: stream.read1(HEAD_BYTES), b"")))
-            )
-            batches = pyarrow.parquet.ParquetFile(source).iter_batches()
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            content = b"".join((head, *iter(lambda: stream.read1(HEAD_BYTES), b"")))
+            table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+            yield from enumerate((row for b in table.iter_batches() for row in b.to_pylist()), 1)
             return
         except (pyarrow.ArrowException, OSError) as error:
             what = say("row.file.broken", detail=f"{error!s:.200}")
-    yield 1, Fault("parse_error", say("row.binary", what=what))
+    yield 1, RowError("row.binary", "parse_error", what=what)
 
 
 def _text_rows(
@@ -211,13 +206,9 @@ def _text_rows(
     texts = chain((start,), pieces)
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
     shape = _shape(start, suffixes[-1] if suffixes else "")
-    if shape == "lines":
-        return json_lines(texts)
-    return (
-        json_document(texts)
-        if shape == "document"
-        else _table(split_lines(texts), start, normalize)
-    )
+    if shape == "table":
+        return _table(split_lines(texts), start, normalize)
+    return json_lines(texts) if shape == "lines" else json_document(texts)
 
 
 def _shape(start: str, suffix: str) -> str:
@@ -234,11 +225,8 @@ def _shape(start: str, suffix: str) -> str:
         return "lines" if len(lines) > 1 and (whole(lines[0]) or objects > 1) else "document"
     if not lines or objects or suffix in (".json", ".jsonl", ".ndjson"):
         return "lines"
-    return (
-        "table"
-        if suffix in (".csv", ".tsv") or any(mark in lines[0] for mark in ",\t;")
-        else "lines"
-    )
+    cells = suffix in (".csv", ".tsv") or any(mark in lines[0] for mark in DELIMITERS)
+    return "table" if cells else "lines"
 
 
 # --- tables
@@ -249,25 +237,24 @@ def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[
     header.
     """
     if "\n" not in start.strip() and "\r" in start.strip():  # an old Macintosh's line ends
-        start, lines = (
-            start.replace("\r", "\n"),
-            (part for line in lines for part in line.split("\r")),
-        )
+        start = start.replace("\r", "\n")
+        lines = (part for line in lines for part in line.split("\r"))
     delimiter, width = _dialect(start, SCHEMA_KEYS.union(normalize.columns.values(), ("title",)))
     header: list[str] = []
-    for line, cells in _records(lines, delimiter, width):
-        if isinstance(cells, Fault) or normalize.headless:
+    for line, cells in _records(_Lines(lines), delimiter, width):
+        if isinstance(cells, RowError) or normalize.headless:
             yield line, cells
         elif not header:
             header = [cell.strip(BLANK) for cell in cells]
-        elif len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
+        elif any(cell.strip() for cell in cells[len(header) :]):
             yield (
                 line,
-                Fault(
+                RowError(
+                    "row.cells",
                     "parse_error",
-                    say(
-                        "row.cells", count=len(cells), header=len(header), delimiter=repr(delimiter)
-                    ),
+                    count=len(cells),
+                    header=len(header),
+                    delimiter=repr(delimiter),
                 ),
             )
         else:
@@ -278,32 +265,44 @@ def _dialect(start: str, known: frozenset[str]) -> tuple[str, int]:
     """(delimiter, columns): the delimiter whose header names known columns, else the one that
     splits the lines most evenly.
     """
-    lines = [
-        line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n")[:40] if line.strip()
-    ] or [""]
-    lines = lines[:-1] or lines  # the last may be cut
+    lines = [line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n")[:40] if line.strip()]
+    lines = lines[:-1] or lines or [""]  # the last may be cut
     choices = []
-    for delimiter in ",\t;":
+    for delimiter in DELIMITERS:
         names = [cell.strip().strip('"') for cell in lines[0].split(delimiter)]
-        even = sum(line.count(delimiter) + 1 == len(names) > 1 for line in lines) / len(lines)
-        choices.append(
-            (len(known.intersection(names)) if len(names) > 1 else 0, even, len(names), delimiter)
-        )
-    return max(choices)[3], max(choices)[2]
+        width = len(names)
+        even = sum(line.count(delimiter) + 1 == width > 1 for line in lines)
+        choices.append((len(known.intersection(names)) * (width > 1), even, width, delimiter))
+    *_, width, delimiter = max(choices)
+    return delimiter, width
+
+
+class _Lines(Iterator[str]):
+    """Lines, the last of which may be given back; `number` counts those that were not."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines, self.number = lines, 0
+        self._returned: deque[str] = deque()
+
+    def __next__(self) -> str:
+        line = self._returned.popleft() if self._returned else next(self.lines)
+        self.number += 1
+        return line
+
+    def give_back(self, lines: list[str]) -> None:
+        self._returned.extendleft(reversed(lines))
+        self.number -= len(lines)
 
 
 def _records(
-    lines: Iterator[str], delimiter: str, width: int
-) -> Iterator[tuple[int, list[str] | Fault]]:
+    lines: _Lines, delimiter: str, width: int
+) -> Iterator[tuple[int, list[str] | RowError]]:
     """Records with the number of their first line. A quote that never closes costs its own line
     only, not the rest of the file.
     """
     csv.field_size_limit(1 << 27)
-    waiting: deque[str] = deque()
-    number = 0
-    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
-        number += 1
-        line = line.rstrip("\r")
+    for line in lines:
+        number, line = lines.number, line.rstrip("\r")
         if not line.strip(BLANK):
             continue
         if '"' not in line:
@@ -312,43 +311,32 @@ def _records(
         elif delimiter == "\t" and line.count("\t") == width - 1:
             yield number, [_unquoted(cell) for cell in line.split("\t")]
         else:
-            cells, used = _quoted(line, waiting, lines, delimiter)
-            yield number, cells
-            number += used
+            yield number, _quoted(line, lines, delimiter)
 
 
-def _quoted(
-    line: str, waiting: deque[str], lines: Iterator[str], delimiter: str
-) -> tuple[list[str] | Fault, int]:
-    """(cells, further lines used) of the record that begins with `line`; a broken record gives its
-    further lines back.
+def _quoted(line: str, lines: _Lines, delimiter: str) -> list[str] | RowError:
+    """The cells of the record that begins with `line`; a broken record gives its further lines
+    back.
     """
-    taken: list[str] = []
-    open_end = False
+    further: list[str] = []
+    fault: RowError | None = None
 
     def feed() -> Iterator[str]:
-        nonlocal open_end
+        nonlocal fault
         yield line + "\n"
-        while (
-            len(taken) < MAX_RECORD_LINES
-            and (following := waiting.popleft() if waiting else next(lines, None)) is not None
-        ):
-            taken.append(following)
+        for following in islice(lines, MAX_RECORD_LINES):
+            further.append(following)
             yield following + "\n"
-        open_end = True
+        fault = RowError("row.quote", "parse_error", found=f"{line!r:.40}")
 
     try:
-        cells: list[str] | Fault = next(csv.reader(feed(), delimiter=delimiter))
+        cells = next(csv.reader(feed(), delimiter=delimiter))
     except csv.Error as error:
-        cells, open_end = Fault("parse_error", say("row.csv", detail=error)), True
-    if not open_end:
-        return cells, len(taken)
-    waiting.extendleft(reversed(taken))
-    return (
-        cells
-        if isinstance(cells, Fault)
-        else Fault("parse_error", say("row.quote", found=f"{line!r:.40}"))
-    ), 0
+        fault = RowError("row.csv", "parse_error", detail=error)
+    if not fault:
+        return cells
+    lines.give_back(further)
+    return fault
 
 
 def _unquoted(cell: str) -> str:

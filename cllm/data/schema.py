@@ -93,13 +93,6 @@ class Reject(NamedTuple):
     detail: str
 
 
-class Fault(NamedTuple):
-    """What the reader hands on in place of a row that it could not read."""
-
-    reason: str
-    detail: str
-
-
 def _mapped(row: Row, source: str) -> object:
     """The value of a mapped column: a name, an index into header-less cells, or a template such as
     "{Question}\\nA. {A}".
@@ -108,23 +101,21 @@ def _mapped(row: Row, source: str) -> object:
         return row[source]
     names = _PLACEHOLDER.findall(source)
     if absent := [name for name in names or [source] if name not in row]:
-        raise RowError(
-            "unknown_schema", say("row.columns", absent=", ".join(absent), found=key_names(row))
-        )
+        shown = ", ".join(absent)
+        raise RowError("row.columns", "unknown_schema", absent=shown, found=key_names(row))
     filled = {name: clean(text_of(row[name], name)) for name in names}
-    return (
-        _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source)
-        if any(filled.values())
-        else ""
-    )
+    if not any(filled.values()):
+        return ""
+    return _PLACEHOLDER.sub(lambda match: filled[match.group(1)], source)
+
+
+def _mapped_text(row: Row, source: str) -> str:
+    return text_of(_mapped(row, source), source)
 
 
 def _mapped_turns(row: Row, columns: Mapping[str, str]) -> Turns:
     if "user" in columns:
-        ask, reply = (
-            text_of(_mapped(row, columns[role]), columns[role]) for role in ("user", "assistant")
-        )
-        turns = exchange(ask, reply)
+        turns = exchange(*(_mapped_text(row, columns[role]) for role in ("user", "assistant")))
     else:
         turns = row_turns(row)
     if "history" in columns:
@@ -138,23 +129,25 @@ def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]
     """
     size = max((index for index, turn in enumerate(turns, 1) if turn[0] == "assistant"), default=0)
     if not size:
-        raise RowError("no_assistant", say("row.no_answer", count=len(turns)))
+        raise RowError("row.no_answer", "no_assistant", count=len(turns))
     messages = [Message(role, rewrite(text)) for role, text in turns[:size]]
     if messages[0] == ("system", ""):
         del messages[0]
     before, spoken = "", sum(message.role != "system" for message in messages)
     for number, (role, content) in enumerate(messages, 1):
         if role not in (follows := FOLLOWS[before]):
-            expected, before = " / ".join(follows), before or say("row.nothing")
             raise RowError(
+                "row.order",
                 "role_order",
-                say("row.order", number=number, role=role, before=before, expected=expected),
+                number=number,
+                role=role,
+                before=before or say("row.nothing"),
+                expected=" / ".join(follows),
             )
         if not content:  # the row's own question or answer, or some turn of a dialogue
             own = role in ("user", "assistant") and (spoken == 2 or number >= len(messages) - 1)
-            raise RowError(
-                f"empty_{role}" if own else "empty_turn", say("row.empty", number=number, role=role)
-            )
+            reason = f"empty_{role}" if own else "empty_turn"
+            raise RowError("row.empty", reason, number=number, role=role)
         before = role
     return tuple(messages)
 
@@ -178,14 +171,11 @@ class Normalizer:
             raise UserError(
                 "data.columns_unknown", keys=", ".join(unknown), known=", ".join(COLUMN_KEYS)
             )
-        if kind == "chat" and ("user" in self.columns) != ("assistant" in self.columns):
-            raise UserError(
-                "data.columns_half", have="user" if "user" in self.columns else "assistant"
-            )
+        sides = [role for role in ("user", "assistant") if role in self.columns]
+        if kind == "chat" and len(sides) == 1:
+            raise UserError("data.columns_half", have=sides[0])
         self.kind, self.rewrite = kind, rewriter(options)
-        self.headless = bool(self.columns) and all(
-            source.isdigit() for source in self.columns.values()
-        )
+        self.headless = bool(self.columns) and all(map(str.isdigit, self.columns.values()))
         self._planned = lru_cache(1000)(self._plan)
 
     def __call__(self, row: object, file: str = "", line: int = 0) -> Conversation | Reject:
@@ -198,10 +188,10 @@ class Normalizer:
             row = unboxed(row)
             if isinstance(row, list) and row and all(map(is_turn, row)):
                 row = {"messages": row}
-            if isinstance(row, Fault):
-                raise RowError(*row)
+            if isinstance(row, RowError):
+                raise row
             if not isinstance(row, dict):
-                raise RowError("not_an_object", say("row.no_object", found=f"{row!r:.40}"))
+                raise RowError("row.no_object", "not_an_object", found=f"{row!r:.40}")
             return self._conversation(row, file, line)
         except RowError as error:
             reason, detail = error.args
@@ -220,11 +210,9 @@ class Normalizer:
         if not type(ask) is type(reply) is type(extra) is str:
             return None
         ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-        return (
-            (Message("user", ask), Message("assistant", reply))
-            if ask and reply and not TAG_START.match(ask)
-            else None
-        )
+        if not ask or not reply or TAG_START.match(ask):
+            return None
+        return Message("user", ask), Message("assistant", reply)
 
     def _plan(self, keys: tuple[str, ...]) -> tuple[str, str] | None:
         """(question key, answer key) of rows that have these two and metadata only, else None."""
@@ -233,29 +221,18 @@ class Normalizer:
             return None
         if special - {"input"} == {"instruction", "output"}:
             return "instruction", "output"
-        return next(
-            (
-                (q, a)
-                for q, answers in PAIRS.items()
-                for a in answers
-                if q != "ask" and special == {q, a}
-            ),
-            None,
-        )
+        pairs = ((ask, reply) for ask, replies in PAIRS.items() for reply in replies)
+        return next((pair for pair in pairs if special == {*pair} and "ask" not in pair), None)
 
     def _conversation(self, row: Row, file: str, line: int) -> Conversation:
         if self.kind == "text":
             source = self.columns.get("assistant", "text")
-            turns = [("user", "-"), ("assistant", text_of(_mapped(row, source), source))]
-            return Conversation(
-                _ordered(turns, self.rewrite)[1:], self._category(row), "", file, line
-            )
-        turns = _mapped_turns(row, self.columns) if self.columns else row_turns(row)
-        label = row.get("label")
-        if "user" not in self.columns and (
-            label is False or (isinstance(label, str) and label.strip().lower() == "false")
-        ):
-            raise RowError("negative_label", say("row.label"))
+            turns = [("user", "-"), ("assistant", _mapped_text(row, source))]
+            messages = _ordered(turns, self.rewrite)[1:]
+            return Conversation(messages, self._category(row), "", file, line)
+        turns = _mapped_turns(row, self.columns)
+        if "user" not in self.columns and str(row.get("label")).strip().lower() == "false":
+            raise RowError("row.label", "negative_label")
         messages = _ordered(turns, self.rewrite)
         tools = json_text(row["tools"]) if row.get("tools") else ""
         clean(tools)  # raises for bytes and surrogates; the text stays as it is
@@ -263,9 +240,10 @@ class Normalizer:
 
     def _category(self, row: Row) -> str:
         if "category" in self.columns:
-            return clean(text_of(_mapped(row, self.columns["category"]), "category"))
-        texts = [row[key] for key in ("task", "category", "class") if isinstance(row.get(key), str)]
-        return clean(texts[0]) if texts and not SURROGATE.search(texts[0]) else ""
+            return clean(_mapped_text(row, self.columns["category"]))
+        values = map(row.get, ("task", "category", "class"))
+        text = next((value for value in values if isinstance(value, str)), "")
+        return "" if SURROGATE.search(text) else clean(text)
 
 
 def to_row(conversation: Conversation, kind: str = "chat") -> Row:

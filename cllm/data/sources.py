@@ -19,7 +19,6 @@ from cllm.data.text import TextOptions
 from cllm.messages import UserError, language, note
 
 _ASSETS = Path(__file__).parents[1] / "assets"
-MAX_REJECTED = 0.2
 BUILT_IN = {"demo": _ASSETS / "demo.jsonl", "demo-test": _ASSETS / "demo-test.jsonl"}
 
 
@@ -48,25 +47,6 @@ def read_file(
     return read_conversations(
         BUILT_IN.get(path, path), columns or data.columns or None, data.kind, options
     )
-
-
-def read_data(data: DataConfig, *, accept_rejects: bool = False) -> Data:
-    """`prepare` for a training. Raises UserError if nothing is left, or if over a fifth was
-    rejected and that is not accepted.
-    """
-    found = prepare(data)
-    shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in found.rejects[:3]]
-    located = "\n  ".join([str(len(found.rejects)), *shown])
-    if not found.train:
-        raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=located)
-    if len(found.rejects) > MAX_REJECTED * found.rows and not accept_rejects:
-        raise UserError(
-            "train.rejects",
-            share=f"{len(found.rejects) / found.rows:.0%}",
-            count=len(found.rejects),
-            examples=located,
-        )
-    return found
 
 
 def read_sources(data: DataConfig) -> tuple[list[list[Conversation]], list[Reject]]:

@@ -2,9 +2,8 @@
 them all.
 
 A template is data: the markup round each role's words. It knows no token ids; the tokenizer turns
-markup into special tokens and everything else into plain text. Sources: the chat code published
-with each checkpoint; where LLaMA-Factory's template differs from the model's own, the model is
-right.
+markup into special tokens and everything else into plain text. The formats stand in
+assets/templates.toml.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.schema import Conversation, Message
 from cllm.data.tools import TOOL_STYLES, Parts, Tools, announced, called, read_tools
+from cllm.messages import load_toml
 
 Chat: TypeAlias = "Conversation | Iterable[Message | Mapping[str, str]]"
 
@@ -91,135 +91,16 @@ class Template:
         return self.assistant + block.get(self.thinking, "")
 
 
-_HELPFUL = "You are a helpful assistant."
-_INTERNLM2_SYSTEM = """You are an AI assistant whose name is InternLM (书生·浦语).
-- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI \
-Laboratory (上海人工智能实验室). It is designed to be helpful, honest, and harmless.
-- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the \
-user such as English and 中文."""
-_CHATML: dict[str, Any] = {
-    "user": ("<|im_start|>user\n", "<|im_end|>\n"),
-    "assistant": "<|im_start|>assistant\n",
-    "end": "<|im_end|>",
-    "after": "\n",
-    "system": ("<|im_start|>system\n", "<|im_end|>\n"),
-}
-_QWEN = _CHATML | {
-    "tools": "qwen",
-    "tool": ("\n<tool_response>\n", "\n</tool_response>"),
-    "tool_group": ("<|im_start|>user", "<|im_end|>\n"),
-}
-_INTERNLM2 = _CHATML | {
-    "prefix": "<s>",
-    "tools": "internlm2",
-    "empty_system": False,
-    "tool": ("<|im_start|>environment name=<|plugin|>\n", "<|im_end|>\n"),
-}
-_GLM: dict[str, Any] = {
-    "user": ("<|user|>\n", ""),
-    "assistant": "<|assistant|>",
-    "system": ("<|system|>\n", ""),
-    "tool": ("<|observation|>\n", ""),
-    "lead": "\n",
-    "apart": True,
-    "final_end": True,
-    "stop": ("<|user|>", "<|observation|>"),
-}
-_BAICHUAN: dict[str, Any] = {
-    "end": "</s>",
-    "system": ("", ""),
-    "apart": True,
-    "final_end": True,
-    "handover": "</s>",
-}
-_PLAIN: dict[str, Any] = {
-    "user": ("Human: ", "</s>\n"),
-    "assistant": "Assistant:",
-    "end": "</s>",
-    "after": "\n",
-    "system": ("System: ", "</s>\n"),
-}
-_FORMATS: dict[str, dict[str, Any]] = {
-    "chatml": _QWEN,
-    "qwen1": _CHATML | {"default_system": _HELPFUL, "apart": True},
-    "qwen2": _QWEN | {"default_system": _HELPFUL},
-    "qwen": _QWEN | {"default_system": f"You are Qwen, created by Alibaba Cloud. {_HELPFUL}"},
-    "qwen3": _QWEN | {"thinking": "off"},
-    "qwen3.5": _QWEN | {"thinking": "off", "think_opened": True, "trim": True, "tools": "qwen3.5"},
-    "yi": _CHATML,
-    "internlm2": _INTERNLM2,
-    "intern2": _INTERNLM2 | {"default_system": _INTERNLM2_SYSTEM},
-    "internlm": {  # the tokenizer's automatic <s> and the prompt's own
-        "prefix": "<s><s>",
-        "user": ("<|User|>:", "<eoh>\n"),
-        "assistant": "<|Bot|>:",
-        "end": "<eoa>",
-        "after": "\n",
-    },
-    "chatglm2": {
-        "prefix": "[gMASK]sop",
-        "user": ("[Round {round}]\n\n问：", "\n\n答："),
-        "assistant": "",
-        "end": "</s>",
-        "after": "\n\n",
-        "final_end": True,
-        "last_only": True,
-    },
-    "chatglm3": _GLM | {"prefix": "[gMASK]sop", "end": "</s>", "tools": "chatglm3", "handover": ""},
-    "glm4": _GLM
-    | {
-        "prefix": "[gMASK]<sop>",
-        "end": "<|endoftext|>",
-        "tools": "glm4",
-        "handover": "<|endoftext|>",
-    },
-    "baichuan": _BAICHUAN | {"user": ("<reserved_102>", ""), "assistant": "<reserved_103>"},
-    "baichuan2": _BAICHUAN | {"user": ("<reserved_106>", ""), "assistant": "<reserved_107>"},
-    "llama2": {
-        "user": ("<s>[INST] ", " [/INST]"),
-        "assistant": "",
-        "end": " </s>",
-        "system": ("<<SYS>>\n", "\n<</SYS>>\n\n"),
-        "merge_system": True,
-        "trim": True,
-    },
-    "llama3": {
-        "prefix": "<|begin_of_text|>",
-        "assistant": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "end": "<|eot_id|>",
-        **{
-            role: (f"<|start_header_id|>{name}<|end_header_id|>\n\n", "<|eot_id|>")
-            for role, name in (("user", "user"), ("system", "system"), ("tool", "ipython"))
-        },
-        "tools": "llama3",
-        "trim": True,
-        "stop": ("<|eom_id|>",),
-    },
-    "gemma": {
-        "prefix": "<bos>",
-        "user": ("<start_of_turn>user\n", "<end_of_turn>\n"),
-        "assistant": "<start_of_turn>model\n",
-        "end": "<end_of_turn>",
-        "after": "\n",
-        "system": ("", "\n\n"),
-        "merge_system": True,
-        "tool": ("<start_of_turn>tool\n", "<end_of_turn>\n"),
-        "trim": True,
-    },
-    "alpaca": {
-        "user": ("### Instruction:\n", "\n\n"),
-        "assistant": "### Response:\n",
-        "end": "</s>",
-        "after": "\n\n",
-        "system": ("", "\n\n"),
-        "default_system": "Below is an instruction that describes a task. Write a response that "
-        "appropriately completes the request.",
-    },
-    "plain": _PLAIN,
-    "default": _PLAIN,  # LLaMA-Factory's name for it
-    "text": {"user": ("", ""), "assistant": "", "end": "</s>"},
-}
-TEMPLATES = {name: Template(name=name, **parts) for name, parts in _FORMATS.items()}
+def _fields(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields of a format: its own, and the others of the one that it is like."""
+    table = dict(tables[name])
+    inherited = _fields(tables, table.pop("like")) if "like" in table else {}
+    pairs = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
+    return inherited | table | pairs
+
+
+_TABLES = load_toml("templates.toml")
+TEMPLATES = {name: Template(name=name, **_fields(_TABLES, name)) for name in _TABLES}
 
 
 def messages_of(conversation: Chat) -> list[Message]:
@@ -243,8 +124,10 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
         else template.default_system
     )
     opening = _system(system, tools, template)
-    segments = [*_markup(template.prefix), *([] if template.merge_system else opening)]
-    opening = opening if template.merge_system else []
+    segments = [*_markup(template.prefix)]
+    if not template.merge_system:
+        segments += opening
+        opening = []
     # roles[i] stands before message i, roles[i + 2] after it
     roles = ["", *(m.role for m in messages), ""]
     for i, (role, content) in enumerate(messages):
@@ -302,15 +185,15 @@ def _system(text: str | None, tools: Tools, template: Template) -> list[Segment]
         return []
     before, after = template.system
     words = _words(text or "", template)
+    turn = [*_markup(before), *words, *_markup(after)]
     if not tools:
-        return [*_markup(before), *words, *_markup(after)]
+        return turn
     head, body, tail = announced(template.tools, tools, bool(text))
     announcement = [*_markup(head), Segment(body, False, False), *_markup(tail)]
     place = TOOL_STYLES[template.tools].place
     if place == "own turn":
-        turn = [*_markup(before), *words, *_markup(after)] if text else []
         plugin = before.replace("\n", " name=<|plugin|>\n")
-        return [*turn, *_markup(plugin), *announcement, *_markup(after)]
+        return [*(turn if text else ()), *_markup(plugin), *announcement, *_markup(after)]
     inside = announcement + words if place == "before words" else words + announcement
     return [*_markup(before), *inside, *_markup(after)]
 
@@ -323,30 +206,21 @@ def _answer(
     """
     reasoning = ""
     if template.thinking and "</think>" in content:
-        reasoning = (
-            content.split("</think>")[0]
-            .rstrip("\n")
-            .split("<think>")[-1]
-            .strip(None if template.trim else "\n")
-        )
-        content = content.split("</think>")[-1].lstrip("\n")
-        if template.thinking == "off":
-            reasoning = ""
-        elif not current:
+        thought, *_, content = content.split("</think>")
+        content = content.lstrip("\n")
+        if template.thinking == "keep":
+            thought = thought.rstrip("\n").split("<think>")[-1]
+            reasoning = thought.strip(None if template.trim else "\n")
             # without the reasoning that led to it, the answer would teach to skip it
-            supervised = False
+            supervised = supervised and current
     segments = [*_markup(template.assistant)]
     if template.thinking and current and (last or reasoning or template.think_opened):
-        keep = (
-            supervised
-            and template.thinking == "keep"
-            and bool(reasoning or not template.think_opened)
-        )
-        segments += _markup("<think>\n", keep and not template.think_opened)
-        segments += [
-            *([Segment(reasoning, keep, False)] if reasoning else []),
-            *_markup("\n</think>\n\n", keep),
-        ]
+        opened = template.think_opened
+        keep = supervised and template.thinking == "keep" and bool(reasoning or not opened)
+        segments += _markup("<think>\n", keep and not opened)
+        if reasoning:
+            segments.append(Segment(reasoning, keep, False))
+        segments += _markup("\n</think>\n\n", keep)
     segments += [
         Segment(text, supervised, markup) for text, markup in _spoken(content, template, calling)
     ]

@@ -44,7 +44,12 @@ VERBATIM = TextOptions()
 
 
 class RowError(Exception):
-    """RowError(reason, detail): carries a reject from the place that found it to the row's edge."""
+    """Why a row is a reject, from the place that finds it to the row's edge; the reader hands one
+    on in place of a row that it could not read. `args`: one of `REASONS`, and the message `code`.
+    """
+
+    def __init__(self, code: str, reason: str, /, **values: object) -> None:
+        super().__init__(reason, say(code, **values))
 
 
 def clean(text: str) -> str:
@@ -58,8 +63,8 @@ def clean(text: str) -> str:
         if bad := SURROGATE.search(text):
             code = ord(bad.group())
             if 0xDC80 <= code <= 0xDCFF:
-                raise RowError("decode_error", say("row.byte", byte=f"0x{code - 0xDC00:02x}"))
-            raise RowError("invalid_text", say("row.surrogate", code=f"\\u{code:04x}"))
+                raise RowError("row.byte", "decode_error", byte=f"0x{code - 0xDC00:02x}")
+            raise RowError("row.surrogate", "invalid_text", code=f"\\u{code:04x}")
         text = _DIRT.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text.strip()
 
@@ -116,7 +121,7 @@ def text_of(value: object, name: str) -> str:
         keys = [key for key in dict.fromkeys((name, "text", "content", "value")) if key in value]
         if not keys:
             found = ", ".join(map(str, list(value)[:6])) or "nothing"
-            raise RowError("invalid_text", say("row.object", name=name, found=found))
+            raise RowError("row.object", "invalid_text", name=name, found=found)
         return next((text for key in keys if clean(text := text_of(value[key], name))), "")
     if isinstance(value, (list, tuple)):
         return "\n".join([text_of(element, name) for element in value])
@@ -124,19 +129,15 @@ def text_of(value: object, name: str) -> str:
         return str(value)
     if isinstance(value, (float, Decimal)) and abs(value) != float("inf"):
         return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
-    raise RowError(
-        "invalid_text",
-        say("row.no_text", name=name, found=f"{value!s:.20}", type=type(value).__name__),
-    )
+    kind = type(value).__name__
+    raise RowError("row.no_text", "invalid_text", name=name, found=f"{value!s:.20}", type=kind)
 
 
 def json_text(value: object) -> str:
     """Tool lists and tool calls: a string verbatim, anything else as JSON."""
+    if isinstance(value, str):
+        return value
     try:
-        return (
-            value
-            if isinstance(value, str)
-            else json.dumps(value, ensure_ascii=False, allow_nan=False)
-        )
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError) as error:
-        raise RowError("invalid_text", say("row.tool_call", detail=error)) from None
+        raise RowError("row.tool_call", "invalid_text", detail=error) from None

@@ -7,17 +7,16 @@ A conversation brings both in JSON: the tools as OpenAI lists them, a call as {"
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from cllm.messages import load_toml
+from cllm.messages import load_toml, to_json
 
 Tools: TypeAlias = list[dict[str, Any]]
 Parts: TypeAlias = list[tuple[str, bool]]  # (text, markup); an empty one is an edge of two strings
+_TEXTS = load_toml("tools.toml")  # what stands before and behind the tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,46 +38,37 @@ def read_tools(text: str) -> Tools:
     """The functions of a `tools` JSON text, without OpenAI's {"type": "function", …} wrapper; [] if
     it is none.
     """
-    try:
-        listed = json.loads(text) if text else []
-    except ValueError:
-        return []
-    tools = [
-        tool.get("function", tool)
-        for tool in (listed if isinstance(listed, list) else [listed])
-        if isinstance(tool, dict)
-    ]
+    tools = [tool.get("function", tool) for tool in _listed(text) if isinstance(tool, dict)]
     return [tool for tool in tools if isinstance(tool, dict) and "name" in tool]
 
 
 def read_calls(content: str) -> list[tuple[str, Any]]:
     """(name, arguments) of each call, if the content is function calls in JSON, else []."""
+    calls = []
+    for call in _listed(content):
+        keys = call.keys() & {"arguments", "parameters"} if isinstance(call, dict) else ()
+        if not keys or "name" not in call:
+            return []
+        calls.append((call["name"], call[min(keys)]))
+    return calls
+
+
+def _listed(text: str) -> list[Any]:
+    """The elements of a JSON list, or the one value that is none; [] if it is no JSON."""
     try:
-        value = json.loads(content)
+        value = json.loads(text)
     except ValueError:
         return []
-    calls = value if isinstance(value, list) else [value]
-    if not all(
-        isinstance(call, dict) and "name" in call and ("arguments" in call or "parameters" in call)
-        for call in calls
-    ):
-        return []
-    return [(call["name"], call.get("arguments", call.get("parameters"))) for call in calls]
-
-
-@functools.cache
-def _texts(style: str) -> tuple[str, str]:
-    """The texts before and behind the tools; "" where the format has none."""
-    styles = load_toml(Path(__file__).parents[1] / "assets" / "tools.toml")
-    texts = styles.get(style.replace(".", "_"), {})
-    return texts.get("before", ""), texts.get("after", "")
+    return value if isinstance(value, list) else [value]
 
 
 def announced(style: str, tools: Tools, words: bool) -> tuple[str, str, str]:
     """What tells the model of its tools, in a system turn with or without words: markup, the tools,
     markup.
     """
-    return TOOL_STYLES[style].announce(*_texts(style), tools, words)
+    texts = _TEXTS.get(style, {})
+    before, behind = texts.get("before", ""), texts.get("after", "")
+    return TOOL_STYLES[style].announce(before, behind, tools, words)
 
 
 def called(style: str, opening: Parts, content: str) -> list[Parts]:
@@ -88,12 +78,8 @@ def called(style: str, opening: Parts, content: str) -> list[Parts]:
     return TOOL_STYLES[style].call(opening, [name for name, _ in calls], texts) if calls else []
 
 
-def _json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
 def _function(tool: dict[str, Any], indent: int | None = None) -> str:
-    return _json({"type": "function", "function": tool}, indent)
+    return to_json({"type": "function", "function": tool}, indent)
 
 
 def _qwen_lines(tools: Tools) -> str:
@@ -122,7 +108,7 @@ def _react_tool(tool: dict[str, Any]) -> str:
 
 def _python(name: str, values: Any) -> str:
     if not isinstance(values, dict):
-        return _json(values)
+        return to_json(values)
     pairs = ", ".join(f"{key}={value!r}" for key, value in values.items())
     return f"```python\ntool_call({pairs})\n```"
 
@@ -131,7 +117,7 @@ def _xml(name: str, values: Any) -> str:
     """Each argument on lines of its own, lists and objects as JSON."""
     text = f"<function={name}>\n"
     for key, value in values.items() if isinstance(values, dict) else ():
-        written = _json(value) if isinstance(value, list | dict) else str(value)
+        written = to_json(value) if isinstance(value, list | dict) else str(value)
         text += f"<parameter={key}>\n{written}\n</parameter>\n"
     return text + "</function>"
 
@@ -157,7 +143,7 @@ TOOL_STYLES = {
             _qwen_lines(tools),
             behind,
         ),
-        arguments=lambda name, values: _json({"name": name, "arguments": values}),
+        arguments=lambda name, values: to_json({"name": name, "arguments": values}),
         call=_in_tags,
     ),
     "qwen3.5": ToolStyle(
@@ -173,24 +159,24 @@ TOOL_STYLES = {
     "glm4": ToolStyle(
         announce=lambda before, behind, tools, words: (
             before,
-            "".join(f"\n\n## {tool['name']}\n\n{_json(tool, 4)}{behind}" for tool in tools),
+            "".join(f"\n\n## {tool['name']}\n\n{to_json(tool, 4)}{behind}" for tool in tools),
             "",
         ),
-        arguments=lambda name, values: _json(values),
+        arguments=lambda name, values: to_json(values),
         call=_by_name,
     ),
     "chatglm3": ToolStyle(
         announce=lambda before, behind, tools, words: (
             "" if words else before,
-            "\n" + _json(tools, 4),
+            "\n" + to_json(tools, 4),
             "",
         ),
         arguments=_python,
         call=_by_name,
     ),
     "internlm2": ToolStyle(
-        announce=lambda before, behind, tools, words: ("", _json(tools, 4), ""),
-        arguments=lambda name, values: _json({"name": name, "parameters": values}),
+        announce=lambda before, behind, tools, words: ("", to_json(tools, 4), ""),
+        arguments=lambda name, values: to_json({"name": name, "parameters": values}),
         call=lambda opening, names, texts: [
             [
                 *opening,
@@ -207,7 +193,7 @@ TOOL_STYLES = {
             "".join(_function(tool, 4) + "\n\n" for tool in tools),
             "",
         ),
-        arguments=lambda name, values: _json({"name": name, "parameters": values}),
+        arguments=lambda name, values: to_json({"name": name, "parameters": values}),
         call=lambda opening, names, texts: [
             [*opening, (texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]", False)]
         ],
@@ -218,7 +204,7 @@ TOOL_STYLES = {
             "".join(map(_react_tool, tools)) + behind % ", ".join(tool["name"] for tool in tools),
             "",
         ),
-        arguments=lambda name, values: f"Action: {name}\nAction Input: {_json(values)}",
+        arguments=lambda name, values: f"Action: {name}\nAction Input: {to_json(values)}",
         call=lambda opening, names, texts: [[*opening, ("\n".join(texts), False)]],
     ),
 }

@@ -10,15 +10,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from itertools import zip_longest
+from contextlib import suppress
+from itertools import chain, zip_longest
+from operator import itemgetter
 from typing import Any
 
 from cllm.data.text import RowError, clean, json_text, text_of
 from cllm.messages import say
 
-ROLES = {"system": "system", "observation": "tool", "tool": "tool", "function_call": "assistant"}
-ROLES |= dict.fromkeys(("human", "user", "client", "usr", "用户"), "user")
-ROLES |= dict.fromkeys(("gpt", "assistant", "bot", "counselor", "助手"), "assistant")
+_ROLE_WORDS = {
+    "system": "system",
+    "user": "human user client usr 用户",
+    "assistant": "gpt assistant bot counselor 助手 function_call",
+    "tool": "tool observation",
+}
+ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
 NO_INPUT = frozenset(
     "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
 )
@@ -43,13 +49,9 @@ CHINESE = {
 CHINESE |= {"问题": "question", "問題": "question", "回答": "answer"}
 # one element of a list that is two turns
 EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
-SCHEMA_KEYS = frozenset(
-    "instruction output chosen rejected chat instances paragraph text history system".split()
-)
-_ANSWERS = frozenset(
-    ("output", "chosen", "chat", *TURN_KEYS, *(key for keys in PAIRS.values() for key in keys))
-)
-SCHEMA_KEYS |= {*PAIRS, *_ANSWERS, *CHINESE}
+_ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.values())))
+_OTHERS = "instruction rejected instances paragraph text history system".split()
+SCHEMA_KEYS = _ANSWERS.union(PAIRS, CHINESE, _OTHERS)
 SPECIAL_KEYS = SCHEMA_KEYS | {"label", "tools"}  # whatever else a row has is metadata
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
@@ -74,7 +76,7 @@ def _dialogue(value: object) -> Turns | None:
     """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …` in a string
     or a flat list of strings, else None.
     """
-    if isinstance(value, list) and value and all(isinstance(element, str) for element in value):
+    if isinstance(value, list) and all(isinstance(element, str) for element in value):
         value = "\n".join(value)
     if not isinstance(value, str) or not TAG_START.match(value):
         return None
@@ -83,10 +85,9 @@ def _dialogue(value: object) -> Turns | None:
         marks = list(pattern.finditer(text)) if pattern.match(text) else []
         if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
             ends = [mark.start() for mark in marks[1:]] + [len(text)]
-            roles = ["user" if mark.group(1) else "assistant" for mark in marks]
             return [
-                (role, text[mark.end() : end])
-                for role, mark, end in zip(roles, marks, ends, strict=True)
+                ("user" if mark.group(1) else "assistant", text[mark.end() : end])
+                for mark, end in zip(marks, ends, strict=True)
             ]
     return None
 
@@ -123,7 +124,7 @@ def _parts(parts: list[Any]) -> str:
         elif isinstance(kind, str) and re.search("tool|function|observation", kind):
             texts.append(json_text(part.get("value", part.get("text", part))))
         else:
-            raise RowError("invalid_text", say("row.part", kind=f"{kind!r:.30}"))
+            raise RowError("row.part", "invalid_text", kind=f"{kind!r:.30}")
     return "\n".join(texts)
 
 
@@ -136,12 +137,16 @@ def unboxed(value: Any) -> Any:
 
 def is_turn(value: object) -> bool:
     """Whether `value` is a message with a role, and no row."""
-    pairs = ({"role", "content"}, {"from", "value"})
     return (
         isinstance(value, dict)
         and "messages" not in value
-        and any(value.keys() >= pair for pair in pairs)
+        and any(value.keys() >= pair for pair in ({"role", "content"}, {"from", "value"}))
     )
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    """The text of a field, "" where the row has none."""
+    return text_of(row.get(key), key)
 
 
 def _said(message: Row, role: str) -> str:
@@ -154,11 +159,9 @@ def _said(message: Row, role: str) -> str:
         text = _parts(value)
     else:
         text = text_of(value, key)
-    return (
-        "\n".join(filter(None, (text, json_text(calls))))
-        if calls and ROLES[role] == "assistant"
-        else text
-    )
+    if calls and ROLES[role] == "assistant":
+        return "\n".join(filter(None, (text, json_text(calls))))
+    return text
 
 
 def _turns(elements: object, name: str) -> Turns:
@@ -168,54 +171,32 @@ def _turns(elements: object, name: str) -> Turns:
     if tagged := _dialogue(elements):
         return tagged
     if not isinstance(elements, list):
-        raise RowError("unknown_schema", say("row.turns", name=name, found=f"{elements!r:.40}"))
-    roles = {
-        str(element.get("role", element.get("from")))
-        for element in elements
-        if isinstance(element, dict)
-    }
+        raise RowError("row.turns", "unknown_schema", name=name, found=f"{elements!r:.40}")
     turns: Turns = []
     for number, element in enumerate(elements, 1):
         if not isinstance(element, dict):
-            raise RowError(
-                "unknown_schema", say("row.turn", number=number, found=f"{element!r:.30}")
-            )
+            raise RowError("row.turn", "unknown_schema", number=number, found=f"{element!r:.30}")
         if key := next((key for key in ("role", "from") if key in element), ""):
             role = str(element[key]).strip().lower()
-            # CrossWOZ
-            role = ("assistant" if "usr" in roles else "system") if role == "sys" else role
+            if role == "sys":  # CrossWOZ's assistant, where the user is "usr"
+                others = (other for other in elements if isinstance(other, dict))
+                assists = any("usr" in (other.get("role"), other.get("from")) for other in others)
+                role = "assistant" if assists else "system"
             if role not in ROLES:
-                raise RowError(
-                    "unknown_role",
-                    say(
-                        "row.role",
-                        number=number,
-                        found=f"{element[key]!r:.30}",
-                        known=", ".join(ROLES),
-                    ),
-                )
+                known = ", ".join(ROLES)
+                shown = f"{element[key]!r:.30}"
+                raise RowError("row.role", "unknown_role", number=number, found=shown, known=known)
             turns.append((ROLES[role], _said(element, role)))
-        elif pair := next(
-            (pair for pair in EXCHANGES if pair[0] in element or pair[1] in element), None
-        ):
-            told = [
-                ("user", text_of(element.get(pair[0]), pair[0])),
-                ("assistant", text_of(element.get(pair[1]), pair[1])),
-            ]
-            repeats = bool(turns) and turns[0] == (
-                "system",
-                clean(text_of(element.get("system"), "system")),
-            )
-            turns += told if repeats else with_system(element.get("system"), told)
+        elif pair := next((pair for pair in EXCHANGES if not element.keys().isdisjoint(pair)), ()):
+            told = [("user", _text(element, pair[0])), ("assistant", _text(element, pair[1]))]
+            told = with_system(element.get("system"), told)
+            repeated = told[0][0] == "system" and turns[:1] == told[:1]
+            turns += told[repeated:]
         elif "message" in element:  # no roles: speakers alternate, the first one asks
-            turns.append(
-                ("assistant" if number % 2 == 0 else "user", text_of(element["message"], "message"))
-            )
+            turns.append(("user" if number % 2 else "assistant", _text(element, "message")))
         else:
-            raise RowError(
-                "unknown_schema",
-                say("row.turn_keys", number=number, found=", ".join(map(str, element))),
-            )
+            names = ", ".join(map(str, element))
+            raise RowError("row.turn_keys", "unknown_schema", number=number, found=names)
     return turns
 
 
@@ -231,25 +212,22 @@ def history_turns(value: object) -> Turns:
     hold the list as JSON.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            raise RowError("unknown_schema", say("row.history", found=f"{value!r:.40}")) from None
     if not value or value != value or (isinstance(value, str) and not clean(value)):
         return []
-    if isinstance(value, list) and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value
-    ):
-        pairs = [(text_of(ask, "user"), text_of(reply, "assistant")) for ask, reply in value]
-        return [turn for ask, reply in pairs for turn in (("user", ask), ("assistant", reply))]
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return _turns(value, "history")
-    raise RowError("unknown_schema", say("row.history", found=f"{value!r:.40}"))
+    if isinstance(value, list):
+        if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+            said = (zip(("user", "assistant"), pair, strict=True) for pair in value)
+            return [(role, text_of(text, role)) for role, text in chain(*said)]
+        if all(isinstance(turn, dict) for turn in value):
+            return _turns(value, "history")
+    raise RowError("row.history", "unknown_schema", found=f"{value!r:.40}")
 
 
 def _user_text(row: Mapping[str, Any]) -> str:
     """instruction + newline + input, or the one that is there."""
-    return with_input(*(clean(text_of(row.get(name), name)) for name in ("instruction", "input")))
+    return with_input(*(clean(_text(row, name)) for name in ("instruction", "input")))
 
 
 def with_input(ask: str, extra: str) -> str:
@@ -263,8 +241,8 @@ def _alpaca(row: Row) -> Turns:
     asks, replies = row.get("input"), row.get("output")
     # parallel lists are turns
     if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:
+        asks = [_user_text({**row, "input": asks[0]}), *asks[1:]]
         asked = [("user", text_of(ask, "input")) for ask in asks]
-        asked[0] = ("user", _user_text({**row, "input": asked[0][1]}))
         told = [("assistant", text_of(reply, "output")) for reply in replies]
         return [turn for both in zip_longest(asked, told) for turn in both if turn]
     while isinstance(replies, list):  # ranked alternatives: the best comes first
@@ -274,27 +252,22 @@ def _alpaca(row: Row) -> Turns:
 
 def _chat(chat: Row) -> Turns:
     """MOSS: turns by the number in their key; only what was said aloud, without markup."""
-    found = [
-        (re.search(r"\d{1,9}", str(key)), turn)
+    numbered = [
+        (int(digits.group()), turn)
         for key, turn in chat.items()
-        if isinstance(turn, dict)
+        if isinstance(turn, dict) and (digits := re.search(r"\d{1,9}", str(key)))
     ]
-    turns = sorted(
-        ((int(digits.group()), turn) for digits, turn in found if digits),
-        key=lambda numbered: numbered[0],
-    )
-    said = [
-        (role, text_of(turn.get(key), key))
-        for _, turn in turns
+    return [
+        (role, _MOSS_MARK.sub("", _text(turn, key)))
+        for _, turn in sorted(numbered, key=itemgetter(0))
         for role, key in (("user", "Human"), ("assistant", "MOSS"))
     ]
-    return [(role, _MOSS_MARK.sub("", text)) for role, text in said]
 
 
 def _instances(row: Row) -> Turns:
     """BELLE's seed tasks: the instruction with each instance's input."""
     if not all(isinstance(instance, dict) for instance in row["instances"]):
-        raise RowError("unknown_schema", say("row.instances", found=f"{row['instances']!r:.40}"))
+        raise RowError("row.instances", "unknown_schema", found=f"{row['instances']!r:.40}")
     asks = [
         {**instance, "input": _user_text({**row, "input": instance.get("input")})}
         for instance in row["instances"]
@@ -303,25 +276,22 @@ def _instances(row: Row) -> Turns:
 
 
 def _pair(row: Row, ask_key: str) -> Turns:
-    replies = (text_of(row[key], key) for key in PAIRS[ask_key] if key in row)
-    reply, ask = next((text for text in replies if clean(text)), ""), text_of(row[ask_key], ask_key)
+    ask = _text(row, ask_key)
     if ask_key == "ask" and clean(ask) in ("无", ""):
-        ask = text_of(row.get("title"), "title")
-    return exchange(ask, reply)
+        ask = _text(row, "title")
+    replies = (_text(row, key) for key in PAIRS[ask_key])
+    return exchange(ask, next(filter(clean, replies), ""))
 
 
 def _preference(row: Row) -> Turns:
     """prompt + chosen; the rejected answer is not for instruction tuning."""
     chosen = unboxed(row["chosen"])
-    keys = [
-        key
-        for key in (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask")
-        if row.get(key) is not None
-    ]
-    if keys and isinstance(row[keys[0]], list):
-        asked = _turns(row[keys[0]], keys[0])
+    keys = (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask")
+    key = next((key for key in keys if row.get(key) is not None), "")
+    if isinstance(row.get(key), list):
+        asked = _turns(row[key], key)
     else:
-        text = text_of(row[keys[0]], keys[0]) if keys else _user_text(row)
+        text = _text(row, key) if key else _user_text(row)
         asked = _asked(text) if text else []
     if isinstance(chosen, list):  # the whole dialogue again, or only its last turns
         told = _turns(chosen, "chosen")
@@ -376,8 +346,6 @@ def row_turns(row: Row) -> Turns:
     if not CHINESE.keys().isdisjoint(row):
         row = {CHINESE.get(name, name): value for name, value in row.items()}
     if (turns := _recognized(row)) is None:
-        raise RowError(
-            "unknown_schema",
-            say("row.text" if "text" in row else "row.schema", found=key_names(row)),
-        )
+        code = "row.text" if "text" in row else "row.schema"
+        raise RowError(code, "unknown_schema", found=key_names(row))
     return with_system(row.get("system"), turns)
