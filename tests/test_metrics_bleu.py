@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU as ORACLE
 from sacrebleu.metrics.bleu import _get_tokenizer
-from scoring import corpus_bleu, sentence_bleu
 
-from cllm.metrics import BLEU, TOKENIZERS, Score
+from cllm.metrics import BLEU, TOKENIZERS, Score, corpus_bleu, sentence_bleu
 from cllm.metrics.score import VERSION
 
 PAIRS = [

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics.chrf import CHRF as ORACLE
-from scoring import corpus_chrf, sentence_chrf
 
-from cllm.metrics import CHRF
+from cllm.metrics import CHRF, corpus_chrf, sentence_chrf
 from cllm.metrics.score import VERSION
 
 PAIRS = [

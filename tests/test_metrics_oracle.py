@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scoring import corpus_bleu, corpus_chrf, rouge, sentence_bleu, sentence_chrf
 
-from cllm.metrics import TOKENIZERS, Score, generation_scores
+from cllm.metrics import (
+    TOKENIZERS,
+    Score,
+    corpus_bleu,
+    corpus_chrf,
+    generation_scores,
+    rouge,
+    sentence_bleu,
+    sentence_chrf,
+)
 from cllm.metrics.score import VERSION
 
 EFFECTIVE = {"effective_order": True}

@@ -8,9 +8,8 @@ import jieba
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scoring import rouge, sentence_bleu, sentence_chrf
 
-from cllm.metrics import ROUGE, corpus_score, generation_scores
+from cllm.metrics import ROUGE, corpus_score, generation_scores, rouge, sentence_bleu, sentence_chrf
 from cllm.metrics.rouge import _lcs_positions, lcs_length
 from cllm.metrics.score import VERSION
 
@@ -219,7 +218,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="write \\[reference\\]"):
         rouge("天", "天")
     with pytest.raises(ValueError, match="unknown counts 'sets'; choose one of: clipped, set"):
-        ROUGE(counts="sets")
+        rouge("天", ["天"], counts="sets")
     with pytest.raises(ValueError, match="unknown kind 'rougeLsum'"):
         ROUGE("rougeLsum", counts="set")
     with pytest.raises(ValueError, match="each pair needs a string"):

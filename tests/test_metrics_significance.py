@@ -6,9 +6,15 @@ import random
 import time
 
 import pytest
-from scoring import corpus_bleu
 
-from cllm.metrics import BLEU, ROUGE, corpus_statistics, paired_bootstrap, wilson_interval
+from cllm.metrics import (
+    BLEU,
+    ROUGE,
+    corpus_bleu,
+    corpus_statistics,
+    paired_bootstrap,
+    wilson_interval,
+)
 
 WORDS = "今天 天气 很好 我们 一起 去 公园 散步 然后 回家 做饭 ， 。".split()
 

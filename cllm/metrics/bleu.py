@@ -7,9 +7,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cllm.metrics.ngrams import ngram_matches, ngram_total
-from cllm.metrics.score import VERSION, Score
+from cllm.metrics.score import VERSION, Score, corpus_score, sentence_score
 from cllm.metrics.tokens import choice, tokenizer_signature, tokens
 
 # name -> default smooth_value
@@ -63,7 +64,11 @@ class BLEU:
         precisions = self._precisions(counts, sums) if any(counts) else []
         missing = [0.0] * (self.max_order - len(precisions))
         used = precisions if self.effective_order else precisions + missing
-        mean = math.exp(math.fsum(map(math.log, used)) / len(used)) if used and all(used) else 0.0
+        value = (
+            bp * math.exp(math.fsum(map(math.log, used)) / len(used)) * 100
+            if used and all(used)
+            else 0.0
+        )
         percent = [100 * precision for precision in precisions + missing]
         parts = {
             "counts": counts,
@@ -73,7 +78,7 @@ class BLEU:
             "sys_len": sys_len,
             "ref_len": ref_len,
         }
-        return Score("BLEU", bp * mean * 100, parts, self.signature)
+        return Score("BLEU", value, parts, self.signature)
 
     def _precisions(self, counts: list[float], sums: list[float]) -> list[float]:
         """Smoothed precisions (0-1) up to the longest order there is; `add-k` adds to `counts` and
@@ -83,8 +88,7 @@ class BLEU:
         halves = 1
         for n in range(self.max_order):
             if self.smooth == "add-k" and n:
-                counts[n] += self._k
-                sums[n] += self._k
+                counts[n], sums[n] = counts[n] + self._k, sums[n] + self._k
             if not sums[n]:
                 break
             precision = counts[n] / sums[n]
@@ -103,8 +107,34 @@ class BLEU:
     @property
     def signature(self) -> str:
         """sacrebleu's signature without `nrefs`, which only a corpus knows."""
-        case = "lc" if self.lowercase else "mixed"
-        effective = "yes" if self.effective_order else "no"
-        value = f"[{self._k:.2f}]" if self.smooth in ("floor", "add-k") else ""
+        case, effective = (
+            "lc" if self.lowercase else "mixed",
+            "yes" if self.effective_order else "no",
+        )
+        smooth = (
+            f"{self.smooth}[{self._k:.2f}]" if self.smooth in ("floor", "add-k") else self.smooth
+        )
         tokens = tokenizer_signature(self.tokenize)
-        return f"case:{case}|eff:{effective}|{tokens}|smooth:{self.smooth}{value}|{VERSION}"
+        return f"case:{case}|eff:{effective}|{tokens}|smooth:{smooth}|{VERSION}"
+
+
+def sentence_bleu(
+    hypothesis: str,
+    references: Sequence[str | None],
+    *,
+    effective_order: bool = True,
+    **options: Any,
+) -> Score:
+    """BLEU of one hypothesis against its references; `options` are `BLEU`'s. Raises ValueError as
+    `corpus_statistics` does.
+    """
+    return sentence_score(BLEU(effective_order=effective_order, **options), hypothesis, references)
+
+
+def corpus_bleu(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], **options: Any
+) -> Score:
+    """BLEU of a corpus; `options` are `BLEU`'s. For the streams of references and the errors see
+    `corpus_statistics`.
+    """
+    return corpus_score(BLEU(**options), hypotheses, references)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import punctuation
+from typing import Any
 
 from cllm.metrics.ngrams import ngram_matches, ngram_total
-from cllm.metrics.score import VERSION, Score
+from cllm.metrics.score import VERSION, Score, corpus_score, sentence_score
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class CHRF:
 
     def _pair(self, *texts: str) -> list[float]:
         row: list[float] = []
-        characters = ["".join(text.split()) for text in texts]
-        words = [_words(text) for text in texts]
+        characters, words = (
+            ["".join(text.split()) for text in texts],
+            [_words(text) for text in texts],
+        )
         for (hyp, ref), max_order in ((characters, self.char_order), (words, self.word_order)):
             for n, matches in enumerate(ngram_matches(hyp, [ref], max_order), start=1):
                 ref_total = ngram_total(ref, n)
@@ -50,8 +53,11 @@ class CHRF:
             (sum(side) / len(both) for side in zip(*both, strict=True)) if both else (0.0, 0.0)
         )
         weight = self.beta**2
-        # both are 0 or neither is; without matches the denominator is 1 instead of 0
-        f = (1 + weight) * precision * recall / (weight * precision + recall or 1)
+        f = (
+            (1 + weight) * precision * recall / (weight * precision + recall)
+            if precision and recall
+            else 0.0
+        )
         # as sacrebleu signs it, without `nrefs`, which only a corpus knows
         signature = (
             f"case:mixed|eff:yes|nc:{self.char_order}|nw:{self.word_order}|space:no|{VERSION}"
@@ -67,3 +73,19 @@ def _words(text: str) -> list[str]:
         for word in text.split()
     ]
     return [piece for word, cut in cuts for piece in (word[:cut], word[cut:]) if piece]
+
+
+def sentence_chrf(hypothesis: str, references: Sequence[str | None], **options: Any) -> Score:
+    """chrF of one hypothesis (chrF++: word_order=2); `options` are `CHRF`'s. Raises ValueError as
+    `corpus_statistics` does.
+    """
+    return sentence_score(CHRF(**options), hypothesis, references)
+
+
+def corpus_chrf(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], **options: Any
+) -> Score:
+    """chrF of a corpus; `options` are `CHRF`'s. For the streams of references and the errors see
+    `corpus_statistics`.
+    """
+    return corpus_score(CHRF(**options), hypotheses, references)

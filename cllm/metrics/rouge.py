@@ -8,11 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import pairwise
 
-from cllm.metrics.bleu import BLEU
+from cllm.metrics.bleu import sentence_bleu
 from cllm.metrics.ngrams import ngram_matches, ngram_total
-from cllm.metrics.score import VERSION, Metric, Score, sentence_score
+from cllm.metrics.score import VERSION, Score, sentence_score
 from cllm.metrics.tokens import Tokens, choice, tokenizer_signature, tokens
 
 KINDS = {
@@ -53,32 +53,47 @@ class ROUGE:
 
     def _pair(self, *texts: str) -> list[float]:
         sets = self.counts == "set"
-        split = _rouge_chinese_tokens if sets else tokens
-        hyp, ref = (split(text, self.tokenize) for text in texts)
-        n = 2 if self.kind == "rouge2" else 1
-        sizes = [ngram_total(text, n) for text in (hyp, ref)]
+        hyp, ref = (
+            (_rouge_chinese_tokens if sets else tokens)(text, self.tokenize) for text in texts
+        )
+        sizes = [len(hyp), len(ref)]
         if self.kind == "rougeLsum":
-            lines = ([tokens(line, self.tokenize) for line in text.split("\n")] for text in texts)
-            matches = _union_lcs(*lines)
+            matches = _union_lcs(
+                *([tokens(line, self.tokenize) for line in text.split("\n")] for text in texts)
+            )
         elif self.kind == "rougeL":
             matches = lcs_length(hyp, ref)
         elif sets:
-            ngrams = [set(zip(text, text[n - 1 :], strict=False)) for text in (hyp, ref)]
-            matches, sizes = len(set.intersection(*ngrams)), [len(ngram) for ngram in ngrams]
+            ours, theirs = (
+                set(text) if self.kind == "rouge1" else set(pairwise(text)) for text in (hyp, ref)
+            )
+            matches, sizes = len(ours & theirs), [len(ours), len(theirs)]
         else:
-            matches = ngram_matches(hyp, [ref], n)[-1]
+            n = int(self.kind[-1])
+            matches, sizes = (
+                ngram_matches(hyp, [ref], n)[-1],
+                [ngram_total(hyp, n), ngram_total(ref, n)],
+            )
         if not matches:
             return [0.0, 0.0, 0.0, 1.0]
         precision, recall = (matches / size for size in sizes)
-        f = 2.0 * (precision * recall) / (precision + recall + 1e-8 * sets)
-        return [precision, recall, f, 1.0]
+        return [
+            precision,
+            recall,
+            2.0 * ((precision * recall) / (precision + recall + (1e-8 if sets else 0.0))),
+            1.0,
+        ]
 
     def score(self, totals: Sequence[float]) -> Score:
         """Means over the pairs; `parts`: precision and recall (0-100)."""
-        *sums, pairs = totals
-        precision, recall, f = (100 * total / pairs for total in sums)
+        precision, recall, f, pairs = totals
         name = self.kind if self.counts == "clipped" else f"rouge-chinese-{self.kind[5:].lower()}"
-        return Score(name, f, {"precision": precision, "recall": recall}, self.signature)
+        return Score(
+            name,
+            f * 100 / pairs,
+            {"precision": precision * 100 / pairs, "recall": recall * 100 / pairs},
+            self.signature,
+        )
 
     @property
     def signature(self) -> str:
@@ -151,9 +166,30 @@ def _union_lcs(hypothesis: list[Tokens], reference: list[Tokens]) -> int:
         return lcs_length(hypothesis[0], reference[0])
     common: list[str] = []
     for line in reference:
-        union = {i for other in hypothesis for i in _lcs_positions(other, line)}
-        common += [line[i] for i in union]
-    return ngram_matches(common, [list(chain(*hypothesis))], 1)[0]
+        common += [
+            line[i] for i in {i for other in hypothesis for i in _lcs_positions(other, line)}
+        ]
+    return ngram_matches(common, [[token for line in hypothesis for token in line]], 1)[0]
+
+
+def rouge(
+    hypothesis: str,
+    references: Sequence[str | None],
+    *,
+    tokenize: str = "jieba",
+    counts: str = "clipped",
+) -> dict[str, Score]:
+    """{"rouge1", "rouge2", "rougeL", "rougeLsum"} of one hypothesis (no rougeLsum with
+    counts="set").
+
+    See `ROUGE` for the two definitions and `corpus_statistics` for the errors; texts without tokens
+    score 0.
+    """
+    choice("counts", counts, tuple(KINDS))
+    return {
+        kind: sentence_score(ROUGE(kind, tokenize, counts), hypothesis, references)
+        for kind in KINDS[counts]
+    }
 
 
 def generation_scores(hypothesis: str, reference: str) -> dict[str, float]:
@@ -162,16 +198,12 @@ def generation_scores(hypothesis: str, reference: str) -> dict[str, float]:
 
     rouge-chinese's F over jieba's words and nltk's BLEU-4 over characters with method3; an empty
     side scores 0, and so does white space in rouge, whereas to BLEU-4 it is characters. Over a data
-    set LLaMA-Factory reports the means of these numbers. (ChatGLM3's bleu-4 is that of
-    BLEU("jieba", "method3", effective_order=True) / 100 of the stripped texts.)
+    set LLaMA-Factory reports the means of these numbers. (ChatGLM3's bleu-4 is `sentence_bleu` /
+    100 of the stripped texts with tokenize="jieba", smooth="method3".)
     """
-    metrics: dict[str, Metric] = {
-        "rouge-1": ROUGE("rouge1", counts="set"),
-        "rouge-2": ROUGE("rouge2", counts="set"),
-        "rouge-l": ROUGE("rougeL", counts="set"),
-        "bleu-4": BLEU("char", "method3", effective_order=True),
-    }
+    scores = [*rouge(hypothesis, [reference], counts="set").values()]
+    scores.append(sentence_bleu(hypothesis, [reference], tokenize="char", smooth="method3"))
     return {
-        name: round(sentence_score(metric, hypothesis, [reference]).value, 4)
-        for name, metric in metrics.items()
+        name: round(score.value, 4)
+        for name, score in zip(("rouge-1", "rouge-2", "rouge-l", "bleu-4"), scores, strict=True)
     }

@@ -66,11 +66,15 @@ def corpus_score(
     """Score the summed statistics (not the mean of sentence scores). Arguments and errors:
     `corpus_statistics`.
     """
-    rows = corpus_statistics(metric, hypotheses, references)
-    score = metric.score([sum(column) for column in zip(*rows, strict=True)])
+    totals = [
+        sum(column)
+        for column in zip(*corpus_statistics(metric, hypotheses, references), strict=True)
+    ]
+    score = metric.score(totals)
     counts = {len(row) - row.count(None) for row in zip(*references, strict=True)}
-    number = counts.pop() if len(counts) == 1 else "var"
-    return score._replace(signature=f"nrefs:{number}|{score.signature}")
+    return score._replace(
+        signature=f"nrefs:{counts.pop() if len(counts) == 1 else 'var'}|{score.signature}"
+    )
 
 
 def corpus_statistics(
@@ -85,10 +89,13 @@ def corpus_statistics(
     Raises ValueError for a string where a list belongs, streams of other lengths than `hypotheses`,
     no hypothesis, or a pair that is not a string with at least one string as reference.
     """
-    named: dict[str, object] = {"hypotheses": hypotheses, "references": references}
-    if _is_list(references):
-        named |= {f"references[{k}]": stream for k, stream in enumerate(references)}
-    if bare := [name for name, value in named.items() if not _is_list(value)]:
+    named: list[tuple[str, object]] = [("hypotheses", hypotheses), ("references", references)]
+    named += (
+        [(f"references[{k}]", stream) for k, stream in enumerate(references)]
+        if _is_list(references)
+        else []
+    )
+    if bare := [name for name, value in named if not _is_list(value)]:
         raise ValueError(
             f"lists are needed, not a bare string or a single value, as {', '.join(bare)}; "
             "write references=[[…], …]"
