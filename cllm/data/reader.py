@@ -246,7 +246,7 @@ def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[
             yield line, cells
         elif not header:
             header = [cell.strip(BLANK) for cell in cells]
-        elif any(cell.strip() for cell in cells[len(header) :]):
+        elif len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
             yield (
                 line,
                 RowError(

@@ -230,8 +230,9 @@ class Normalizer:
             turns = [("user", "-"), ("assistant", _mapped_text(row, source))]
             messages = _ordered(turns, self.rewrite)[1:]
             return Conversation(messages, self._category(row), "", file, line)
-        turns = _mapped_turns(row, self.columns)
-        if "user" not in self.columns and str(row.get("label")).strip().lower() == "false":
+        turns = _mapped_turns(row, self.columns) if self.columns else row_turns(row)
+        answered = "user" in self.columns or "label" not in row
+        if not answered and str(row["label"]).strip().lower() == "false":
             raise RowError("row.label", "negative_label")
         messages = _ordered(turns, self.rewrite)
         tools = json_text(row["tools"]) if row.get("tools") else ""
@@ -241,9 +242,8 @@ class Normalizer:
     def _category(self, row: Row) -> str:
         if "category" in self.columns:
             return clean(_mapped_text(row, self.columns["category"]))
-        values = map(row.get, ("task", "category", "class"))
-        text = next((value for value in values if isinstance(value, str)), "")
-        return "" if SURROGATE.search(text) else clean(text)
+        texts = [row[key] for key in ("task", "category", "class") if isinstance(row.get(key), str)]
+        return clean(texts[0]) if texts and not SURROGATE.search(texts[0]) else ""
 
 
 def to_row(conversation: Conversation, kind: str = "chat") -> Row:
