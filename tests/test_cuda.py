@@ -67,7 +67,7 @@ def test_nf4_equals_the_cpu_bit_for_bit(shape: tuple[int, int], dtype: torch.dty
 def test_nf4_linear_gradient_equals_the_dense_layer() -> None:
     from cllm.model.nf4 import NF4Linear
 
-    layer = NF4Linear.from_weight(torch.randn(256, 512, device="cuda"))
+    layer = NF4Linear(torch.randn(256, 512, device="cuda"))
     x = torch.randn(33, 512, device="cuda", requires_grad=True)
     grad = torch.randn(33, 256, device="cuda")
     (found,) = torch.autograd.grad(layer(x), x, grad)

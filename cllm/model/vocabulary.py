@@ -241,6 +241,8 @@ class Bpe:
     def save(self, directory: Path) -> None:
         self.model.save(str(directory / "tokenizer.json"))
 
+    save_json = save
+
 
 Vocabulary: TypeAlias = SentencePiece | Bpe
 TokenIds: TypeAlias = Mapping[str, int]
