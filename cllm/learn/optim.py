@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from cllm.data.packing import PackedBatch
@@ -111,6 +112,11 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What it updates, in its groups' order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def moment_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, torch.Size]:
     """Name -> shape of what the optimizer keeps of `parameter` from its first step on."""
     shape, scalar = parameter.shape, torch.Size()
@@ -126,20 +132,18 @@ def moment_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[s
 def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     """What the optimizer keeps of each parameter, in its groups' order; nothing before a step."""
     kept: list[dict[str, Tensor]] = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            names = [name for name in moment_shapes(optimizer, parameter) if name in state]
-            # bitsandbytes' step is an int
-            kept.append({name: torch.as_tensor(state[name]) for name in names})
+    for parameter in parameters_of(optimizer):
+        state = optimizer.state.get(parameter, {})
+        names = [name for name in moment_shapes(optimizer, parameter) if name in state]
+        # bitsandbytes' step is an int
+        kept.append({name: torch.as_tensor(state[name]) for name in names})
     return kept
 
 
 def set_moments(optimizer: torch.optim.Optimizer, kept: list[dict[str, Tensor]]) -> None:
     """The inverse of `moments`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
-    for parameter, tensors in zip(parameters, kept, strict=True):
+    for parameter, tensors in zip(parameters_of(optimizer), kept, strict=True):
         if not tensors:
             continue
         state: dict[str, Any] = {
@@ -202,7 +206,7 @@ class Trainee:
         """
         world = world or World()
         scaler = self.scaler
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        trained = parameters_of(self.optimizer)
         weight = sum(batch.weight for batch in rows)
         total = torch.zeros((), device=trained[0].device)
 
@@ -264,39 +268,26 @@ def first_nonfinite(
     """Name of the first module, in order of execution, whose output has an inf or nan for `batch`;
     else of the gradients; else "".
     """
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-            if not found and not all(torch.isfinite(t).all() for t in tensors):
-                found.append(name)
-
-        return hook
-
-    def watched(module: nn.Module) -> bool:
-        # an adapted linear computes its base without calling it
-        return hasattr(module, "lora_A") or not list(module.children())
-
-    handles = [
-        module.register_forward_hook(watch(name))
+    watched = {
+        module: name
         for name, module in model.named_modules()
-        if watched(module)
-    ]
-    device = next(p.device for p in model.parameters() if p.requires_grad)
-    try:
-        with precision.autocast():
-            loss = objective(model, batch.to(device))
-        if not found:
-            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            bad = (
-                name
-                for name, g in zip(named, gradients, strict=True)
-                if g is not None and not torch.isfinite(g).all()
-            )
-            found += [f"gradient of {name}" for name in bad][:1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else ""
+        # an adapted linear computes its base without calling it
+        if hasattr(module, "lora_A") or not list(module.children())
+    }
+    nonfinite: list[str] = []
+
+    def watch(module: nn.Module, _inputs: object, output: object) -> None:
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        if not nonfinite and module in watched and not all(t.isfinite().all() for t in tensors):
+            nonfinite.append(watched[module])
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(trained.values())).device
+    with register_module_forward_hook(watch), precision.autocast():
+        loss = objective(model, batch.to(device))
+    if not nonfinite:
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        for name, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None and not gradient.isfinite().all():
+                return f"gradient of {name}"
+    return next(iter(nonfinite), "")

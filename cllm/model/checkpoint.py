@@ -279,22 +279,20 @@ def random_model(
     file = Path("config.json")
     checkpoint = Checkpoint(file, family, _native_config(file, family, config), [])
     model = skeleton(checkpoint, dtype)
-    layout: Layout = {
-        name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()
-    }
-
+    empty = dict(model.named_parameters())
+    layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in empty.items()}
     # The largest matrices may have to stay in host memory, so they never visit the device whole.
-    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    large = [name for name, p in model.named_parameters() if any(p is end for end in ends)]
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
 
     def random() -> Iterator[tuple[str, Tensor]]:
-        for name, (shape, _) in layout.items():
-            tensor = torch.empty(shape, dtype=dtype, device="cpu" if name in large else device)
-            if len(shape) == 1:
-                yield name, tensor.fill_(name.endswith("weight"))
-                continue
-            for rows in tensor.split(max(1, _RANDOM // shape[1])):
-                rows.copy_(torch.empty(rows.shape, dtype=dtype, device=device).normal_(0, 0.02))
+        for name, parameter in empty.items():
+            home = "cpu" if id(parameter) in ends else device
+            tensor = torch.empty(parameter.shape, dtype=dtype, device=home)
+            if tensor.dim() == 1:
+                tensor.fill_(name.endswith("weight"))
+            else:
+                for rows in tensor.split(max(1, _RANDOM // tensor.shape[1])):
+                    rows.copy_(torch.empty(rows.shape, dtype=dtype, device=device).normal_(0, 0.02))
             yield name, tensor
 
     _fill(model, checkpoint, layout, random(), placement)

@@ -405,13 +405,13 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     """Inside this context the first adapter is off, and a model without others is its base: the
     reference policy, the before of before/after.
     """
-    gate = gates(model).get(1)
-    before = gate.rows if gate else None
-    set_gate(model, 0.0)
+    gate = gates(model).get(1, Gate())
+    before = gate.rows
+    gate.rows = 0.0
     try:
         yield
     finally:
-        set_gate(model, before)
+        gate.rows = before
 
 
 def merge_into(weight: Tensor, scaling: float, parts: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cllm.data.dialects import jinja
-from cllm.data.encode import IGNORED, Ids
+from cllm.data.encode import IGNORE_INDEX, Ids
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, render
 from cllm.messages import UserError, note
@@ -140,9 +140,8 @@ class Tokenizer:
         cores.
         """
         plans = [self._plan(segments) for segments in batch]
-        texts = list(
-            dict.fromkeys(part for plan in plans for part, _ in plan if isinstance(part, str))
-        )
+        parts = (part for plan in plans for part, _ in plan)
+        texts = list(dict.fromkeys(part for part in parts if isinstance(part, str)))
         known = dict(zip(texts, self.vocabulary.encode(texts), strict=True))
         examples = []
         for plan in plans:
@@ -150,31 +149,28 @@ class Tokenizer:
             for part, label in plan:
                 new = known[part] if isinstance(part, str) else array("i", [part])
                 ids += new
-                if label is None:
-                    labels += IGNORED * len(new)
-                else:
-                    labels += new if label == ITSELF else array("i", [label])
+                labels += new if label == ITSELF else array("i", [label]) * len(new)
             examples.append((ids, labels))
         return examples
 
-    def _pieces(self, segments: Iterable[Segment]) -> Iterator[tuple[str, int | None, int | None]]:
+    def _pieces(self, segments: Iterable[Segment]) -> Iterator[tuple[str, int | None, int]]:
         """(text, id, label) of the parts of the segments: a control token has an id and no text, an
         empty segment neither; labels as in `_plan`.
         """
         control = self.vocabulary.control
         for text, supervised, markup, target in segments:
-            label = ITSELF if supervised else None
+            label = ITSELF if supervised else IGNORE_INDEX
             for part in (self._split(text) if markup else (text,)) or ("",):
                 if markup and part in control:
                     yield "", control[part], control[target] if supervised and target else label
                 else:
                     yield part, None, label
 
-    def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int | None]]:
-        """Texts and control tokens, in order, with the label: None where not supervised, ITSELF
-        where the ids are their own labels.
+    def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int]]:
+        """Texts and control tokens, in order, with the label: IGNORE_INDEX where not supervised,
+        ITSELF where the ids are their own labels.
         """
-        plan: list[tuple[str | int, int | None]] = []
+        plan: list[tuple[str | int, int]] = []
         runs = itertools.groupby(
             self._pieces(segments), key=lambda piece: (bool(piece[0]), piece[2])
         )
