@@ -102,7 +102,7 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
 
     from cllm.data.packing import collate
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import make_optimizer, train_step
+    from cllm.learn.optim import Trainee, make_optimizer
     from cllm.learn.proof import peak_bytes
     from cllm.model.adapter import load_adapter
     from cllm.model.checkpoint import load_model
@@ -117,20 +117,14 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
     load_adapter(model, adapter)
     checkpoint_layers(model, -1 if "checkpointing" in side else 0)
     optimizer = make_optimizer(model, RATE)
+    trainee = Trainee(model, sft_loss, optimizer, precision, precision.scaler())
     rows = [collate(examples[at : at + BATCH]) for at in range(0, len(examples), BATCH)]
     loaded = proc("VmRSS")
     reset_high_water()
 
     def step(row: Any) -> tuple[float, float]:
         start = time.perf_counter()
-        how: dict[str, Any] = {
-            "precision": precision,
-            "scaler": precision.scaler(),
-            "max_norm": 1.0,
-        }
-        return train_step(
-            model, [row], sft_loss, optimizer, **how
-        ).loss, time.perf_counter() - start
+        return trainee.step([row]).loss, time.perf_counter() - start
 
     losses, seconds = zip(*[step(row) for row in rows], strict=True)
     high, largest = proc("VmHWM"), max(rows, key=lambda row: len(row.input_ids))

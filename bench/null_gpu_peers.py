@@ -213,7 +213,7 @@ def ours(original: dict[str, Any], tokens: int, setting: str, folder: str) -> No
     from cllm.bench import random_row
     from cllm.config import MemoryConfig
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import Precision, make_optimizer, train_step
+    from cllm.learn.optim import Precision, Trainee, make_optimizer
     from cllm.model.attention import packs
     from cllm.model.checkpoint import random_model
     from cllm.model.lora import inject_lora
@@ -237,13 +237,11 @@ def ours(original: dict[str, Any], tokens: int, setting: str, folder: str) -> No
     place(model, memory, device)
     packs(model.train())
     optimizer = make_optimizer(model, 1e-4)
+    trainee = Trainee(model, sft_loss, optimizer, precision, precision.scaler())
     batches = [random_row(tokens, model.config.vocab_size)] * MICRO_BATCHES
-    scaler = precision.scaler()
     for _ in range(2):
         nullgpu.reset()
-        train_step(
-            model, batches, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
-        )
+        trainee.step(batches)
 
 
 def check() -> None:

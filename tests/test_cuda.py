@@ -67,7 +67,7 @@ def test_nf4_equals_the_cpu_bit_for_bit(shape: tuple[int, int], dtype: torch.dty
 def test_nf4_linear_gradient_equals_the_dense_layer() -> None:
     from cllm.model.nf4 import NF4Linear
 
-    layer = NF4Linear.from_weight(torch.randn(256, 512, device="cuda"))
+    layer = NF4Linear(torch.randn(256, 512, device="cuda"))
     x = torch.randn(33, 512, device="cuda", requires_grad=True)
     grad = torch.randn(33, 256, device="cuda")
     (found,) = torch.autograd.grad(layer(x), x, grad)
@@ -127,7 +127,7 @@ def test_what_a_capped_card_cannot_take_whole_it_takes_in_parts() -> None:
     from cllm.data.encode import Example
     from cllm.data.packing import collate
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import StepOutOfMemoryError, make_optimizer, train_step
+    from cllm.learn.optim import StepOutOfMemoryError, Trainee, make_optimizer
     from cllm.model.device import Precision
 
     model, _, _ = step_of("none", "fp32", rows=1, tokens=64)
@@ -138,15 +138,9 @@ def test_what_a_capped_card_cannot_take_whole_it_takes_in_parts() -> None:
     def run(micro_tokens: int) -> tuple[float, int]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        how: dict[str, Any] = {
-            "precision": precision,
-            "scaler": precision.scaler(),
-            "max_norm": 0.0,
-            "micro_tokens": micro_tokens,
-        }
-        return train_step(
-            model, [row], sft_loss, optimizer, **how
-        ).loss, torch.cuda.max_memory_reserved()
+        trainee = Trainee(model, sft_loss, optimizer, precision, precision.scaler(), max_norm=0.0)
+        loss = trainee.step([row], micro_tokens=micro_tokens).loss
+        return loss, torch.cuda.max_memory_reserved()
 
     run(512)  # makes the moments
     (whole, needed), (parts, less) = run(4096), run(512)

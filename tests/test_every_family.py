@@ -20,7 +20,7 @@ from cllm.data.encode import Example
 from cllm.data.packing import PackedRows
 from cllm.learn.log import read_metrics
 from cllm.learn.loss import row_nll, sft_loss
-from cllm.learn.optim import make_optimizer, train_step
+from cllm.learn.optim import Trainee, make_optimizer
 from cllm.learn.snapshot import capture, load_snapshot, restore, save_snapshot
 from cllm.model.attention import packs
 from cllm.model.checkpoint import load_model
@@ -117,11 +117,10 @@ def test_fp16_with_a_float32_residual_stream_follows_float32(name: str, home: Pa
         model = load_model(find(name, home), dtype=precision.weights)
         inject_lora(model, rank=2, alpha=4.0)
         precision.prepare(model)
-        optimizer, scaler = make_optimizer(model, 1e-3), precision.scaler()
+        optimizer = make_optimizer(model, 1e-3)
+        trainee = Trainee(model, sft_loss, optimizer, precision, precision.scaler())
         for _ in range(16):  # the scaler may have to find its scale first
-            stats = train_step(
-                model, rows, sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
-            )
+            stats = trainee.step(rows)
             losses.setdefault(kind, stats.loss)
             if not stats.skipped:
                 break
@@ -223,15 +222,8 @@ def test_a_step_learns_and_a_resumed_one_is_the_same(
         )
 
     def step(model: Any, optimizer: Any, rows: PackedRows) -> float:
-        return train_step(
-            model,
-            rows.take(len(rows)),
-            sft_loss,
-            optimizer,
-            precision=precision,
-            scaler=precision.scaler(),
-            max_norm=1.0,
-        ).loss
+        trainee = Trainee(model, sft_loss, optimizer, precision, precision.scaler())
+        return trainee.step(rows.take(len(rows))).loss
 
     model, optimizer, rows = start()
     losses = [step(model, optimizer, rows), step(model, optimizer, rows)]

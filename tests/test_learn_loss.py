@@ -22,11 +22,11 @@ from cllm.learn import loss
 from cllm.learn.loss import row_nll, sft_loss, token_nll
 from cllm.learn.optim import (
     Precision,
+    Trainee,
     first_nonfinite,
     learning_rate,
     make_optimizer,
     set_learning_rate,
-    train_step,
 )
 from cllm.messages import UserError
 from cllm.model.adapter import adapter_tensors
@@ -88,7 +88,7 @@ def test_a_step_of_eight_rows_reads_the_device_three_times_at_most(precision: st
     rows = [collate(examples(n, seed=n)) for n in (1, 2, 3, 1, 4, 1, 2, 5)]
     optimizer, scaler = make_optimizer(model, 1e-3), chosen.scaler()
     with Reads() as reads:
-        train_step(model, rows, sft_loss, optimizer, precision=chosen, scaler=scaler, max_norm=1.0)
+        Trainee(model, sft_loss, optimizer, chosen, scaler).step(rows)
     assert len(reads.names) <= 3, reads.names
 
 
@@ -286,18 +286,8 @@ def test_accumulation_1x8_equals_8x1() -> None:
         model = adapted()
         optimizer = make_optimizer(model, 1e-2)
         set_learning_rate(optimizer, 1e-2)
-        losses = [
-            train_step(
-                model,
-                [collate(g) for g in groups],
-                sft_loss,
-                optimizer,
-                precision=FP32,
-                scaler=FP32.scaler(),
-                max_norm=1.0,
-            )
-            for _ in range(3)
-        ]
+        trainee = Trainee(model, sft_loss, optimizer, FP32, FP32.scaler())
+        losses = [trainee.step([collate(g) for g in groups]) for _ in range(3)]
         results.append(
             (losses, torch.cat([v.detach().flatten() for v in adapter_tensors(model).values()]))
         )
@@ -318,18 +308,8 @@ def curve(name: str, steps: int = 25) -> list[float]:
     optimizer, scaler = make_optimizer(model, 5e-3), precision.scaler()
     set_learning_rate(optimizer, 5e-3)
     rows = PackedRows(examples(12), 64)
-    return [
-        train_step(
-            model,
-            rows.take(2),
-            sft_loss,
-            optimizer,
-            precision=precision,
-            scaler=scaler,
-            max_norm=1.0,
-        ).loss
-        for _ in range(steps)
-    ]
+    trainee = Trainee(model, sft_loss, optimizer, precision, scaler)
+    return [trainee.step(rows.take(2)).loss for _ in range(steps)]
 
 
 def test_fp16_amp_follows_the_fp32_curve_within_two_percent() -> None:
@@ -350,18 +330,15 @@ def test_an_inf_skips_the_step_lowers_the_scale_and_is_named() -> None:
     model.model.layers[1].mlp.down_proj.base.weight.data[0, 0] = float("inf")
     before = copy.deepcopy([v.detach() for v in adapter_tensors(model).values()])
     scale = scaler.get_scale()
-    stats = train_step(
-        model, [row], sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
-    )
+    trainee = Trainee(model, sft_loss, optimizer, precision, scaler)
+    stats = trainee.step([row])
     assert stats.skipped and scaler.get_scale() == scale / 2
     assert all(
         torch.equal(a, b) for a, b in zip(before, adapter_tensors(model).values(), strict=True)
     )
     assert first_nonfinite(model, row, sft_loss, precision) == "model.layers.1.mlp.down_proj"
     model.model.layers[1].mlp.down_proj.base.weight.data[0, 0] = 0
-    assert not train_step(
-        model, [row], sft_loss, optimizer, precision=precision, scaler=scaler, max_norm=1.0
-    ).skipped
+    assert not trainee.step([row]).skipped
     assert first_nonfinite(model, row, sft_loss, precision) == ""
 
 

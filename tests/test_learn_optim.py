@@ -23,7 +23,7 @@ from cllm.data.packing import collate
 from cllm.learn import optim
 from cllm.learn.log import CLOCK_FIELDS, read_metrics
 from cllm.learn.loss import sft_loss
-from cllm.learn.optim import check_optimizer, make_optimizer, set_learning_rate, train_step
+from cllm.learn.optim import Trainee, check_optimizer, make_optimizer, set_learning_rate
 from cllm.learn.snapshot import capture, restore
 from cllm.messages import UserError
 from cllm.model.lora import inject_lora
@@ -73,12 +73,8 @@ def trained(name: str, steps: int, rank: int) -> tuple[Any, torch.optim.Optimize
 
 def run(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
     row = [collate(examples(6))]
-    return [
-        train_step(
-            model, row, sft_loss, optimizer, precision=FP32, scaler=FP32.scaler(), max_norm=1.0
-        ).loss
-        for _ in range(steps)
-    ]
+    trainee = Trainee(model, sft_loss, optimizer, FP32, FP32.scaler())
+    return [trainee.step(row).loss for _ in range(steps)]
 
 
 @runs_here

@@ -299,7 +299,7 @@ def random_layer(kind: str, dtype: torch.dtype) -> LoraLinear:
     torch.manual_seed(2)
     base: torch.nn.Module = torch.nn.Linear(96, 70, dtype=dtype)
     if kind == "nf4":
-        base = NF4Linear.from_linear(base)  # type: ignore[arg-type]
+        base = NF4Linear(base.weight, base.bias)  # type: ignore[arg-type]
     if kind == "conv1d":
         base = Conv1D(70, 96).to(dtype)
     layer = LoraLinear(base.requires_grad_(False), LoraSettings(4, 12.0))

@@ -48,7 +48,7 @@ def model_of(
     if quantize:
         for name, module in [*model.base_model.named_modules()]:
             if type(module) is nn.Linear:
-                model.base_model.set_submodule(name, NF4Linear.from_linear(module))
+                model.base_model.set_submodule(name, NF4Linear(module.weight, module.bias))
     inject_lora(model, rank=4, alpha=8, dropout=dropout)
     for name, value in adapter_tensors(model).items():
         if "lora_B" in name:

@@ -267,6 +267,13 @@ def test_wrong_hash_is_not_kept(hub: Hub, hub_name: str, tmp_path: Path) -> None
     assert (resolve(f"{hub_name}:org/name") / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_a_part_longer_than_the_file_is_fetched_anew(hub: Hub, tmp_path: Path) -> None:
+    part = tmp_path / "cache" / "org--name" / "model.safetensors.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(WEIGHTS + b"of a longer revision")
+    assert (resolve("modelscope:org/name") / "model.safetensors").read_bytes() == WEIGHTS
+
+
 def test_a_part_of_another_revision_is_told_by_its_hash(hub: Hub, tmp_path: Path) -> None:
     part = tmp_path / "cache" / "org--name" / "model.safetensors.incomplete"
     part.parent.mkdir(parents=True)

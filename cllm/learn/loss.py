@@ -7,7 +7,7 @@ chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
@@ -20,6 +20,7 @@ from cllm.data.encode import IGNORE_INDEX
 from cllm.data.packing import PackedBatch, without_waiting
 from cllm.model.attention import row_arguments
 from cllm.model.head import output_head
+from cllm.model.nf4 import Tile
 
 CHUNK_BYTES = 128 * 2**20
 _TILE = 2**25  # weights of an int8 head dequantized at a time: 64 MiB in 16 bits, twice
@@ -71,9 +72,7 @@ def _chunk_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def _logits(
-    hidden: Tensor, vocabulary: int, tiles: Iterable[tuple[slice, Tensor, Tensor | None]]
-) -> Tensor:
+def _logits(hidden: Tensor, vocabulary: int, tiles: Iterable[Tile]) -> Tensor:
     logits = hidden.new_empty(0)
     for part, weight, bias in tiles:
         if len(weight) == vocabulary:
@@ -89,55 +88,42 @@ class _FrozenHeadNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, chunk_bytes: int) -> Tensor:
         vocabulary, device = head.out_features, hidden.device.type
-        tiles: Callable[[], Iterable[tuple[slice, Tensor, Tensor | None]]]
-        if hasattr(head, "tiles"):
-            dtype = (
-                torch.get_autocast_dtype(device)
-                if torch.is_autocast_enabled(device)
-                else hidden.dtype
-            )
-            tiles = lambda: head.tiles(dtype, _TILE)  # noqa: E731
-        else:
-            dtype = head.weight.dtype
-            tiles = lambda: [(slice(None), head.weight, head.bias)]  # noqa: E731
+        quantized = hasattr(head, "tiles")
+        dtype = hidden.dtype if quantized else head.weight.dtype
+        if quantized and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+
+        def tiles() -> Iterable[Tile]:
+            if quantized:
+                return head.tiles(dtype, _TILE)  # type: ignore[no-any-return]
+            return [(slice(None), head.weight, head.bias)]
+
         rows = max(1, min(len(targets), chunk_bytes // (vocabulary * dtype.itemsize)))
         inner = max(1, _FP32_BYTES // (4 * vocabulary))
-        needs_gradient = ctx.needs_input_grad[0]
         # float16 cannot hold small probabilities: the unit gradient is formed 256 times larger and
         # scaled back.
         scale = 256.0 if dtype == torch.float16 else 1.0
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        unit = (
-            torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            if needs_gradient
-            else None
-        )
+        unit = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), rows):
             span = slice(start, start + rows)
             with torch.autocast(device, enabled=False):
                 logits = _logits(hidden[span].to(dtype), vocabulary, tiles())
                 for low in range(0, len(logits), inner):
-                    block, target = (
-                        logits[low : low + inner],
-                        targets[span][low : low + inner, None],
-                    )
+                    block = logits[low : low + inner]
+                    target = targets[span][low : low + inner, None]
                     exact = block.float()
                     normalizer = exact.logsumexp(1, keepdim=True)
-                    nll[start + low : start + low + len(block)] = (
-                        normalizer - exact.gather(1, target)
-                    ).squeeze(1)
+                    nll[span][low : low + inner] = (normalizer - exact.gather(1, target))[:, 0]
                     if unit is not None:
-                        exact.sub_(normalizer).exp_().scatter_add_(
-                            1, target, torch.full_like(normalizer, -1.0)
-                        )
+                        minus_one = torch.full_like(normalizer, -1.0)
+                        exact.sub_(normalizer).exp_().scatter_add_(1, target, minus_one)
                         block.copy_(exact.mul_(scale))
                 if unit is not None:
-                    unit[span] = reduce(
-                        Tensor.add_,
-                        ((logits[:, part] @ weight).float() for part, weight, _ in tiles()),
-                    ).div_(scale)
+                    parts = ((logits[:, part] @ weight).float() for part, weight, _ in tiles())
+                    unit[span] = reduce(Tensor.add_, parts).div_(scale)
             del logits, block, exact  # or they would live until the next chunk's logits are made
-        ctx.save_for_backward(*([unit] if unit is not None else []))
+        ctx.save_for_backward(unit)
         return nll
 
     @staticmethod

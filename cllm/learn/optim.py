@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves
 
 from cllm.data.packing import PackedBatch
 from cllm.learn.dist import World
@@ -110,6 +112,11 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What it updates, in its groups' order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def moment_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, torch.Size]:
     """Name -> shape of what the optimizer keeps of `parameter` from its first step on."""
     shape, scalar = parameter.shape, torch.Size()
@@ -125,20 +132,18 @@ def moment_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[s
 def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     """What the optimizer keeps of each parameter, in its groups' order; nothing before a step."""
     kept: list[dict[str, Tensor]] = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            names = [name for name in moment_shapes(optimizer, parameter) if name in state]
-            # bitsandbytes' step is an int
-            kept.append({name: torch.as_tensor(state[name]) for name in names})
+    for parameter in parameters_of(optimizer):
+        state = optimizer.state.get(parameter, {})
+        names = [name for name in moment_shapes(optimizer, parameter) if name in state]
+        # bitsandbytes' step is an int
+        kept.append({name: torch.as_tensor(state[name]) for name in names})
     return kept
 
 
 def set_moments(optimizer: torch.optim.Optimizer, kept: list[dict[str, Tensor]]) -> None:
     """The inverse of `moments`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
-    for parameter, tensors in zip(parameters, kept, strict=True):
+    for parameter, tensors in zip(parameters_of(optimizer), kept, strict=True):
         if not tensors:
             continue
         state: dict[str, Any] = {
@@ -171,63 +176,74 @@ class StepOutOfMemoryError(Exception):
         self.altered = altered
 
 
-def train_step(
-    model: nn.Module,
-    batches: Sequence[PackedBatch],
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    *,
-    precision: Precision,
-    scaler: torch.amp.GradScaler,
-    max_norm: float,
-    world: World | None = None,
-    seed: str = "",
-    micro_tokens: int = sys.maxsize,
-) -> StepStats:
-    """One update from the rows of a step: the summed loss over all of them divided by their
-    supervised tokens.
+@dataclass(frozen=True)
+class Trainee:
+    """What learns: a model with its objective, optimizer and number format."""
 
-    So 1 x 8 rows equal 8 x 1, and row i, computed on rank i mod world, equals one rank. A row
-    longer than `micro_tokens` is computed in parts. Dropout depends on (`seed`, i) only; without a
-    seed it goes on from the generator's state. A step whose loss or gradient is not finite changes
-    no parameter and is reported as skipped. Raises StepOutOfMemoryError, on every rank, if memory
-    ran out on one.
-    """
-    world = world or World()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    weight = sum(batch.weight for batch in batches)
-    total = torch.zeros((), device=trained[0].device)
+    model: nn.Module
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    scaler: torch.amp.GradScaler
+    max_norm: float = 1.0
 
-    def gradients() -> None:
-        for index in range(world.rank, len(batches), world.size):
-            if seed:
-                torch.manual_seed(random.Random(f"{seed}/{index}").getrandbits(63))
-            for part in batches[index].split(micro_tokens):
-                with precision.autocast():
-                    loss = objective(model, part.to(total.device)) / max(1, weight)
-                scaler.scale(loss).backward()
-                total.add_(loss.detach())
+    def step(
+        self,
+        rows: Sequence[PackedBatch],
+        *,
+        world: World | None = None,
+        seed: str = "",
+        micro_tokens: int = sys.maxsize,
+    ) -> StepStats:
+        """One update from the rows of a step: the summed loss over all of them divided by their
+        supervised tokens.
 
-    def update() -> tuple[float, float, bool]:
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
-        mean, grad_norm = torch.stack([total, norm]).tolist()  # the step's one wait for the device
-        skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
-        if scaler.is_enabled() or not skipped:
-            scaler.step(optimizer)  # an enabled scaler skips by itself when it saw an inf or nan
-            scaler.update()
-        return mean, grad_norm, skipped
+        So 1 x 8 rows equal 8 x 1, and row i, computed on rank i mod world, equals one rank. A row
+        longer than `micro_tokens` is computed in parts. Dropout depends on (`seed`, i) only;
+        without a seed it goes on from the generator's state. A step whose loss or gradient is not
+        finite changes no parameter and is reported as skipped. Raises StepOutOfMemoryError, on
+        every rank, if memory ran out on one.
+        """
+        world = world or World()
+        scaler = self.scaler
+        trained = parameters_of(self.optimizer)
+        weight = sum(batch.weight for batch in rows)
+        total = torch.zeros((), device=trained[0].device)
 
-    try:
-        _in_memory(gradients, world, altered=False)
-        if world.size > 1:
-            for p in trained:  # a rank without a row in this step
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            world.sum_([total, *(p.grad for p in trained)])
-        mean, grad_norm, skipped = _in_memory(update, world, altered=True)
-    finally:
-        optimizer.zero_grad(set_to_none=True)
-    return StepStats(mean, grad_norm, sum(len(b.input_ids) for b in batches), weight, skipped)
+        def gradients() -> None:
+            for index in range(world.rank, len(rows), world.size):
+                if seed:
+                    torch.manual_seed(random.Random(f"{seed}/{index}").getrandbits(63))
+                for part in rows[index].split(micro_tokens):
+                    with self.precision.autocast():
+                        loss = self.objective(self.model, part.to(total.device)) / max(1, weight)
+                    scaler.scale(loss).backward()
+                    total.add_(loss.detach())
+
+        def update() -> tuple[float, float, bool]:
+            scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(
+                trained, self.max_norm if self.max_norm > 0 else math.inf
+            )
+            # the step's one wait for the device
+            mean, grad_norm = torch.stack([total, norm]).tolist()
+            skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
+            if scaler.is_enabled() or not skipped:
+                # an enabled scaler skips by itself when it saw an inf or nan
+                scaler.step(self.optimizer)
+                scaler.update()
+            return mean, grad_norm, skipped
+
+        try:
+            _in_memory(gradients, world, altered=False)
+            if world.size > 1:
+                for p in trained:  # a rank without a row in this step
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                world.sum_([total, *(p.grad for p in trained)])
+            mean, grad_norm, skipped = _in_memory(update, world, altered=True)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return StepStats(mean, grad_norm, sum(len(b.input_ids) for b in rows), weight, skipped)
 
 
 def _in_memory(work: Callable[[], Result], world: World, *, altered: bool) -> Result:
@@ -252,79 +268,26 @@ def first_nonfinite(
     """Name of the first module, in order of execution, whose output has an inf or nan for `batch`;
     else of the gradients; else "".
     """
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            tensors = [
-                t
-                for t in (output if isinstance(output, tuple) else [output])
-                if isinstance(t, Tensor)
-            ]
-            if not found and any(
-                not torch.isfinite(t).all() for t in tensors if t.is_floating_point()
-            ):
-                found.append(name)
-
-        return hook
-
-    def watched(module: nn.Module) -> bool:
-        # an adapted linear computes its base without calling it
-        return hasattr(module, "lora_A") or not list(module.children())
-
-    handles = [
-        module.register_forward_hook(watch(name))
+    watched = {
+        module: name
         for name, module in model.named_modules()
-        if watched(module)
-    ]
-    device = next(p.device for p in model.parameters() if p.requires_grad)
-    try:
-        with precision.autocast():
-            loss = objective(model, batch.to(device))
-        if not found:
-            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            bad = (
-                name
-                for name, g in zip(named, gradients, strict=True)
-                if g is not None and not torch.isfinite(g).all()
-            )
-            found += [f"gradient of {name}" for name in bad][:1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else ""
+        # an adapted linear computes its base without calling it
+        if hasattr(module, "lora_A") or not list(module.children())
+    }
+    nonfinite: list[str] = []
 
+    def watch(module: nn.Module, _inputs: object, output: object) -> None:
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        if not nonfinite and module in watched and not all(t.isfinite().all() for t in tensors):
+            nonfinite.append(watched[module])
 
-@dataclass(frozen=True)
-class Trainee:
-    """What learns: a model with its objective, optimizer and number format."""
-
-    model: nn.Module
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    scaler: torch.amp.GradScaler
-    max_norm: float = 1.0
-
-    def step(
-        self,
-        rows: Sequence[PackedBatch],
-        *,
-        world: World | None = None,
-        seed: str = "",
-        micro_tokens: int = sys.maxsize,
-    ) -> StepStats:
-        """`train_step` on these rows."""
-        return train_step(
-            self.model,
-            rows,
-            self.objective,
-            self.optimizer,
-            precision=self.precision,
-            scaler=self.scaler,
-            max_norm=self.max_norm,
-            world=world,
-            seed=seed,
-            micro_tokens=micro_tokens,
-        )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(trained.values())).device
+    with register_module_forward_hook(watch), precision.autocast():
+        loss = objective(model, batch.to(device))
+    if not nonfinite:
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        for name, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None and not gradient.isfinite().all():
+                return f"gradient of {name}"
+    return next(iter(nonfinite), "")

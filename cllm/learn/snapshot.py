@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from cllm.learn.optim import moment_shapes, moments, set_moments
+from cllm.learn.optim import moment_shapes, moments, parameters_of, set_moments
 from cllm.messages import UserError, note
 from cllm.runs import sync
 
@@ -68,7 +68,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
         "rng/cpu": torch.get_rng_state().shape
     }
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
-    order = [p for group in optimizer.param_groups for p in group["params"]]
+    order = parameters_of(optimizer)
     state: list[dict[str, Tensor]] = [{} for _ in order]
     for name, value in tensors.items():
         if name in expected:

@@ -83,7 +83,7 @@ def packed_attention(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # the kernel is chosen for what SDPA would cast to
         dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     slopes = getattr(module, "alibi_slopes", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = partial(_attend, scale=scale, dropout=dropout, softcap=softcap, slopes=slopes)
@@ -173,7 +173,8 @@ def _attend(
     if groups > 1 and (softcap is not None or (card.type == "cuda" and not flash)):
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if softcap is not None:
-        return _capped(query, key, value, mask, scale, dropout, softcap)[..., :features]
+        weights = _capped_weights(query, key, mask, scale, softcap)
+        return (F.dropout(weights, dropout) @ value)[..., :features]
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -187,23 +188,16 @@ def _attend(
     return output[..., :features]
 
 
-def _capped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    dropout: float,
-    softcap: float,
+def _capped_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    """Attention with capped scores, written out: no kernel of SDPA has them."""
+    """Softmax of capped scores, written out: no kernel of SDPA has them."""
     if mask is None:
         mask = _causal_mask(query.shape[2], key.shape[2], None, query.device)
     scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
     low = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return F.dropout(weights, dropout) @ value
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
 
 
 def _varlen(
@@ -286,20 +280,11 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    def mask(
-        batch_size: int,
-        q_length: int,
-        kv_length: int,
-        *args: Any,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor | None:
-        if attention_mask is None and q_length == kv_length:
+    def mask(**arguments: Any) -> Any:
+        plain = arguments.get("attention_mask") is None
+        if plain and arguments["q_length"] == arguments["kv_length"]:
             return None
-        built: Tensor | None = sdpa_mask(
-            batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs
-        )
-        return built
+        return sdpa_mask(**arguments)
 
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionMaskInterface.register(ATTENTION, mask)

@@ -55,20 +55,15 @@ def choose_template(
     tokenizer: Tokenizer, name: str, family: str, model: Mapping[str, Any], thinking: str
 ) -> Template:
     """The template of this name, fitted to the vocabulary; "auto": see `load_tokenizer`."""
-    own = published_template(tokenizer)
+    published = published_template(tokenizer)
     if name == "auto":
-        name = (
-            _of_kind(tokenizer, family, model)
-            or (own and (_same(tokenizer, own) or "native"))
-            or ""
-        )
-        name = name or (
-            "chatml"
-            if {"<|im_start|>", "<|im_end|>"} <= tokenizer.vocabulary.control.keys()
-            else "plain"
-        )
-    if name == "native" and own:
-        return _native(tokenizer, own, thinking)
+        chatml = {"<|im_start|>", "<|im_end|>"} <= tokenizer.vocabulary.control.keys()
+        name = _of_kind(tokenizer, family, model)
+        if not name and published:
+            name = _same(tokenizer, published) or "native"
+        name = name or ("chatml" if chatml else "plain")
+    if name == "native" and published:
+        return _native(tokenizer, published, thinking)
     if name not in TEMPLATES:
         raise UserError("tokenizer.template", name=name, known=", ".join([*TEMPLATES, "native"]))
     return _fitted(tokenizer, TEMPLATES[name], thinking)
@@ -91,13 +86,9 @@ def _of_kind(tokenizer: Tokenizer, family: str, model: Mapping[str, Any]) -> str
     )
     if name == "chatglm3":  # ChatGLM2, ChatGLM3 and GLM-4 share their class names
         names = f"{tokenizer.config.get('name_or_path')} {model.get('_name_or_path')}".lower()
-        return (
-            "glm4"
-            if isinstance(tokenizer.vocabulary, Bpe)
-            else "chatglm2"
-            if "chatglm2" in names
-            else "chatglm3"
-        )
+        if isinstance(tokenizer.vocabulary, Bpe):
+            return "glm4"
+        return "chatglm2" if "chatglm2" in names else "chatglm3"
     if name == "baichuan2" and tokenizer.vocab_size == 64000:
         return "baichuan"
     return name if name in TEMPLATES else ""
@@ -117,10 +108,9 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
         template = restored_template(json.loads(text))
     if tokenizer.bos_id is not None:
         bos = vocabulary.name(tokenizer.bos_id)
-        own = vocabulary.begins_with(tokenizer.bos_id)
-        if bos not in template.prefix + template.user[0] and tokenizer.config.get(
-            "add_bos_token", own
-        ):
+        usual = vocabulary.begins_with(tokenizer.bos_id)
+        opens = bos in template.prefix + template.user[0]
+        if not opens and tokenizer.config.get("add_bos_token", usual):
             template = replace(template, prefix=bos + template.prefix)
     return template
 
@@ -170,20 +160,22 @@ def _same(tokenizer: Tokenizer, source: str) -> str:
     """The name of our template that renders exactly like the chat_template, thinking or not, or
     "".
     """
-    modes = ("off", "keep")
-    try:
-        texts = [
-            [_jinja(tokenizer, source, mode, turns, opened) for turns, opened in _PROBES]
-            for mode in modes
-        ]
-    except UserError:
-        return ""
+    texts = {mode: _rendered(tokenizer, source, mode) for mode in ("off", "keep")}
     for name, template in TEMPLATES.items():
-        if [
-            _probed(replace(template, thinking=mode if template.thinking else "")) for mode in modes
-        ] == texts:
+        if all(
+            _probed(replace(template, thinking=mode if template.thinking else "")) == text
+            for mode, text in texts.items()
+        ):
             return name
     return ""
+
+
+def _rendered(tokenizer: Tokenizer, source: str, thinking: str | None) -> list[str] | None:
+    """The probes by the chat_template; None if it refuses one of them."""
+    try:
+        return [_jinja(tokenizer, source, thinking, turns, opened) for turns, opened in _PROBES]
+    except UserError:
+        return None
 
 
 def _probed(template: Template) -> list[str]:
@@ -197,21 +189,15 @@ def renders_like(tokenizer: Tokenizer, source: str) -> bool:
     """Whether the chat_template, called as everybody calls it, renders exactly like the tokenizer's
     template.
     """
-    try:
-        return _probed(tokenizer.template) == [
-            _jinja(tokenizer, source, None, turns, opened) for turns, opened in _PROBES
-        ]
-    except UserError:
-        return False
+    return _probed(tokenizer.template) == _rendered(tokenizer, source, None)
 
 
 def _native(tokenizer: Tokenizer, source: str, thinking: str) -> Template:
     """The chat_template as a Template; its end token is the first control token behind an
     answer.
     """
-    tail = _jinja(tokenizer, source, thinking, _marked(_PROBES[2][0]), False).rpartition("\ue001")[
-        2
-    ]
+    text = _jinja(tokenizer, source, thinking, _marked(_PROBES[2][0]), False)
+    tail = text.rpartition("\ue001")[2]
     end = tokenizer.first_control(tail)[1] or tokenizer.vocabulary.name(tokenizer.eos_id)
     return Template(
         name="native", user=("", ""), assistant="", end=end, jinja=source, thinking=thinking
@@ -224,12 +210,8 @@ def render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) 
     """
     messages = messages_of(conversation)
     marked, words = _marked(messages), [m.content for m in messages]
-    source, thinking, tools = (
-        tokenizer.template.jinja,
-        tokenizer.template.thinking,
-        getattr(conversation, "tools", ""),
-    )
-    text = functools.partial(_jinja, tokenizer, source, thinking, tools=tools)
+    template, tools = tokenizer.template, getattr(conversation, "tools", "")
+    text = functools.partial(_jinja, tokenizer, template.jinja, template.thinking, tools=tools)
     whole, actual = text(marked, open_turn), text(messages, open_turn)
     if _filled(whole, words) != actual:  # most often because the template strips the words
         words = [content.strip() for content in words]
@@ -245,7 +227,9 @@ def render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) 
                 )
 
     done = 0
-    for i in (i for i, message in enumerate(messages) if message.role == "assistant"):
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
         start, end = text(marked[:i], True), text(marked[: i + 1], False)
         if not (whole.startswith(end) and end.startswith(start)):
             raise UserError("tokenizer.prefix")
@@ -257,7 +241,7 @@ def render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) 
         put(whole[done : len(start)], False)
         segments.append(Segment("", not open_turn, True))
         put(whole[len(start) : stop], not open_turn)
-        segments.append(Segment(tokenizer.template.end, not open_turn, True))
+        segments.append(Segment(template.end, not open_turn, True))
         done = stop + len(closing)
     put(whole[done:], False)
     return segments

@@ -35,6 +35,8 @@ from cllm.model.shards import (
     read_json,
     stored_tensors,
     weight_files,
+    with_dtype,
+    write_json,
     write_safetensors,
 )
 
@@ -277,22 +279,20 @@ def random_model(
     file = Path("config.json")
     checkpoint = Checkpoint(file, family, _native_config(file, family, config), [])
     model = skeleton(checkpoint, dtype)
-    layout: Layout = {
-        name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()
-    }
-
+    empty = dict(model.named_parameters())
+    layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in empty.items()}
     # The largest matrices may have to stay in host memory, so they never visit the device whole.
-    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    large = [name for name, p in model.named_parameters() if any(p is end for end in ends)]
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
 
     def random() -> Iterator[tuple[str, Tensor]]:
-        for name, (shape, _) in layout.items():
-            tensor = torch.empty(shape, dtype=dtype, device="cpu" if name in large else device)
-            if len(shape) == 1:
-                yield name, tensor.fill_(name.endswith("weight"))
-                continue
-            for rows in tensor.split(max(1, _RANDOM // shape[1])):
-                rows.copy_(torch.empty(rows.shape, dtype=dtype, device=device).normal_(0, 0.02))
+        for name, parameter in empty.items():
+            home = "cpu" if id(parameter) in ends else device
+            tensor = torch.empty(parameter.shape, dtype=dtype, device=home)
+            if tensor.dim() == 1:
+                tensor.fill_(name.endswith("weight"))
+            else:
+                for rows in tensor.split(max(1, _RANDOM // tensor.shape[1])):
+                    rows.copy_(torch.empty(rows.shape, dtype=dtype, device=device).normal_(0, 0.02))
             yield name, tensor
 
     _fill(model, checkpoint, layout, random(), placement)
@@ -332,20 +332,13 @@ def _fill(
     _fill_buffers(model, device)
     if checkpoint.family.alibi:
         _use_alibi(model)
-    _finish_head(model, placement, device)
-    model.eval()
-
-
-def _finish_head(model: Any, placement: Placement, device: torch.device) -> None:
-    """Quantize the head if that is asked for; a tied embedding stays as it is. A 16-bit head
-    computes on the device, wherever the embedding that it was tied to lives.
-    """
-    head = model.get_output_embeddings()
-    if placement.head == "int8":
+    if placement.head == "int8":  # a tied embedding stays as it is
         with _quantizing():
-            model.set_output_embeddings(Int8Linear(head).to(device))
-    elif head.weight.device != device:
-        head.weight = nn.Parameter(head.weight.detach().to(device), requires_grad=False)
+            model.set_output_embeddings(Int8Linear(output).to(device))
+    elif output.weight.device != device:
+        # A 16-bit head computes on the device, wherever the embedding that it was tied to lives.
+        output.weight = nn.Parameter(output.weight.detach().to(device), requires_grad=False)
+    model.eval()
 
 
 def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -379,9 +372,8 @@ def _quantized(
     """NF4 in place of `linear`, quantized on `device`, kept at `home`; its bias, in place already
     or still to come, goes along.
     """
-    module = NF4Linear(linear.in_features, linear.out_features, device="meta")
     with _quantizing():
-        module.load_weight(weight, device=device)
+        module = NF4Linear(weight, device=device)
     module.to(home)
     if linear.bias is not None:
         bias = linear.bias.detach()
@@ -394,19 +386,16 @@ def _tie(model: Any, layout: Layout) -> None:
     (as in Transformers).
     """
     for target, source in list(model.all_tied_weights_keys.items()):
-        both = {target, source} <= layout.keys()
-        if both and not _equal(model.get_parameter(target), model.get_parameter(source)):
+        if {target, source} <= layout.keys() and not torch.equal(
+            model.get_parameter(target).cpu(),  # they may live on different devices
+            model.get_parameter(source).cpu(),
+        ):
             del model.all_tied_weights_keys[target]
             model.config.tie_word_embeddings = False
             continue
         kept, other = (source, target) if source in layout else (target, source)
         owner, _, leaf = other.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(kept))
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Of tensors that may live on different devices."""
-    return a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
 
 
 def _fill_buffers(model: Any, device: torch.device) -> None:
@@ -465,14 +454,13 @@ def write_config(
     """The native config.json. ALiBi gets the model_type "llama-alibi", which only cllm loads: a
     plain Llama computes something else.
     """
-    config = json.loads(checkpoint.config.to_json_string(use_diff=False)) | {
-        "architectures": [type(model).__name__]
-    }
+    config = json.loads(checkpoint.config.to_json_string(use_diff=False))
+    config["architectures"] = [type(model).__name__]
     if checkpoint.family.alibi:
         config |= {"model_type": "llama-alibi", "architectures": ["LlamaAlibiForCausalLM"]}
     if dtype:
         config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
 
 
 def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) -> None:
@@ -486,10 +474,7 @@ def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) 
         raise UserError("model.exists", path=out)
     checkpoint, model, layout = open_native(path)
     if dtype:
-        layout = {
-            name: (dims, dtype if kind.is_floating_point else kind)
-            for name, (dims, kind) in layout.items()
-        }
+        layout = with_dtype(layout, dtype)
     out.mkdir(parents=True)
     part = out / "model.safetensors.incomplete"
     write_safetensors(part, layout, converted(checkpoint, layout))

@@ -81,13 +81,12 @@ def _keys(family: str, config: Config, names: str, **required: object) -> dict[s
         if config.get(key, value) != value
     ]:
         raise UserError("model.config_refused", family=family, settings=", ".join(wrong))
-    tokens = {
-        key: config[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if key in config
+    tokens = config.keys() & {"bos_token_id", "eos_token_id", "pad_token_id"}
+    return {
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        **{key: config[key] for key in tokens},
+        **{native: config[key] for native, key in pairs},
     }
-    tied = bool(config.get("tie_word_embeddings", False))
-    return {**tokens, "tie_word_embeddings": tied, **{native: config[key] for native, key in pairs}}
 
 
 def _rope(config: Config, theta: float = 10000.0, **more: object) -> dict[str, Any]:
@@ -167,16 +166,12 @@ _LLAMA = """
 
 def _baichuan(config: Config) -> dict[str, Any]:
     positions = config.get("max_position_embeddings", config.get("model_max_length", 4096))
-    native = _keys("baichuan", config, _LLAMA) | {
-        "max_position_embeddings": positions,
-        "rope_parameters": _rope({}),
-    }
+    native = _keys("baichuan", config, _LLAMA)
+    native |= {"max_position_embeddings": positions, "rope_parameters": _rope({})}
     # NormHead divides each row by its norm in every pass, so a tied head is not the embedding any
     # more.
-    return native | {
-        "tie_word_embeddings": config["vocab_size"] == BAICHUAN_1_VOCAB
-        and native["tie_word_embeddings"]
-    }
+    native["tie_word_embeddings"] &= config["vocab_size"] == BAICHUAN_1_VOCAB
+    return native
 
 
 BAICHUAN_1_VOCAB = 64000
@@ -280,7 +275,6 @@ def _gguf(metadata: Config) -> dict[str, Any]:
     heads = native["num_attention_heads"]
     tensors = metadata["tensors"]
     embedding = tensors.get("token_embd.weight")
-    tokens = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     rope: dict[str, Any] = {"rope_theta": metadata.get("rope.freq_base", 10000.0)}
     if metadata.get("rope.scaling.type", "none") != "none":
         rope["rope_scaling"] = {
@@ -288,9 +282,9 @@ def _gguf(metadata: Config) -> dict[str, Any]:
             "factor": metadata.get("rope.scaling.factor", 1.0),
         }
     return native | {
-        **{
-            name: metadata.get(f"tokenizer.ggml.{token}_token_id") for name, token in tokens.items()
-        },
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
         "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
         "head_dim": metadata.get("attention.key_length", native["hidden_size"] // heads),
         "vocab_size": embedding.shape[0] if embedding else 0,
@@ -303,11 +297,9 @@ def _gguf(metadata: Config) -> dict[str, Any]:
 def _gguf_chatglm(metadata: Config) -> dict[str, Any]:
     native = _gguf(metadata)
     turned = metadata.get("rope.dimension_count", native["head_dim"] // 2) / native["head_dim"]
-    pad = native["pad_token_id"] or 0
-    return native | {
-        "rope_parameters": native["rope_parameters"] | {"partial_rotary_factor": turned},
-        "pad_token_id": pad,
-    }
+    native["rope_parameters"]["partial_rotary_factor"] = turned
+    native["pad_token_id"] = native["pad_token_id"] or 0
+    return native
 
 
 def gemma3_layer_types(layers: int) -> list[str]:
@@ -396,10 +388,8 @@ def rename(name: str, family: Family) -> tuple[str, list[str]]:
         name = re.sub(pattern, replacement, name)
     for expression, operation, targets in _compiled(family.layers, family.rules):
         if match := expression.fullmatch(name):
-            layer, leaf = match.groups()[0] if expression.groups == 2 else "", match.groups()[-1]
-            return operation, [
-                target.replace("*", f"model.layers.{layer}") + leaf for target in targets
-            ]
+            layer, leaf = f"model.layers.{match[1]}", match.groups()[-1]
+            return operation, [target.replace("*", layer) + leaf for target in targets]
     return "", [name]
 
 

@@ -14,7 +14,7 @@ docs/gguf.md, versions 2 and 3; conventions as in llama.cpp's converter.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -57,9 +57,8 @@ def read_header(path: Path) -> Header:
         try:
             version, tensor_count, key_count = struct.unpack("<IQQ", file.read(20))
             if version not in (2, 3):
-                raise UserError(
-                    "model.damaged", path=path, detail=f"GGUF version {version}, not 2 or 3"
-                )
+                detail = f"GGUF version {version}, not 2 or 3"
+                raise UserError("model.damaged", path=path, detail=detail)
             metadata = {_string(file): _value(file, *_unpack(file, "I")) for _ in range(key_count)}
             relative = {_string(file): _tensor_info(file) for _ in range(tensor_count)}
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as error:
@@ -116,17 +115,12 @@ def architecture(config: Any) -> str:
     rope = getattr(config, "rope_parameters", None) or {}
     # one dictionary, or one of each kind of layer
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
-    known_kinds = (None, "default", "linear", "dynamic")
-    wrong = [str(kind) for kind in kinds if kind not in known_kinds]
+    wrong = [str(kind) for kind in kinds if kind not in (None, "default", "linear", "dynamic")]
     if name == "gemma3" and config.layer_types != gemma3_layer_types(config.num_hidden_layers):
         wrong.append("layer_types")
     if wrong or not name:
-        raise UserError(
-            "export.gguf",
-            architecture=native,
-            detail=", ".join(wrong) or "-",
-            known=", ".join(GGUF),
-        )
+        detail = ", ".join(wrong) or "-"
+        raise UserError("export.gguf", architecture=native, detail=detail, known=", ".join(GGUF))
     return name
 
 
@@ -164,10 +158,10 @@ def _for_llama_cpp(name: str, tensor: Tensor, config: Any, arch: str) -> Tensor:
     if arch == "gemma3" and name.endswith("norm.weight"):
         return tensor.float() + 1.0
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    rotated = name.split(".")[-2]
-    if arch != "llama" or rotated not in heads:
+    module = name.split(".")[-2]
+    if arch != "llama" or module not in heads:
         return tensor
-    halves = tensor.reshape(heads[rotated], 2, -1, *tensor.shape[1:])
+    halves = tensor.reshape(heads[module], 2, -1, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
@@ -209,15 +203,17 @@ def write_gguf(
 
     arch = architecture(config)
     writer = GGUFWriter(path, arch)
-    _add_keys(
-        writer,
-        {
-            **_shape(config, arch),
-            **{f"tokenizer.{key}": value for key, value in tokenizer.items()},
-            "general.file_type": TYPES[kind],
-            "general.quantization_version": 2,
-        },
-    )
+    adders: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    keys = {"general.file_type": TYPES[kind], "general.quantization_version": 2}
+    keys |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+    for key, value in (_shape(config, arch) | keys).items():
+        adders[type(value)](key, value)
     placed = _announce(writer, config, layout, kind, arch)
     try:
         writer.write_header_to_file()
@@ -230,18 +226,6 @@ def write_gguf(
             del tensor  # before the next one is read
     finally:
         writer.close()
-
-
-def _add_keys(writer: Any, keys: Mapping[str, Any]) -> None:
-    adders = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    for key, value in keys.items():
-        adders[type(value)](key, value)
 
 
 def _announce(writer: Any, config: Any, layout: Mapping[str, Any], kind: str, arch: str) -> Placed:

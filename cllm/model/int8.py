@@ -20,11 +20,6 @@ from cllm.model.nf4 import CHUNK, QuantizedLinear, Tile
 TILE = 2**27  # weights dequantized at a time
 
 
-def _spans(low: int, high: int, step: int) -> Iterator[slice]:
-    step = max(1, step)
-    return (slice(at, min(at + step, high)) for at in range(low, high, step))
-
-
 class Int8Linear(QuantizedLinear):
     """W in int8, quantized from a dense linear layer where that lies."""
 
@@ -43,26 +38,28 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer(
             "codes", torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         )
-        for part in _spans(0, self.out_features, CHUNK // self.in_features):
-            self.codes[part] = (
-                weight[part].float() * (127 / largest[part, None].clamp(min=1e-36))
-            ).round_()
+        factors = 127 / largest[:, None].clamp(min=1e-36)
+        for rows, factor, codes in self._pieces(weight, factors, self.codes):
+            codes.copy_((rows.float() * factor).round_())
         # The float's bits as integers, because module.to(bfloat16) would round a floating-point
         # buffer.
         self.register_buffer("scales", (largest / 127).view(torch.int32))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
+    def _pieces(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Some rows of each at a time."""
+        step = max(1, CHUNK // self.in_features)
+        return zip(*(matrix.split(step) for matrix in matrices), strict=True)
+
     def tiles(self, dtype: torch.dtype, weights: int = TILE) -> Iterator[Tile]:
         """About so many weights at a time, multiplied in float32 and rounded once to `dtype`."""
-        scale = self.scales.view(torch.float32)[:, None]
-        for rows in _spans(0, self.out_features, weights // self.in_features):
-            dense = torch.empty(
-                rows.stop - rows.start, self.in_features, dtype=dtype, device=scale.device
-            )
-            for part in _spans(rows.start, rows.stop, CHUNK // self.in_features):
-                dense[part.start - rows.start : part.stop - rows.start] = (
-                    self.codes[part] * scale[part]
-                )
+        scales = self.scales.view(torch.float32)[:, None]
+        step = max(1, weights // self.in_features)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, start + step)
+            dense = torch.empty_like(self.codes[rows], dtype=dtype)
+            for piece, codes, scale in self._pieces(dense, self.codes[rows], scales[rows]):
+                piece.copy_(codes * scale)
             yield rows, dense, None if self.bias is None else self.bias[rows].to(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

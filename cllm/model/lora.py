@@ -351,19 +351,21 @@ def target_linears(model: nn.Module, targets: str | list[str]) -> list[str]:
     ]
     if targets == "all-linear":
         return linears
-    patterns = [targets] if isinstance(targets, str) else targets
-    hits = {
-        pattern: {
+    selected: set[str] = set()
+    missing = []
+    for pattern in [targets] if isinstance(targets, str) else targets:
+        named = {
             name
             for name in linears
             if f".{name}".endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
         }
-        for pattern in patterns
-    }
-    if missing := [pattern for pattern, names in hits.items() if not names]:
+        selected |= named
+        if not named:
+            missing.append(pattern)
+    if missing:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
         raise UserError("lora.targets", missing=", ".join(missing), known=known)
-    return [name for name in linears if any(name in names for names in hits.values())]
+    return [name for name in linears if name in selected]
 
 
 def add_adapter(
@@ -384,9 +386,8 @@ def add_adapter(
             parts[name] = LoraLinear(module, settings, gate)
             model.set_submodule(name, parts[name])
     for module in model.modules():
-        if type(module).__name__ not in GATED or isinstance(module.forward, _GatedMlp):
-            continue
-        if isinstance(module.down_proj, LoraLinear):
+        plain = type(module).__name__ in GATED and not isinstance(module.forward, _GatedMlp)
+        if plain and isinstance(module.down_proj, LoraLinear):
             module.forward = _GatedMlp(module)
     return parts
 
@@ -404,13 +405,13 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     """Inside this context the first adapter is off, and a model without others is its base: the
     reference policy, the before of before/after.
     """
-    gate = gates(model).get(1)
-    before = gate.rows if gate else None
-    set_gate(model, 0.0)
+    gate = gates(model).get(1, Gate())
+    before = gate.rows
+    gate.rows = 0.0
     try:
         yield
     finally:
-        set_gate(model, before)
+        gate.rows = before
 
 
 def merge_into(weight: Tensor, scaling: float, parts: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ is coarser than the update. Numbers as `cllm.model.lora.LoraLinear`.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from cllm.model.adapter import check_adapter, read_adapter
 from cllm.model.checkpoint import Checkpoint, converted, open_native, split_rows, write_config
 from cllm.model.lora import merge_into
 from cllm.model.nf4 import dequantize, quantize_nf4
-from cllm.model.shards import Layout, write_safetensors
+from cllm.model.shards import Layout, with_dtype, write_json, write_safetensors
 
 SHARD_BYTES = 4 * 2**30
 
@@ -74,10 +73,7 @@ def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
     for _, dims, dtype, _ in checkpoint.stored():
         sizes[dtype] += torch.Size(dims).numel()
     dtype = torch.bfloat16 if nf4 or base.suffix == ".gguf" else sizes.most_common(1)[0][0]
-    layout = {
-        name: (dims, dtype if kind.is_floating_point else kind)
-        for name, (dims, kind) in layout.items()
-    }
+    layout = with_dtype(layout, dtype)
     return Merge(checkpoint, model, layout, dtype, layers, settings.scaling, nf4)
 
 
@@ -104,7 +100,5 @@ def write_merged(merge: Merge, folder: Path, shard_bytes: int = SHARD_BYTES) -> 
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(folder / "model.safetensors.index.json", index)
     write_config(merge.checkpoint, merge.model, folder, merge.dtype)

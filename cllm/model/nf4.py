@@ -53,18 +53,6 @@ class NF4Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-def empty_nf4(shape: tuple[int, ...], device: torch.device | str | None = None) -> NF4Tensor:
-    """Uninitialized storage for a weight of `shape`, e.g. on the meta device."""
-    n = torch.Size(shape).numel()
-    blocks = -(-n // BLOCK)
-    return NF4Tensor(
-        packed=torch.empty(-(-n // 2), dtype=torch.uint8, device=device),
-        absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
-        scales=torch.empty(-(-blocks // GROUP) + 1, dtype=torch.int32, device=device),
-        shape=shape,
-    )
-
-
 def quantize_nf4(weight: Tensor, device: torch.device | None = None) -> NF4Tensor:
     """Quantize a floating-point weight of any shape on `device` (default: where it lies), in
     chunks: neither a float32 copy of it nor, on another device, the whole of it ever exists.
@@ -73,8 +61,8 @@ def quantize_nf4(weight: Tensor, device: torch.device | None = None) -> NF4Tenso
     """
     device = device or weight.device
     flat = weight.detach().reshape(-1)
-    result = empty_nf4(tuple(weight.shape), device)
-    absmax = torch.empty(result.absmax.shape, device=device)
+    packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-flat.numel() // BLOCK), device=device)
     whole = flat.numel() // BLOCK * BLOCK
     for start in range(0, whole, CHUNK):
         chunk = flat[start : min(start + CHUNK, whole)].to(device)
@@ -82,19 +70,18 @@ def quantize_nf4(weight: Tensor, device: torch.device | None = None) -> NF4Tenso
         low, high = torch.aminmax(blocks, dim=1)
         largest = torch.maximum(high, -low)
         absmax[start // BLOCK :][: largest.numel()] = largest
-        _pack(blocks * (1.0 / largest.clamp(min=1e-38))[:, None], result.packed[start // 2 :])
+        _pack(blocks * (1.0 / largest.clamp(min=1e-38))[:, None], packed[start // 2 :])
     # bitsandbytes divides in the last, short block, and keeps its absmax off zero
     if whole < flat.numel():
         block = flat[whole:].to(device).float()
         absmax[-1] = block.abs().amax().clamp(min=1e-38)
-        _pack(block / absmax[-1], result.packed[whole // 2 :])
+        _pack(block / absmax[-1], packed[whole // 2 :])
     if not absmax.isfinite().all():
         raise ValueError("the weight holds inf or NaN")
     # on the CPU, whatever the device: sums depend on their order
     codes, scales = _quantize_absmax(absmax.cpu())
-    result.absmax.copy_(codes)
-    result.scales.copy_(scales.view(torch.int32))
-    return result
+    codes = codes.to(device, copy=True)  # without the padding of the last group
+    return NF4Tensor(packed, codes, scales.view(torch.int32).to(device), tuple(weight.shape))
 
 
 def _pack(normalized: Tensor, out: Tensor) -> None:
@@ -271,8 +258,8 @@ class QuantizedLinear(nn.Module, ABC):
 
 
 class NF4Linear(QuantizedLinear):
-    """W in NF4. Constructed empty (`device="meta"` allocates nothing); `load_weight` fills it while
-    a checkpoint streams by.
+    """W in NF4, quantized from a dense weight (out, in) on `device` (default: where the weight
+    lies). Raises ValueError if a value is inf or NaN.
     """
 
     packed: Tensor
@@ -280,42 +267,14 @@ class NF4Linear(QuantizedLinear):
     scales: Tensor
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        empty = empty_nf4((out_features, in_features), device)
-        for name in ("packed", "absmax", "scales"):
-            self.register_buffer(name, getattr(empty, name))
-        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> NF4Linear:
-        """Quantize a dense weight (out, in) on its device."""
-        module = cls(weight.shape[1], weight.shape[0], device="meta")
-        module.load_weight(weight, bias)
-        return module
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear) -> NF4Linear:
-        """Quantize a dense linear layer."""
-        return cls.from_weight(linear.weight, linear.bias)
-
-    def load_weight(
         self, weight: Tensor, bias: Tensor | None = None, device: torch.device | None = None
     ) -> None:
-        """Replace weight and bias by these dense ones (out, in), (out,), quantized on `device`
-        (default: where the weight lies); the buffers move there.
-        """
-        expected = (self.out_features, self.in_features)
-        if weight.shape != expected:
-            raise ValueError(f"weight {tuple(weight.shape)} for a layer of {expected}")
-        self.packed, self.absmax, self.scales, _ = quantize_nf4(weight, device)
-        self.bias = None if bias is None else bias.detach().clone()
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        quantized = quantize_nf4(weight, device)
+        for name in ("packed", "absmax", "scales"):
+            self.register_buffer(name, getattr(quantized, name))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in)."""

@@ -185,10 +185,8 @@ class _Weights:
             self._point(index, self.hosts[-1])
             _pin(self.hosts[-1], device)
         largest = max(host.numel() for host in self.hosts)
-        self.slots = [
-            torch.empty(largest, dtype=torch.uint8, device=device)
-            for _ in range(min(2, len(layers)))
-        ]
+        slots = min(2, len(layers))
+        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
         self.held: list[int | None] = [None] * len(self.slots)
         self.done: list[Any] = [None] * len(self.slots)
 
@@ -255,10 +253,8 @@ class _Checkpoint(torch.autograd.Function):
     ) -> Tensor:
         device = hidden.device.type
         ctx.run, ctx.kept, ctx.parameters = run, kept, parameters
-        ctx.rng = (
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state(hidden.device) if device == "cuda" else None,
-        )
+        ctx.cpu_rng = torch.get_rng_state()
+        ctx.cuda_rng = torch.cuda.get_rng_state(hidden.device) if device == "cuda" else None
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.save_for_backward(*([hidden] if kept is None else []))
         return run(hidden, 1)
@@ -267,21 +263,18 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden: Tensor = ctx.saved_tensors[0] if ctx.kept is None else ctx.kept.take()
         device, enabled, dtype = ctx.autocast
-        cpu_state, cuda_state = ctx.rng
-        with (
-            torch.random.fork_rng(devices=[hidden.device] if cuda_state is not None else []),
-            torch.enable_grad(),
-        ):
-            torch.set_rng_state(cpu_state)
-            if cuda_state is not None:
-                torch.cuda.set_rng_state(cuda_state, hidden.device)
+        cards = [] if ctx.cuda_rng is None else [hidden.device]
+        with torch.random.fork_rng(cards), torch.enable_grad():
+            torch.set_rng_state(ctx.cpu_rng)
+            for card in cards:
+                torch.cuda.set_rng_state(ctx.cuda_rng, card)
             inputs = hidden.detach().requires_grad_(ctx.needs_input_grad[2])
             with torch.autocast(device, dtype=dtype, enabled=enabled):
                 # Of the output only its place in the graph is needed, so its bytes go.
                 output = get_gradient_edge(ctx.run(inputs, -1))
-        wanted = [inputs, *ctx.parameters] if inputs.requires_grad else list(ctx.parameters)
-        found = torch.autograd.grad(output, wanted, gradients[0], allow_unused=True)
-        return (None, None, *found) if inputs.requires_grad else (None, None, None, *found)
+        wanted = [t for t in (inputs, *ctx.parameters) if t.requires_grad]
+        results = torch.autograd.grad(output, wanted, gradients[0], allow_unused=True)
+        return (None, None, *[None] * (not inputs.requires_grad), *results)
 
 
 class _Route:
@@ -310,13 +303,8 @@ class _Route:
             return self.forward(hidden, *args, **kwargs)
 
         if self.tokens and hidden_states.shape[1] > self.tokens:
-            return torch.cat(
-                [
-                    self._run(run, tile, recompute=True)
-                    for tile in hidden_states.split(self.tokens, dim=1)
-                ],
-                dim=1,
-            )
+            tiles = hidden_states.split(self.tokens, dim=1)
+            return torch.cat([self._run(run, tile, recompute=True) for tile in tiles], dim=1)
         return self._run(run, hidden_states, recompute=self.recompute or self.weights is not None)
 
     def _run(

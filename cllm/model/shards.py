@@ -75,6 +75,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError("model.damaged", path=path, detail=error) from error
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write what `read_json` reads, for people too."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
@@ -211,6 +216,14 @@ def _dequantized(
         values = dequantize(data.reshape(count, row_bytes), kind)
         tensor[start : start + count] = torch.from_numpy(values)
     return tensor.reshape(shape)
+
+
+def with_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
+    """The layout with this type for all floating-point tensors."""
+    return {
+        name: (shape, dtype if stored.is_floating_point else stored)
+        for name, (shape, stored) in layout.items()
+    }
 
 
 def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -9,17 +9,13 @@ the hub publishes is compared, because neither way does so by itself.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
@@ -31,7 +27,6 @@ BUILT_IN = ("tiny-zh",)
 HUGGING_FACE = "https://huggingface.co"
 MODELSCOPE = "https://modelscope.cn"
 TIMEOUT_SECONDS = 20.0
-PROGRESS_SECONDS = 5.0
 _BLOCK_BYTES = 2**20
 _COMPLETE = ".complete"  # stands in a directory of ours once every file is there
 _WANTED = re.compile(r"[\w.-]+\.(json|model|tiktoken|jinja)|merges\.txt|vocab\.txt")
@@ -55,9 +50,9 @@ def resolve(name: str, *, download: bool = True) -> Path:
     Downloads what is not there, unless `download` or HF_HUB_OFFLINE says not to. Raises UserError
     if nothing has this name or no hub serves it: each host that failed, and the ways round it.
     """
-    forced, _, identifier = (
-        name.rpartition(":") if name.startswith(("hf:", "modelscope:")) else ("", "", name)
-    )
+    forced, _, identifier = name.rpartition(":")
+    if forced not in ("hf", "modelscope"):
+        forced, identifier = "", name
     if not forced:
         path = Path(name).expanduser()
         if name and path.exists():
@@ -149,10 +144,8 @@ def _download(list_files: Callable[[], list[RemoteFile]], host: str, directory: 
             file.fetch(target)
             if not _is_right(target, file):
                 target.unlink()
-                raise OSError(
-                    f"{file.name}: the SHA-256 of what arrived is not "
-                    f"{file.sha256 or file.size_bytes}"
-                )
+                expected = file.sha256 or file.size_bytes
+                raise OSError(f"{file.name}: the SHA-256 of what arrived is not {expected}")
         marker.touch()
     return directory
 
@@ -226,25 +219,15 @@ def _modelscope_files(address: str, identifier: str) -> list[RemoteFile]:
 
 
 def _transfer(url: str, size_bytes: int, target: Path) -> None:
-    """Bring `url` to `target`, going on where `<target>.incomplete` ends, as long as something
-    arrives. Raises OSError.
+    """Bring `url` to `target`, going on where `<target>.incomplete` ends; Hugging Face's client
+    tries again as long as something arrives.
     """
+    from huggingface_hub.file_download import http_get
+
     part = target.with_name(target.name + ".incomplete")
-    part.touch()
-    shown = time.monotonic()
-    while (start := part.stat().st_size) < size_bytes:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
-        with (
-            urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response,
-            part.open("ab" if response.status == 206 else "wb") as output,
-            contextlib.suppress(ConnectionError, TimeoutError, HTTPException),
-        ):
-            while block := response.read(_BLOCK_BYTES):
-                output.write(block)
-                if time.monotonic() - shown > PROGRESS_SECONDS:
-                    shown = time.monotonic()
-                    percent = 100 * output.tell() // size_bytes
-                    print(f"{target.name}  {percent:3d} %", file=sys.stderr, flush=True)
-        if part.stat().st_size <= start:
-            raise OSError(f"{target.name}: broke off at byte {start} of {size_bytes}")
+    with part.open("ab") as output:
+        if output.tell() > size_bytes:  # of another revision
+            output.truncate(0)
+            output.seek(0)
+        http_get(url, output, resume_size=output.tell(), expected_size=size_bytes)
     part.replace(target)

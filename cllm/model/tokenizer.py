@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import re
 import shutil
 from array import array
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cllm.data.dialects import jinja
-from cllm.data.encode import IGNORED, Ids
+from cllm.data.encode import IGNORE_INDEX, Ids
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, render
 from cllm.messages import UserError, note
@@ -32,7 +31,7 @@ from cllm.model.chat_template import (
     restored_template,
 )
 from cllm.model.families import GGUF, family_of
-from cllm.model.shards import read_json
+from cllm.model.shards import read_json, write_json
 from cllm.model.text_stream import TextStream
 from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, prefixed
 from cllm.model.vocabulary_files import from_directory, from_gguf, to_gguf
@@ -95,11 +94,8 @@ class Tokenizer:
         """One token for people to look at: a control token's name, else its text (U+FFFD for a part
         of a character).
         """
-        return (
-            self.vocabulary.name(id)
-            if id in self.vocabulary.hidden
-            else self.vocabulary.decode([id])
-        )
+        hidden = id in self.vocabulary.hidden
+        return self.vocabulary.name(id) if hidden else self.vocabulary.decode([id])
 
     def special_names(self) -> dict[str, str]:
         """bos_token, eos_token and pad_token, as other programs call them -> the token's name, ""
@@ -144,9 +140,8 @@ class Tokenizer:
         cores.
         """
         plans = [self._plan(segments) for segments in batch]
-        texts = list(
-            dict.fromkeys(part for plan in plans for part, _ in plan if isinstance(part, str))
-        )
+        parts = (part for plan in plans for part, _ in plan)
+        texts = list(dict.fromkeys(part for part in parts if isinstance(part, str)))
         known = dict(zip(texts, self.vocabulary.encode(texts), strict=True))
         examples = []
         for plan in plans:
@@ -154,31 +149,28 @@ class Tokenizer:
             for part, label in plan:
                 new = known[part] if isinstance(part, str) else array("i", [part])
                 ids += new
-                if label is None:
-                    labels += IGNORED * len(new)
-                else:
-                    labels += new if label == ITSELF else array("i", [label])
+                labels += new if label == ITSELF else array("i", [label]) * len(new)
             examples.append((ids, labels))
         return examples
 
-    def _pieces(self, segments: Iterable[Segment]) -> Iterator[tuple[str, int | None, int | None]]:
+    def _pieces(self, segments: Iterable[Segment]) -> Iterator[tuple[str, int | None, int]]:
         """(text, id, label) of the parts of the segments: a control token has an id and no text, an
         empty segment neither; labels as in `_plan`.
         """
         control = self.vocabulary.control
         for text, supervised, markup, target in segments:
-            label = ITSELF if supervised else None
+            label = ITSELF if supervised else IGNORE_INDEX
             for part in (self._split(text) if markup else (text,)) or ("",):
                 if markup and part in control:
                     yield "", control[part], control[target] if supervised and target else label
                 else:
                     yield part, None, label
 
-    def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int | None]]:
-        """Texts and control tokens, in order, with the label: None where not supervised, ITSELF
-        where the ids are their own labels.
+    def _plan(self, segments: Iterable[Segment]) -> list[tuple[str | int, int]]:
+        """Texts and control tokens, in order, with the label: IGNORE_INDEX where not supervised,
+        ITSELF where the ids are their own labels.
         """
-        plan: list[tuple[str | int, int | None]] = []
+        plan: list[tuple[str | int, int]] = []
         runs = itertools.groupby(
             self._pieces(segments), key=lambda piece: (bool(piece[0]), piece[2])
         )
@@ -241,12 +233,9 @@ class Tokenizer:
         question: ChatGLM3 and Baichuan2 encode markup and words apart, which no chat_template can
         say.
         """
-        own = published_template(self)
-        text = (
-            own
-            if own and not self.template.jinja and renders_like(self, own)
-            else jinja(self.template)
-        )
+        text = published_template(self)
+        if self.template.jinja or not text or not renders_like(self, text):
+            text = jinja(self.template)
         if "enable_thinking" in self.template.jinja:
             thinking = str(self.template.thinking == "keep").lower()
             text = f"{{% set enable_thinking = {thinking} %}}{text}"
@@ -267,21 +256,14 @@ class Tokenizer:
         ):
             vocabulary = SentencePiece(original.read_bytes(), vocabulary.control)
         control = vocabulary.control
-        turns = [control[name] for name in self.template.stop if name in control]
-        ids = {
-            "bos": self.bos_id,
-            "eos": control.get(self.template.end.strip(), self.eos_id),
-            "padding": self.pad_id,
+        ggml = to_gguf(vocabulary, rows) | {
+            "add_bos_token": False,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": control.get(self.template.end.strip(), self.eos_id),
+            "padding_token_id": self.pad_id,
+            "eot_token_id": next((control[n] for n in self.template.stop if n in control), None),
         }
-        named = {
-            f"{name}_token_id": id
-            for name, id in (ids | {"eot": next(iter(turns), None)}).items()
-            if id is not None
-        }
-        keys = {
-            f"ggml.{key}": value
-            for key, value in (to_gguf(vocabulary, rows) | named | {"add_bos_token": False}).items()
-        }
+        keys = {f"ggml.{key}": value for key, value in ggml.items() if value is not None}
         return keys | ({"chat_template": self.chat_template} if self.chat_template else {})
 
     def save(self, directory: Path) -> None:
@@ -298,53 +280,42 @@ class Tokenizer:
                     shutil.copyfile(self.source / name, directory / name)
         else:
             self.vocabulary.save(directory)
-        _write_json(
-            directory / "tokenizer_config.json",
-            {key: value for key, value in self.config.items() if key != "chat_template"},
-        )
+        config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        write_json(directory / "tokenizer_config.json", config)
         if self.chat_template:
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        ids = {
+        # with an auto_map, tokenizer.model goes before a tokenizer.json made from it
+        original = {"auto_map": {}} if isinstance(self.vocabulary, SentencePiece) else {}
+        kept = ("tokenizer_class", "auto_map", "added_tokens_decoder")
+        original |= {key: value for key, value in config.items() if key in kept}
+        saved = {
             "family": self.family,
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
             "pad_id": self.pad_id,
+            "template": asdict(self.template),
+            "tokenizer": original,
         }
-        original = {
-            key: value
-            for key, value in self.config.items()
-            if key in ("tokenizer_class", "auto_map", "added_tokens_decoder")
-        }
-        if isinstance(self.vocabulary, SentencePiece):
-            # tokenizer.model goes before a tokenizer.json made from it
-            original.setdefault("auto_map", {})
-        _write_json(
-            directory / TEMPLATE_FILE,
-            {**ids, "template": asdict(self.template), "tokenizer": original},
-        )
+        write_json(directory / TEMPLATE_FILE, saved)
 
 
 def portable(tokenizer: Tokenizer, directory: Path) -> None:
     """Make a saved tokenizer readable without this package: a tokenizer.json, under a class of
     Transformers' own.
     """
-    foreign = "auto_map" in tokenizer.config or not (directory / "tokenizer.json").is_file()
-    if isinstance(tokenizer.vocabulary, SentencePiece):
+    config = dict(tokenizer.config)
+    config.pop("chat_template", None)
+    if (
+        isinstance(tokenizer.vocabulary, SentencePiece)
+        or "auto_map" in config
+        or not (directory / "tokenizer.json").is_file()
+    ):
         tokenizer.vocabulary.save_json(directory)
-        foreign = True
-    elif foreign:
-        tokenizer.vocabulary.save(directory)
-    dropped = (
-        ("chat_template", "auto_map", "added_tokens_decoder", "backend")
-        if foreign
-        else ("chat_template",)
-    )
-    named = {kind: name for kind, name in tokenizer.special_names().items() if name}
-    config = {key: value for key, value in tokenizer.config.items() if key not in dropped} | named
-    _write_json(
-        directory / "tokenizer_config.json",
-        config | ({"tokenizer_class": "PreTrainedTokenizerFast"} if foreign else {}),
-    )
+        for key in ("auto_map", "added_tokens_decoder", "backend"):
+            config.pop(key, None)
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config |= {kind: name for kind, name in tokenizer.special_names().items() if name}
+    write_json(directory / "tokenizer_config.json", config)
 
 
 # --- Loading
@@ -370,63 +341,52 @@ def load_tokenizer(
         model, saved = _read_json(path / "config.json"), _read_json(path / TEMPLATE_FILE)
         config |= saved.get("tokenizer", {})  # what an export told Transformers instead
         vocabulary: Vocabulary = from_directory(path, config)
-        found = family_of(model)
-        kind = found.template if found else "auto"
+        family = family_of(model)
+        family_template = family.template if family else "auto"
     elif path.is_file():
         metadata = gguf.read_header(path).metadata
         vocabulary, config, model = from_gguf(metadata), _gguf_config(metadata), {}
-        found = GGUF.get(metadata.get("general.architecture", ""))
-        kind = found.template if found and "chat_template" not in config else "auto"
+        family = GGUF.get(metadata.get("general.architecture", ""))
+        family_template = family.template if family and "chat_template" not in config else "auto"
     else:
         raise UserError("tokenizer.missing", path=path)
-    ids = {
-        kind: saved.get(f"{kind}_id", _special(vocabulary, config, model, kind))
+    bos_id, eos_id, pad_id = (
+        saved.get(f"{kind}_id", _special(vocabulary, config, model, kind))
         for kind in ("bos", "eos", "pad")
-    }
-    eos_id = (
-        ids["eos"]
-        if ids["eos"] is not None
-        else next((vocabulary.control[n] for n in _END_OF_TEXT if n in vocabulary.control), None)
     )
-    if eos_id is None:
+    ends = [vocabulary.control[name] for name in _END_OF_TEXT if name in vocabulary.control]
+    if eos_id is None and not ends:
         raise UserError("tokenizer.no_end", token="eos_token", template=template)
-    pad_id = eos_id if ids["pad"] is None else ids["pad"]
+    eos_id = ends[0] if eos_id is None else eos_id
     unset = Tokenizer(
         vocabulary=vocabulary,
         template=TEMPLATES["plain"],
-        bos_id=ids["bos"],
+        bos_id=bos_id,
         eos_id=eos_id,
-        pad_id=pad_id,
+        pad_id=eos_id if pad_id is None else pad_id,
         source=path,
         config=config,
-        family=saved.get("family") or (found.name if found else model.get("model_type", "")),
+        family=saved.get("family") or (family.name if family else model.get("model_type", "")),
     )
     if template == "auto" and saved:
         try:
             return replace(unset, template=restored_template(saved["template"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError("tokenizer.damaged", path=path / TEMPLATE_FILE, detail=error) from error
-    return replace(unset, template=choose_template(unset, template, kind, model, thinking))
+    chosen = choose_template(unset, template, family_template, model, thinking)
+    return replace(unset, template=chosen)
 
 
 def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json's keys from GGUF metadata."""
-    own = {
-        key.removeprefix("tokenizer.").removeprefix("ggml."): value
-        for key, value in metadata.items()
-    }
-    names = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "pad_token": "padding_token_id",
-    }
-    config = {name: own["tokens"][own[key]] for name, key in names.items() if key in own}
-    template = {"chat_template": own["chat_template"]} if "chat_template" in own else {}
-    return {
-        **config,
-        "add_bos_token": own.get("add_bos_token", own.get("model") == "llama"),
-        **template,
-    }
+    llama = metadata.get("tokenizer.ggml.model") == "llama"
+    config = {"add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", llama)}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if (id := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            config[f"{name}_token"] = metadata["tokenizer.ggml.tokens"][id]
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    return config
 
 
 def _special(
@@ -440,10 +400,6 @@ def _special(
     id = vocabulary.id(name) if isinstance(name, str) else model.get(f"{kind}_token_id")
     id = id[0] if isinstance(id, list) and id else id
     return id if isinstance(id, int) and 0 <= id < vocabulary.size else None
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -469,9 +425,9 @@ def with_trained_end(tokenizer: Tokenizer, model: Any) -> Tokenizer:
     return changed
 
 
-def end_token_untrained(tokenizer: Tokenizer, *rows: Tensor) -> bool:
-    """Whether the template's end token was never trained, by its rows in `rows`: the embedding (V,
-    D) and, if untied, the head.
+def end_token_untrained(tokenizer: Tokenizer, *matrices: Tensor) -> bool:
+    """Whether the template's end token was never trained, by its rows in `matrices`: the embedding
+    (V, D) and, if untied, the head.
 
     Rows that nothing was ever trained on (beyond the vocabulary, or named unused or reserved) stay
     close together. The token is untrained if in any of the matrices its row is as close to their
@@ -481,16 +437,17 @@ def end_token_untrained(tokenizer: Tokenizer, *rows: Tensor) -> bool:
     end = tokenizer.vocabulary.control.get(tokenizer.template.end.strip(), tokenizer.eos_id)
     unused = re.compile(r"unused|reserved|extra_\d", re.IGNORECASE)
     named = {id for name, id in tokenizer.vocabulary.control.items() if unused.search(name)} - {end}
-    for matrix in rows:
+    for matrix in matrices:
         never = sorted(
             {*(id for id in named if id < len(matrix)), *range(tokenizer.vocab_size, len(matrix))}
         )
         if len(never) < 4:
             continue
         mean = matrix[never].float().mean(0)
-        usual = float((matrix[: tokenizer.vocab_size : 97].float() - mean).norm(dim=1).median())
-        near = float((matrix[never].float() - mean).norm(dim=1).median())
-        distance = float((matrix[end].float() - mean).norm())
+        usual, near, distance = (
+            float((rows.float() - mean).norm(dim=1).median())
+            for rows in (matrix[: tokenizer.vocab_size : 97], matrix[never], matrix[[end]])
+        )
         if near < 0.5 * usual and distance <= max(1.5 * near, 1e-3 * usual):
             return True
     return False

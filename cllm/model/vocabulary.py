@@ -87,27 +87,19 @@ class SentencePiece:
         self._names = [self.pieces.id_to_piece(i) for i in range(pieces)]
         # User-defined pieces (score 0) are matched in any text, so those that look like control
         # tokens have to be kept apart.
-        self._defined = {
-            name
-            for i, name in enumerate(self._names)
-            if self.pieces.get_score(i) == 0
-            and _CONTROL_LIKE.fullmatch(name)
-            and not (
-                _HTML.fullmatch(name)
-                or self.pieces.is_control(i)
-                or self.pieces.is_unknown(i)
-                or self.pieces.is_byte(i)
-            )
-        }
-        self._cut = _any_of(self._defined)
-        own = {
-            name: i
-            for i, name in enumerate(self._names)
-            if self.pieces.is_control(i) or name in self._defined
-        }
+        control, defined = {}, {}
+        for i, name in enumerate(self._names):
+            text = self.pieces.get_score(i) or self.pieces.is_unknown(i) or self.pieces.is_byte(i)
+            if self.pieces.is_control(i):
+                control[name] = i
+            elif not text and _CONTROL_LIKE.fullmatch(name) and not _HTML.fullmatch(name):
+                defined[name] = i
+        self._cut = _any_of(defined)
+        control |= defined
         self._added = {i: name for name, i in added.items()}
-        self.control = {name: i for name, i in own.items() if i not in self._added} | dict(added)
-        self.hidden = frozenset(self.control.values()) | frozenset(own.values())
+        self.control = {name: i for name, i in control.items() if i not in self._added}
+        self.control |= added
+        self.hidden = frozenset([*control.values(), *added.values()])
         self.size = max([pieces, *(i + 1 for i in self._added)])
 
     def encode(self, texts: list[str]) -> list[array[int]]:
@@ -116,9 +108,8 @@ class SentencePiece:
         )
 
     def decode(self, ids: list[int]) -> str:
-        text = str(
-            self.pieces.decode([i for i in ids if i not in self.hidden and i < len(self._names)])
-        )
+        shown = [i for i in ids if i not in self.hidden and i < len(self._names)]
+        text = str(self.pieces.decode(shown))
         return text.removeprefix(" ") if self._strip else text
 
     def id(self, name: str) -> int | None:
@@ -142,17 +133,13 @@ class SentencePiece:
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+        pieces = self.pieces
         every = [self.name(i) for i in range(len(self._names))]
         ids = {name: i for i, name in enumerate(every)}
-        kinds = (
-            self.pieces.is_control,
-            self.pieces.is_unknown,
-            self.pieces.is_unused,
-            self.pieces.is_byte,
-        )
+        kinds = (pieces.is_control, pieces.is_unknown, pieces.is_unused, pieces.is_byte)
         plain = [i for i in range(len(every)) if not any(kind(i) for kind in kinds)]
-        names = [every[i] for i in sorted(plain, key=lambda i: -self.pieces.get_score(i))]
-        unknown = self._names[self.pieces.unk_id()]
+        names = [every[i] for i in sorted(plain, key=pieces.get_score, reverse=True)]
+        unknown = self._names[pieces.unk_id()]
         model = Tokenizer(
             models.BPE(
                 ids,
@@ -163,15 +150,15 @@ class SentencePiece:
             )
         )
         prefix = [normalizers.Prepend("▁")] if prefixed(self) else []
-        model.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        model.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         model.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
         )
         text = [
             i
             for i in plain
-            if self.pieces.get_score(i) == 0 and every[i] not in self.control and len(every[i]) > 1
+            if pieces.get_score(i) == 0 and every[i] not in self.control and len(every[i]) > 1
         ]
         model.add_tokens([AddedToken(every[i], normalized=False) for i in text])
         ordered = sorted(self.control, key=self.control.__getitem__)
@@ -188,14 +175,13 @@ class Bpe:
         model.no_padding()
         model.no_truncation()
         added = model.get_added_tokens_decoder()
-        self._guarded = {
-            t.content for t in added.values() if not t.special and MARKUP_TOKEN.fullmatch(t.content)
-        }
-        self._cut = _any_of(self._guarded)
         self.control = {
-            t.content: id for id, t in added.items() if t.special or t.content in self._guarded
+            token.content: id
+            for id, token in added.items()
+            if token.special or MARKUP_TOKEN.fullmatch(token.content)
         }
         self.hidden = frozenset(id for id, token in added.items() if token.special)
+        self._cut = _any_of(name for name, id in self.control.items() if id not in self.hidden)
         self.size = max([model.get_vocab_size(), *(id + 1 for id in added)])
 
     def encode(self, texts: list[str]) -> list[array[int]]:
@@ -240,6 +226,8 @@ class Bpe:
 
     def save(self, directory: Path) -> None:
         self.model.save(str(directory / "tokenizer.json"))
+
+    save_json = save
 
 
 Vocabulary: TypeAlias = SentencePiece | Bpe

@@ -70,37 +70,40 @@ def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary inside a GGUF file. Raises UserError for a model or pre-tokenizer other than
     those known here.
     """
-    own = {
-        key.removeprefix("tokenizer.ggml."): value
-        for key, value in metadata.items()
-        if key.startswith("tokenizer.ggml.")
-    }
-    tokens, kinds = own.get("tokens", []), own.get("token_type", [])
-    if own.get("model") == "gpt2" and (pre := own.get("pre", "default")) in PATTERNS:
+    ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    tokens, kinds = ggml.get("tokens", []), ggml.get("token_type", [])
+    if ggml.get("model") == "gpt2" and (pre := ggml.get("pre", "default")) in PATTERNS:
         added = {
             token: (i, kind == 3)
             for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
             if kind in (3, 4)
         }
         plain = {token: i for i, token in enumerate(tokens) if token not in added}
-        merges = [(a, b) for a, b in (merge.split(" ") for merge in own["merges"])]
         return byte_level(
-            plain, merges, PATTERNS[pre], added, nfc="qwen" in pre, whole=pre in WHOLE_WORDS
+            plain,
+            _merges(ggml["merges"]),
+            PATTERNS[pre],
+            added,
+            nfc="qwen" in pre,
+            whole=pre in WHOLE_WORDS,
         )
-    if own.get("model") == "llama":
-        unknown = own.get("unknown_token_id", 0)
+    if ggml.get("model") == "llama":
+        unknown = ggml.get("unknown_token_id", 0)
         kinds = [2 if i == unknown else 3 if kind == 2 else kind for i, kind in enumerate(kinds)]
-        # as SentencePiece writes them
-        scores = [
-            0.0 if kind == 4 else score for score, kind in zip(own["scores"], kinds, strict=True)
-        ]
-        return SentencePiece(_proto(tokens, scores, kinds, own.get("add_space_prefix", True)), {})
-    raise UserError(
-        "tokenizer.gguf",
-        model=own.get("model"),
-        pre=own.get("pre"),
-        known=", ".join(["llama", *PATTERNS]),
-    )
+        return SentencePiece(
+            _proto(tokens, ggml["scores"], kinds, ggml.get("add_space_prefix", True)), {}
+        )
+    raise _unknown(ggml.get("model"), ggml.get("pre"))
+
+
+def _unknown(model: object, pre: object) -> UserError:
+    known = ", ".join(["llama", *PATTERNS])
+    return UserError("tokenizer.gguf", model=model, pre=pre, known=known)
+
+
+def _merges(lines: Iterable[str]) -> list[tuple[str, str]]:
+    """ "a b" -> (a, b). Raises ValueError for a line of another form."""
+    return [(a, b) for a, b in (line.split(" ") for line in lines)]
 
 
 def to_gguf(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
@@ -111,47 +114,43 @@ def to_gguf(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
     """
     tokens = [vocabulary.name(i) or f"[PAD{i}]" for i in range(rows)]
 
-    def kinds_by(*own: tuple[int, Callable[[int], bool]]) -> list[int]:
-        tests: list[tuple[int, Callable[[int], bool]]] = [
-            (5, lambda i: not vocabulary.name(i)),
-            (3, vocabulary.hidden.__contains__),
-            *own,
-        ]
-        return [next((kind for kind, test in tests if test(i)), 1) for i in range(rows)]
+    def kinds_by(tests: dict[int, Callable[[int], bool]]) -> list[int]:
+        def kind_of(i: int) -> int:
+            if not vocabulary.name(i):
+                return 5
+            if i in vocabulary.hidden:
+                return 3
+            return next((kind for kind, test in tests.items() if test(i)), 1)
+
+        return [kind_of(i) for i in range(rows)]
 
     if isinstance(vocabulary, SentencePiece):
         model, pieces = vocabulary.pieces, vocabulary.pieces.get_piece_size()
         kinds = kinds_by(
-            (2, model.is_unknown),
-            (5, model.is_unused),
-            (6, model.is_byte),
-            (4, lambda i: not model.get_score(i)),
+            {
+                2: model.is_unknown,
+                5: model.is_unused,
+                6: model.is_byte,
+                4: lambda i: not model.get_score(i),
+            }
         )
-        scores = [model.get_score(i) if i < pieces else -1000.0 for i in range(rows)]
-        tokens = [
-            token.replace("▁", " ") if kind == 4 else token
-            for token, kind in zip(tokens, kinds, strict=True)
-        ]
-        own = {
-            "tokens": tokens,
+        return {
+            "model": "llama",
+            "pre": "default",
+            "tokens": [
+                token.replace("▁", " ") if kind == 4 else token
+                for token, kind in zip(tokens, kinds, strict=True)
+            ],
             "token_type": kinds,
-            "scores": scores,
+            "scores": [model.get_score(i) if i < pieces else -1000.0 for i in range(rows)],
             "add_space_prefix": prefixed(vocabulary),
         }
-        return {"model": "llama", "pre": "default", **own}
-    state, patterns = json.loads(vocabulary.model.to_str()), vocabulary.patterns
-    pre = next((name for name, known in PATTERNS.items() if known == patterns), None)
-    if pre is None or state["model"].get("byte_fallback"):
-        raise UserError(
-            "tokenizer.gguf",
-            model=state["model"]["type"],
-            pre=patterns,
-            known=", ".join(["llama", *PATTERNS]),
-        )
-    kinds = kinds_by((4, vocabulary.model.get_added_tokens_decoder().__contains__))
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]
-    ]
+    bpe = json.loads(vocabulary.model.to_str())["model"]
+    pre = next((name for name, known in PATTERNS.items() if known == vocabulary.patterns), None)
+    if pre is None or bpe.get("byte_fallback"):
+        raise _unknown(bpe["type"], vocabulary.patterns)
+    kinds = kinds_by({4: vocabulary.model.get_added_tokens_decoder().__contains__})
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
 
 
@@ -172,14 +171,10 @@ def _proto(
         return varint(number << 3) + varint(value)
 
     def piece(token: str, score: float, kind: int) -> bytes:
-        # GGUF writes user-defined ones as they read
-        name = token.replace(" ", "▁") if kind == 4 else token
-        return (
-            field(1, name.encode("utf-8"))
-            + varint(2 << 3 | 5)
-            + struct.pack("<f", score)
-            + flag(3, kind)
-        )
+        if kind == 4:  # GGUF writes user-defined ones as they read, SentencePiece without a score
+            token, score = token.replace(" ", "▁"), 0.0
+        value = varint(2 << 3 | 5) + struct.pack("<f", score)
+        return field(1, token.encode("utf-8")) + value + flag(3, kind)
 
     pieces = b"".join(
         field(1, piece(*values)) for values in zip(tokens, scores, kinds, strict=True)
@@ -203,30 +198,27 @@ def from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
 
 
 def _from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
+    files = {file.name for file in path.iterdir()}
     added = {
         token["content"]: (int(id), bool(token.get("special")))
         for id, token in config.get("added_tokens_decoder", {}).items()
     }
-    if (extra := path / "added_tokens.json").is_file():  # older than added_tokens_decoder
-        listed = json.loads(extra.read_text(encoding="utf-8"))
-        added |= {
-            name: (id, bool(MARKUP_TOKEN.fullmatch(name)))
-            for name, id in listed.items()
-            if name not in added
-        }
-    if (ranks := path / "qwen.tiktoken").is_file():
-        text = ranks.read_bytes()
+    if "added_tokens.json" in files:  # older than added_tokens_decoder
+        listed = json.loads((path / "added_tokens.json").read_text(encoding="utf-8"))
+        for name, id in listed.items():
+            added.setdefault(name, (id, bool(MARKUP_TOKEN.fullmatch(name))))
+    if "qwen.tiktoken" in files:
+        text = (path / "qwen.tiktoken").read_bytes()
         first = len(text.split()) // 2
         added = {name: (first + i, True) for i, name in enumerate(QWEN_TOKENS)}
         return from_ranks(text, QWEN, added, nfc=True)
     kind = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
-    converted = (path / "tokenizer.json").is_file()
+    converted = "tokenizer.json" in files
     # Beside a tokenizer.json, the original file is the sure one where the authors' own or Llama's
     # slow code reads it.
     slow_llama = config.get("tokenizer_class") == "LlamaTokenizer"
-    if (path / "tokenizer.model").is_file() and (
-        not converted or "auto_map" in config or slow_llama
-    ):
+    original = not converted or "auto_map" in config or slow_llama
+    if "tokenizer.model" in files and original:
         content = (path / "tokenizer.model").read_bytes()
         if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", content.split(b"\n", 1)[0]):
             return from_ranks(content, CL100K, added, nfc=False)
@@ -239,26 +231,13 @@ def _from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
         from tokenizers import Tokenizer
 
         return Bpe(Tokenizer.from_file(str(path / "tokenizer.json")))
-    if (
-        (path / "vocab.json").is_file()
-        and (path / "merges.txt").is_file()
-        and kind in ("GPT2Tokenizer", "Qwen2Tokenizer")
-    ):
+    if {"vocab.json", "merges.txt"} <= files and kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
         lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [
-            (a, b)
-            for a, b in (
-                line.split(" ") for line in lines if line and not line.startswith("#version")
-            )
-        ]
-        own = (
-            {"<|endoftext|>": (vocabulary["<|endoftext|>"], True)}
-            if "<|endoftext|>" in vocabulary
-            else {}
-        )
+        merges = _merges(line for line in lines if line and not line.startswith("#version"))
+        if "<|endoftext|>" in vocabulary:
+            added.setdefault("<|endoftext|>", (vocabulary["<|endoftext|>"], True))
         qwen = kind == "Qwen2Tokenizer"
-        return byte_level(
-            vocabulary, merges, PATTERNS["qwen2" if qwen else "gpt2"], {**own, **added}, nfc=qwen
-        )
+        patterns = PATTERNS["qwen2" if qwen else "gpt2"]
+        return byte_level(vocabulary, merges, patterns, added, nfc=qwen)
     raise UserError("tokenizer.missing", path=path)
