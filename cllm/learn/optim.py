@@ -239,7 +239,7 @@ class Trainee:
             if world.size > 1:
                 for p in trained:  # a rank without a row in this step
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                world.sum_([total, *(p.grad for p in trained)])
+                world.sum_([total, *(p.grad for p in trained if p.grad is not None)])
             mean, grad_norm, skipped = _in_memory(update, world, altered=True)
         finally:
             self.optimizer.zero_grad(set_to_none=True)

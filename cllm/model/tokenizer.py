@@ -285,7 +285,9 @@ class Tokenizer:
         if self.chat_template:
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         # with an auto_map, tokenizer.model goes before a tokenizer.json made from it
-        original = {"auto_map": {}} if isinstance(self.vocabulary, SentencePiece) else {}
+        original: dict[str, Any] = (
+            {"auto_map": {}} if isinstance(self.vocabulary, SentencePiece) else {}
+        )
         kept = ("tokenizer_class", "auto_map", "added_tokens_decoder")
         original |= {key: value for key, value in config.items() if key in kept}
         saved = {
