@@ -167,7 +167,7 @@ def _read_config(file: Path) -> tuple[LoraSettings, list[str]]:
                 f"peft_type {config['peft_type']}, r {config['r']}, "
                 f"lora_alpha {config['lora_alpha']}"
             )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # whatever a foreign file makes its readers raise
         detail = f"{type(error).__name__}: {error}"
         raise UserError("adapter.damaged", path=file, detail=detail) from error
     return settings, [
