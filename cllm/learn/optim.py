@@ -222,9 +222,7 @@ class Trainee:
 
         def update() -> tuple[float, float, bool]:
             scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(
-                trained, self.max_norm if self.max_norm > 0 else math.inf
-            )
+            norm = nn.utils.clip_grad_norm_(trained, self.max_norm or math.inf)
             # the step's one wait for the device
             mean, grad_norm = torch.stack([total, norm]).tolist()
             skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
@@ -239,7 +237,7 @@ class Trainee:
             if world.size > 1:
                 for p in trained:  # a rank without a row in this step
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                world.sum_([total, *(p.grad for p in trained)])
+                world.sum_([total, *(p.grad for p in trained if p.grad is not None)])
             mean, grad_norm, skipped = _in_memory(update, world, altered=True)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
