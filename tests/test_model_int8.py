@@ -49,7 +49,7 @@ def test_a_row_of_zeros_stays_zero_and_nan_is_refused() -> None:
     weight = torch.zeros(4, 8)
     assert torch.equal(Int8Linear(linear(weight)).dequantize(), weight)
     weight[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="inf or NaN"):
+    with pytest.raises(UserError, match="inf or NaN"):
         Int8Linear(linear(weight))
 
 

@@ -24,7 +24,6 @@ from cllm.model.lora import (
     inject_lora,
     lora_layers,
     merge_lora,
-    set_gate,
 )
 
 IDS = torch.tensor([[5, 9, 33, 71, 20, 11, 2, 8], [7, 7, 40, 3, 90, 12, 64, 1]])
@@ -128,9 +127,9 @@ def test_gate_mixes_base_and_adapter_rows_and_disable_restores() -> None:
         adapted = ours(IDS).logits
         with disable_lora(ours):
             base = ours(IDS).logits
-        set_gate(ours, torch.tensor([1.0, 0.0]))
+        gates(ours)[1].rows = torch.tensor([1.0, 0.0])
         mixed = ours(IDS).logits
-        set_gate(ours, None)
+        gates(ours)[1].rows = None
         assert torch.equal(ours(IDS).logits, adapted)
     assert (adapted - base).abs().max() > 1e-3
     torch.testing.assert_close(mixed, torch.stack([adapted[0], base[1]]), rtol=0, atol=1e-6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cllm.messages import UserError
 from cllm.model import nf4
 from cllm.model.nf4 import CODE, NF4Linear, dequantize, dequantize_plain, quantize_nf4
 
@@ -102,7 +103,7 @@ def test_bytes_per_weight():
 def test_non_finite_weight_is_refused(bad):
     weight = torch.ones(3, 50)
     weight[1, 7] = bad
-    with pytest.raises(ValueError, match="inf or NaN"):
+    with pytest.raises(UserError, match="inf or NaN"):
         quantize_nf4(weight)
 
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from cllm.messages import UserError
 from cllm.model.adapter import load_adapter, load_beside, save_adapter
 from cllm.model.attention import ATTENTION, register
-from cllm.model.lora import inject_lora, lora_layers, set_gate
+from cllm.model.lora import Gate, gates, inject_lora, lora_layers
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
 
@@ -77,7 +77,8 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def alone(
     model: Any, prompt: list[int], new_tokens: int, *, adapter: bool = True, **options: Any
 ) -> list[int]:
-    set_gate(model, None if adapter else 0.0)
+    first = gates(model).get(1, Gate())
+    first.rows = None if adapter else 0.0
     settings = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
     )
@@ -86,7 +87,7 @@ def alone(
         attention_mask=torch.ones(1, len(prompt)),
         generation_config=settings,
     )
-    set_gate(model, None)
+    first.rows = None
     return output[0, len(prompt) :].tolist()
 
 

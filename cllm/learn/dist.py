@@ -79,15 +79,10 @@ class World:
         """Rank 0's bytes, on every rank."""
         if self.size == 1:
             return data
-        length = torch.tensor(len(data), device=self.device)
+        shared = [data]
         with self._peers():
-            dist.broadcast(length, 0)
-            if self.rank:
-                data = bytes(int(length))
-            # never empty
-            buffer = torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8).to(self.device)
-            dist.broadcast(buffer, 0)
-        return buffer.cpu().numpy().tobytes()[:-1]
+            dist.broadcast_object_list(shared, 0, device=self.device)
+        return shared[0]
 
     def leave(self) -> None:
         """Called at a clean end; after a failure the process just ends, as waiting for lost peers

@@ -20,8 +20,9 @@ from cllm.data.encode import IGNORE_INDEX
 from cllm.data.packing import PackedBatch, without_waiting
 from cllm.model.attention import row_arguments
 from cllm.model.head import output_head
-from cllm.model.nf4 import Tile
 
+Tile = tuple[slice, Tensor, Tensor | None]
+"""Some rows of a head: which, their dense weight, their bias."""
 CHUNK_BYTES = 128 * 2**20
 _TILE = 2**25  # weights of an int8 head dequantized at a time: 64 MiB in 16 bits, twice
 # of a chunk, this much at a time is looked at in float32: it stays in the processor's cache

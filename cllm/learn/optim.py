@@ -222,9 +222,7 @@ class Trainee:
 
         def update() -> tuple[float, float, bool]:
             scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(
-                trained, self.max_norm if self.max_norm > 0 else math.inf
-            )
+            norm = nn.utils.clip_grad_norm_(trained, self.max_norm or math.inf)
             # the step's one wait for the device
             mean, grad_norm = torch.stack([total, norm]).tolist()
             skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -333,8 +332,7 @@ def _fill(
     if checkpoint.family.alibi:
         _use_alibi(model)
     if placement.head == "int8":  # a tied embedding stays as it is
-        with _quantizing():
-            model.set_output_embeddings(Int8Linear(output).to(device))
+        model.set_output_embeddings(Int8Linear(output).to(device))
     elif output.weight.device != device:
         # A 16-bit head computes on the device, wherever the embedding that it was tied to lives.
         output.weight = nn.Parameter(output.weight.detach().to(device), requires_grad=False)
@@ -357,24 +355,13 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
         setattr(module, leaf, tensor)
 
 
-@contextmanager
-def _quantizing() -> Iterator[None]:
-    """A weight that cannot be quantized is the checkpoint's fault."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError("checkpoint.unquantizable", detail=error) from error
-
-
 def _quantized(
     linear: nn.Linear, weight: Tensor, device: torch.device, home: torch.device
 ) -> NF4Linear:
     """NF4 in place of `linear`, quantized on `device`, kept at `home`; its bias, in place already
     or still to come, goes along.
     """
-    with _quantizing():
-        module = NF4Linear(weight, device=device)
-    module.to(home)
+    module = NF4Linear(weight, device=device).to(home)
     if linear.bias is not None:
         bias = linear.bias.detach()
         module.bias = bias if bias.is_meta else bias.to(home)

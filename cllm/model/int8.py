@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from cllm.messages import UserError
 from cllm.model.nf4 import CHUNK, QuantizedLinear, Tile
 
 TILE = 2**27  # weights dequantized at a time
@@ -27,14 +28,14 @@ class Int8Linear(QuantizedLinear):
     scales: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Raises ValueError if a weight is inf or NaN."""
+        """Raises UserError if a weight is inf or NaN: then the checkpoint is damaged."""
         super().__init__()
         weight, bias = linear.weight.detach(), linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         low, high = torch.aminmax(weight, dim=1)
         largest = torch.maximum(high, -low).float()
         if not largest.isfinite().all():
-            raise ValueError("the weight holds inf or NaN")
+            raise UserError("checkpoint.unquantizable", detail="the weight holds inf or NaN")
         self.register_buffer(
             "codes", torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         )

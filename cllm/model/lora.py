@@ -131,20 +131,23 @@ class _LoraMatmul(torch.autograd.Function):
         A_grad = (low_grad.T @ inputs).to(A.dtype)
         del inputs
         B_grad = (grad.T @ low.view(-1, rank)).mul_(ctx.scaling).to(B.dtype)
-        if not ctx.needs_input_grad[3]:
-            return None, None, None, None, None, A_grad, B_grad
-        x_grad = grad @ base_weight(ctx.base, ctx.dtype)
-        x_grad = x_grad.addmm_(low_grad, A.to(ctx.dtype)).view(x.shape)
-        if up is None:
-            return None, None, None, x_grad.to(x.dtype), None, A_grad, B_grad
-        gate_grad = torch.empty_like(x_grad)
-        for gate, factor, piece, out in zip(*map(_pieces, (x, up, x_grad, gate_grad)), strict=True):
-            with torch.enable_grad():
-                leaf = gate.detach().requires_grad_()
-                active = ctx.act(leaf)
-            out.copy_(torch.autograd.grad(active, leaf, piece * factor)[0])
-            piece.mul_(active.detach())  # the product's gradient becomes that of up
-        return None, None, None, gate_grad, x_grad, A_grad, B_grad
+        x_grad = up_grad = None
+        if ctx.needs_input_grad[3]:
+            x_grad = grad @ base_weight(ctx.base, ctx.dtype)
+            x_grad = x_grad.addmm_(low_grad, A.to(ctx.dtype)).view(x.shape)
+            if up is None:
+                x_grad = x_grad.to(x.dtype)
+            else:
+                up_grad = x_grad
+                x_grad = torch.empty_like(up_grad)
+                pieces = zip(*map(_pieces, (x, up, up_grad, x_grad)), strict=True)
+                for gate, factor, product_grad, out in pieces:
+                    with torch.enable_grad():
+                        leaf = gate.detach().requires_grad_()
+                        active = ctx.act(leaf)
+                    out.copy_(torch.autograd.grad(active, leaf, product_grad * factor)[0])
+                    product_grad.mul_(active.detach())  # it becomes that of up
+        return None, None, None, x_grad, up_grad, A_grad, B_grad
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -341,8 +344,7 @@ def inject_lora(
 
 def target_linears(model: nn.Module, targets: str | list[str]) -> list[str]:
     """The names of the linears that `targets` of `inject_lora` selects, in the model's order."""
-    find_head: Any = getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     linears = [
         name
         for name, module in model.named_modules()
@@ -392,14 +394,6 @@ def add_adapter(
     return parts
 
 
-def set_gate(model: nn.Module, rows: Tensor | float | None) -> None:
-    """Choose who goes through the first adapter: None all rows, 0.0 none (the base), or a Tensor
-    (B,) of 0 and 1, one per row.
-    """
-    if gate := gates(model).get(1):
-        gate.rows = rows
-
-
 @contextmanager
 def disable_lora(model: nn.Module) -> Iterator[None]:
     """Inside this context the first adapter is off, and a model without others is its base: the
@@ -447,9 +441,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
         if quantized:
             bias = base.bias
             outputs, inputs = weight.shape
-            base = nn.Linear(inputs, outputs, bias=False, device="meta")
-            weight = weight if bias is None else weight.to(bias.dtype)
+            base = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
             base.weight = nn.Parameter(weight, requires_grad=False)
-            base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            if bias is not None:
+                base.bias = nn.Parameter(bias, requires_grad=False)
+                base.to(bias.dtype)
         model.set_submodule(name, base)
     return model

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cllm.messages import note
+from cllm.messages import UserError, note
 
 BLOCK = 64  # weights per absmax
 GROUP = 256  # absmax values per second-level scale
@@ -57,7 +57,7 @@ def quantize_nf4(weight: Tensor, device: torch.device | None = None) -> NF4Tenso
     """Quantize a floating-point weight of any shape on `device` (default: where it lies), in
     chunks: neither a float32 copy of it nor, on another device, the whole of it ever exists.
 
-    Raises ValueError if a value is inf or NaN.
+    Raises UserError if a value is inf or NaN: then the checkpoint is damaged.
     """
     device = device or weight.device
     flat = weight.detach().reshape(-1)
@@ -77,7 +77,7 @@ def quantize_nf4(weight: Tensor, device: torch.device | None = None) -> NF4Tenso
         absmax[-1] = block.abs().amax().clamp(min=1e-38)
         _pack(block / absmax[-1], packed[whole // 2 :])
     if not absmax.isfinite().all():
-        raise ValueError("the weight holds inf or NaN")
+        raise UserError("checkpoint.unquantizable", detail="the weight holds inf or NaN")
     # on the CPU, whatever the device: sums depend on their order
     codes, scales = _quantize_absmax(absmax.cpu())
     codes = codes.to(device, copy=True)  # without the padding of the last group
@@ -259,7 +259,7 @@ class QuantizedLinear(nn.Module, ABC):
 
 class NF4Linear(QuantizedLinear):
     """W in NF4, quantized from a dense weight (out, in) on `device` (default: where the weight
-    lies). Raises ValueError if a value is inf or NaN.
+    lies). Raises UserError if a value is inf or NaN.
     """
 
     packed: Tensor

@@ -208,13 +208,10 @@ def _dequantized(
 
     rows, width = torch.Size(shape[:-1]).numel(), shape[-1]
     tensor = torch.empty(rows, width)
-    step = max(1, _DEQUANTIZE_ELEMENTS // width)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        at = offset + start * row_bytes
-        data = np.fromfile(file, np.uint8, count * row_bytes, offset=at)
-        values = dequantize(data.reshape(count, row_bytes), kind)
-        tensor[start : start + count] = torch.from_numpy(values)
+    for part in tensor.split(max(1, _DEQUANTIZE_ELEMENTS // width)):
+        data = np.fromfile(file, np.uint8, len(part) * row_bytes, offset=offset)
+        part.copy_(torch.from_numpy(dequantize(data.reshape(-1, row_bytes), kind)))
+        offset += data.nbytes
     return tensor.reshape(shape)
 
 

@@ -69,9 +69,11 @@ def resolve(name: str, *, download: bool = True) -> Path:
     directory /= identifier.replace("/", "--")
     if (directory / _COMPLETE).is_file():
         return directory
-    for cached in _foreign_caches(identifier, forced):
-        if _is_complete(cached):
-            return cached
+    order = [forced] if forced else ["hf", "modelscope"]
+    caches = _foreign_caches(identifier)
+    for hub in order:
+        if _is_complete(caches[hub]):
+            return caches[hub]
     if not download or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise UserError("source.offline", name=identifier)
     hubs = {
@@ -79,7 +81,7 @@ def resolve(name: str, *, download: bool = True) -> Path:
         "modelscope": (MODELSCOPE, _modelscope_files),
     }
     failures = []
-    for address, list_files in [hubs[forced]] if forced else hubs.values():
+    for address, list_files in map(hubs.__getitem__, order):
         host = urlsplit(address).netloc or address
         try:
             return _download(partial(list_files, address.rstrip("/"), identifier), host, directory)
@@ -90,7 +92,7 @@ def resolve(name: str, *, download: bool = True) -> Path:
     raise UserError("source.unreachable", name=identifier, failures="; ".join(failures))
 
 
-def _foreign_caches(identifier: str, forced: str) -> list[Path]:
+def _foreign_caches(identifier: str) -> dict[str, Path]:
     """Where huggingface_hub and modelscope would have put the model."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     hub = (
@@ -103,11 +105,10 @@ def _foreign_caches(identifier: str, forced: str) -> list[Path]:
         Path(os.environ.get("MODELSCOPE_CACHE", "~/.cache/modelscope/hub")).expanduser() / "models"
     )
     organisation, name = identifier.split("/")
-    caches = {
+    return {
         "hf": hub / "snapshots" / commit,
         "modelscope": scope / organisation / name.replace(".", "___"),
     }
-    return [caches[forced]] if forced else list(caches.values())
 
 
 def _is_complete(directory: Path) -> bool:

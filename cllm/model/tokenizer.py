@@ -284,12 +284,11 @@ class Tokenizer:
         write_json(directory / "tokenizer_config.json", config)
         if self.chat_template:
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        # with an auto_map, tokenizer.model goes before a tokenizer.json made from it
-        original: dict[str, Any] = (
-            {"auto_map": {}} if isinstance(self.vocabulary, SentencePiece) else {}
-        )
         kept = ("tokenizer_class", "auto_map", "added_tokens_decoder")
-        original |= {key: value for key, value in config.items() if key in kept}
+        original = {key: value for key, value in config.items() if key in kept}
+        if isinstance(self.vocabulary, SentencePiece):
+            # tokenizer.model goes before a tokenizer.json made from it
+            original.setdefault("auto_map", {})
         saved = {
             "family": self.family,
             "bos_id": self.bos_id,
