@@ -104,7 +104,8 @@ def prove(
         peak = peak_bytes(lambda: tried.step(rows, micro_tokens=micro_tokens), model, optimizer)
     finally:
         restore(model, optimizer, before)
-    row, measured = max(len(batch.input_ids) for batch in rows), f"{peak / GIB:.3f}"
+    row = max(len(batch.input_ids) for batch in rows)
+    measured = f"{peak / GIB:.3f}"
     if peak + (plan.items["context"] if plan else 0) > budget:
         raise UserError("memory.over", row=row, peak=measured, budget=f"{budget / GIB:.3f}")
     planned = f"{plan.allocated / GIB:.3f}" if plan else "?"

@@ -160,12 +160,10 @@ def _same(tokenizer: Tokenizer, source: str) -> str:
     """The name of our template that renders exactly like the chat_template, thinking or not, or
     "".
     """
-    texts = {mode: _rendered(tokenizer, source, mode) for mode in ("off", "keep")}
+    texts = [_rendered(tokenizer, source, mode) for mode in ("off", "keep")]
     for name, template in TEMPLATES.items():
-        if all(
-            _probed(replace(template, thinking=mode if template.thinking else "")) == text
-            for mode, text in texts.items()
-        ):
+        modes = ("off", "keep") if template.thinking else ("", "")
+        if texts == [_probed(replace(template, thinking=mode)) for mode in modes]:
             return name
     return ""
 

@@ -174,10 +174,11 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
                     )
             elif not any(pattern.search(target) for pattern in ignored):
                 problems.append(f"unexpected {name}")
-    found = set(layout)
-    for pair in model.all_tied_weights_keys.items():
-        found |= set(pair) if found & set(pair) else set()
-    problems += [f"missing {name}" for name in expected if name not in found]
+    complete = set(layout)
+    for tied in map(set, model.all_tied_weights_keys.items()):
+        if tied & complete:
+            complete |= tied
+    problems += [f"missing {name}" for name in expected if name not in complete]
     if problems:
         raise UserError(
             "model.tensors", path=checkpoint.path, count=len(problems), problems="; ".join(problems)

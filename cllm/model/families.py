@@ -311,14 +311,11 @@ def gemma3_layer_types(layers: int) -> list[str]:
 
 def _gguf_gemma3(metadata: Config) -> dict[str, Any]:
     native = _gguf(metadata)
-    local = {"rope_type": "default", "rope_theta": 10000.0}
+    rope = {"full_attention": native["rope_parameters"], "sliding_attention": _rope({})}
     return native | {
         "sliding_window": metadata.get("attention.sliding_window", 512),
         "layer_types": gemma3_layer_types(native["num_hidden_layers"]),
-        "rope_parameters": {
-            "full_attention": native["rope_parameters"],
-            "sliding_attention": local,
-        },
+        "rope_parameters": rope,
         "query_pre_attn_scalar": native["head_dim"],
     }
 

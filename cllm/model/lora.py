@@ -25,17 +25,7 @@ from torch.autograd.function import once_differentiable
 from cllm.messages import UserError
 
 _PIECE = 2**22  # elements of a gated MLP's product, or of a merged weight, handled at a time
-GATED = (
-    "LlamaMLP",
-    "MistralMLP",
-    "Qwen2MLP",
-    "Qwen3MLP",
-    "GlmMLP",
-    "Glm4MLP",
-    "GemmaMLP",
-    "Gemma2MLP",
-    "Gemma3MLP",
-)
+GATED = "LlamaMLP MistralMLP Qwen2MLP Qwen3MLP GlmMLP Glm4MLP GemmaMLP Gemma2MLP Gemma3MLP".split()
 """Classes that compute down_proj(act(gate) * up), gate and up from two linears or from one; a test
 compares each.
 """

@@ -59,11 +59,8 @@ def resolve(name: str, *, download: bool = True) -> Path:
             return path
         if name in BUILT_IN:
             return ASSETS / name
-    if (
-        not re.fullmatch(r"[\w.-]+/[\w.-]+", identifier)
-        or identifier.endswith(".gguf")
-        or identifier.startswith(".")
-    ):
+    # neither ./a/b nor a/b.gguf: these are paths that do not exist
+    if not re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)", identifier):
         raise UserError("source.not_found", name=name, built_in=", ".join(BUILT_IN))
     directory = Path(os.environ.get("CLLM_CACHE", "~/.cache/cllm/models")).expanduser()
     directory /= identifier.replace("/", "--")
@@ -115,10 +112,8 @@ def _is_complete(directory: Path) -> bool:
     """Whether another tool's cache holds a config and every shard of its index."""
     from cllm.model.shards import weight_files
 
-    if not (directory / "config.json").is_file():
-        return False
     try:
-        return bool(weight_files(directory))
+        return (directory / "config.json").is_file() and bool(weight_files(directory))
     except UserError:
         return False
 

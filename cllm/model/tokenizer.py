@@ -343,12 +343,10 @@ def load_tokenizer(
         config |= saved.get("tokenizer", {})  # what an export told Transformers instead
         vocabulary: Vocabulary = from_directory(path, config)
         family = family_of(model)
-        family_template = family.template if family else "auto"
     elif path.is_file():
         metadata = gguf.read_header(path).metadata
         vocabulary, config, model = from_gguf(metadata), _gguf_config(metadata), {}
         family = GGUF.get(metadata.get("general.architecture", ""))
-        family_template = family.template if family and "chat_template" not in config else "auto"
     else:
         raise UserError("tokenizer.missing", path=path)
     bos_id, eos_id, pad_id = (
@@ -374,8 +372,10 @@ def load_tokenizer(
             return replace(unset, template=restored_template(saved["template"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError("tokenizer.damaged", path=path / TEMPLATE_FILE, detail=error) from error
-    chosen = choose_template(unset, template, family_template, model, thinking)
-    return replace(unset, template=chosen)
+    # A GGUF file's own chat_template says more than its architecture.
+    published = path.is_file() and "chat_template" in config
+    usual = family.template if family and not published else "auto"
+    return replace(unset, template=choose_template(unset, template, usual, model, thinking))
 
 
 def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:

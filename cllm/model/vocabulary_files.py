@@ -28,16 +28,8 @@ from cllm.model.vocabulary import (
 )
 
 CHATGLM_TOKENS = (
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "sop",
-    "eop",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-)
+    "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
+).split()
 QWEN_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
