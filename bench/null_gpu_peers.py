@@ -249,7 +249,7 @@ def check() -> None:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from cllm.memory import find_config
+    from cllm.shapes import find_config
     from cllm.model.checkpoint import random_model
 
     small = {
@@ -293,7 +293,7 @@ def run_case(case: dict[str, Any]) -> None:
     import nullgpu
     import torch
 
-    from cllm.memory import find_config
+    from cllm.shapes import find_config
 
     trainer = {"peft": peft, "trl": trl, "ours": ours}[case["trainer"]]
     with tempfile.TemporaryDirectory() as folder:
