@@ -164,6 +164,7 @@ def child(model: str, rows: list[int], overrides: list[str]) -> None:
         return torch.zeros(len(absmax), dtype=torch.uint8), torch.zeros(groups + 1)
 
     nf4._quantize_absmax = no_scales
+    memory.SEGMENTS_GROW = "expandable_segments" in os.environ["PYTORCH_CUDA_ALLOC_CONF"]
     name, original = shapes.find_config(model)
     lengths = [f"train.row_tokens={min(rows)}", f"train.tokens_per_step={max(rows)}"]
     config = load_config(os.devnull, [*lengths, *overrides])

@@ -208,34 +208,26 @@ def trl(original: dict[str, Any], tokens: int, setting: str, folder: str) -> Non
 def ours(original: dict[str, Any], tokens: int, setting: str, folder: str) -> None:
     """Two of our steps; nothing recomputed, every layer recomputed, or every layer streamed."""
     import nullgpu
-    import torch
 
+    from cllm.assembly import EVERY_LAYER, assemble
     from cllm.bench import random_row
-    from cllm.config import MemoryConfig
+    from cllm.config import LoraConfig, MemoryConfig, ModelConfig
     from cllm.learn.loss import sft_loss
-    from cllm.learn.optim import Precision, Trainee, make_optimizer
-    from cllm.model.attention import packs
-    from cllm.model.checkpoint import random_model
-    from cllm.model.lora import inject_lora
-    from cllm.model.offload import place
+    from cllm.learn.optim import Trainee, make_optimizer
 
-    device = torch.device("cuda:0")
-    memory = MemoryConfig(
-        checkpoint_layers=0 if setting == "plain" else -1,
-        stream_layers=999 if setting == "streamed" else 0,
-        offload_inputs=setting == "streamed",
-    )
-    precision = Precision.choose("bf16", "cuda")
-    model: Any = random_model(
+    streamed = setting == "streamed"
+    assembly = assemble(
         original,
-        dtype=precision.weights,
-        device=device,
-        quantize="nf4",
-        stream_layers=memory.stream_layers,
+        ModelConfig(quantize="nf4", precision="bf16", device="cuda"),
+        MemoryConfig(
+            checkpoint_layers=0 if setting == "plain" else EVERY_LAYER,
+            stream_layers=EVERY_LAYER if streamed else 0,
+            offload_inputs=streamed,
+        ),
+        adapter=LoraConfig(rank=RANK, alpha=2 * RANK),
+        row_tokens=tokens,
     )
-    inject_lora(model, rank=RANK, alpha=2 * RANK)
-    place(model, memory, device)
-    packs(model.train())
+    model, precision = assembly.model.train(), assembly.precision
     optimizer = make_optimizer(model, 1e-4)
     trainee = Trainee(model, sft_loss, optimizer, precision, precision.scaler())
     batches = [random_row(tokens, model.config.vocab_size)] * MICRO_BATCHES
@@ -249,8 +241,8 @@ def check() -> None:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from cllm.shapes import find_config
     from cllm.model.checkpoint import random_model
+    from cllm.shapes import find_config
 
     small = {
         "hidden_size": 256,

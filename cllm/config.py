@@ -46,7 +46,7 @@ class ModelConfig:
     `modelscope:…`, `hf:…`).
     """
     template: str = "auto"
-    """Chat template: `auto` (by model family) or a name from cllm/data/template.py."""
+    """Chat template: `auto` (by model family) or a name from cllm/assets/templates.toml."""
     thinking: Literal["off", "keep"] = "off"
     """Models with <think> blocks: leave the reasoning out, or train it."""
     quantize: Quantize = "none"

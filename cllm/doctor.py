@@ -94,7 +94,8 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of it does not load
-        yield Finding("torch", "bad", _reason(error), "pip install torch==2.13.0")
+        mend = say("doctor.unused.cpu_build.mend") if driver else "pip install torch==2.13.0"
+        yield Finding("torch", "bad", _reason(error), mend)
         return
     cuda = torch.version.cuda
     build = f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "CPU")

@@ -12,6 +12,7 @@ against PyTorch's CUDA allocator. Context and fragmentation are on paper: no car
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +26,8 @@ MIB, GIB = 2**20, 2**30
 CONTEXT_BYTES = 450 * MIB  # CUDA context and libraries
 WORKSPACE_BYTES = 20 * MIB  # cuBLAS's, which PyTorch's allocator gives it (bench/null_gpu.sh)
 FRAGMENTATION_BYTES = 250 * MIB  # at least; or as much as the largest block (bench/null_gpu.sh)
+WHOLE_SEGMENTS_BYTES = GIB  # the same where segments cannot grow, as on Windows
+SEGMENTS_GROW = sys.platform == "linux"
 CONVERSION_BYTES = 75_000_000
 _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
 _PIECE = 2**22  # cllm.model.lora makes so many elements of a gated MLP's product at a time
@@ -263,6 +266,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
     whole = not 0 < s.mlp_tile_tokens < s.row_tokens
     widest = max(4 * shape.hidden, 4 * shape.heads * shape.head_dim)
     block = s.row_tokens * max(widest, whole * s.width * shape.intermediate)
+    least = FRAGMENTATION_BYTES if SEGMENTS_GROW else WHOLE_SEGMENTS_BYTES
     items = {
         "linears": weights * (shape.layers - streamed) // shape.layers + min(2, streamed) * packed,
         "embedding": ((0 if away else matrix) + shape.positions * shape.hidden) * s.width,
@@ -278,7 +282,7 @@ def estimate_vram(shape: Shape, settings: Settings) -> VramEstimate:
         "activations": moments[moment],
         "workspaces": WORKSPACE_BYTES if cuda else 0,
         "context": CONTEXT_BYTES if cuda else 0,
-        "fragmentation": max(FRAGMENTATION_BYTES, block) if cuda else 0,
+        "fragmentation": cuda * max(block, least),
     }
     return VramEstimate(
         items, moment, streamed * packed + away * matrix * s.width + offloaded * layer_input

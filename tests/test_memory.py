@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cllm import memory
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, load_config
 from cllm.fit import fit, make_plan, plan_training, row_flops, row_seconds
 from cllm.memory import GIB, MIB, Settings, conversion_bytes, estimate_vram, nf4_parts
@@ -546,6 +547,19 @@ def test_a_run_without_budget_or_shape_goes_unplanned(capsys: pytest.CaptureFixt
         estimate is not None
         and f"plan {estimate.total / GIB:.2f} of 8.00 GiB" in capsys.readouterr().err
     )
+
+
+def test_where_segments_cannot_grow_more_is_left_for_fragments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bench/null_gpu.sh --allocator backend:native: 250 MiB were too few for the default one."""
+    shape, settings = find_shape("THUDM/chatglm3-6b"), Settings(2048, "nf4")
+    monkeypatch.setattr(memory, "SEGMENTS_GROW", True)
+    linux = estimate_vram(shape, settings)
+    monkeypatch.setattr(memory, "SEGMENTS_GROW", False)
+    windows = estimate_vram(shape, settings)
+    assert linux.items["fragmentation"] == 250 * MIB and windows.items["fragmentation"] == GIB
+    assert windows.allocated == linux.allocated
 
 
 def test_table_names_every_item(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,8 @@ EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
 _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.values())))
 _OTHERS = "instruction rejected instances paragraph text history system".split()
 SCHEMA_KEYS = _ANSWERS.union(PAIRS, CHINESE, _OTHERS)
-SPECIAL_KEYS = SCHEMA_KEYS | {"label", "tools"}  # whatever else a row has is metadata
+# Whatever else a row has is metadata: a key that `_recognized` looks at must be among these.
+SPECIAL_KEYS = SCHEMA_KEYS | {"label", "tools"}
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
 # a dialogue inside one string is split by the style it begins with; line starts are believed before

@@ -64,6 +64,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
     model's; nothing is changed before.
     """
     trained = trained_parameters(model)
+    # A tensor added later must be optional, as rng/cuda is: earlier snapshots have to resume.
     expected = {f"parameter/{name}": p.shape for name, p in trained.items()} | {
         "rng/cpu": torch.get_rng_state().shape
     }

@@ -2,9 +2,9 @@
 architecture.
 
 Data only: no torch here. A family says which native class computes it, how its config.json (or GGUF
-metadata) becomes the native config, and how each module is renamed or split (`checkpoint.convert`
-does it). Adding a family is one `Family` here, one `Template` in `cllm.data.template` and one
-parity test. No remote code is ever needed or executed.
+metadata) becomes the native config, and how each module is renamed or split (`conversion.convert`
+does it). Adding a family is one `Family` here, in `FAMILIES` and `SUPPORTED`, one template in
+assets/templates.toml and one parity test. No remote code is ever needed or executed.
 
 Sources: the modelling code published with each checkpoint (ChatGLM2/3, GLM-4, Baichuan 1/2, Qwen,
 InternLM 1/2, Yi), and llama.cpp's tensor names for GGUF. What goes wrong most easily is said beside
@@ -44,7 +44,7 @@ class Family(NamedTuple):
     config: original config -> keywords of the native config (None: config.json is native). rules:
     "original=native" modules (one word: the same name); a leading `*` is a layer,
     "<layers>.<number>" in the original and "model.layers.<number>" here; `?` stands for q, k and v;
-    "operation:" says what happens to the rows and "+" adds a second target (`checkpoint.convert`).
+    "operation:" says what happens to the rows and "+" adds a second target (`conversion.convert`).
     A module without a rule keeps its name. prefixes: (pattern, replacement) of names before the
     rules. drop: a pattern of names that are no weights.
     """

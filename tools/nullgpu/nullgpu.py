@@ -336,11 +336,23 @@ def _layer_norm_backward(
     return list(backward(grad.float(), x.float(), shape, mean, rstd, *tensors, mask))
 
 
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> list[Any]:
+    """A card's kernel also turns 16-bit scores into float32 probabilities."""
+    return [torch.ops.aten._softmax(x.float() if half_to_float else x, dim, False)]
+
+
+def _softmax_backward(grad: Tensor, output: Tensor, dim: int, _dtype: Any) -> list[Any]:
+    backward = torch.ops.aten._softmax_backward_data
+    return [backward(grad.float(), output.float(), dim, torch.float32)]
+
+
 _INSTEAD: dict[str, Callable[..., list[Any]]] = {
     "aten._scaled_dot_product_flash_attention": _flash,
     "aten._scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten._scaled_dot_product_efficient_attention": _efficient,
     "aten._scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten._softmax": _softmax,
+    "aten._softmax_backward_data": _softmax_backward,
     "aten.native_layer_norm_backward": _layer_norm_backward,
     "torch_attn._varlen_attn": _varlen,
     "torch_attn._varlen_attn_backward": _varlen_backward,
