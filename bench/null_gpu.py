@@ -313,8 +313,8 @@ def programs(folder: Path, base: Path) -> dict[str, list[str]]:
     ]
     bench = ["bench", str(base), "model.device=cuda", "--rows", "64", "--steps", "1"]
     commands = {
-        "train": [*train, "train.steps=3"],
-        "resume": [*train, "train.steps=4", "--resume", "--allow-changes"],
+        "train": [*train, "train.steps=6"],
+        "resume": [*train, "train.steps=7", "--resume", "--allow-changes"],
         "eval": ["eval", str(run), "--data", str(data), "--limit", "2", "--max-new-tokens", "2"],
         "chat": ["chat", str(run), "--terminal"],
         "export peft": ["export", str(run), str(folder / "peft"), "--to", "peft"],
