@@ -337,6 +337,8 @@ def family_child(folder: Path, base: Path) -> None:
     import contextlib
     import io
 
+    import torch
+
     from cllm import bench
     from cllm.__main__ import run
     from cllm.serve import answer
@@ -344,6 +346,7 @@ def family_child(folder: Path, base: Path) -> None:
     # Kernels run on the host here: large products take minutes, a token a tenth of a second, and
     # random weights seldom end an answer.
     bench.PRODUCT["cuda"] = 256
+    torch.backends.cudnn.enabled = False  # the null device has none
     as_chat = answer.chat_sampling
     answer.chat_sampling = lambda **values: as_chat(**{**values, "max_new_tokens": 8})
     for program, (name, *arguments) in programs(folder, base).items():
