@@ -31,6 +31,7 @@ from cllm.model.offload import place
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end
 from cllm.serve.engine import Engine
+from cllm.shapes import known_shape
 
 PREFILL_TOKENS = 2048
 """Prompt tokens that are computed at once: what the plan for answering leaves room for."""
@@ -103,8 +104,10 @@ def assemble(
         optimizer=optimizer,
     )
     original = source if isinstance(source, dict) else original_config(source)
-    make_plan = plan_training if row_tokens else plan_answering
-    settings, plan = make_plan(original, name or model.path, settings, budget)
+    plan = None
+    if budget and (shape := known_shape(original, name or model.path)):
+        make_plan = plan_training if row_tokens else plan_answering
+        settings, plan = make_plan(shape, settings, budget)
     torch.manual_seed(seed)
     built, settings = _build(source, adapter, settings, precision, target)
     if tokenizer is not None and not isinstance(adapter, Path):

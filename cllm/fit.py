@@ -4,7 +4,7 @@ layers, what to save on, and what that costs in time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from cllm.memory import (
     stored_bytes,
 )
 from cllm.messages import UserError, note
-from cllm.shapes import Shape, known_shape
+from cllm.shapes import Shape
 
 ROW_STEP = 128  # tokens: granularity of the longest row
 
@@ -250,15 +250,8 @@ def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
     )
 
 
-def plan_training(
-    original: Mapping[str, Any], name: str, settings: Settings, budget: int
-) -> tuple[Settings, VramEstimate | None]:
-    """What a training is to use: `fit` with a line about it; no estimate without a budget, or for
-    an architecture without a known shape.
-    """
-    shape = known_shape(original, name) if budget else None
-    if shape is None:
-        return settings, None
+def plan_training(shape: Shape, settings: Settings, budget: int) -> tuple[Settings, VramEstimate]:
+    """What a training is to use: `fit` with a line about it."""
     settings = fit(shape, settings, budget)
     estimate = estimate_vram(shape, settings)
     note(
@@ -272,17 +265,10 @@ def plan_training(
     return settings, estimate
 
 
-def plan_answering(
-    original: Mapping[str, Any], name: str, settings: Settings, budget: int
-) -> tuple[Settings, VramEstimate | None]:
+def plan_answering(shape: Shape, settings: Settings, budget: int) -> tuple[Settings, VramEstimate]:
     """How a model is to be held for answering: with as few more streamed layers as fit `budget`
     bytes beside a prefill of `row_tokens` tokens and its keys and values; said in a line.
-
-    No estimate without a budget, or for an architecture without a known shape.
     """
-    shape = known_shape(original, name) if budget else None
-    if shape is None:
-        return settings, None
     token = 2 * shape.layers * shape.kv_heads * shape.head_dim * settings.width
     room = budget - token * settings.row_tokens
     counts = [settings.stream_layers, *range(3, shape.layers + 1)]

@@ -27,7 +27,7 @@ CONTEXT_BYTES = 450 * MIB  # CUDA context and libraries
 WORKSPACE_BYTES = 20 * MIB  # cuBLAS's, which PyTorch's allocator gives it (bench/null_gpu.sh)
 FRAGMENTATION_BYTES = 250 * MIB  # at least; or as much as the largest block (bench/null_gpu.sh)
 WHOLE_SEGMENTS_BYTES = GIB  # the same where segments cannot grow, as on Windows
-SEGMENTS_GROW = sys.platform == "linux"
+SEGMENTS_GROW = sys.platform == "linux"  # where `cllm.__main__.ALLOCATOR` says so
 CONVERSION_BYTES = 75_000_000
 _LOSS_FP32_BYTES = 16 * MIB  # cllm.learn.loss looks at its chunk in float32, so much at a time
 _PIECE = 2**22  # cllm.model.lora makes so many elements of a gated MLP's product at a time
@@ -52,17 +52,18 @@ class AdapterShape(NamedTuple):
         if adapter is None:
             return cls(rank=0)
         if isinstance(adapter, Path):
-            return cls.stored_bytes(adapter, 0.0)
+            return cls.of_folder(adapter, 0.0)
         if adapter.init_from:
             run = Path(adapter.init_from)
             stored = run / "adapter" if (run / "adapter").is_dir() else run
-            return cls.stored_bytes(stored, adapter.dropout)
+            return cls.of_folder(stored, adapter.dropout)
         targets = adapter.targets
         names = targets if isinstance(targets, str) else tuple(targets)
         return cls(adapter.rank, names, adapter.dropout, adapter.dora)
 
     @classmethod
-    def stored_bytes(cls, folder: Path, dropout: float) -> AdapterShape:
+    def of_folder(cls, folder: Path, dropout: float) -> AdapterShape:
+        """Of the adapter in a folder, by its adapter_config.json."""
         file = folder / "adapter_config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))

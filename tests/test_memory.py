@@ -21,7 +21,7 @@ from cllm.fit import fit, make_plan, plan_training, row_flops, row_seconds
 from cllm.memory import GIB, MIB, Settings, conversion_bytes, estimate_vram, nf4_parts
 from cllm.messages import UserError
 from cllm.plan import settings_of
-from cllm.shapes import SHAPES, find_shape, shape_of
+from cllm.shapes import SHAPES, find_shape, known_shape, shape_of
 
 if TYPE_CHECKING:
     from cllm.assembly import Assembly
@@ -534,19 +534,22 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     assert error.value.code == "memory.hopeless"
 
 
-def test_a_run_without_budget_or_shape_goes_unplanned(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings(64, device="cpu")
-    assert (
-        plan_training(PUBLISHED["Qwen/Qwen3-4B"], "x", settings, 0) == (settings, None)
-        and not capsys.readouterr().err
-    )
-    assert plan_training({"model_type": "qwen3_moe"}, "x", settings, GIB) == (settings, None)
+def test_an_unknown_architecture_goes_unplanned_and_a_plan_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert known_shape({"model_type": "qwen3_moe"}, "x") is None
     assert "qwen3_moe" in capsys.readouterr().err
-    _, estimate = plan_training(PUBLISHED["HuggingFaceTB/SmolLM2-135M"], "x", settings, 8 * GIB)
-    assert (
-        estimate is not None
-        and f"plan {estimate.total / GIB:.2f} of 8.00 GiB" in capsys.readouterr().err
-    )
+    shape = known_shape(PUBLISHED["HuggingFaceTB/SmolLM2-135M"], "x")
+    assert shape is not None
+    _, estimate = plan_training(shape, Settings(64, device="cpu"), 8 * GIB)
+    assert f"plan {estimate.total / GIB:.2f} of 8.00 GiB" in capsys.readouterr().err
+
+
+def test_a_run_without_a_budget_goes_unplanned(capsys: pytest.CaptureFixture[str]) -> None:
+    from cllm.assembly import open_model
+
+    assert open_model("tiny-zh", device="cpu").assembly.plan is None
+    assert "plan" not in capsys.readouterr().err
 
 
 def test_where_segments_cannot_grow_more_is_left_for_fragments(
