@@ -324,7 +324,9 @@ def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name", ["no-such-model", "models/absent.gguf", "./a/b", "a/b/c", "../x", "hf:x", ""]
 )
-def test_no_such_name(name: str, hub: Hub) -> None:
+def test_no_such_name(name: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError) as caught:
         resolve(name)
     assert caught.value.code == "source.not_found" and not hub.requests
