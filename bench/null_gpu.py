@@ -34,7 +34,6 @@ import readme_table  # noqa: E402
 
 from cllm import fit, memory, shapes  # noqa: E402
 from cllm.__main__ import ALLOCATOR  # noqa: E402
-from cllm.messages import UserError  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "null-gpu.json"
 CONTEXT_MIB = memory.CONTEXT_BYTES // memory.MIB
@@ -190,13 +189,18 @@ def measured(model: Any, tokens: int) -> dict[str, Any]:
     trainee = model.trainee
     asked = model.config.memory.checkpoint_layers
     wanted = replace(model.assembly.settings, row_tokens=tokens, checkpoint_layers=asked)
-    plan = fit.make_plan(model.shape, wanted, BUDGET_GIB)
-    settings = plan.settings
+    budget = int(BUDGET_GIB * memory.GIB)
+    fewest = fit.fewest_recomputed(model.original, wanted, budget) if asked < 0 else asked
+    settings = replace(wanted, checkpoint_layers=fewest)
+    planned = fit.estimate_vram(model.original, settings)
+    fits = planned.total <= budget
     torch.cuda.empty_cache()
-    cap_allocator(BUDGET_GIB if plan.fits else 0, model.assembly.device)
+    cap_allocator(BUDGET_GIB if fits else 0, model.assembly.device)
     layers, offload = settings.checkpoint_layers, settings.offload_inputs
     checkpoint_layers(trainee.model, layers, offload=offload)
-    ids = random_row(tokens // SEQUENCES, model.shape.vocab).input_ids.tolist()
+    ids = random_row(
+        tokens // SEQUENCES, trainee.model.config.get_text_config().vocab_size
+    ).input_ids.tolist()
     rows = [collate([Example(ids, ids)] * SEQUENCES)] * ROWS_PER_STEP
     trainee.step(rows)
     counters: dict[str, int] = {}
@@ -208,13 +212,12 @@ def measured(model: Any, tokens: int) -> dict[str, Any]:
 
     allocated = peak_bytes(counted, trainee.model, trainee.optimizer)
     reserved = torch.cuda.max_memory_reserved()
-    planned = memory.estimate_vram(model.shape, settings)
     return {
         "model": model.name,
         "row_tokens": tokens,
         "precision": settings.precision,
         "recomputed_layers": layers,
-        "fits_8_gib": plan.fits,
+        "fits_8_gib": fits,
         "max_memory_allocated": allocated,
         "max_memory_reserved": reserved,
         "planned": planned.allocated,
@@ -321,14 +324,9 @@ def programs(folder: Path, base: Path) -> dict[str, list[str]]:
         "export merged": ["export", str(run), str(folder / "merged"), "--to", "merged"],
         "bench": bench,
     }
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    # No other program has ALiBi under a native name, and the plan knows some architectures only.
+    # No other program has ALiBi under a native name.
     if "baichuan2_13b" in base.name:
         del commands["export peft"], commands["export merged"]
-    try:
-        shapes.shape_of(config, base.name)
-    except UserError:
-        del commands["bench"]
     return commands
 
 

@@ -31,7 +31,6 @@ from cllm.model.offload import place
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end
 from cllm.serve.engine import Engine
-from cllm.shapes import known_shape
 
 PREFILL_TOKENS = 2048
 """Prompt tokens that are computed at once: what the plan for answering leaves room for."""
@@ -105,15 +104,31 @@ def assemble(
     )
     original = source if isinstance(source, dict) else original_config(source)
     plan = None
-    if budget and (shape := known_shape(original, name or model.path)):
-        make_plan = plan_training if row_tokens else plan_answering
-        settings, plan = make_plan(shape, settings, budget)
+    if budget:
+        settings, plan = _planned(original, name or model.path, settings, budget, bool(row_tokens))
     torch.manual_seed(seed)
     built, settings = _build(source, adapter, settings, precision, target)
     if tokenizer is not None and not isinstance(adapter, Path):
         tokenizer = with_trained_end(tokenizer, built)
     packed = bool(row_tokens) and _rows_may_be_shared(built, precision)
     return Assembly(built, tokenizer, target, precision, settings, plan, budget, packed)
+
+
+def _planned(
+    original: dict[str, Any], name: str, settings: Settings, budget: int, training: bool
+) -> tuple[Settings, VramEstimate | None]:
+    """The settings as they fit the budget, and the plan; None for a model that only runs with
+    values: its longest row is tried before the first step.
+    """
+    try:
+        if training:
+            return plan_training(original, name, settings, budget)
+        return plan_answering(original, settings, budget)
+    except UserError as error:
+        if error.code != "memory.untraced":
+            raise
+        note("memory.unplanned", name=name, reason=error.args[0])
+        return settings, None
 
 
 def _rows_may_be_shared(model: Any, precision: Precision) -> bool:

@@ -23,14 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm import fit, shapes
+from cllm import shapes
 from cllm.config import Config, load_config
 from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
-from cllm.memory import GIB, MIB, Settings, estimate_vram
+from cllm.memory import GIB, MIB
 from cllm.messages import UserError, note, say, table, to_json
 from cllm.plan import Workload, settings_of, show_plan
 
 if TYPE_CHECKING:
+    import torch
+
     from cllm.data.packing import PackedBatch
 
 ASSETS = Path(__file__).parent / "assets"
@@ -41,8 +43,6 @@ ROWS_PER_STEP = 2
 WARM_STEPS = 3
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices that the rate is of
 SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on paper"
-# one or two cores: only decides whether to measure
-CPU = fit.Hardware(flops=0.4e12, bandwidth=20e9)
 TOKENS_PER_CHARACTER = 0.7  # of mixed Chinese text, where no tokenizer is at hand
 Record = dict[str, Any]
 """A JSON object: a config.json, or one result of the report."""
@@ -87,8 +87,7 @@ class BenchModel:
             seed=config.train.seed,
         )
         self.cuda = self.assembly.device.type == "cuda"
-        known = original_config(source) if isinstance(source, Path) else source
-        self.shape = shapes.shape_of(known, name)
+        self.original = original_config(source) if isinstance(source, Path) else source
         model = self.assembly.model.train()
         self.trainee = Trainee(
             model,
@@ -115,28 +114,30 @@ class BenchModel:
         """
         import torch
 
+        from cllm import fit
         from cllm.learn.optim import StepOutOfMemoryError
         from cllm.learn.proof import peak_bytes
-        from cllm.model.offload import checkpoint_layers
+        from cllm.model.offload import checkpoint_layers, decoder_layers
 
         model = self.trainee.model
         budget = self.assembly.budget
         layers = self.config.memory.checkpoint_layers
         settings = replace(self.assembly.settings, row_tokens=tokens, checkpoint_layers=layers)
-        if budget:
-            settings = fit.make_plan(self.shape, settings, budget / GIB).settings
-        row = random_row(tokens, self.shape.vocab)
+        if budget and layers < 0:
+            fewest = fit.fewest_recomputed(self.original, settings, budget)
+            settings = replace(settings, checkpoint_layers=fewest)
+        row = random_row(tokens, model.config.get_text_config().vocab_size)
         checkpoint_layers(model, settings.checkpoint_layers, offload=settings.offload_inputs)
-        estimate = estimate_vram(self.shape, settings)
+        estimate = fit.estimate_vram(self.original, settings)
         result = {
             "model": self.name,
-            "layers": self.shape.layers,
+            "layers": len(decoder_layers(model)),
             **asdict(settings),
             "budget_bytes": budget,
             "reserved_bytes": None,
             "estimate_bytes": estimate.allocated,
             "estimate_total_bytes": estimate.total,
-            "link_bytes": ROWS_PER_STEP * fit.crossing_bytes(self.shape, settings),
+            "link_bytes": ROWS_PER_STEP * fit.crossing_bytes(self.original, settings),
         }
         try:
             result["first_loss"], _ = self.step(row)
@@ -150,31 +151,32 @@ class BenchModel:
             free, total = torch.cuda.mem_get_info(device)
             # and whatever else uses the card
             result["context_bytes"] = total - free - torch.cuda.memory_reserved(device)
-        needed = ROWS_PER_STEP * fit.row_flops(self.shape, Settings(tokens, checkpoint_layers=0))
+        kept = replace(settings, checkpoint_layers=0, stream_layers=0, mlp_tile_tokens=0)
+        needed = ROWS_PER_STEP * fit.row_flops(self.original, kept)
         return {
             **result,
             "step_seconds": seconds,
             "tokens_per_second": ROWS_PER_STEP * tokens / seconds,
-            "mfu": needed / seconds / self.matmul_rate(),
+            "mfu": needed
+            / seconds
+            / matmul_rate(self.assembly.device, self.assembly.precision.weights),
             "peak_bytes": peak,
             "estimate_ratio": estimate.allocated / peak,
         }
 
-    def matmul_rate(self) -> float:
-        """Operations per second of one large matrix product on this device: what MFU is a share
-        of.
-        """
-        import torch
 
-        size = PRODUCT["cuda" if self.cuda else "cpu"]
-        dtype = self.assembly.precision.weights
-        a = torch.ones(size, size, dtype=dtype, device=self.assembly.device)
-        seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)
-        return float(2 * size**3 / min(seconds))
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of one large matrix product on a device: what MFU is a share of."""
+    import torch
+
+    size = PRODUCT[device.type]
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)
+    return float(2 * size**3 / min(seconds))
 
 
 # --- On paper
-def _work(config: Config, original: Record) -> Workload | None:
+def _work(config: Config, original: Record, rate: float) -> Workload | None:
     """The config's data in tokens, encoded with the base's tokenizer if it is at hand; then rows
     are timed on this device, too, unless that would take long. None: the data are not there yet.
     """
@@ -190,6 +192,7 @@ def _work(config: Config, original: Record) -> Workload | None:
         return Workload(round(TOKENS_PER_CHARACTER * characters))
     import torch
 
+    from cllm.fit import row_flops
     from cllm.model.source import resolve
 
     length = config.train.row_tokens
@@ -197,7 +200,7 @@ def _work(config: Config, original: Record) -> Workload | None:
     rows = encode_corpus(corpus, tokenizer, config.data, config.train, row_tokens=length).rows
     tokens = sum(rows.sizes)
     work = Workload(tokens, tokens / (len(rows) * length))
-    on_cpu = fit.row_seconds(shapes.shape_of(original), settings_of(config, "fp32", "cpu"), CPU)
+    on_cpu = row_flops(original, settings_of(config, "fp32", "cpu")) / rate
     if not torch.cuda.is_available() and on_cpu >= SLOWEST_WARM_ROW:
         return work
     note("bench.timing", steps=WARM_STEPS)
@@ -307,11 +310,15 @@ def main(argv: list[str]) -> int:
         return 0
     configs = {name: config_of(name, arguments.overrides) for name in arguments.models}
     if arguments.plan:
+        from cllm.model.device import Precision, choose_device
+
+        device = choose_device("auto")
+        rate = matmul_rate(device, Precision.choose("auto", device).weights)
         plans = []
         for name, config in configs.items():
             known, original = published(config, arguments.layers)
-            work = _work(config, original) if _is_config(name) else None
-            plans.append(show_plan(config, known, original, work))
+            work = _work(config, original, rate) if _is_config(name) else None
+            plans.append(show_plan(config, known, original, work, rate))
         print(to_json({"plans": plans}))
         return 0
     if arguments.generate:

@@ -248,15 +248,16 @@ def _recommended(config: Config) -> tuple[Config, int, str]:
     """
     import torch
 
-    from cllm.fit import make_plan
+    from cllm.fit import longest_row
     from cllm.memory import GIB, Settings
-    from cllm.shapes import find_shape
+    from cllm.shapes import find_config
 
     preset = load_config(RECOMMENDED)
     if torch.cuda.is_available():
         settings = Settings(quantize=preset.model.quantize, rank=preset.lora.rank)
         free_gib = torch.cuda.mem_get_info()[0] / GIB
-        row = make_plan(find_shape(preset.model.path), settings, free_gib).longest_row
+        _, original = find_config(preset.model.path)
+        row = longest_row(original, settings, free_gib)
         if row >= MIN_ROW:
             return preset, min(row, MAX_ROW), "fits"
     return preset, config.train.row_tokens, "no_gpu"

@@ -1,103 +1,188 @@
-"""Fitting a training, or answering, into a budget of device memory: longest rows, fewest recomputed
-layers, what to save on, and what that costs in time.
+"""Fitting a training, or answering, into a budget of device memory: bytes at the peak, longest rows,
+fewest recomputed layers, what to save on, and what that costs in operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from cllm.memory import (
+    CONTEXT_BYTES,
+    FRAGMENTATION_BYTES,
     GIB,
     MIB,
+    SEGMENTS_GROW,
+    WHOLE_SEGMENTS_BYTES,
+    WORKSPACE_BYTES,
     Settings,
     VramEstimate,
-    estimate_answering,
-    estimate_vram,
-    is_quantized,
-    kept_bytes,
-    recomputed_layers,
-    stored_bytes,
+    streamed_layers,
 )
 from cllm.messages import UserError, note
-from cllm.shapes import Shape
+from cllm.trace import Layer, Pass, Weights, traced, weighed
 
 ROW_STEP = 128  # tokens: granularity of the longest row
+CONVERSION_BYTES = 75_000_000  # a streamed write's, beside its largest tensor
+Config = Mapping[str, Any]
+"""A config.json, original or native."""
 
 
-class Hardware(NamedTuple):
-    """Rates that a roofline needs; the defaults are an 8 GB desktop card's, sustained: nobody's
-    measurement.
+@dataclass(frozen=True)
+class _Step:
+    """A traced step, its layers kept, recomputed and streamed as settings say."""
+
+    weights: Weights
+    recomputed: list[bool]
+    layers: list[Layer]
+    loss: Pass
+    """The pass whose last layer is this one's."""
+    largest: int
+    streamed: list[int]
+    inputs: int
+    """How many layer inputs wait in host memory."""
+    layer_input: int
+
+    @classmethod
+    def of(cls, config: Config, s: Settings) -> _Step:
+        """Traces what these settings need."""
+        weights = weighed(config, s)
+        count = len(weights.linears)
+        streamed = streamed_layers(count, s.stream_layers)
+        first = count if s.checkpoint_layers < 0 else s.checkpoint_layers
+        recomputed = [index < first or index in streamed for index in range(count)]
+        passes = {again: traced(config, s, again) for again in {*recomputed, s.offload_inputs}}
+        layers = [passes[again].layers[index] for index, again in enumerate(recomputed)]
+        return cls(
+            weights,
+            recomputed,
+            layers,
+            passes[recomputed[-1]],
+            max(passes[again].largest for again in recomputed),
+            streamed,
+            sum(recomputed) if s.offload_inputs else 0,
+            passes[True].layers[-1].left if s.offload_inputs else 0,
+        )
+
+    @property
+    def flops(self) -> int:
+        """Operations of one row."""
+        return sum(layer.flops for layer in self.layers) + self.loss.flops
+
+    def moments(self) -> dict[str, int]:
+        """Moment -> bytes alive then beyond weights and gradients: in the loss, and in the forward
+        or backward of a kept or of a recomputed layer.
+        """
+        # At most two offloaded inputs are on the device beside the one in use.
+        here = min(2, self.inputs) * self.layer_input
+        pairs = [*zip(self.layers, self.recomputed, strict=True)]
+        left = [layer.left - (again and self.layer_input) for layer, again in pairs]
+        below = [here + alive for alive in accumulate(left, initial=0)]
+        moments = {"loss": below[-1] + self.loss.loss}
+        for (layer, again), before, after in zip(pairs, below, below[1:], strict=False):
+            name = "recomputed_layer" if again else "kept_layer"
+            peak = max(before + layer.forward, after + layer.backward)
+            moments[name] = max(peak, moments.get(name, 0))
+        return moments
+
+
+def _moment_bytes(optimizer: str, count: int) -> int:
+    """AdamW's two moments of a parameter of `count` values. bitsandbytes' 8 bits are blocks of 256
+    with a float each; it keeps fewer than 4,096 values in float32.
     """
-
-    flops: float = 30e12
-    """16-bit operations per second."""
-    bandwidth: float = 250e9
-    """Bytes per second of the device's memory."""
-    link: float = 12e9
-    """Bytes per second between host and device."""
+    exact = optimizer == "adamw" or count < 4096
+    return 8 * count if exact else 2 * (count + 4 * -(-count // 256))
 
 
-PAPER = Hardware()
+def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
+    """Bytes at the peak of a training step on rows of `row_tokens` tokens, all of them supervised.
 
-
-def row_flops(shape: Shape, s: Settings) -> float:
-    """Operations of one row: 2 per weight and token in the forward, in the gradient of the input
-    and where a layer is recomputed; the head twice (its gradient is formed in the forward); causal
-    attention half of 4 T^2 per query channel, 2.5 times that in its backward.
+    Traced are weights, gradients and whatever a step makes. Not seen by that, and so added: the
+    CUDA context, cuBLAS's workspace, and what the allocator loses to fragments, which is more where
+    its segments cannot grow.
     """
-    passes = 2 + len(recomputed_layers(shape, s)) / shape.layers
-    weights = sum(i * o for i, o in shape.linears().values())
-    attention = (
-        2
-        * s.row_tokens
-        * min(shape.window or s.row_tokens, s.row_tokens)
-        * shape.heads
-        * shape.head_dim
-        * (passes + 1.5)
+    s, step = settings, _Step.of(config, settings)
+    weights, cuda = step.weights, s.device.startswith("cuda")
+    moments = step.moments()
+    moment = max(moments, key=lambda name: moments[name])
+    shared = not weights.head
+    away = s.embedding == "cpu" or (
+        s.embedding == "auto" and cuda and s.quantize == "nf4" and not shared
     )
-    # one more forward
-    tiled = (
-        shape.layers
-        * 3
-        * shape.hidden
-        * shape.intermediate
-        * (0 < s.mlp_tile_tokens < s.row_tokens)
+    inputs = step.layer_input * min(2, step.inputs) + sum(
+        layer.left - step.layer_input
+        for layer, again in zip(step.layers, step.recomputed, strict=True)
+        if again
     )
-    head = (4 if s.head == "16bit" else 6) * shape.vocab * shape.hidden
-    return shape.layers * attention + s.row_tokens * (
-        2 * passes * shape.layers * weights + 2 * tiled + head
-    )
+    packed = [weights.packed[index] for index in step.streamed]
+    lora = 4 * sum(weights.trained)
+    items = {
+        "linears": sum(weights.linears)
+        - sum(weights.linears[index] for index in step.streamed)
+        + max(packed, default=0) * min(2, len(packed)),
+        "embedding": 0 if away else weights.embedding,
+        # The device keeps a tied matrix for the head.
+        "head": weights.embedding if away and shared else weights.head,
+        "norms": weights.rest,
+        "lora": lora,
+        "gradients": lora,
+        "optimizer": sum(_moment_bytes(s.optimizer, count) for count in weights.trained),
+        "layer_inputs": inputs,
+        "activations": moments[moment] - inputs,
+        "workspaces": WORKSPACE_BYTES * cuda,
+        "context": CONTEXT_BYTES * cuda,
+        "fragmentation": cuda
+        * max(step.largest, FRAGMENTATION_BYTES if SEGMENTS_GROW else WHOLE_SEGMENTS_BYTES),
+    }
+    return VramEstimate(items, moment, _host_bytes(step) + away * weights.embedding)
 
 
-def crossing_bytes(shape: Shape, s: Settings) -> int:
+def _host_bytes(step: _Step) -> int:
+    """What crosses twice a row: streamed weights and offloaded layer inputs."""
+    packed = sum(step.weights.packed[index] for index in step.streamed)
+    return packed + step.inputs * step.layer_input
+
+
+def estimate_answering(config: Config, settings: Settings) -> VramEstimate:
+    """Bytes while prompts of `row_tokens` tokens are read without gradients, before any cache: the
+    weights as in training, an adapter without gradients or moments, the widest layer's forward and
+    its mask.
+    """
+    # A bare model is traced with the smallest adapter there is.
+    trained = estimate_vram(config, replace(settings, rank=max(1, settings.rank)))
+    layers = traced(config, replace(settings, rank=max(1, settings.rank)), True).layers
+    width = 4 if settings.precision == "fp32" else 2
+    items = {
+        **trained.items,
+        "gradients": 0,
+        "optimizer": 0,
+        "layer_inputs": 0,
+        "activations": max(layer.forward for layer in layers)
+        + settings.row_tokens**2 * (1 + width),
+    }
+    return VramEstimate(items, "answering", trained.host)
+
+
+def conversion_bytes(config: Config) -> int:
+    """Anonymous host memory that `tools/convert.py` (or loading) needs of a 16-bit original beyond
+    its imports: the largest tensor as it may be stored, where q, k and v or gate and up are one,
+    and what a streamed write takes (bench/results/convert_memory.json).
+    """
+    return weighed(config, Settings()).largest + CONVERSION_BYTES
+
+
+def row_flops(config: Config, settings: Settings) -> int:
+    """Operations of one row, forth and back."""
+    return _Step.of(config, settings).flops
+
+
+def crossing_bytes(config: Config, settings: Settings) -> int:
     """What crosses between host and device per row: streamed weights and offloaded layer inputs
     twice, embedding rows not counted.
     """
-    resident = estimate_vram(shape, replace(s, stream_layers=0, offload_inputs=False))
-    return 2 * (estimate_vram(shape, s).host - resident.host)
-
-
-def row_seconds(shape: Shape, s: Settings, hardware: Hardware = PAPER) -> float:
-    """Roofline estimate of one row: operations at full rate, then bytes that are only moved; no
-    launch overhead.
-
-    NF4 weights are read, and written and read again in 16 bits, in every pass; what autograd keeps
-    of a layer is written and read. What waits in host memory crosses the link twice, hidden behind
-    the computation as far as that lasts.
-    """
-    linears = list(shape.linears().values())
-    weights = sum(i * o for i, o in linears)
-    stored = sum(stored_bytes(shape, s, weights)) + 2 * s.width * weights * is_quantized(shape, s)
-    moved = (2 * shape.layers + len(recomputed_layers(shape, s))) * (
-        stored + 2 * sum(kept_bytes(shape, s, linears))
-    )
-    computed = (
-        row_flops(shape, s) / hardware.flops * (1 if s.width == 2 else 2)
-        + moved / hardware.bandwidth
-    )
-    return max(computed, crossing_bytes(shape, s) / hardware.link)
+    return 2 * _host_bytes(_Step.of(config, settings))
 
 
 class Step(NamedTuple):
@@ -108,7 +193,9 @@ class Step(NamedTuple):
     settings: Settings
     total: int
     slowdown: float
-    """Estimated seconds per token over those of the settings asked for."""
+    """Operations per token over those of the settings asked for."""
+    crossing: int
+    """Bytes that cross between host and device per row."""
 
 
 class Plan(NamedTuple):
@@ -126,53 +213,68 @@ class Plan(NamedTuple):
     """If it does not fit: what would help, cheapest first."""
 
 
-def make_plan(shape: Shape, settings: Settings, budget_gib: float) -> Plan:
+def make_plan(config: Config, settings: Settings, budget_gib: float) -> Plan:
     """Fit `settings` into `budget_gib` GiB (1024^3 bytes; context and fragmentation count)."""
     budget = int(budget_gib * GIB)
 
-    def fits(**changes: Any) -> bool:
-        return estimate_vram(shape, replace(settings, **changes)).total <= budget
-
-    def longest(low: int, high: int) -> int:
-        """Of the rows of (low, high] steps, whose totals grow, the longest that fits; 0: none."""
-        found = 0
-        while low < high:
-            middle = (low + high + 1) // 2
-            found, low, high = (
-                (middle, middle, high)
-                if fits(row_tokens=middle * ROW_STEP)
-                else (found, low, middle - 1)
-            )
-        return found
-
-    # from there on rows are cut in tiles, and need less again
-    tile = settings.mlp_tile_tokens // ROW_STEP
-    row = ROW_STEP * (longest(tile, 2**20 // ROW_STEP) or longest(0, tile))
-    fewest = next((count for count in range(shape.layers + 1) if fits(checkpoint_layers=count)), -1)
+    fewest = fewest_recomputed(config, settings, budget)
     chosen = (
         settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=fewest)
     )
-    return Plan(
-        estimate_vram(shape, settings),
-        fits(),
-        row,
-        fewest,
-        chosen,
-        list(_ladder(shape, settings, budget)),
-    )
+    estimate = estimate_vram(config, settings)
+    ladder = [*_ladder(config, settings, budget)]
+    longest = longest_row(config, settings, budget_gib)
+    return Plan(estimate, estimate.total <= budget, longest, fewest, chosen, ladder)
 
 
-def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
+def fewest_recomputed(config: Config, settings: Settings, budget: int) -> int:
+    """The fewest recomputed layers that fit (fewer is faster); -1: none do."""
+    layers = len(weighed(config, settings).linears)
+    options = (replace(settings, checkpoint_layers=n) for n in range(layers + 1))
+    fitting = (s.checkpoint_layers for s in options if estimate_vram(config, s).total <= budget)
+    return next(fitting, -1)
+
+
+def longest_row(config: Config, settings: Settings, budget_gib: float) -> int:
+    """Tokens of the longest row that fits with these settings; 0: none."""
+
+    def total(steps: int) -> int:
+        return estimate_vram(config, replace(settings, row_tokens=steps * ROW_STEP)).total
+
+    budget, last = int(budget_gib * GIB), 2**20 // ROW_STEP
+    # From there on rows are cut in tiles, and need less again.
+    tile = settings.mlp_tile_tokens // ROW_STEP
+    return ROW_STEP * (_longest(total, tile, last, budget) or _longest(total, 0, tile, budget))
+
+
+def _longest(total: Callable[[int], int], low: int, high: int, budget: int) -> int:
+    """The largest number in (low, high] whose total, which grows almost evenly, is within the
+    budget; 0: none is.
+    """
+    if low >= high or (start := total(low + 1)) > budget:
+        return 0
+    fits, over, points = low + 1, high + 1, [(low + 1, start)]
+    guess = min(high, 2 * fits + 8)
+    while over - fits > 1:
+        points.append((guess, total(guess)))
+        fits, over = (guess, over) if points[-1][1] <= budget else (fits, guess)
+        (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - budget))[:2]
+        ahead = x0 + (budget - y0) * (x1 - x0) // (y1 - y0) if y1 != y0 else over
+        guess = min(max(ahead, fits + 1), over - 1)
+    return fits
+
+
+def savings(config: Config, settings: Settings, budget: int) -> Iterator[Step]:
     """`settings` as they are, then every change that saves bytes, cheapest first, each on top of
     those before.
     """
-    counts = range(3, shape.layers + 1)  # of streamed layers; two slots hold two anyway
+    # of streamed layers; two slots hold two anyway
+    counts = range(3, len(weighed(config, settings).linears) + 1)
 
     def stream(old: Settings) -> dict[str, int]:
-        fitting = (
-            n for n in counts if estimate_vram(shape, replace(old, stream_layers=n)).total <= budget
-        )
-        return {"stream_layers": next(fitting, shape.layers) if total > budget else shape.layers}
+        some = (replace(old, stream_layers=n) for n in counts)
+        fitting = (s.stream_layers for s in some if estimate_vram(config, s).total <= budget)
+        return {"stream_layers": next(fitting, counts[-1]) if total > budget else counts[-1]}
 
     changes: list[tuple[str, Any]] = [
         ("memory.embedding=cpu", {"embedding": "cpu"}),
@@ -182,56 +284,60 @@ def savings(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
         ("model.quantize=nf4", {"quantize": "nf4"}),
         ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}),
         ("memory.mlp_tile_tokens=1024", {"mlp_tile_tokens": 1024}),
-        ("memory.stream_layers={}", stream),
+        ("memory.stream_layers={}", stream if counts else {}),
         ("model.head=int8", {"head": "int8"}),
         ("lora.rank=8", {"rank": 8}),
     ]
-    total, pace = estimate_vram(shape, settings).total, row_seconds(shape, settings)
-    yield Step("", settings, total, 1.0)
-    for change, found in changes:
-        values = found(settings) if callable(found) else found
-        changed = replace(settings, **values)
-        if (new := estimate_vram(shape, changed).total) < total:
-            settings, total = changed, new
-            yield Step(
-                change.format(*values.values()),
-                settings,
-                total,
-                row_seconds(shape, settings) / pace,
-            )
+    step = _rung(config, "", settings, settings)
+    yield step
+    for change, setting in changes:
+        total = step.total
+        values = setting(step.settings) if callable(setting) else setting
+        changed = replace(step.settings, **values)
+        if estimate_vram(config, changed).total < total:
+            step = _rung(config, change.format(*values.values()), changed, settings)
+            yield step
 
 
-def _ladder(shape: Shape, settings: Settings, budget: int) -> Iterator[Step]:
+def _rung(config: Config, change: str, settings: Settings, asked: Settings) -> Step:
+    pace = row_flops(config, asked) / asked.row_tokens
+    return Step(
+        change,
+        settings,
+        estimate_vram(config, settings).total,
+        row_flops(config, settings) / settings.row_tokens / pace,
+        crossing_bytes(config, settings),
+    )
+
+
+def _ladder(config: Config, settings: Settings, budget: int) -> Iterator[Step]:
     """As many savings as it takes to fit (none, if it does), then shorter rows."""
-    pace = row_seconds(shape, settings) / settings.row_tokens
-    for step in savings(shape, settings, budget):
+    for step in savings(config, settings, budget):
         if step.change:
             yield step
         if step.total <= budget:
             return
     for tokens in (n for n in (4096, 2048, 1024, 512, 256) if n < settings.row_tokens):
         shorter = replace(step.settings, row_tokens=tokens)
-        total = estimate_vram(shape, shorter).total
-        yield Step(
-            f"train.row_tokens={tokens}",
-            shorter,
-            total,
-            row_seconds(shape, shorter) / tokens / pace,
-        )
-        if total <= budget:
+        shorter_step = _rung(config, f"train.row_tokens={tokens}", shorter, settings)
+        yield shorter_step
+        if shorter_step.total <= budget:
             return
 
 
-def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
+def fit(config: Config, name: str, settings: Settings, budget: int) -> Settings:
     """`settings` with -1 layers replaced by the fewest recomputed ones that fit `budget` bytes.
 
     Raises UserError, with the settings that would fit, if these do not.
     """
-    plan = make_plan(shape, settings, budget / GIB)
-    if plan.fits:
-        return plan.settings
+    if estimate_vram(config, settings).total <= budget:
+        if settings.checkpoint_layers < 0:
+            fewest = fewest_recomputed(config, settings, budget)
+            settings = replace(settings, checkpoint_layers=fewest)
+        return settings
+    plan = make_plan(config, settings, budget / GIB)
     values = {
-        "name": shape.name,
+        "name": name,
         "need": f"{plan.estimate.total / GIB:.2f}",
         "budget": f"{budget / GIB:.2f}",
     }
@@ -250,32 +356,38 @@ def fit(shape: Shape, settings: Settings, budget: int) -> Settings:
     )
 
 
-def plan_training(shape: Shape, settings: Settings, budget: int) -> tuple[Settings, VramEstimate]:
+def plan_training(
+    config: Config, name: str, settings: Settings, budget: int
+) -> tuple[Settings, VramEstimate]:
     """What a training is to use: `fit` with a line about it."""
-    settings = fit(shape, settings, budget)
-    estimate = estimate_vram(shape, settings)
+    settings = fit(config, name, settings, budget)
+    estimate = estimate_vram(config, settings)
+    recomputed = _Step.of(config, settings).recomputed
     note(
         "memory.plan",
         total=f"{estimate.total / GIB:.2f}",
         budget=f"{budget / GIB:.2f}",
         row=settings.row_tokens,
-        recomputed=len(recomputed_layers(shape, settings)),
-        layers=shape.layers,
+        recomputed=sum(recomputed),
+        layers=len(recomputed),
     )
     return settings, estimate
 
 
-def plan_answering(shape: Shape, settings: Settings, budget: int) -> tuple[Settings, VramEstimate]:
+def plan_answering(
+    config: Config, settings: Settings, budget: int
+) -> tuple[Settings, VramEstimate]:
     """How a model is to be held for answering: with as few more streamed layers as fit `budget`
     bytes beside a prefill of `row_tokens` tokens and its keys and values; said in a line.
     """
-    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * settings.width
+    weights = weighed(config, settings)
+    layers, token = len(weights.linears), weights.token
     room = budget - token * settings.row_tokens
-    counts = [settings.stream_layers, *range(3, shape.layers + 1)]
+    counts = [settings.stream_layers, *range(3, layers + 1)]
     options = [replace(settings, stream_layers=n) for n in counts if n >= settings.stream_layers]
-    fitting = (s for s in options if estimate_answering(shape, s).total <= room)
+    fitting = (s for s in options if estimate_answering(config, s).total <= room)
     settings = next(fitting, options[-1])
-    estimate = estimate_answering(shape, settings)
+    estimate = estimate_answering(config, settings)
     note(
         "memory.answering",
         weights=f"{(estimate.allocated - estimate.items['activations']) / GIB:.2f}",
@@ -284,7 +396,7 @@ def plan_answering(shape: Shape, settings: Settings, budget: int) -> tuple[Setti
         cache=f"{max(0, budget - estimate.total) / GIB:.2f}",
         tokens=f"{max(0, budget - estimate.total) // token:,}",
         budget=f"{budget / GIB:.2f}",
-        streamed=min(settings.stream_layers, shape.layers),
-        layers=shape.layers,
+        streamed=min(settings.stream_layers, layers),
+        layers=layers,
     )
     return settings, estimate

@@ -7,12 +7,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cllm import fit, memory, shapes
 from cllm.config import Config
-from cllm.fit import make_plan
-from cllm.memory import GIB, AdapterShape, Settings, estimate_vram
+from cllm.fit import (
+    Step,
+    conversion_bytes,
+    estimate_vram,
+    longest_row,
+    make_plan,
+    row_flops,
+    savings,
+)
+from cllm.memory import GIB, AdapterShape, Settings
 from cllm.messages import say, table
-from cllm.shapes import Shape
 
 PLAN_ROWS = (512, 1024, 2048, 4096, 8192)
 BUDGET_GIB = 8.0
@@ -46,26 +52,25 @@ class Workload:
 
 
 def show_plan(
-    config: Config, name: str, original: dict[str, Any], work: Workload | None
+    config: Config, name: str, original: dict[str, Any], work: Workload | None, rate: float
 ) -> dict[str, Any]:
-    """Print the plan of one model for people: items, rows x settings, the ladder, time; returns it
-    for the JSON.
-    """
-    shape = shapes.shape_of(original, name)
+    """Print the plan of one model for people: items, rows x settings, the ladder, time, at `rate` operations a second; returns it for the JSON."""
     budget = config.memory.budget_gib or BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
     settings = settings_of(config, precision, "cuda")
-    plan = make_plan(shape, settings, budget)
+    plan = make_plan(original, settings, budget)
     estimate = plan.estimate
     heading = {"row": settings.row_tokens, "quantize": settings.quantize, "rank": settings.rank}
     print(say("bench.plan", name=name, precision=precision, **heading))
     print(estimate.table())
-    grid = _grid(shape, settings, budget)
+    grid = _grid(original, settings, budget)
     print(_grid_table(grid, budget))
     summary = {"longest": plan.longest_row, "fewest": plan.checkpoint_layers}
     print(say("bench.fits" if plan.fits else "bench.too_big", budget=f"{budget:g}", **summary))
     for step in plan.ladder:
-        print(f"  {step.total / GIB:6.2f} GiB  x{step.slowdown:.2f}  {step.change}")
+        print(
+            say("bench.rung", total=f"{step.total / GIB:6.2f}", **_price(step), change=step.change)
+        )
     return {
         "model": name,
         "budget_gib": budget,
@@ -73,31 +78,42 @@ def show_plan(
         **asdict(estimate),
         "total": estimate.total,
         "grid": grid,
-        "conversion": memory.conversion_bytes(shape),
+        "conversion": conversion_bytes(original),
         "fits": plan.fits,
         "longest_row": plan.longest_row,
         "fewest": plan.checkpoint_layers,
-        "time": _time(config, shape, plan.settings, work),
+        "time": _time(config, original, plan.settings, work, rate),
         "ladder": [
-            {"change": step.change, "total": step.total, "slowdown": step.slowdown}
+            {
+                "change": step.change,
+                "total": step.total,
+                "slowdown": step.slowdown,
+                "crossing": step.crossing,
+            }
             for step in plan.ladder
         ],
     }
 
 
-def _grid(shape: Shape, settings: Settings, budget: float) -> list[dict[str, Any]]:
+def _price(step: Step) -> dict[str, str]:
+    """What a saving costs, for people."""
+    return {"slowdown": f"{step.slowdown:.2f}", "crossing": f"{step.crossing / GIB:.1f}"}
+
+
+def _grid(original: dict[str, Any], settings: Settings, budget: float) -> list[dict[str, Any]]:
     """For each saving, on top of those before it: bytes at the usual row lengths, and the longest
     row that fits.
     """
     grid = []
-    for step in fit.savings(shape, settings, int(budget * GIB)):
+    for step in savings(original, settings, int(budget * GIB)):
         lengths = {n: replace(step.settings, row_tokens=n) for n in PLAN_ROWS}
         grid.append(
             {
                 "change": step.change,
                 "slowdown": step.slowdown,
-                "totals": {n: estimate_vram(shape, row).total for n, row in lengths.items()},
-                "longest_row": make_plan(shape, step.settings, budget).longest_row,
+                "crossing": step.crossing,
+                "totals": {n: estimate_vram(original, row).total for n, row in lengths.items()},
+                "longest_row": longest_row(original, step.settings, budget),
             }
         )
     return grid
@@ -107,13 +123,17 @@ def _grid_table(grid: list[dict[str, Any]], budget: float) -> str:
     rows = [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
     for line in grid:
         totals = [f"{total / GIB:.2f}" for total in line["totals"].values()]
-        last = [str(line["longest_row"]), f"{line['slowdown']:.2f}"]
+        last = [
+            str(line["longest_row"]),
+            f"{line['slowdown']:.2f}",
+            f"{line['crossing'] / GIB:.1f}",
+        ]
         rows.append([f"+ {line['change']}", *totals, *last])
     return table(rows)
 
 
 def _time(
-    config: Config, shape: Shape, settings: Settings, work: Workload | None
+    config: Config, original: dict[str, Any], settings: Settings, work: Workload | None, rate: float
 ) -> dict[str, Any]:
     """Tokens, steps and hours of the run; of a million tokens, if there is no data. Prints them."""
     train = config.train
@@ -123,15 +143,16 @@ def _time(
     wanted = work.tokens * train.epochs if work else NO_DATA_TOKENS
     steps = train.steps if work and train.steps else max(1, round(wanted / step_tokens))
     measured = work.row_seconds if work else None
-    row_seconds = measured or fit.row_seconds(shape, settings) * fill
+    row_seconds = measured or row_flops(original, settings) / rate * fill
     tokens, seconds = steps * step_tokens, steps * rows_per_step * row_seconds
     print(
         say(
-            "bench.time.measured" if measured else "bench.time.roofline",
+            "bench.time.measured" if measured else "bench.time.operations",
             tokens=f"{tokens:,.0f}",
             steps=steps,
             hours=f"{seconds / 3600:.2f}",
             speed=f"{tokens / seconds:,.0f}",
+            rate=f"{rate / 1e12:.2f}",
         )
     )
     return {

@@ -14,14 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cllm import memory
+from cllm import fit as fitting
+from cllm import trace
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, load_config
-from cllm.fit import fit, make_plan, plan_training, row_flops, row_seconds
-from cllm.memory import GIB, MIB, Settings, conversion_bytes, estimate_vram, nf4_parts
+from cllm.fit import (
+    conversion_bytes,
+    crossing_bytes,
+    estimate_vram,
+    fewest_recomputed,
+    fit,
+    longest_row,
+    make_plan,
+    plan_training,
+    row_flops,
+    savings,
+)
+from cllm.memory import GIB, MIB, Settings
 from cllm.messages import UserError
 from cllm.plan import settings_of
-from cllm.shapes import SHAPES, find_shape, known_shape, shape_of
+from cllm.shapes import SHAPES, find_config
+from cllm.trace import weighed
 
 if TYPE_CHECKING:
     from cllm.assembly import Assembly
@@ -33,8 +48,7 @@ PARAMETERS = {  # billions, as the model cards say
     "Qwen/Qwen3.5-4B": 4.206, "baichuan-inc/Baichuan2-7B-Base": 7.51, "01-ai/Yi-6B": 6.06,
     "internlm/internlm2-7b": 7.74, "meta-llama/Llama-3.1-8B": 8.03, "google/gemma-3-270m": 0.268, "openai-community/gpt2": 0.1244,
 }  # fmt: skip
-# 2 layers of every architecture in memory.ARCHITECTURES, wide enough for activations to outweigh
-# bookkeeping
+# 3 layers of each, wide enough for activations to outweigh bookkeeping
 TINY = {
     "llama": {"attention_bias": True},
     "mistral": {"sliding_window": None},
@@ -46,19 +60,25 @@ TINY = {
     "gemma3_text": {
         "head_dim": 16,
         "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "qwen3_5_text": {
         "head_dim": 32,
-        "layer_types": ["linear_attention", "full_attention"],
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 32,
         "linear_value_head_dim": 32,
     },
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+    },
     "gpt2": {
         "n_embd": 128,
-        "n_layer": 2,
+        "n_layer": 3,
         "n_head": 8,
         "n_positions": 256,
         "resid_pdrop": 0,
@@ -67,9 +87,13 @@ TINY = {
     },
 }
 COMMON = {
-    "vocab_size": 160, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "vocab_size": 160, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 8,
     "num_key_value_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+
+def published(name: str) -> dict[str, Any]:
+    return find_config(name)[1]
 
 
 def tiny(kind: str) -> dict[str, Any]:
@@ -86,6 +110,7 @@ def assembled(config: dict[str, Any], settings: Settings) -> Assembly:
 
     # the kernel is chosen and its tables are made before anything is counted
     dequantize(quantize_nf4(torch.ones(64)))
+    targets = settings.targets
     assembly = assemble(
         config,
         ModelConfig(
@@ -102,7 +127,11 @@ def assembled(config: dict[str, Any], settings: Settings) -> Assembly:
             embedding=settings.embedding,  # type: ignore[arg-type]
         ),
         adapter=LoraConfig(
-            rank=settings.rank, alpha=16, dropout=0.05 * settings.dropout, dora=settings.dora
+            rank=settings.rank,
+            alpha=16,
+            dropout=0.05 * settings.dropout,
+            dora=settings.dora,
+            targets=targets if isinstance(targets, str) else list(targets),
         ),
         row_tokens=settings.row_tokens,
         optimizer=settings.optimizer,
@@ -184,16 +213,11 @@ def check_fixed(kind: str, settings: Settings, **sizes: int) -> None:
     model = assembled(config, settings).model
     optimizer = make_optimizer(model, 1e-4, name=settings.optimizer)
     slots = slot_bytes(model)
-    estimate = estimate_vram(shape_of(config), settings)
+    estimate = estimate_vram(config, settings)
     items = estimate.items
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    rotary = {
-        b.data_ptr()
-        for name, b in model.named_buffers()
-        if "inv_freq" in name or "embed_scale" in name
-    }
-    frozen += [b for b in model.buffers() if b.data_ptr() not in rotary]
+    frozen += model.buffers()
     loaded = items["linears"] + items["embedding"] + items["head"] + items["norms"] + estimate.host
     # biases lie in the slots too; tensors are aligned in a buffer, its end is not
     slack = 2048 if settings.stream_layers else 0
@@ -213,17 +237,18 @@ def check_fixed(kind: str, settings: Settings, **sizes: int) -> None:
 
 
 CASES = [
-    *((kind, {}) for kind in TINY if kind != "qwen3_5_text"),
+    *((kind, {"quantize": quantize}) for kind in TINY for quantize in ("nf4", "none")),
+    *((kind, {"checkpoint_layers": 0}) for kind in TINY),
     *(
         ("llama", change)
         for change in (
             {"precision": "fp32"},
             {"precision": "fp16"},
-            {"checkpoint_layers": 0},
+            {"precision": "fp16", "checkpoint_layers": 0},
             {"checkpoint_layers": 1},
+            {"checkpoint_layers": 2},
         )
     ),
-    ("glm", {"quantize": "none"}),
     ("qwen3", {"precision": "fp32", "quantize": "none", "checkpoint_layers": 0}),
     ("llama", {"row_tokens": 32}),
     ("llama", {"chunk_bytes": 2**13}),
@@ -231,11 +256,12 @@ CASES = [
         ("llama", {"chunk_bytes": 2**21, "vocab": 8000, "precision": precision})
         for precision in ("fp32", "bf16")
     ),
-    ("gpt2", {"checkpoint_layers": 0}),
-    ("llama", {"dropout": True}),
-    ("glm", {"dropout": True, "checkpoint_layers": 0}),
-    ("llama", {"dora": True}),
-    ("glm", {"dora": True, "checkpoint_layers": 0}),
+    *(
+        (kind, {change: True, "checkpoint_layers": layers})
+        for kind in ("llama", "glm", "qwen3_moe", "gpt2")
+        for change in ("dropout", "dora")
+        for layers in (-1, 0)
+    ),
     ("llama", {"offload_inputs": True}),
     ("llama", {"mlp_tile_tokens": 64}),
     ("llama", {"mlp_tile_tokens": 64, "checkpoint_layers": 0}),
@@ -243,11 +269,13 @@ CASES = [
     ("qwen3", {"stream_layers": 5, "offload_inputs": True, "mlp_tile_tokens": 48}),
     ("llama", {"head": "int8", "vocab": 4000}),
     ("llama", {"embedding": "cpu", "precision": "fp32"}),
+    ("llama", {"rank": 33}),
+    ("llama", {"targets": ("q_proj", "down_proj"), "checkpoint_layers": 1}),
 ]
 
 
 @pytest.mark.parametrize(("kind", "change"), CASES, ids=lambda value: str(value))
-def test_peak_is_within_five_percent_of_a_storage_census(kind: str, change: dict[str, Any]) -> None:
+def test_plan_is_within_one_percent_of_a_storage_census(kind: str, change: dict[str, Any]) -> None:
     """On the CPU host memory is in the census too."""
     settings = replace(
         Settings(192, "nf4", "bf16", rank=4, device="cpu"),
@@ -258,63 +286,48 @@ def test_peak_is_within_five_percent_of_a_storage_census(kind: str, change: dict
         **({"num_hidden_layers": 6} if settings.stream_layers or settings.offload_inputs else {}),
     }
     config |= {"vocab_size": change["vocab"]} if "vocab" in change else {}
+    within_one_percent(config, settings)
+
+
+def within_one_percent(config: dict[str, Any], settings: Settings) -> None:
     fixed, peak = census(config, settings)
-    estimate = estimate_vram(shape_of(config), settings)
+    estimate = estimate_vram(config, settings)
     whole = estimate.allocated - estimate.items["optimizer"] + estimate.host
-    assert whole / (fixed + peak) == pytest.approx(1, abs=0.05)
-    waiting = (
-        estimate.host
-        - estimate_vram(shape_of(config), replace(settings, offload_inputs=False)).host
-    )
-    alive = (
-        estimate.items["activations"]
-        + estimate.items["layer_inputs"]
-        + estimate.items["gradients"]
-        + waiting
-    )
-    assert alive / peak == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_recurrent_layers_are_within_ten_percent_of_a_storage_census(size: int) -> None:
-    """The delta rule's bytes are fitted, not counted: at row lengths worth planning, the number of
-    chunks no longer matters.
-    """
-    settings = Settings(384, "nf4", "bf16", rank=4, device="cpu")
-    config = tiny("qwen3_5_text") | {"linear_key_head_dim": size, "linear_value_head_dim": size}
-    fixed, peak = census(config, settings)
-    estimate = estimate_vram(shape_of(config), settings)
-    assert (estimate.allocated - estimate.items["optimizer"]) / (fixed + peak) == pytest.approx(
-        1, abs=0.1
-    )
+    assert whole / (fixed + peak) == pytest.approx(1, abs=0.01)
+    alive = whole - fixed
+    assert alive / peak == pytest.approx(1, abs=0.02)
 
 
 def test_plan_is_within_three_percent_of_what_pytorchs_cuda_allocator_recorded() -> None:
-    """bench/null_gpu.sh's steps, planned again with the settings that each was run with."""
+    """bench/null_gpu.sh's steps of two models, planned again with the settings that each was run
+    with; of all models: bench/plan.py.
+    """
     report = Path(__file__).parents[1] / "bench" / "results" / "null-gpu.json"
     runs = json.loads(report.read_text(encoding="utf-8"))["programs"]
     steps = [run for run in runs if "max_memory_allocated" in run]
     assert len({(run["model"], run["setting"], run["card"]) for run in steps}) >= 48
     wrong = {}
     for run in steps:
+        if run["fits_8_gib"]:
+            assert run["with_context_gib"] <= 8, run["build"]
+        if run["model"] not in ("THUDM/chatglm3-6b", "Qwen/Qwen3-4B"):
+            continue
         config = load_config(os.devnull, run["command"].split()[4:])
         settings = replace(
             settings_of(config, run["precision"], "cuda"),
             row_tokens=run["row_tokens"],
             checkpoint_layers=run["recomputed_layers"],
         )
-        planned = estimate_vram(find_shape(run["model"]), settings)
+        planned = estimate_vram(published(run["model"]), settings)
         ratio = planned.allocated / run["max_memory_allocated"]
         if abs(ratio - 1) > 0.03:
             wrong[run["build"], run["row_tokens"]] = round(ratio, 4)
-        if run["fits_8_gib"]:
-            assert run["with_context_gib"] <= 8, run["build"]
     assert not wrong
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_published_shapes_have_the_published_number_of_parameters(name: str) -> None:
-    items = estimate_vram(find_shape(name), Settings(precision="fp32")).items
+def test_published_models_have_the_published_number_of_parameters(name: str) -> None:
+    items = estimate_vram(published(name), Settings(128, precision="fp32")).items
     bytes_ = items["linears"] + items["embedding"] + items["head"] + items["norms"]
     assert bytes_ / 4 / 1e9 == pytest.approx(PARAMETERS[name], rel=0.002)
 
@@ -327,32 +340,25 @@ def test_table_of_the_design_document() -> None:
         ("Qwen-7B", 3186, 1187),
         ("Qwen3-8B", 3417, 1187),
     ):
-        items = estimate_vram(find_shape(name), Settings(quantize="nf4", embedding="device")).items
-        assert (
-            round(items["linears"] / MIB) == linears
-            and round(items["embedding"] / MIB) == embedding
-        )
-    assert nf4_parts(4096 * 4096) == (4096 * 4096 // 2, 4096 * 64, 4 * 1024 + 4)
+        weights = weighed(published(name), Settings(quantize="nf4"))
+        assert round(sum(weights.linears) / MIB) == linears
+        assert round(weights.embedding / MIB) == embedding
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ["THUDM/chatglm3-6b", "Qwen/Qwen3.5-4B", "google/gemma-3-270m"])
 def test_total_grows_with_everything_that_costs(name: str) -> None:
-    shape, small = find_shape(name), Settings(512, "nf4", rank=8)
-    total = estimate_vram(shape, small).total
+    config, small = published(name), Settings(512, "nf4", rank=8)
+    total = estimate_vram(config, small).total
     for change in ({"row_tokens": 1024}, {"rank": 64}, {"precision": "fp32"}, {"quantize": "none"}):
-        # GPT-2's Conv1D stays dense
-        if name != "openai-community/gpt2" or "quantize" not in change:
-            assert estimate_vram(shape, replace(small, **change)).total > total, change
+        assert estimate_vram(config, replace(small, **change)).total > total, change
 
 
-def test_one_target_may_be_named_without_a_list() -> None:
-    shape = find_shape("Qwen3-4B")
-    named = estimate_vram(shape, Settings(targets="q_proj"))
-    for target in ("self_attn.q_proj", "model.layers.*.q_proj"):  # as the trainer takes them
-        assert named == estimate_vram(shape, Settings(targets=(target,)))
-    assert named == estimate_vram(shape, Settings(targets=("q_proj",))) and named.items[
-        "lora"
-    ] == 4 * 16 * 36 * (2560 + 4096)
+def test_targets_are_the_trainers() -> None:
+    config = published("Qwen3-4B")
+    named = estimate_vram(config, Settings(512, targets="q_proj"))
+    assert named.items["lora"] == 4 * 16 * 36 * (2560 + 4096)
+    globbed = estimate_vram(config, Settings(512, targets=("model.layers.1?.*q_proj",)))
+    assert globbed.items["lora"] == 4 * 16 * 10 * (2560 + 4096)
 
 
 @pytest.mark.parametrize("results", ["convert_memory.json", "convert_memory_bin.json"])
@@ -367,32 +373,29 @@ def test_conversion_takes_about_its_largest_tensor(results: str) -> None:
         "num_layers": 4,
         "num_attention_heads": 16,
     }
-    estimate = conversion_bytes(shape_of(PUBLISHED["THUDM/chatglm3-6b"] | sizes))
+    estimate = conversion_bytes(PUBLISHED["THUDM/chatglm3-6b"] | sizes)
     assert 0.7 * estimate < measured["above_bytes"] <= 1.01 * estimate < measured["threshold_bytes"]
     # 608 MB of the real 12.5 GB
-    assert conversion_bytes(find_shape("chatglm3-6b")) == 2 * 65024 * 4096 + 75_000_000
+    assert conversion_bytes(published("chatglm3-6b")) == 2 * 65024 * 4096 + 75_000_000
 
 
 def test_names_match_whoever_the_owner_and_chat_models_have_the_shape_of_their_base() -> None:
     for name in ("zai-org/chatglm3-6b", "hf:THUDM/chatglm3-6b", "CHATGLM3-6B"):
-        assert find_shape(name).name == "THUDM/chatglm3-6b"
-    assert find_shape("modelscope:Qwen/Qwen2.5-7B-Instruct").name == "Qwen/Qwen2.5-7B"
+        assert find_config(name)[0] == "THUDM/chatglm3-6b"
+    assert find_config("modelscope:Qwen/Qwen2.5-7B-Instruct")[0] == "Qwen/Qwen2.5-7B"
 
 
 def test_config_json_is_read_from_a_directory(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps(PUBLISHED["THUDM/chatglm3-6b"]), encoding="utf-8"
-    )
-    assert replace(find_shape(str(tmp_path)), name="") == replace(
-        find_shape("chatglm3-6b"), name=""
-    )
+    config = PUBLISHED["THUDM/chatglm3-6b"]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert published(str(tmp_path)) == config
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json"):
-        find_shape(str(tmp_path))
+        published(str(tmp_path))
 
 
 @pytest.mark.parametrize("checkpoint_layers", [-1, 0])
-def test_alibi_within_five_percent_of_a_storage_census(checkpoint_layers: int) -> None:
+def test_alibi_is_within_one_percent_of_a_storage_census(checkpoint_layers: int) -> None:
     # the lack of the latter tells Baichuan 13B from 7B
     native = {"num_key_value_heads", "max_position_embeddings"}
     config = {
@@ -402,74 +405,114 @@ def test_alibi_within_five_percent_of_a_storage_census(checkpoint_layers: int) -
         "model_max_length": 256,
     }
     config |= {key: value for key, value in COMMON.items() if key not in native}
-    settings = Settings(
-        192, "nf4", "bf16", rank=4, device="cpu", checkpoint_layers=checkpoint_layers
+    shared = Settings(192, "nf4", "bf16", rank=4, device="cpu")
+    within_one_percent(config, replace(shared, checkpoint_layers=checkpoint_layers))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_no_step_takes_more_than_its_plan(data: st.DataObject) -> None:
+    """Random settings of tiny models, each against a census of the real step."""
+    kind = data.draw(st.sampled_from(sorted(TINY)))
+    layers = data.draw(st.integers(3, 7)) if kind in ("llama", "qwen3", "qwen3_moe") else 3
+    chosen = Settings(
+        row_tokens=data.draw(st.integers(24, 320)),
+        quantize=data.draw(st.sampled_from(["none", "nf4"])),
+        precision=data.draw(st.sampled_from(["bf16", "fp16", "fp32"])),
+        rank=data.draw(st.sampled_from([1, 4, 16, 40])),
+        checkpoint_layers=data.draw(st.integers(-1, layers)),
+        chunk_bytes=data.draw(st.sampled_from([2**14, 2**27])),
+        device="cpu",
+        head=data.draw(st.sampled_from(["16bit", "int8"])),
+        offload_inputs=data.draw(st.booleans()),
+        stream_layers=data.draw(st.sampled_from([0, 0, 3])),
+        mlp_tile_tokens=data.draw(st.sampled_from([0, 64])),
+        dropout=data.draw(st.booleans()),
+        dora=data.draw(st.booleans()),
     )
-    estimate = estimate_vram(shape_of(config), settings)
-    _, peak = census(config, settings)
-    assert find_shape("Baichuan2-13B-Base").alibi and shape_of(config).alibi
-    assert sum(
-        estimate.items[name] for name in ("activations", "layer_inputs", "gradients")
-    ) / peak == pytest.approx(1, abs=0.05)
+    config = tiny(kind) | {"num_hidden_layers": layers} if layers != 3 else tiny(kind)
+    fixed, peak = census(config, chosen)
+    plan = estimate_vram(config, chosen)
+    assert fixed + peak <= 1.01 * (plan.allocated - plan.items["optimizer"] + plan.host)
 
 
-@pytest.mark.parametrize(
-    ("config", "part"),
-    [
-        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
-        ({}, "'?'"),
-        (
-            {"model_type": "llama", "hidden_size": 8},
-            "num_hidden_layers, vocab_size, num_attention_heads",
-        ),
-    ],
-)
-def test_unknown_shapes_are_refused_in_one_line(config: dict[str, Any], part: str) -> None:
+def test_what_does_not_run_without_values_goes_unplanned_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Control flow that depends on data."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    from cllm.assembly import assemble
+
+    plain = LlamaMLP.forward
+
+    def forward(self: Any, x: Any) -> Any:
+        return plain(self, x) if float(x.abs().max()) >= 0 else x
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    config = tiny("llama") | {"vocab_size": 161}
     with pytest.raises(UserError) as error:
-        shape_of(config, "X")
-    assert part in str(error.value) and "\n" not in str(error.value)
+        estimate_vram(config, Settings(64, device="cpu", targets=("q_proj",)))
+    assert error.value.code == "memory.untraced" and "\n" not in str(error.value)
+    lora, limit = LoraConfig(targets=["q_proj"]), MemoryConfig(budget_gib=1)
+    model = ModelConfig(device="cpu")
+    assembly = assemble(config, model, limit, adapter=lora, row_tokens=64, name="mine")
+    assert assembly.plan is None and assembly.budget == GIB
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "mine" in line]
+    assert "longest row" in line
+
+
+def test_a_config_that_lacks_sizes_is_said() -> None:
+    with pytest.raises(UserError):
+        estimate_vram({"model_type": "nobody"}, Settings(64))
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="Qwen/Qwen3-8B"):
-        find_shape("nobody/nothing")
+        published("nobody/nothing")
+
+
+def test_a_second_start_traces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLLM_DATA_CACHE", str(tmp_path))
+    config, chosen = tiny("qwen2") | {"vocab_size": 170}, Settings(96, "nf4", device="cpu")
+    plan = estimate_vram(config, chosen)
+    trace._pass.cache_clear()
+    trace._weights.cache_clear()
+    monkeypatch.setattr(trace, "random_model", lambda *_, **__: pytest.fail("built again"))
+    trace._built.cache_clear()
+    assert estimate_vram(config, chosen) == plan
 
 
 def test_plan_finds_the_longest_row_and_the_fewest_recomputed_layers() -> None:
-    shape, settings = find_shape("Qwen3-4B"), Settings(2048, "nf4")
-    plan = make_plan(shape, settings, 8.0)
+    config, asked = published("Qwen3-0.6B"), Settings(2048, "nf4")
+    plan = make_plan(config, asked, 3.0)
     assert plan.fits and not plan.ladder
+    assert plan.longest_row == longest_row(config, asked, 3.0)
+    assert plan.checkpoint_layers == fewest_recomputed(config, asked, 3 * GIB)
     for tokens, inside in ((plan.longest_row, True), (plan.longest_row + 128, False)):
-        assert (
-            estimate_vram(shape, replace(settings, row_tokens=tokens)).total <= 8 * GIB
-        ) is inside
+        total = estimate_vram(config, replace(asked, row_tokens=tokens)).total
+        assert (total <= 3 * GIB) is inside
     for layers, inside in ((plan.checkpoint_layers, True), (plan.checkpoint_layers - 1, False)):
-        assert (
-            estimate_vram(shape, replace(settings, checkpoint_layers=layers)).total <= 8 * GIB
-        ) is inside
+        total = estimate_vram(config, replace(asked, checkpoint_layers=layers)).total
+        assert (total <= 3 * GIB) is inside
 
 
 def test_rows_beyond_the_mlp_tile_need_less_than_those_before_it() -> None:
-    shape = find_shape("glm-4-9b-chat")
-    settings = Settings(2048, "nf4", mlp_tile_tokens=4096, checkpoint_layers=0)
+    config = published("glm-4-9b-chat")
+    tiled = Settings(2048, "nf4", mlp_tile_tokens=4096, checkpoint_layers=0)
     # a row as long as the tile does not fit
-    budget = estimate_vram(shape, replace(settings, row_tokens=4096)).total - 2**20
-    plan = make_plan(shape, settings, budget / GIB)
-    assert (
-        plan.longest_row > 4096
-        and estimate_vram(shape, replace(settings, row_tokens=plan.longest_row)).total <= budget
-    )
+    budget = estimate_vram(config, replace(tiled, row_tokens=4096)).total - 2**20
+    row = longest_row(config, tiled, budget / GIB)
+    assert row > 4096
+    assert estimate_vram(config, replace(tiled, row_tokens=row)).total <= budget
 
 
 def test_ladder_ends_where_it_fits_and_never_goes_up() -> None:
-    shape = find_shape("chatglm3-6b")
-    plan = make_plan(shape, Settings(8192, "none", rank=64, checkpoint_layers=0), 6.0)
+    config = published("Qwen3-0.6B")
+    plan = make_plan(config, Settings(8192, "none", rank=64, checkpoint_layers=0), 1.6)
     totals = [plan.estimate.total, *(step.total for step in plan.ladder)]
-    assert (
-        not plan.fits
-        and totals == sorted(totals, reverse=True)
-        and totals[-1] <= 6 * GIB < totals[-2]
-    )
+    assert not plan.fits and totals == sorted(totals, reverse=True)
+    assert totals[-1] <= 1.6 * GIB < totals[-2]
     order = [
         "memory.embedding=cpu",
         "train.optimizer=adamw8bit",
@@ -477,71 +520,57 @@ def test_ladder_ends_where_it_fits_and_never_goes_up() -> None:
         "memory.offload_inputs=true",
         "model.quantize=nf4",
     ]
-    assert [step.change for step in plan.ladder[:5]] == order and all(
-        step.slowdown >= 1 for step in plan.ladder
-    )
-    assert estimate_vram(shape, plan.ladder[-1].settings).total == totals[-1]
-    hopeless = make_plan(find_shape("Qwen3-32B"), Settings(2048), 2.0)
-    assert (
-        hopeless.longest_row == 0
-        and hopeless.checkpoint_layers == -1
-        and hopeless.ladder[-1].total > 2 * GIB
-    )
+    changes = [step.change for step in plan.ladder]
+    assert changes[: len(order) - 1] == [c for c in order if c in changes][: len(order) - 1]
+    assert all(step.slowdown >= 0.9 for step in plan.ladder)
+    assert estimate_vram(config, plan.ladder[-1].settings).total == totals[-1]
+    hopeless = make_plan(config, Settings(2048), 0.5)
+    assert hopeless.longest_row == 0 and hopeless.checkpoint_layers == -1
+    assert hopeless.ladder[-1].total > GIB / 2
 
 
-def test_recomputing_costs_a_forward_and_nf4_costs_traffic() -> None:
-    shape, settings = find_shape("Qwen3-4B"), Settings(2048, "none", checkpoint_layers=0)
-    plain, recomputed = (
-        row_flops(shape, settings),
-        row_flops(shape, replace(settings, checkpoint_layers=-1)),
-    )
-    layers = sum(i * o for i, o in shape.linears().values()) * shape.layers
-    assert plain == pytest.approx(4 * 2048 * (layers + shape.vocab * shape.hidden), rel=0.15)
-    assert recomputed - plain == pytest.approx(2 * 2048 * layers, rel=0.1)
-    assert (
-        row_seconds(shape, replace(settings, quantize="nf4"))
-        > row_seconds(shape, settings)
-        > plain / 30e12
-    )
+def test_operations_and_what_crosses_the_link_are_counted() -> None:
+    config = published("Qwen3-0.6B")
+    kept = Settings(2048, "nf4", checkpoint_layers=0)
+    again = replace(kept, checkpoint_layers=-1)
+    linears = 28 * 15_728_640
+    plain, recomputed = row_flops(config, kept), row_flops(config, again)
+    # 2 a weight and token forth, 2 back (no gradient of frozen weights), 2 again
+    assert recomputed - plain == pytest.approx(2 * 2048 * linears, rel=0.25)
+    assert plain > 4 * 2048 * (linears + 151_936 * 1024)
+    offloaded = crossing_bytes(config, replace(again, offload_inputs=True))
+    assert offloaded == pytest.approx(2 * 28 * 2048 * 1024 * 2, rel=0.01)
+    assert crossing_bytes(config, again) == 0
 
 
 def test_fit_recomputes_as_few_layers_as_the_budget_allows() -> None:
-    shape = find_shape("Qwen3-4B")
-    chosen = fit(shape, Settings(2048, "nf4"), 8 * GIB).checkpoint_layers
-    assert (
-        0 < chosen < 36
-        and estimate_vram(shape, Settings(2048, "nf4", checkpoint_layers=chosen - 1)).total
-        > 8 * GIB
-    )
-    assert fit(shape, Settings(2048, "nf4", checkpoint_layers=36), 8 * GIB).checkpoint_layers == 36
+    config = published("Qwen3-0.6B")
+    chosen = fit(config, "x", Settings(2048, "nf4"), 3 * GIB).checkpoint_layers
+    fewer = Settings(2048, "nf4", checkpoint_layers=chosen - 1)
+    assert 0 < chosen < 28 and estimate_vram(config, fewer).total > 3 * GIB
+    asked = Settings(2048, "nf4", checkpoint_layers=28)
+    assert fit(config, "x", asked, 3 * GIB).checkpoint_layers == 28
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
-    shape = find_shape("Qwen3-4B")
+    config = published("Qwen3-0.6B")
     with pytest.raises(UserError) as error:
-        fit(shape, Settings(2048, checkpoint_layers=0), 5 * GIB)
+        fit(config, "Qwen3-0.6B", Settings(2048, checkpoint_layers=0), 2 * GIB)
     text = str(error.value)
-    assert error.value.code == "memory.too_big" and "\n" not in text and "5.00" in text
+    assert error.value.code == "memory.too_big" and "\n" not in text and "2.00" in text
     advice = re.search(r"add (.*?) \(then", text)[1].split()  # type: ignore[index]
-    assert {"memory.checkpoint_layers=-1", "model.quantize=nf4"} < set(advice)
-    how = {"checkpoint_layers": -1, "optimizer": "adamw8bit", "offload_inputs": True}
-    assert (
-        len(advice) == 4
-        and estimate_vram(shape, Settings(2048, "nf4", embedding="device", **how)).total <= 5 * GIB
-    )  # type: ignore[arg-type]
+    assert "memory.checkpoint_layers=-1" in advice
+    last = [*savings(config, Settings(2048, checkpoint_layers=0), 2 * GIB)]
+    fitting = next(step for step in last if step.total <= 2 * GIB)
+    assert advice[-1] == fitting.change
     with pytest.raises(UserError, match="smaller model") as error:
-        fit(shape, Settings(2048), GIB)
+        fit(config, "Qwen3-0.6B", Settings(2048), GIB // 2)
     assert error.value.code == "memory.hopeless"
 
 
-def test_an_unknown_architecture_goes_unplanned_and_a_plan_is_said(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert known_shape({"model_type": "qwen3_moe"}, "x") is None
-    assert "qwen3_moe" in capsys.readouterr().err
-    shape = known_shape(PUBLISHED["HuggingFaceTB/SmolLM2-135M"], "x")
-    assert shape is not None
-    _, estimate = plan_training(shape, Settings(64, device="cpu"), 8 * GIB)
+def test_a_plan_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
+    _, estimate = plan_training(config, "x", Settings(64, device="cpu"), 8 * GIB)
     assert f"plan {estimate.total / GIB:.2f} of 8.00 GiB" in capsys.readouterr().err
 
 
@@ -556,35 +585,26 @@ def test_where_segments_cannot_grow_more_is_left_for_fragments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """bench/null_gpu.sh --allocator backend:native: 250 MiB were too few for the default one."""
-    shape, settings = find_shape("THUDM/chatglm3-6b"), Settings(2048, "nf4")
-    monkeypatch.setattr(memory, "SEGMENTS_GROW", True)
-    linux = estimate_vram(shape, settings)
-    monkeypatch.setattr(memory, "SEGMENTS_GROW", False)
-    windows = estimate_vram(shape, settings)
+    config, asked = published("Qwen3-0.6B"), Settings(2048, "nf4")
+    monkeypatch.setattr(fitting, "SEGMENTS_GROW", True)
+    linux = estimate_vram(config, asked)
+    monkeypatch.setattr(fitting, "SEGMENTS_GROW", False)
+    windows = estimate_vram(config, asked)
     assert linux.items["fragmentation"] == 250 * MIB and windows.items["fragmentation"] == GIB
     assert windows.allocated == linux.allocated
 
 
 def test_table_names_every_item(monkeypatch: pytest.MonkeyPatch) -> None:
-    estimate = estimate_vram(find_shape("Yi-6B"), Settings(2048, "nf4"))
+    config = published("Yi-6B")
+    estimate = estimate_vram(config, Settings(2048, "nf4"))
     assert f"{estimate.total / MIB:,.1f} MiB" in estimate.table()
     assert len(estimate.table().splitlines()) == len(estimate.items) + 1
     monkeypatch.setenv("CLLM_LANG", "zh")
     assert "合计" in estimate.table()
-    on_cpu = estimate_vram(
-        find_shape("Yi-6B"), Settings(2048, "nf4", device="cpu", embedding="cpu")
-    ).total
-    # On a CPU the outputs of a row's sequences are put together: one query more is kept.
-    together = 2048 * 4096 * 2
-    assert on_cpu == estimate.allocated - estimate.items["workspaces"] + together
     assert estimate.host == 64000 * 4096 * 2
 
 
 def test_import_is_light() -> None:
     code = "import sys, cllm.memory; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -19,9 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cllm.fit import make_plan, savings  # noqa: E402
+from cllm.fit import longest_row, savings  # noqa: E402
 from cllm.memory import GIB, Settings  # noqa: E402
-from cllm.shapes import find_shape  # noqa: E402
+from cllm.shapes import find_config  # noqa: E402
 
 MODELS = (
     "Qwen/Qwen3-4B",
@@ -35,6 +35,7 @@ MODELS = (
     "Qwen/Qwen3-32B",
 )
 BUDGET_GIB = 8.0
+EVERY_LAYER = 10**6
 QUALITY = ("lora.rank=8", "model.head=int8")
 """Savings that change what is learned: not counted in the last column."""
 BEGIN, END = "<!-- tools/readme_table.py: begin -->\n", "<!-- end -->\n"
@@ -95,14 +96,14 @@ def longest_rows(model: str) -> tuple[int, int]:
     """Tokens of the longest packed row in 8 GiB, plain and with every saving that changes no
     result; 0: none.
     """
-    shape, settings = find_shape(model), Settings(2048, "nf4", rank=16)
+    config, settings = find_config(model)[1], Settings(2048, "nf4", rank=16)
     *_, last = (
         step
-        for step in savings(shape, settings, int(BUDGET_GIB * GIB))
+        for step in savings(config, settings, int(BUDGET_GIB * GIB))
         if step.change not in QUALITY
     )
-    saving = replace(last.settings, rank=16, head="16bit", stream_layers=shape.layers)
-    plain, longest = (make_plan(shape, s, BUDGET_GIB).longest_row for s in (settings, saving))
+    saving = replace(last.settings, rank=16, head="16bit", stream_layers=EVERY_LAYER)
+    plain, longest = (longest_row(config, s, BUDGET_GIB) for s in (settings, saving))
     return plain, longest
 
 

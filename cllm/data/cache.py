@@ -10,6 +10,7 @@ entry that is missing, cut or altered is made again. Entries stand in `$CLLM_DAT
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -26,15 +27,8 @@ from cllm.messages import note
 MAX_BYTES = 4 << 30
 STALE_SECONDS = 3600  # no writer takes so long: it was killed, and its file is a piece
 _PACKAGE = Path(__file__).parents[1]
-# bytes to conversations to ids
-_CODE = (
-    "data/*.py",
-    "assets/t*.toml",
-    "model/tokenizer.py",
-    "model/chat_template.py",
-    "model/text_stream.py",
-    "model/vocabulary*.py",
-)
+# bytes to conversations to ids, and a model to what its step holds
+_CODE = ("learn/*.py", "memory.py", "model/*.py", "trace.py", "data/*.py", "assets/t*.toml")
 T = TypeVar("T")
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Arrays: TypeAlias = Mapping[str, Array]
@@ -100,16 +94,20 @@ def key_of(*facts: object, files: Sequence[Path] = (), tokenizer: Any = None) ->
     """The name of an entry: the hash of `facts` by their repr, of files by name and content, of a
     tokenizer, and of this package's code.
     """
-    code = [file for pattern in _CODE for file in sorted(_PACKAGE.glob(pattern))]
     with tempfile.TemporaryDirectory() as saved:
         if tokenizer:
             tokenizer.save(Path(saved))  # whatever decides its ids
-        parts: list[str | Path] = [repr(facts), *code]
+        parts: list[str | Path] = [repr(facts), _code()]
         for file in sorted(Path(saved).iterdir()):
             parts += [file.name, file]
         for file in files:
             parts += [str(file), file]
         return _hashed(*parts)
+
+
+@functools.cache
+def _code() -> str:
+    return _hashed(*(file for pattern in _CODE for file in sorted(_PACKAGE.glob(pattern))))
 
 
 def recall(key: str, make: Callable[[], Entry]) -> Entry:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from cllm.data.encode import IGNORE_INDEX
 from cllm.data.packing import PackedBatch, without_waiting
 from cllm.model.attention import row_arguments
+from cllm.model.device import autocast, autocast_dtype
 from cllm.model.head import output_head
 
 Tile = tuple[slice, Tensor, Tensor | None]
@@ -91,8 +92,8 @@ class _FrozenHeadNll(torch.autograd.Function):
         vocabulary, device = head.out_features, hidden.device.type
         quantized = hasattr(head, "tiles")
         dtype = hidden.dtype if quantized else head.weight.dtype
-        if quantized and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        if quantized:
+            dtype = autocast_dtype(hidden.device) or dtype
 
         def tiles() -> Iterable[Tile]:
             if quantized:
@@ -108,7 +109,7 @@ class _FrozenHeadNll(torch.autograd.Function):
         unit = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), rows):
             span = slice(start, start + rows)
-            with torch.autocast(device, enabled=False):
+            with autocast(device, None):
                 logits = _logits(hidden[span].to(dtype), vocabulary, tiles())
                 for low in range(0, len(logits), inner):
                     block = logits[low : low + inner]

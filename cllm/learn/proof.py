@@ -9,12 +9,13 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from cllm.data.packing import PackedBatch
 from cllm.learn.optim import Trainee
@@ -30,37 +31,65 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+class Section(NamedTuple):
+    """What happened in one part of a run."""
+
+    alive: int
+    """Bytes at its end."""
+    peak: int
+    flops: int
+
+
+class Census(TorchDispatchMode):
+    """Counts the storages made while it is on, on one type of device or on all, and operations as
+    torch.utils.flop_counter does: of matrix products, convolutions and attention.
+    """
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.sizes: dict[int, int] = {}
+        self.alive = self.peak = self.largest = self.flops = 0
+
+    def section(self) -> Section:
+        """What happened since the last call."""
+        section = Section(self.alive, self.peak, self.flops)
+        self.peak, self.flops = self.alive, 0
+        return section
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            # Nobody knows. What is asked is whether there is nothing special: no padding, no packing.
+            return True
+        result = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        old = {t.untyped_storage()._cdata for t in inputs}
+        for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            here = not self.device or tensor.device.type == self.device
+            if here and key not in old and key not in self.sizes:
+                self.sizes[key] = size
+                self.alive += size
+                self.largest = max(self.largest, size)
+                weakref.finalize(storage, self._gone, key)
+        self.peak = max(self.peak, self.alive)
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.alive -= self.sizes.pop(key)
+
+
 def peak_storage_bytes(run: Callable[[], object]) -> int:
     """The most bytes of storages that `run` creates and that live at once; what existed before does
     not count.
     """
-
-    class Census(TorchDispatchMode):
-        alive, peak = 0, 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = func(*args, **(kwargs or {}))
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            old = {t.untyped_storage()._cdata for t in inputs}
-            outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-            for storage in (t.untyped_storage() for t in outputs):
-                if storage._cdata not in old and storage._cdata not in known:
-                    known[storage._cdata] = storage.nbytes()
-                    self.alive += storage.nbytes()
-                    weakref.finalize(storage, self.gone, storage._cdata)
-            self.peak = max(self.peak, self.alive)
-            return result
-
-        def gone(self, key: int) -> None:
-            self.alive -= known.pop(key)
-
-    known: dict[int, int] = {}
-    census: Any = Census()  # type: ignore[no-untyped-call]
+    census = Census()
     with census:
         run()
-    return int(census.peak)
+    return census.peak
 
 
 def peak_bytes(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm.messages import note
-from cllm.model.device import device_of
+from cllm.model.device import autocast_dtype, device_of
 
 ATTENTION = "cllm"
 
@@ -32,9 +32,14 @@ class Card(NamedTuple):
     """PyTorch was built with flash attention; wheels for Windows are not."""
 
 
-@cache
+traced_card = Card("cuda", (8, 0), True)
+"""The card whose kernels tensors on the meta device stand for (`cllm.trace`)."""
+
+
 def card_of(device: torch.device) -> Card:
     """The card that `device` names."""
+    if device.type == "meta":
+        return traced_card
     if device.type != "cuda":
         return Card(device.type, (0, 0), False)
     capability = torch.cuda.get_device_capability(device)
@@ -79,10 +84,8 @@ def packed_attention(
     `sliding_window` w: position i sees i-w+1 … i (a given mask already contains it). `softcap` c:
     scores become c tanh(scores / c).
     """
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if dtype := autocast_dtype(query.device):
         # the kernel is chosen for what SDPA would cast to
-        dtype = torch.get_autocast_dtype(device)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     slopes = getattr(module, "alibi_slopes", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -95,8 +98,8 @@ def packed_attention(
     window = sliding_window if sliding_window and longest > sliding_window else None
     plain = softcap is None and slopes is None and not dropout and key.shape == value.shape
     if device_seqlens is not None and plain and (window or len(lengths) > 1):
-        grouped = key.shape[1] != query.shape[1]
-        if varlen_equals_sdpa(query.device, query.dtype, query.shape[-1], grouped):
+        call = query.device, query.dtype, query.shape[-1], key.shape[1] != query.shape[1]
+        if _has_varlen(*call[:3]) and (query.is_meta or varlen_equals_sdpa(*call)):
             return _varlen(query, key, value, device_seqlens, longest, scale, window), None
     # Split, not sliced: the backward of N slices fills and adds N tensors of the whole row's size.
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -175,7 +178,8 @@ def _attend(
     if softcap is not None:
         weights = _capped_weights(query, key, mask, scale, softcap)
         return (F.dropout(weights, dropout) @ value)[..., :features]
-    output = F.scaled_dot_product_attention(
+    sdpa = _traced_sdpa if query.is_meta else F.scaled_dot_product_attention
+    output = sdpa(
         query,
         key,
         value,
@@ -186,6 +190,35 @@ def _attend(
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return output[..., :features]
+
+
+def _traced_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+) -> Tensor:
+    """SDPA by the kernel that `traced_card` would choose: on the meta device it chooses the one
+    that holds all scores. Keeps and makes what that kernel does, without values.
+    """
+    aten, rest = torch.ops.aten, (dropout_p, is_causal)
+    bias = None if attn_mask is None else attn_mask.to(query.dtype)
+    output: Tensor
+    if traced_card.type == "cpu":
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu
+        output = kernel(query, key, value, *rest, attn_mask=bias, scale=scale)[0]
+    elif flash_takes(traced_card, query.dtype, query.shape[-1], masked=bias is not None):
+        kernel = aten._scaled_dot_product_flash_attention
+        output = kernel(query, key, value, *rest, False, scale=scale)[0]
+    else:
+        wide = None if bias is None else bias.expand(1, query.shape[1], -1, -1)
+        kernel = aten._scaled_dot_product_efficient_attention
+        output = kernel(query, key, value, wide, True, *rest, scale=scale)[0]
+    return output
 
 
 def _capped_weights(
@@ -228,6 +261,10 @@ def _varlen(
     return row
 
 
+def _has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return flash_takes(card_of(device), dtype, head_dim) and not head_dim % 8
+
+
 @cache
 def varlen_equals_sdpa(
     device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
@@ -236,7 +273,7 @@ def varlen_equals_sdpa(
 
     Three sequences are tried. What differs, raises or is not in this PyTorch is said and not used.
     """
-    if not flash_takes(card_of(device), dtype, head_dim) or head_dim % 8:
+    if not _has_varlen(device, dtype, head_dim):
         return False
     seqlens = torch.tensor([0, 3, 43, 64], dtype=torch.int32)
     generator = torch.Generator(device).manual_seed(0)

@@ -282,11 +282,12 @@ def random_model(
     empty = dict(model.named_parameters())
     layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in empty.items()}
     # The largest matrices may have to stay in host memory, so they never visit the device whole.
+    on_gpu = torch.device(device).type == "cuda"
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
 
     def random() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in empty.items():
-            home = "cpu" if id(parameter) in ends else device
+            home = "cpu" if id(parameter) in ends and on_gpu else device
             tensor = torch.empty(parameter.shape, dtype=dtype, device=home)
             if tensor.dim() == 1:
                 tensor.fill_(name.endswith("weight"))
@@ -322,7 +323,8 @@ def _fill(
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        home = torch.device("cpu") if id(module) in waiting else device
+        # Without values there is nothing to wait with.
+        home = torch.device("cpu") if id(module) in waiting and not tensor.is_meta else device
         linear = leaf == "weight" and type(module) is nn.Linear and module is not output
         if placement.quantize and linear:
             model.set_submodule(owner, _quantized(module, tensor, device, home))

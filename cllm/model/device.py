@@ -9,13 +9,55 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cllm.config import PrecisionName
 from cllm.memory import CONTEXT_BYTES, GIB, MIB
 from cllm.messages import UserError, note
 
 SEGMENT_BYTES = 20 * MIB  # what PyTorch's allocator takes from CUDA at a time
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes products in on `device`, None where it is off."""
+    if device.type == "meta":
+        return _MetaAutocast.dtype
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
+def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Products on this type of device are computed in `dtype`; None: in what they are given."""
+    if device == "meta":
+        return _MetaAutocast(dtype)
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+
+
+class _MetaAutocast(TorchFunctionMode):
+    """Autocast for tensors without values, which PyTorch has none for."""
+
+    dtype: torch.dtype | None = None
+    CAST = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, F.conv1d}
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.wanted, self.outer = dtype, _MetaAutocast.dtype
+
+    def __enter__(self) -> Any:
+        self.outer, _MetaAutocast.dtype = _MetaAutocast.dtype, self.wanted
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *reason: Any) -> None:
+        _MetaAutocast.dtype = self.outer
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dtype = _MetaAutocast.dtype
+        if dtype and func in self.CAST:
+            args = [x.to(dtype) if isinstance(x, Tensor) else x for x in args]
+        return func(*args, **(kwargs or {}))
 
 
 class Precision(NamedTuple):
@@ -35,7 +77,7 @@ class Precision(NamedTuple):
         Raises UserError for bf16 on a card that only emulates it.
         """
         kind = torch.device(device).type
-        native_bf16 = kind == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+        native_bf16 = kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         if name == "auto":
             name = "fp32" if kind == "cpu" else "bf16" if native_bf16 else "fp16"
         if name == "bf16" and not native_bf16:
@@ -47,7 +89,7 @@ class Precision(NamedTuple):
         """fp16 runs under autocast; bf16 and fp32 need none, the adapters follow their input."""
         if self.name != "fp16":
             return nullcontext()
-        return torch.autocast(self.device, dtype=torch.float16)
+        return autocast(self.device, torch.float16)
 
     def scaler(self) -> torch.amp.GradScaler:
         """A scaler that is switched on for fp16 only."""

@@ -34,7 +34,7 @@ class Int8Linear(QuantizedLinear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         low, high = torch.aminmax(weight, dim=1)
         largest = torch.maximum(high, -low).float()
-        if not largest.isfinite().all():
+        if not weight.is_meta and not largest.isfinite().all():
             raise UserError("checkpoint.unquantizable", detail="the weight holds inf or NaN")
         self.register_buffer(
             "codes", torch.empty(weight.shape, dtype=torch.int8, device=weight.device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cllm.messages import UserError
+from cllm.model.device import autocast_dtype
 
 _PIECE = 2**22  # elements of a gated MLP's product, or of a merged weight, handled at a time
 GATED = "LlamaMLP MistralMLP Qwen2MLP Qwen3MLP GlmMLP Glm4MLP GemmaMLP Gemma2MLP Gemma3MLP".split()
@@ -98,8 +99,7 @@ class _LoraMatmul(torch.autograd.Function):
         *low_rank: Tensor,
     ) -> Tensor:
         A, B = low_rank
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         ctx.base, ctx.scaling, ctx.act, ctx.dtype = base, scaling, act, dtype
         inputs = _product(x, up, act, dtype)
         bias: Tensor | None = getattr(base, "bias", None)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cllm.messages import UserError, note
+from cllm.model.device import autocast_dtype
 
 BLOCK = 64  # weights per absmax
 GROUP = 256  # absmax values per second-level scale
@@ -65,6 +66,8 @@ def quantize_nf4(weight: Tensor, device: torch.device | None = None) -> NF4Tenso
     packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=device)
     codes = torch.empty(count, dtype=torch.uint8, device=device)
     scales = torch.empty(-(-count // GROUP) + 1, dtype=torch.int32, device=device)
+    if weight.is_meta:
+        return NF4Tensor(packed, codes, scales, tuple(weight.shape))
     absmax = torch.empty(count, device=device)
     whole = flat.numel() // BLOCK * BLOCK
     for start in range(0, whole, CHUNK):
@@ -139,6 +142,8 @@ def dequantize(weight: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`weight.shape` values CODE[code] * absmax, multiplied in float32 and rounded once to
     `dtype`.
     """
+    if weight.packed.is_meta:
+        return torch.empty(weight.shape, dtype=dtype, device="meta")
     if dtype in _FAST_DTYPES and _bitsandbytes(weight.packed.device.type):
         return _dequantize_bitsandbytes(weight, dtype)
     return dequantize_plain(weight, dtype)
@@ -253,8 +258,7 @@ class QuantizedLinear(nn.Module, ABC):
         """All rows, dequantized some at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(autocast_dtype(x.device) or x.dtype)
         return cast(Tensor, _FrozenMatmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:

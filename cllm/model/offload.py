@@ -28,6 +28,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from cllm.memory import Settings, streamed_layers
 from cllm.messages import note
+from cllm.model.device import autocast, autocast_dtype
 from cllm.model.lora import linear_shape
 
 _ALIGNMENT = 256  # bytes between tensors of a packed layer
@@ -45,7 +46,8 @@ class _Lane:
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
         """target <- source once all work issued so far is done; the result is for `wait`."""
         if self.stream is None:
-            target.copy_(source)
+            if not source.is_meta:
+                target.copy_(source)
             return None
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -178,7 +180,7 @@ class _Weights:
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
         self.lane = _Lane(device)
-        self.pieces = [_pieces(layer) for layer in layers]
+        self.pieces = [layer_pieces(layer) for layer in layers]
         self.hosts: list[Tensor] = []
         for index, pieces in enumerate(self.pieces):
             self.hosts.append(_packed(pieces))
@@ -218,7 +220,8 @@ class _Weights:
                 piece.module._buffers[piece.name] = piece.of(buffer)
 
 
-def _pieces(layer: nn.Module) -> list[_Piece]:
+def layer_pieces(layer: nn.Module) -> list[_Piece]:
+    """The tensors of a layer's frozen linears, and where each lies in their buffer."""
     pieces, start = [], 0
     for module in layer.modules():
         if linear_shape(module) is None:
@@ -251,25 +254,24 @@ class _Checkpoint(torch.autograd.Function):
         hidden: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        device = hidden.device.type
+        device = hidden.device
         ctx.run, ctx.kept, ctx.parameters = run, kept, parameters
         ctx.cpu_rng = torch.get_rng_state()
-        ctx.cuda_rng = torch.cuda.get_rng_state(hidden.device) if device == "cuda" else None
-        ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        ctx.cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        ctx.autocast = autocast_dtype(device)
         ctx.save_for_backward(*([hidden] if kept is None else []))
         return run(hidden, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden: Tensor = ctx.saved_tensors[0] if ctx.kept is None else ctx.kept.take()
-        device, enabled, dtype = ctx.autocast
         cards = [] if ctx.cuda_rng is None else [hidden.device]
         with torch.random.fork_rng(cards), torch.enable_grad():
             torch.set_rng_state(ctx.cpu_rng)
             for card in cards:
                 torch.cuda.set_rng_state(ctx.cuda_rng, card)
             inputs = hidden.detach().requires_grad_(ctx.needs_input_grad[2])
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
+            with autocast(hidden.device.type, ctx.autocast):
                 # Of the output only its place in the graph is needed, so its bytes go.
                 output = get_gradient_edge(ctx.run(inputs, -1))
         wanted = [t for t in (inputs, *ctx.parameters) if t.requires_grad]

@@ -1,0 +1,281 @@
+"""What a training step holds, from the step itself: the trainer's model, without values.
+
+The model is put together as for a run (`cllm.assembly`) on the meta device, whose tensors have
+sizes and no bytes, and one row goes forth and back through the trainer's loss, once with every
+layer kept and once with every layer recomputed. A census of storages notes what each layer leaves
+for its backward and how much more lives while it computes. Layers are alike, so a few of them are
+traced and stand for the rest. Nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cllm.data import cache
+from cllm.data.packing import PackedBatch
+from cllm.learn.loss import sft_loss
+from cllm.learn.proof import Census, Section, storage_bytes
+from cllm.memory import SEGMENTS_GROW, Settings
+from cllm.messages import UserError
+from cllm.model import attention
+from cllm.model.attention import Card
+from cllm.model.checkpoint import random_model
+from cllm.model.device import Precision
+from cllm.model.lora import inject_lora, linear_shape
+from cllm.model.offload import checkpoint_layers, decoder_layers, layer_pieces, tile_mlp
+from cllm.serve.cache import cache_bytes
+
+META = torch.device("meta")
+SECOND = 8  # tokens of a second sequence: a packed row has more than one
+
+
+class Layer(NamedTuple):
+    """Bytes and operations of one decoder layer in a step."""
+
+    left: int
+    """Bytes that wait for its backward; the first layer's include its gradient."""
+    forward: int
+    """Most bytes while it computes, beyond what the layers below it left."""
+    backward: int
+    """Most bytes in its backward, beyond what it and the layers below it left."""
+    flops: int
+
+
+class Pass(NamedTuple):
+    """A step with all layers kept, or all recomputed."""
+
+    layers: list[Layer]
+    loss: int
+    """Most bytes between the last layer and its backward, beyond what the layers left."""
+    flops: int
+    """Of what is no layer's: the head."""
+    largest: int
+    """Bytes of the largest tensor."""
+
+
+class Weights(NamedTuple):
+    """Bytes of what is on the device for the whole run."""
+
+    linears: list[int]
+    """Of each layer's frozen linears."""
+    packed: list[int]
+    """The same in the buffer that they are streamed in."""
+    embedding: int
+    head: int
+    """0: it is the embedding."""
+    rest: int
+    """Norms, biases, experts and whatever else is frozen."""
+    trained: list[int]
+    """Numbers of each adapter tensor."""
+    token: int
+    """Of one token's keys and values."""
+    largest: int
+    """Bytes of the largest tensor before it is quantized, what may be stored as one taken so."""
+
+
+def traced(config: Mapping[str, Any], settings: Settings, recompute: bool) -> Pass:
+    """A step on one row with all layers kept, or all recomputed, of a model by its config.json.
+
+    What is only a place or a choice of layers is left to `cllm.fit`. Raises UserError for a model
+    whose code does not run without values.
+    """
+    return _pass(_text(config), _neutral(settings), recompute)
+
+
+def weighed(config: Mapping[str, Any], settings: Settings) -> Weights:
+    """What the model weighs with its adapter, as it is held for training."""
+    return _weights(_text(config), replace(_neutral(settings), **_OF_A_ROW))
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def _neutral(settings: Settings) -> Settings:
+    """Without what does not change a pass, so that one stands for many settings."""
+    return replace(
+        settings,
+        checkpoint_layers=-1,
+        optimizer="adamw",
+        offload_inputs=False,
+        stream_layers=0,
+        embedding="device",
+    )
+
+
+# Both are kept in the data cache, too, so that a second start traces nothing.
+@lru_cache(512)
+def _pass(config: str, settings: Settings, recompute: bool) -> Pass:
+    def make() -> cache.Entry:
+        _, model, alike = _built(config, replace(settings, **_OF_A_ROW))
+        with _said():
+            return {}, _trace(model, alike, settings, recompute)
+
+    _, (layers, *rest) = cache.recall(_key(config, settings, recompute), make)
+    return Pass([Layer(*layer) for layer in layers], *rest)
+
+
+@lru_cache(64)
+def _weights(config: str, settings: Settings) -> Weights:
+    _, facts = cache.recall(_key(config, settings), lambda: ({}, _built(config, settings)[0]))
+    return Weights(*facts)
+
+
+def _key(*facts: object) -> str:
+    return cache.key_of(*facts, torch.__version__, transformers.__version__, sys.platform)
+
+
+_OF_A_ROW: dict[str, Any] = {"row_tokens": 0, "chunk_bytes": 0, "mlp_tile_tokens": 0}
+"""Settings that a model on the meta device does not depend on."""
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """What an architecture's code raises without values, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError("memory.untraced", reason=reason) from error
+
+
+@lru_cache(8)
+@_said()
+def _built(config: str, settings: Settings) -> tuple[Weights, Any, list[int]]:
+    """What the whole model weighs; the model with its adapter on the meta device, less the layers
+    that are like another one; and for every layer of the whole the one that it is like.
+    """
+    precision = Precision.choose(settings.precision, META)
+    model: Any = random_model(
+        json.loads(config),
+        dtype=precision.weights,
+        device=META,
+        quantize=None if settings.quantize == "none" else settings.quantize,
+        head=settings.head,
+    )
+    if settings.rank:
+        targets = settings.targets
+        inject_lora(
+            model,
+            rank=settings.rank,
+            alpha=1,
+            dropout=0.1 * settings.dropout,
+            targets=targets if isinstance(targets, str) else list(targets),
+            dora=settings.dora,
+        )
+    precision.prepare(model)
+    model.packs_rows = True
+    weights = _weigh(model)
+    layers = decoder_layers(model)
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    kinds = [
+        (kind, *((name, t.shape, t.dtype) for name, t in layer.state_dict().items()))
+        for kind, layer in zip(types, layers, strict=False)
+    ]
+    # The first layer's input needs no gradient, so it stands for itself only.
+    alike = [0, *(kinds.index(kind, 1) for kind in kinds[1:])]
+    del layers[max(alike) + 1 :]
+    try:
+        sft_loss(model, _row(model, 2 * SECOND))
+    except ValueError:  # Transformers' refusal, as in `packs`
+        model.packs_rows = False
+    return weights, model.train(), alike
+
+
+def _weigh(model: Any) -> Weights:
+    pieces = [layer_pieces(layer) for layer in decoder_layers(model)]
+    linears = [sum(piece.stop - piece.start for piece in of_layer) for of_layer in pieces]
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tensors = [*model.parameters(), *model.buffers()]
+    frozen = storage_bytes(t for t in tensors if not t.requires_grad)
+    ends = storage_bytes([embedding, *head.parameters(), *head.buffers()])
+    sizes: dict[tuple[str, int], int] = {("", 0): embedding.numel()}
+    for name, module in model.named_modules():
+        if shape := linear_shape(module):
+            # Those beside each other that read the same may be stored as one: q, k, v; gate, up.
+            beside = name.removesuffix(".base").rpartition(".")[0], shape[0]
+            sizes[beside] = sizes.get(beside, 0) + shape[0] * shape[1]
+    return Weights(
+        linears,
+        [of_layer[-1].stop for of_layer in pieces],
+        embedding.nbytes,
+        ends - embedding.nbytes,
+        frozen - sum(linears) - ends,
+        [p.numel() for p in tensors if p.requires_grad],
+        cache_bytes(model.config.get_text_config(), embedding.dtype)[0],
+        2 * max(sizes.values()),
+    )
+
+
+def _card(settings: Settings) -> Card:
+    """The card that is planned for: one that computes in bf16 has flash attention, but not in the
+    wheels for Windows.
+    """
+    if settings.device == "cpu":
+        return Card("cpu", (0, 0), False)
+    return Card("cuda", (8, 0) if settings.precision == "bf16" else (7, 5), SEGMENTS_GROW)
+
+
+def _row(model: Any, tokens: int) -> PackedBatch:
+    """Two sequences in a row, as packing makes them, or one where the model takes no more; every
+    token supervised.
+    """
+    ids = torch.empty(tokens, dtype=torch.int64, device=META)
+    starts = [0, tokens - SECOND] if model.packs_rows and tokens > SECOND else [0]
+    bounds = torch.tensor([*starts, tokens], dtype=torch.int32)
+    return PackedBatch(ids, ids, ids, ids, bounds, bounds.to(META))
+
+
+def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) -> Pass:
+    """One row forth and back, the gradients of the row before it in place."""
+    attention.traced_card = _card(settings)
+    checkpoint_layers(model, -1 if recompute else 0)
+    tile_mlp(model, settings.mlp_tile_tokens)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    census = Census("meta")
+    forward: list[Section] = []
+    backward: list[Section] = []
+
+    def ended(_layer: nn.Module, _inputs: object, output: Any) -> None:
+        forward.append(census.section())
+        # When its gradient is there, the backward of this layer begins.
+        first = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+        first.register_hook(lambda _gradient: backward.append(census.section()))
+
+    hooks = [layer.register_forward_hook(ended) for layer in decoder_layers(model)]
+    precision = Precision.choose(settings.precision, META)
+    try:
+        with census:
+            with precision.autocast():
+                loss = sft_loss(model, _row(model, settings.row_tokens), settings.chunk_bytes)
+            loss.backward()
+            backward.append(census.section())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    head = backward[0]
+    # What waits for a backward is what is there when it begins and not when the one below does.
+    below = [0, *(section.alive for section in reversed(backward[:-1]))]
+    layers = [
+        Layer(after - before, ahead.peak - before, back.peak - after, ahead.flops + back.flops)
+        for before, after, ahead, back in zip(
+            below, below[1:], forward, reversed(backward[1:]), strict=False
+        )
+    ]
+    return Pass(
+        [layers[index] for index in alike], head.peak - below[-1], head.flops, census.largest
+    )
