@@ -126,7 +126,7 @@ class BenchModel:
         if budget and layers < 0:
             fewest = fit.fewest_recomputed(self.original, settings, budget)
             settings = replace(settings, checkpoint_layers=fewest)
-        row = random_row(tokens, model.config.get_text_config().vocab_size)
+        row = random_row(tokens, self.assembly.model.config.get_text_config().vocab_size)
         checkpoint_layers(model, settings.checkpoint_layers, offload=settings.offload_inputs)
         estimate = fit.estimate_vram(self.original, settings)
         result = {

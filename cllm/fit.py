@@ -1,5 +1,5 @@
-"""Fitting a training, or answering, into a budget of device memory: bytes at the peak, longest rows,
-fewest recomputed layers, what to save on, and what that costs in operations.
+"""Fitting a training, or answering, into a budget of device memory: bytes at the peak, the longest
+row, the fewest recomputed layers, what to save on, and what that costs in operations.
 """
 
 from __future__ import annotations

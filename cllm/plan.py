@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cllm.config import Config
+from cllm.config import Config, PrecisionName
 from cllm.fit import (
     Step,
     conversion_bytes,
@@ -26,7 +26,7 @@ NO_DATA_TOKENS = 10**6
 """What the time of a plan without data is for."""
 
 
-def settings_of(config: Config, precision: str, device: str) -> Settings:
+def settings_of(config: Config, precision: PrecisionName, device: str) -> Settings:
     """What a training of this config comes to on such a device."""
     return Settings.of(
         config.model,
@@ -54,7 +54,9 @@ class Workload:
 def show_plan(
     config: Config, name: str, original: dict[str, Any], work: Workload | None, rate: float
 ) -> dict[str, Any]:
-    """Print the plan of one model for people: items, rows x settings, the ladder, time, at `rate` operations a second; returns it for the JSON."""
+    """Print the plan of one model for people: items, rows x settings, the ladder, and time at
+    `rate` operations a second; returns it for the JSON.
+    """
     budget = config.memory.budget_gib or BUDGET_GIB
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
     settings = settings_of(config, precision, "cuda")

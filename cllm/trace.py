@@ -181,9 +181,10 @@ def _built(config: str, settings: Settings) -> tuple[Weights, Any, list[int]]:
     weights = _weigh(model)
     layers = decoder_layers(model)
     types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    trains = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     kinds = [
-        (kind, *((name, t.shape, t.dtype) for name, t in layer.state_dict().items()))
-        for kind, layer in zip(types, layers, strict=False)
+        (any(trains[:index]), kind, [(n, t.shape, t.dtype) for n, t in layer.state_dict().items()])
+        for index, (kind, layer) in enumerate(zip(types, layers, strict=False))
     ]
     # The first layer's input needs no gradient, so it stands for itself only.
     alike = [0, *(kinds.index(kind, 1) for kind in kinds[1:])]
@@ -230,11 +231,12 @@ def _card(settings: Settings) -> Card:
 
 
 def _row(model: Any, tokens: int) -> PackedBatch:
-    """Two sequences in a row, as packing makes them, or one where the model takes no more; every
-    token supervised.
+    """A row, every token supervised. Of two sequences, as packing makes them, where these would go
+    through attention one after the other.
     """
     ids = torch.empty(tokens, dtype=torch.int64, device=META)
-    starts = [0, tokens - SECOND] if model.packs_rows and tokens > SECOND else [0]
+    two = model.packs_rows and tokens > SECOND and not attention.traced_card.flash
+    starts = [0, tokens - SECOND] if two else [0]
     bounds = torch.tensor([*starts, tokens], dtype=torch.int32)
     return PackedBatch(ids, ids, ids, ids, bounds, bounds.to(META))
 
@@ -254,7 +256,8 @@ def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) ->
         forward.append(census.section())
         # When its gradient is there, the backward of this layer begins.
         first = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
-        first.register_hook(lambda _gradient: backward.append(census.section()))
+        if first.requires_grad:
+            first.register_hook(lambda _gradient: backward.append(census.section()))
 
     hooks = [layer.register_forward_hook(ended) for layer in decoder_layers(model)]
     precision = Precision.choose(settings.precision, META)
@@ -268,14 +271,16 @@ def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) ->
         for hook in hooks:
             hook.remove()
     head = backward[0]
+    # Below the first adapter nothing has a backward.
+    backward += [Section(0, 0, 0)] * (1 + len(forward) - len(backward))
     # What waits for a backward is what is there when it begins and not when the one below does.
-    below = [0, *(section.alive for section in reversed(backward[:-1]))]
+    alive = [section.alive for section in reversed(backward[:-1])]
     layers = [
         Layer(after - before, ahead.peak - before, back.peak - after, ahead.flops + back.flops)
         for before, after, ahead, back in zip(
-            below, below[1:], forward, reversed(backward[1:]), strict=False
+            [0, *alive], alive, forward, reversed(backward[1:]), strict=False
         )
     ]
     return Pass(
-        [layers[index] for index in alike], head.peak - below[-1], head.flops, census.largest
+        [layers[index] for index in alike], head.peak - alive[-1], head.flops, census.largest
     )

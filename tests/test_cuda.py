@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cllm.memory import WORKSPACE_BYTES, estimate_vram
-from cllm.shapes import shape_of
+from cllm.fit import estimate_vram
+from cllm.memory import WORKSPACE_BYTES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CONFIG = {
@@ -106,7 +106,7 @@ def test_peak_is_within_five_percent_of_the_estimate(quantize: str) -> None:
     run()
     torch.cuda.reset_peak_memory_stats()
     run()
-    estimate = estimate_vram(shape_of(CONFIG), settings)
+    estimate = estimate_vram(CONFIG, settings)
     planned = estimate.allocated - WORKSPACE_BYTES
     assert planned / (torch.cuda.max_memory_allocated() - before) == pytest.approx(1, abs=0.05)
 

@@ -24,8 +24,6 @@ LAYER_1 = {
     "messages",
     "memory",
     "shapes",
-    "fit",
-    "plan",
     "plots",
     "runs",
     "data",

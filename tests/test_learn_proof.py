@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from cllm import train
+from cllm.fit import estimate_vram
 from cllm.learn.optim import Trainee, make_optimizer
 from cllm.learn.proof import peak_storage_bytes, prove, storage_bytes
-from cllm.memory import GIB, Settings, estimate_vram
+from cllm.memory import GIB, Settings
 from cllm.messages import UserError
 from cllm.model.device import Precision, cap_allocator, choose_device
-from cllm.shapes import find_shape
+from cllm.shapes import find_config
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ def test_automatic_layers_follow_the_budget(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = Settings(256, precision="fp32", checkpoint_layers=2, device="cpu")
-    budget = estimate_vram(find_shape("cllm/assets/tiny-zh"), settings).total / GIB
+    budget = estimate_vram(find_config("cllm/assets/tiny-zh")[1], settings).total / GIB
     run(tmp_path / "run", f"memory.budget_gib={1.05 * budget}", "memory.checkpoint_layers=-1")
     assert "2 of 4 layers recomputed" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from cllm import fit as fitting
@@ -148,8 +148,8 @@ def slot_bytes(model: Any) -> int:
 
 
 def census(config: dict[str, Any], settings: Settings) -> tuple[int, int]:
-    """(bytes of parameters, buffers and slots; peak of one accumulated step on top of them, which
-    ends before AdamW makes its moments).
+    """(bytes of parameters, buffers and slots; peak of one accumulated step on top of them, without
+    AdamW's moments).
     """
     from cllm.data.encode import Example
     from cllm.data.packing import collate
@@ -159,10 +159,12 @@ def census(config: dict[str, Any], settings: Settings) -> tuple[int, int]:
 
     assembly = assembled(config, settings)
     model, precision = assembly.model, assembly.precision
+    optimizer = make_optimizer(model, 1e-4, name=settings.optimizer)
+    optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
     trainee = Trainee(
         model,
         lambda m, b: sft_loss(m, b, settings.chunk_bytes),
-        make_optimizer(model, 1e-4, name=settings.optimizer),
+        optimizer,
         precision,
         precision.scaler(),
     )
@@ -341,7 +343,8 @@ def test_table_of_the_design_document() -> None:
         ("Qwen3-8B", 3417, 1187),
     ):
         weights = weighed(published(name), Settings(quantize="nf4"))
-        assert round(sum(weights.linears) / MIB) == linears
+        # with the biases
+        assert sum(weights.linears) / MIB == pytest.approx(linears, abs=1)
         assert round(weights.embedding / MIB) == embedding
 
 
@@ -409,7 +412,7 @@ def test_alibi_is_within_one_percent_of_a_storage_census(checkpoint_layers: int)
     within_one_percent(config, replace(shared, checkpoint_layers=checkpoint_layers))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
 def test_no_step_takes_more_than_its_plan(data: st.DataObject) -> None:
     """Random settings of tiny models, each against a census of the real step."""
@@ -535,9 +538,12 @@ def test_operations_and_what_crosses_the_link_are_counted() -> None:
     again = replace(kept, checkpoint_layers=-1)
     linears = 28 * 15_728_640
     plain, recomputed = row_flops(config, kept), row_flops(config, again)
-    # 2 a weight and token forth, 2 back (no gradient of frozen weights), 2 again
-    assert recomputed - plain == pytest.approx(2 * 2048 * linears, rel=0.25)
-    assert plain > 4 * 2048 * (linears + 151_936 * 1024)
+    # 2 a weight and token forth, 2 back (a frozen weight has no gradient), 2 again; of causal
+    # attention half of 4 T^2 a channel forth, 2.5 times that back; rank-16 adapters beside it
+    attention = 28 * 2 * 2048**2 * 2048
+    assert recomputed - plain == pytest.approx(2 * 2048 * linears + attention, rel=0.05)
+    head = 4 * 2048 * 151_936 * 1024
+    assert plain == pytest.approx(4 * 2048 * linears + 3.5 * attention + head, rel=0.05)
     offloaded = crossing_bytes(config, replace(again, offload_inputs=True))
     assert offloaded == pytest.approx(2 * 28 * 2048 * 1024 * 2, rel=0.01)
     assert crossing_bytes(config, again) == 0

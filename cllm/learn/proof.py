@@ -59,11 +59,15 @@ class Census(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # Nobody knows. What is asked is whether there is nothing special: no padding, no packing.
+            # Nobody knows. What is asked is whether nothing is special: no padding, no packing.
             return True
         result = func(*args, **(kwargs or {}))
         if count := flop_registry.get(func.overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
+            operations = count(*args, **(kwargs or {}), out_val=result)
+            # Of causal attention's scores one half is computed, the counter takes all.
+            self.flops += (
+                operations // 2 if "attention" in func.overloadpacket.__name__ else operations
+            )
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         old = {t.untyped_storage()._cdata for t in inputs}
         for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):

@@ -6,7 +6,7 @@ import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +32,15 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[o
     """Products on this type of device are computed in `dtype`; None: in what they are given."""
     if device == "meta":
         return _MetaAutocast(dtype)
-    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+    # Its cache would hold a 16-bit copy of every adapter until the row's forward ends.
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 class _MetaAutocast(TorchFunctionMode):
     """Autocast for tensors without values, which PyTorch has none for."""
 
     dtype: torch.dtype | None = None
-    CAST = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, F.conv1d}
+    CAST: ClassVar = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, F.conv1d}
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
