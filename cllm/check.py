@@ -21,7 +21,7 @@ from cllm.data.quality import NEAR_LIMIT, counts, deduplicate, histogram, leaks,
 from cllm.data.reader import sample_rows, write_conversations
 from cllm.data.schema import Conversation, Reject
 from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, warn_of_demo
-from cllm.messages import UserError, note, say, to_json
+from cllm.messages import UserError, file_name, note, say, to_json
 from cllm.plots import draw_lengths
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _config(target: str, overrides: list[str]) -> Config:
     if _is_config(target):
         return load_config(target, overrides)
     given = [
-        f"data.train={to_json(target)}",
+        f"data.train={to_json(file_name(target))}",
         'data.eval=""',
         "train.row_tokens=2048",
         "train.tokens_per_step=8192",

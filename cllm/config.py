@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cllm.messages import UserError, say
+from cllm.messages import UserError, file_name, say
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -237,7 +237,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError("config.syntax", path=file, detail=error) from error
     problems: list[str] = []
     where = {key: f"{file}:{line}" for key, line in _key_lines(text).items()}
-    for override in overrides:
+    for override in map(file_name, overrides):
         key, value = _override(override, problems)
         if key:
             section, _, name = key.partition(".")

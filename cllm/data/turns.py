@@ -46,7 +46,7 @@ CHINESE = {
     "输出": "output",
     "輸出": "output",
 }
-CHINESE |= {"问题": "question", "問題": "question", "回答": "answer"}
+CHINESE |= {"问题": "question", "問題": "question", "回答": "answer", "答案": "answer"}
 # one element of a list that is two turns
 EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
 _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.values())))
