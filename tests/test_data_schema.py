@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cllm.data.schema import REASONS, Conversation, Message, Normalizer, Reject, to_row
+from cllm.data.message import Message
+from cllm.data.schema import REASONS, Conversation, Normalizer, Reject, to_row
 from cllm.data.text import TextOptions
 from cllm.messages import UserError
 
@@ -24,7 +25,7 @@ def read(
 def turns(row: Any, columns: dict[str, str] | None = None, **options: Any) -> list[tuple[str, str]]:
     result = read(row, columns, **options)
     assert isinstance(result, Conversation), result
-    return [tuple(message) for message in result]
+    return [(message.role, message.content) for message in result]
 
 
 def reason(row: Any, columns: dict[str, str] | None = None, kind: str = "chat") -> str:

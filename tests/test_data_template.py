@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.schema import Conversation, Message
+from cllm.data.message import Message
+from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES, Segment, Template, render
 
 SHARED = Path(__file__).parents[2] / "shared" / "templates"

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from cllm.__main__ import run
 from cllm.data.encode import IGNORE_INDEX, Example
+from cllm.data.message import Message
 from cllm.data.packing import collate
-from cllm.data.schema import Conversation, Message
+from cllm.data.schema import Conversation
 from cllm.evaluate import answers as module
 from cllm.evaluate.answers import (
     GENERAL,

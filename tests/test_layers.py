@@ -30,6 +30,7 @@ LAYER_1 = {
     "runs",
     "data",
     "data.reader",
+    "data.message",
     "data.schema",
     "data.turns",
     "data.quality",
@@ -161,7 +162,7 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
     allowed = (
         {"data.encode", "data.packing", "model.attention", "model.device", "model.head"}
         if room == "learn"
-        else {"data.template", "data.dialects", "data.schema", "data.encode"}
+        else {"data.template", "data.dialects", "data.message", "data.schema", "data.encode"}
         if name in ("model.tokenizer", "model.chat_template")
         else set()
     )

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.data.encode import IGNORE_INDEX, encode_all
-from cllm.data.schema import Conversation, Message
+from cllm.data.message import Message
+from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer, end_token_untrained, load_tokenizer

@@ -83,7 +83,7 @@ def server(loaded: Loaded) -> Iterator[Server]:
 def greedy(
     loaded: Loaded, messages: list[dict[str, str]], *, adapter: bool = True, new_tokens: int = 24
 ) -> list[int]:
-    from cllm.data.schema import Message
+    from cllm.data.message import Message
     from cllm.serve.sampling import Sampling
 
     prompt = loaded.tokenizer.encode_chat([Message(m["role"], m["content"]) for m in messages])
@@ -194,7 +194,7 @@ def test_unicode_bombs_are_text_like_any_other(server: Server, loaded: Loaded) -
 
 def server_overhead(loaded: Loaded) -> int:
     """Tokens of ChatML's user turn without its words."""
-    from cllm.data.schema import Message
+    from cllm.data.message import Message
 
     return (
         len(loaded.tokenizer.encode_chat([Message("user", "x")]))

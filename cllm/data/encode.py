@@ -19,8 +19,9 @@ import numpy as np
 
 from cllm.data import cache
 from cllm.data.cache import Array, Slices
+from cllm.data.message import Message
 from cllm.data.reader import uncollected
-from cllm.data.schema import Conversation, Message
+from cllm.data.schema import Conversation
 from cllm.data.template import Segment
 
 IGNORE_INDEX = -100
@@ -82,7 +83,7 @@ def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
     batch, chars = list[Conversation](), 0
     for conversation in conversations:
         batch.append(conversation)
-        chars += sum([len(content) for _, content in conversation.messages])
+        chars += sum([len(m.content) for m in conversation.messages])
         if chars > _BATCH_CHARS:
             yield batch
             batch, chars = [], 0

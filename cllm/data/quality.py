@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.schema import Conversation, Message, Reject
+from cllm.data.message import Message
+from cllm.data.schema import Conversation, Reject
 from cllm.data.text import PERSONAL
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def split_held_out(
     salt = seed.to_bytes(8, "little", signed=True)
     draws = []
     for item in conversations:
-        parts = [*chain.from_iterable(item), item.tools]  # no message holds a NUL
+        # no message holds a NUL
+        said = chain.from_iterable((m.role, m.content, *filter(None, [m.parts])) for m in item)
+        parts = [*said, item.tools]
         content = hashlib.blake2b("\x00".join(parts).encode(), digest_size=16).digest()
         salted = hashlib.blake2b(content, digest_size=8, salt=salt).digest()
         draws.append(int.from_bytes(salted, "big"))

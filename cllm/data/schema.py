@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from cllm.data.message import Message
 from cllm.data.text import (
     SURROGATE,
     VERBATIM,
@@ -55,13 +56,6 @@ FOLLOWS = {  # what may come after what; several tools may answer one call
 }
 COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
-
-
-class Message(NamedTuple):
-    """One turn; `role` is system, user, assistant or tool."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +121,16 @@ def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]
     """Cleaned messages in a trainable order: system?, user, assistant, … ; what follows the last
     answer is trimmed.
     """
-    size = max((index for index, turn in enumerate(turns, 1) if turn[0] == "assistant"), default=0)
+    size = max(
+        (index for index, turn in enumerate(turns, 1) if turn.role == "assistant"), default=0
+    )
     if not size:
         raise RowError("row.no_answer", "no_assistant", count=len(turns))
-    messages = [Message(role, rewrite(text)) for role, text in turns[:size]]
-    if messages[0] == ("system", ""):
+    messages = [turn._replace(content=rewrite(turn.content)) for turn in turns[:size]]
+    if messages[0] == Message("system", ""):
         del messages[0]
     before, spoken = "", sum(message.role != "system" for message in messages)
-    for number, (role, content) in enumerate(messages, 1):
+    for number, (role, content, *_) in enumerate(messages, 1):
         if role not in (follows := FOLLOWS[before]):
             raise RowError(
                 "row.order",
@@ -227,7 +223,7 @@ class Normalizer:
     def _conversation(self, row: Row, file: str, line: int) -> Conversation:
         if self.kind == "text":
             source = self.columns.get("assistant", "text")
-            turns = [("user", "-"), ("assistant", _mapped_text(row, source))]
+            turns = [Message("user", "-"), Message("assistant", _mapped_text(row, source))]
             messages = _ordered(turns, self.rewrite)[1:]
             return Conversation(messages, self._category(row), "", file, line)
         turns = _mapped_turns(row, self.columns) if self.columns else row_turns(row)
@@ -251,6 +247,6 @@ def to_row(conversation: Conversation, kind: str = "chat") -> Row:
     if kind == "text":
         row: Row = {"text": conversation.messages[0].content}
     else:
-        row = {"messages": [message._asdict() for message in conversation.messages]}
+        row = {"messages": [message.row() for message in conversation]}
     extra = {"category": conversation.category, "tools": conversation.tools}
     return row | {key: value for key, value in extra.items() if value}

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cllm.config import DataConfig
+from cllm.data.message import restored_message
 from cllm.data.quality import deduplicate, repeated_questions, split_held_out
 from cllm.data.reader import list_files, read_conversations, uncollected
-from cllm.data.schema import Conversation, Message, Reject
+from cllm.data.schema import Conversation, Reject
 from cllm.data.text import TextOptions
 from cllm.messages import UserError, language, note
 
@@ -132,11 +133,11 @@ def prepare(data: DataConfig) -> Data:
 def _stored(item: Conversation) -> bytes:
     """Fields parted by NUL, which no message holds; the tools, which may, come last."""
     fields = (
-        str(2 * len(item.messages)),
+        str(3 * len(item.messages)),
         item.category,
         item.file,
         str(item.line),
-        *chain.from_iterable(item.messages),
+        *chain.from_iterable((m.role, m.content, m.parts) for m in item),
         item.tools,
     )
     return "\x00".join(fields).encode("utf-8", "surrogatepass")
@@ -145,6 +146,5 @@ def _stored(item: Conversation) -> bytes:
 def _restored(text: Any) -> Conversation:
     count, rest = text.tobytes().decode("utf-8", "surrogatepass").split("\x00", 1)
     category, file, line, *said, tools = rest.split("\x00", 3 + int(count))
-    return Conversation(
-        tuple(map(Message, said[::2], said[1::2])), category, tools, file, int(line)
-    )
+    messages = tuple(map(restored_message, said[::3], said[1::3], said[2::3]))
+    return Conversation(messages, category, tools, file, int(line))

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from cllm.data.schema import Conversation, Message
+from cllm.data.message import Message
+from cllm.data.schema import Conversation
 from cllm.data.tools import TOOL_STYLES, Parts, Tools, announced, called, read_tools
 from cllm.messages import load_toml
 
@@ -117,7 +118,7 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
     tools = read_tools(getattr(conversation, "tools", ""))
     messages = messages_of(conversation)
     if template.trim:
-        messages = [Message(m.role, m.content.strip()) for m in messages]
+        messages = [m._replace(content=m.content.strip()) for m in messages]
     system = (
         messages.pop(0).content
         if messages and messages[0].role == "system"
@@ -130,7 +131,7 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
         opening = []
     # roles[i] stands before message i, roles[i + 2] after it
     roles = ["", *(m.role for m in messages), ""]
-    for i, (role, content) in enumerate(messages):
+    for i, (role, content, *_) in enumerate(messages):
         if role == "assistant":
             last = i == len(messages) - 1
             calling = bool(tools) or roles[i + 2] == "tool"

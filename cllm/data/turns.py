@@ -1,4 +1,4 @@
-"""The turns of a row in any of the schemas that instruction files are written in: (role, text) in
+"""The turns of a row in any of the schemas that instruction files are written in: its messages in
 order, as they stand there.
 
 The schema is detected per row, never from the first row of a file. Raises RowError for a row that
@@ -15,6 +15,7 @@ from itertools import chain, zip_longest
 from operator import itemgetter
 from typing import Any
 
+from cllm.data.message import Message
 from cllm.data.text import RowError, clean, json_text, text_of
 from cllm.messages import say
 
@@ -70,7 +71,7 @@ TAG_START = re.compile(r"\s*(?:[<\[【]|(?:human|user|用户)[ \t]*[:：])", re.
 _MOSS_MARK = re.compile(r"<\|(?:Human|MOSS)\|>\s*[:：]?|<eo[hm]>")
 
 Row = dict[str, Any]
-Turns = list[tuple[str, str]]
+Turns = list[Message]
 
 
 def _dialogue(value: object) -> Turns | None:
@@ -87,7 +88,7 @@ def _dialogue(value: object) -> Turns | None:
         if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
             ends = [mark.start() for mark in marks[1:]] + [len(text)]
             return [
-                ("user" if mark.group(1) else "assistant", text[mark.end() : end])
+                Message("user" if mark.group(1) else "assistant", text[mark.end() : end])
                 for mark, end in zip(marks, ends, strict=True)
             ]
     return None
@@ -98,17 +99,17 @@ def _asked(text: str, answered: bool = True) -> Turns:
     `Human:…Assistant:…Human:…Assistant:`) is unfolded.
     """
     if turns := _dialogue(text):
-        if turns[-1][0] == "assistant" and not clean(turns[-1][1]):
+        if turns[-1].role == "assistant" and not clean(turns[-1].content):
             turns.pop()
-        if turns[-1][0] == "user" or not answered:
+        if turns[-1].role == "user" or not answered:
             return turns
-    return [("user", text)]
+    return [Message("user", text)]
 
 
 def exchange(ask: str, reply: str) -> Turns:
     """A question, or the dialogue typed into it, and its answer."""
     asked = _asked(ask, bool(clean(reply)))
-    return asked if asked[-1][0] == "assistant" else [*asked, ("assistant", reply)]
+    return asked if asked[-1].role == "assistant" else [*asked, Message("assistant", reply)]
 
 
 def _parts(parts: list[Any]) -> str:
@@ -187,14 +188,18 @@ def _turns(elements: object, name: str) -> Turns:
                 known = ", ".join(ROLES)
                 shown = f"{element[key]!r:.30}"
                 raise RowError("row.role", "unknown_role", number=number, found=shown, known=known)
-            turns.append((ROLES[role], _said(element, role)))
+            turns.append(Message(ROLES[role], _said(element, role)))
         elif pair := next((pair for pair in EXCHANGES if not element.keys().isdisjoint(pair)), ()):
-            told = [("user", _text(element, pair[0])), ("assistant", _text(element, pair[1]))]
+            told = [
+                Message(role, _text(element, key))
+                for role, key in zip(("user", "assistant"), pair, strict=True)
+            ]
             told = with_system(element.get("system"), told)
-            repeated = told[0][0] == "system" and turns[:1] == told[:1]
+            repeated = told[0].role == "system" and turns[:1] == told[:1]
             turns += told[repeated:]
         elif "message" in element:  # no roles: speakers alternate, the first one asks
-            turns.append(("user" if number % 2 else "assistant", _text(element, "message")))
+            speaker = "user" if number % 2 else "assistant"
+            turns.append(Message(speaker, _text(element, "message")))
         else:
             names = ", ".join(map(str, element))
             raise RowError("row.turn_keys", "unknown_schema", number=number, found=names)
@@ -204,8 +209,8 @@ def _turns(elements: object, name: str) -> Turns:
 def with_system(value: object, turns: Turns) -> Turns:
     """The turns behind a system turn of these words, unless they open with it already."""
     system = clean(text_of(value, "system"))
-    repeated = turns[:1] in ([("system", system)], [("system", "")])
-    return [("system", system), *turns[repeated:]] if system else turns
+    repeated = bool(turns) and turns[0].role == "system" and turns[0].content in ("", system)
+    return [Message("system", system), *turns[repeated:]] if system else turns
 
 
 def history_turns(value: object) -> Turns:
@@ -220,7 +225,7 @@ def history_turns(value: object) -> Turns:
     if isinstance(value, list):
         if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
             said = (zip(("user", "assistant"), pair, strict=True) for pair in value)
-            return [(role, text_of(text, role)) for role, text in chain(*said)]
+            return [Message(role, text_of(text, role)) for role, text in chain(*said)]
         if all(isinstance(turn, dict) for turn in value):
             return _turns(value, "history")
     raise RowError("row.history", "unknown_schema", found=f"{value!r:.40}")
@@ -243,8 +248,8 @@ def _alpaca(row: Row) -> Turns:
     # parallel lists are turns
     if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:
         asks = [_user_text({**row, "input": asks[0]}), *asks[1:]]
-        asked = [("user", text_of(ask, "input")) for ask in asks]
-        told = [("assistant", text_of(reply, "output")) for reply in replies]
+        asked = [Message("user", text_of(ask, "input")) for ask in asks]
+        told = [Message("assistant", text_of(reply, "output")) for reply in replies]
         return [turn for both in zip_longest(asked, told) for turn in both if turn]
     while isinstance(replies, list):  # ranked alternatives: the best comes first
         replies = replies[0] if replies else None
@@ -259,7 +264,7 @@ def _chat(chat: Row) -> Turns:
         if isinstance(turn, dict) and (digits := re.search(r"\d{1,9}", str(key)))
     ]
     return [
-        (role, _MOSS_MARK.sub("", _text(turn, key)))
+        Message(role, _MOSS_MARK.sub("", _text(turn, key)))
         for _, turn in sorted(numbered, key=itemgetter(0))
         for role, key in (("user", "Human"), ("assistant", "MOSS"))
     ]
@@ -296,10 +301,10 @@ def _preference(row: Row) -> Turns:
         asked = _asked(text) if text else []
     if isinstance(chosen, list):  # the whole dialogue again, or only its last turns
         told = _turns(chosen, "chosen")
-        return told if told and told[0][0] != "assistant" else asked + told
+        return told if told and told[0].role != "assistant" else asked + told
     if not asked and (tagged := _dialogue(chosen)):
         return tagged
-    return [*asked, ("assistant", text_of(chosen, "value"))]
+    return [*asked, Message("assistant", text_of(chosen, "value"))]
 
 
 def _recognized(row: Row) -> Turns | None:

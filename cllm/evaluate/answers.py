@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from cllm.data.encode import IGNORE_INDEX, Example
+from cllm.data.message import Message
 from cllm.data.packing import PackedBatch, best_fit, collate
-from cllm.data.schema import Conversation, Message
+from cllm.data.schema import Conversation
 from cllm.evaluate.results import Evaluation, Gap, Group, Sample, SystemScores
 from cllm.learn.loss import row_nll
 from cllm.messages import UserError, note

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
 from cllm.messages import UserError
 from cllm.model.vocabulary import Bpe
@@ -144,7 +144,7 @@ def _jinja(
 
     try:
         texts, _ = render_jinja_template(
-            conversations=[[m._asdict() for m in messages]],
+            conversations=[[message.row() for message in messages]],
             tools=json.loads(tools) if tools else None,
             chat_template=source,
             add_generation_prompt=opened,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cllm.data.dialects import jinja
 from cllm.data.encode import IGNORE_INDEX, Ids
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, render
 from cllm.messages import UserError, note
 from cllm.model import gguf

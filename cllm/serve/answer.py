@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
@@ -48,7 +48,7 @@ class Answer:
         self._stop = tuple(stop)
         # Half a surrogate pair, from JSON or a terminal, is no text that a tokenizer could read.
         clean = [
-            Message(role, content.encode("utf-8", "replace").decode()) for role, content in messages
+            m._replace(content=m.content.encode("utf-8", "replace").decode()) for m in messages
         ]
         self.prompt = tokenizer.encode_chat(clean)
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response, Stream
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cllm.assembly import Loaded
-from cllm.data import schema
+from cllm.data import message
 from cllm.messages import UserError, say
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import Engine
@@ -169,11 +169,11 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
 
-    def plain(self) -> schema.Message:
+    def plain(self) -> message.Message:
         text = self.content or ""
         if isinstance(text, list):
             text = "".join(part.text for part in text)
-        return schema.Message("system" if self.role == "developer" else self.role, text)
+        return message.Message("system" if self.role == "developer" else self.role, text)
 
 
 class StreamOptions(Strict):
