@@ -154,7 +154,7 @@ FOUR = [("user", "甲"), ("assistant", "乙"), ("user", "丙"), ("assistant", "�
         (xtuner(("", "甲", "乙"), ("", "丙", "丁")), FOUR),
         (
             {"conversation_id": "1", "meta_instruction": "你是助手", "num_turns": 2, "chat": MOSS},
-            FOUR,
+            [("system", "你是助手"), *FOUR],
         ),
         (
             {"instruction": "改写", "instances": [{"input": "甲", "output": "乙"}]},

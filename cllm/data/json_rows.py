@@ -54,12 +54,14 @@ def _names(value: object) -> int:
 
 
 def _repeats(value: object, text: str, start: int, end: int) -> bool:
-    """Whether an object of `value`, which is written in this part of `text`, may have a name twice:
-    the text has more of them.
+    """Whether an object in `value`, which is written in this part of `text`, may have a name twice:
+    the text has more of them. Flat rows and lists of messages are the common ones.
     """
     written = text.count('":', start, end)
-    if isinstance(value, dict) and written <= len(value):
-        return False  # the commonest rows: flat ones
+    if isinstance(value, dict):
+        lists = [part for part in value.values() if type(part) is list]
+        if written <= len(value) + sum(len(part) for part in chain(*lists) if type(part) is dict):
+            return False
     return written - text.count('\\":', start, end) > _names(value)
 
 
@@ -83,8 +85,11 @@ def json_lines(pieces: Iterable[str]) -> Iterator[NumberedRow]:
         if not (bare := line.strip(BLANK)):
             continue
         try:
-            value = _DECODER.decode(bare)
-            if _repeats(value, bare, 0, len(bare)):
+            value, end = _DECODER.raw_decode(bare)
+            if end < len(bare):
+                raise json.JSONDecodeError("Extra data", bare, end)
+            flat = type(value) is dict and bare.count('":') <= len(value)
+            if not flat and _repeats(value, bare, 0, end):
                 value = _ONCE.decode(bare)
         except (ValueError, RecursionError) as error:
             value = _fault(error, bare)
@@ -135,8 +140,10 @@ class _Document:
 
     def peek(self) -> str:
         """The next character that is not white space, "" at the end."""
-        self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-        return self.text[self.at : self.at + 1]
+        if (ahead := self.text[self.at : self.at + 1]) in " \t\r\n":
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            ahead = self.text[self.at : self.at + 1]
+        return ahead
 
     def skip(self, character: str) -> bool:
         """Step over `character` if it is next."""
@@ -151,7 +158,8 @@ class _Document:
         """
         start = self.at
         value, self.at = _DECODER.raw_decode(self.text, start)
-        if _repeats(value, self.text, start, self.at):
+        flat = type(value) is dict and self.text.count('":', start, self.at) <= len(value)
+        if not flat and _repeats(value, self.text, start, self.at):
             value, _ = _ONCE.raw_decode(self.text, start)
         return value
 

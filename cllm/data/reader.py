@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
 from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, once, whole
@@ -26,6 +26,8 @@ from cllm.data.text import VERBATIM, RowError, TextOptions
 from cllm.data.turns import SCHEMA_KEYS
 from cllm.messages import UserError, file_name, note, say, to_json
 
+Unread: TypeAlias = dict[str, dict[str, int]]
+"""File -> name of a field that nobody has read -> rows where it held text."""
 SUFFIXES = frozenset(("", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".gz"))
 HEAD_BYTES = 1 << 18  # what the encoding is judged by
 HEAD_CHARS = 1 << 16  # what the container is judged by
@@ -47,13 +49,15 @@ def iter_conversations(
     columns: Mapping[str, str] | None = None,
     kind: str = "chat",
     options: TextOptions = VERBATIM,
+    unread: Unread | None = None,
 ) -> Iterator[Conversation | Reject]:
     """Every row of the file or directory `path`, as a Conversation or a Reject, in constant
     memory; of a JSON array or object, with its text.
 
     columns: user, assistant, system, history, category -> a column's name, its index where there is
     no header ("0"), or a template ("{Question}\\nA. {A}"); None detects the schema of each row.
-    kind: "chat", or "text" for {"text": …} pre-training rows. Raises UserError for a missing or
+    kind: "chat", or "text" for {"text": …} pre-training rows; unread: where fields that held text
+    and were not read are counted, per file. Raises UserError for a missing or
     unreadable file and for a wrong mapping, when the first row is asked for; never for bad data.
     """
     normalize = Normalizer(columns, kind, options)
@@ -67,6 +71,9 @@ def iter_conversations(
                 item = item._replace(detail=say("row.number", number=count, detail=item.detail))
             before = line
             yield item
+        if unread is not None and normalize.unread:
+            unread[name] = dict(normalize.unread.most_common())
+        normalize.unread.clear()
         if not count:
             note("data.no_rows", file=name)
 
@@ -91,13 +98,14 @@ def read_conversations(
     columns: Mapping[str, str] | None = None,
     kind: str = "chat",
     options: TextOptions = VERBATIM,
+    unread: Unread | None = None,
 ) -> tuple[list[Conversation], list[Reject]]:
     """`iter_conversations`, collected: (conversations, rejects); their lengths sum to the number of
     rows.
     """
     conversations: list[Conversation] = []
     rejects: list[Reject] = []
-    for item in iter_conversations(path, columns, kind, options):
+    for item in iter_conversations(path, columns, kind, options, unread):
         if isinstance(item, Reject):
             rejects.append(item)
         else:
@@ -184,7 +192,9 @@ def _rows(file: Path, normalize: Normalizer) -> Iterator[NumberedRow]:
             if isinstance(stream, _Gzip) and stream.fault:
                 yield line + 1, RowError("row.gzip", "decode_error", detail=stream.fault)
     except OSError as error:
-        raise UserError("data.unreadable_file", path=file_name(file), cause=error.strerror or error) from error
+        raise UserError(
+            "data.unreadable_file", path=file_name(file), cause=error.strerror or error
+        ) from error
 
 
 def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[NumberedRow]:

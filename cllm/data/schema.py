@@ -9,11 +9,13 @@ fixed `REASONS` and a detail that says what was found and what is expected.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from cllm.data.fields import Row, holds_text, is_metadata, unread
 from cllm.data.message import Message
 from cllm.data.text import (
     SURROGATE,
@@ -30,12 +32,13 @@ from cllm.data.turns import (
     PAIRS,
     SPECIAL_KEYS,
     TAG_START,
-    Row,
     Turns,
     exchange,
     history_turns,
     is_turn,
     key_names,
+    known_names,
+    named,
     row_turns,
     unboxed,
     with_input,
@@ -54,7 +57,10 @@ FOLLOWS = {  # what may come after what; several tools may answer one call
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+NEGATIVE = ("false", "0", "0.0")  # what KTO's label calls an answer that is not to be learnt
 COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
+_PLAIN = [("instruction", "output")]
+_PLAIN += [(ask, reply) for ask, replies in PAIRS.items() for reply in replies if ask != "ask"]
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
@@ -107,11 +113,11 @@ def _mapped_text(row: Row, source: str) -> str:
     return text_of(_mapped(row, source), source)
 
 
-def _mapped_turns(row: Row, columns: Mapping[str, str]) -> Turns:
+def _mapped_turns(row: Row, fields: Row, columns: Mapping[str, str]) -> Turns:
     if "user" in columns:
         turns = exchange(*(_mapped_text(row, columns[role]) for role in ("user", "assistant")))
     else:
-        turns = row_turns(row)
+        turns = row_turns(fields)
     if "history" in columns:
         turns = history_turns(_mapped(row, columns["history"])) + turns
     return with_system(_mapped(row, columns["system"]), turns) if "system" in columns else turns
@@ -126,7 +132,10 @@ def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]
     )
     if not size:
         raise RowError("row.no_answer", "no_assistant", count=len(turns))
-    messages = [turn._replace(content=rewrite(turn.content)) for turn in turns[:size]]
+    messages = turns[:size]
+    for index, turn in enumerate(messages):
+        if (text := rewrite(turn.content)) is not turn.content:
+            messages[index] = turn._replace(content=text)
     if messages[0] == Message("system", ""):
         del messages[0]
     before, spoken = "", sum(message.role != "system" for message in messages)
@@ -172,6 +181,8 @@ class Normalizer:
             raise UserError("data.columns_half", have=sides[0])
         self.kind, self.rewrite = kind, rewriter(options)
         self.headless = bool(self.columns) and all(map(str.isdigit, self.columns.values()))
+        self.unread: Counter[str] = Counter()
+        """Names of fields that held text and were not read -> rows."""
         self._planned = lru_cache(1000)(self._plan)
 
     def __call__(self, row: object, file: str = "", line: int = 0) -> Conversation | Reject:
@@ -201,39 +212,53 @@ class Normalizer:
         """
         if not (plan := self._planned(tuple(row))):
             return None
-        ask, reply = row[plan[0]], row[plan[1]]
-        extra = row.get("input", "") if plan[0] == "instruction" else ""
+        ask_key, extra_key, reply_key, others = plan
+        ask, reply = row[ask_key], row[reply_key]
+        extra = row[extra_key] if extra_key else ""
         if not type(ask) is type(reply) is type(extra) is str:
             return None
         ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-        if not ask or not reply or TAG_START.match(ask):
+        if not ask or not reply or TAG_START.match(ask) or "<image>" in ask:
             return None
+        for name in others:
+            if holds_text(row[name]):
+                self.unread[name] += 1
         return Message("user", ask), Message("assistant", reply)
 
-    def _plan(self, keys: tuple[str, ...]) -> tuple[str, str] | None:
-        """(question key, answer key) of rows that have these two and metadata only, else None."""
-        special = SPECIAL_KEYS.intersection(keys)
-        if self.columns or self.kind != "chat":
+    def _plan(self, keys: tuple[str, ...]) -> tuple[str, str, str, list[str]] | None:
+        """(question, input or "", answer, keys that are not read) of rows that have no other
+        special key, else None.
+        """
+        names, _ = known_names(keys)
+        written = {names.get(key, key): key for key in keys}
+        special = SPECIAL_KEYS.intersection(written)
+        extra = "input" if special >= {"instruction", "input"} else ""
+        pair = next((pair for pair in _PLAIN if {*pair} == special - {extra}), None)
+        if self.columns or self.kind != "chat" or not pair:
             return None
-        if special - {"input"} == {"instruction", "output"}:
-            return "instruction", "output"
-        pairs = ((ask, reply) for ask, replies in PAIRS.items() for reply in replies)
-        return next((pair for pair in pairs if special == {*pair} and "ask" not in pair), None)
+        ask, reply = (written[name] for name in pair)
+        others = [key for name, key in written.items() if name not in special]
+        unknown = [key for key in others if not is_metadata(str(key))]
+        return ask, written.get(extra, ""), reply, unknown
 
     def _conversation(self, row: Row, file: str, line: int) -> Conversation:
+        tools = ""
         if self.kind == "text":
             source = self.columns.get("assistant", "text")
             turns = [Message("user", "-"), Message("assistant", _mapped_text(row, source))]
             messages = _ordered(turns, self.rewrite)[1:]
-            return Conversation(messages, self._category(row), "", file, line)
-        turns = _mapped_turns(row, self.columns) if self.columns else row_turns(row)
-        answered = "user" in self.columns or "label" not in row
-        if not answered and str(row["label"]).strip().lower() == "false":
-            raise RowError("row.label", "negative_label")
-        messages = _ordered(turns, self.rewrite)
-        tools = json_text(row["tools"]) if row.get("tools") else ""
-        clean(tools)  # raises for bytes and surrogates; the text stays as it is
-        return Conversation(messages, self._category(row), tools, file, line)
+        else:
+            fields = named(row)
+            turns = _mapped_turns(row, fields, self.columns) if self.columns else row_turns(fields)
+            answered = "user" in self.columns or "label" not in fields
+            if not answered and str(label := fields["label"]).strip().lower() in NEGATIVE:
+                raise RowError("row.label", "negative_label", found=repr(label))
+            messages = _ordered(turns, self.rewrite)
+            tools = json_text(fields["tools"]) if fields.get("tools") else ""
+            clean(tools)  # raises for bytes and surrogates; the text stays as it is
+        category = self._category(row)
+        self.unread.update(unread(row, messages, tools, self.rewrite))
+        return Conversation(messages, category, tools, file, line)
 
     def _category(self, row: Row) -> str:
         if "category" in self.columns:

@@ -7,14 +7,25 @@ has none, or turns that are no text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import lru_cache
 from itertools import chain, zip_longest
 from operator import itemgetter
 from typing import Any
 
+from cllm.data.fields import (
+    ALIASES,
+    LETTERS,
+    MEDIA,
+    OPTIONS,
+    PASSAGES,
+    Row,
+    holds_text,
+    refuse_media,
+    unpacked,
+    with_fields,
+)
 from cllm.data.message import Message
 from cllm.data.text import RowError, clean, json_text, text_of
 from cllm.messages import say
@@ -39,22 +50,17 @@ PAIRS = {  # question key -> answer keys
     "context": ("target",),
     "riddle": ("answer",),
     "ask": ("answer",),
+    "user": ("assistant", "bot"),
+    "human": ("assistant", "gpt", "bot"),
+    "q": ("a",),
 }
-CHINESE = {
-    "指令": "instruction",
-    "输入": "input",
-    "輸入": "input",
-    "输出": "output",
-    "輸出": "output",
-}
-CHINESE |= {"问题": "question", "問題": "question", "回答": "answer", "答案": "answer"}
 # one element of a list that is two turns
 EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
 _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.values())))
 _OTHERS = "instruction rejected instances paragraph text history system".split()
-SCHEMA_KEYS = _ANSWERS.union(PAIRS, CHINESE, _OTHERS)
-# Whatever else a row has is metadata: a key that `_recognized` looks at must be among these.
-SPECIAL_KEYS = SCHEMA_KEYS | {"label", "tools"}
+SCHEMA_KEYS = _ANSWERS.union(PAIRS, _OTHERS)
+# Whatever else a row has is not read: a key that `_recognized` looks at must be among these.
+SPECIAL_KEYS = SCHEMA_KEYS.union(("label", "tools"), OPTIONS, PASSAGES, MEDIA, LETTERS)
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
 # a dialogue inside one string is split by the style it begins with; line starts are believed before
@@ -67,10 +73,11 @@ _TAGS = (
     re.compile(rf"^[ \t]*{_BARE}", re.I | re.M),
     re.compile(rf"(?:^|(?<=\s)){_BARE}", re.I),
 )
+# one tag before, or a pair of them round, a whole question
+_ONE_TAG = re.compile(r"\s*<(human|user|用户)>[ \t]*[:：]?(.*?)(?:</\1>\s*)?\Z", re.I | re.S)
 TAG_START = re.compile(r"\s*(?:[<\[【]|(?:human|user|用户)[ \t]*[:：])", re.I)
 _MOSS_MARK = re.compile(r"<\|(?:Human|MOSS)\|>\s*[:：]?|<eo[hm]>")
 
-Row = dict[str, Any]
 Turns = list[Message]
 
 
@@ -103,7 +110,8 @@ def _asked(text: str, answered: bool = True) -> Turns:
             turns.pop()
         if turns[-1].role == "user" or not answered:
             return turns
-    return [Message("user", text)]
+    tag = _ONE_TAG.match(text)
+    return [Message("user", tag[2] if tag else text)]
 
 
 def exchange(ask: str, reply: str) -> Turns:
@@ -144,6 +152,30 @@ def is_turn(value: object) -> bool:
         and "messages" not in value
         and any(value.keys() >= pair for pair in ({"role", "content"}, {"from", "value"}))
     )
+
+
+def _messages(value: Any, name: str) -> Turns:
+    """The turns of a list of messages with roles, or of one message, wherever it stands and be it
+    as JSON text; none for anything else.
+    """
+    value = unpacked(value)
+    listed = [value] if isinstance(value, dict) else value
+    spoken = isinstance(listed, list) and listed and all(map(is_turn, listed))
+    return _turns(listed, name) if spoken else []
+
+
+def _answered(row: Row, ask_key: str, ask: Any, reply_key: str, reply: Any) -> Turns:
+    """A question and its answer, texts or messages. An answer whose messages begin with another
+    role is the whole dialogue again.
+    """
+    asked, told = _messages(ask, ask_key), _messages(reply, reply_key)
+    if not asked:
+        text, reply = with_fields(row, text_of(ask, ask_key), reply, (ask_key, reply_key))
+        if not told:
+            return exchange(text, text_of(reply, reply_key))
+        asked = _asked(text) if clean(text) else []
+    told = told or [Message("assistant", text_of(reply, reply_key))]
+    return told if told[0].role != "assistant" else asked + told
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
@@ -189,21 +221,27 @@ def _turns(elements: object, name: str) -> Turns:
                 shown = f"{element[key]!r:.30}"
                 raise RowError("row.role", "unknown_role", number=number, found=shown, known=known)
             turns.append(Message(ROLES[role], _said(element, role)))
-        elif pair := next((pair for pair in EXCHANGES if not element.keys().isdisjoint(pair)), ()):
-            told = [
-                Message(role, _text(element, key))
-                for role, key in zip(("user", "assistant"), pair, strict=True)
-            ]
-            told = with_system(element.get("system"), told)
-            repeated = told[0].role == "system" and turns[:1] == told[:1]
-            turns += told[repeated:]
         elif "message" in element:  # no roles: speakers alternate, the first one asks
             speaker = "user" if number % 2 else "assistant"
             turns.append(Message(speaker, _text(element, "message")))
+        elif (told := _exchanged(element)) is not None:
+            told = with_system(element.get("system"), told)
+            repeated = told[:1] == turns[:1] and told and told[0].role == "system"
+            turns += told[1:] if repeated else told
         else:
             names = ", ".join(map(str, element))
             raise RowError("row.turn_keys", "unknown_schema", number=number, found=names)
     return turns
+
+
+def _exchanged(element: Row) -> Turns | None:
+    """The turns of an element without a role: of any names that a row may have, or one side."""
+    if (told := _recognized(element)) is None:
+        pairs = (pair for pair in EXCHANGES if not element.keys().isdisjoint(pair))
+        if pair := next(pairs, None):
+            told = [Message("user", _text(element, pair[0]))]
+            told.append(Message("assistant", _text(element, pair[1])))
+    return told
 
 
 def with_system(value: object, turns: Turns) -> Turns:
@@ -214,21 +252,23 @@ def with_system(value: object, turns: Turns) -> Turns:
 
 
 def history_turns(value: object) -> Turns:
-    """`history`: a list of [question, answer] pairs, an empty list, or blank text; a CSV cell may
-    hold the list as JSON.
+    """`history`: a list of [question, answer] pairs or of objects that say both, tagged text,
+    or nothing; a CSV cell may hold the list as JSON.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError):
-            value = json.loads(value)
+    value = unpacked(value)
     if not value or value != value or (isinstance(value, str) and not clean(value)):
         return []
-    if isinstance(value, list):
-        if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
-            said = (zip(("user", "assistant"), pair, strict=True) for pair in value)
-            return [Message(role, text_of(text, role)) for role, text in chain(*said)]
-        if all(isinstance(turn, dict) for turn in value):
-            return _turns(value, "history")
-    raise RowError("row.history", "unknown_schema", found=f"{value!r:.40}")
+    if not isinstance(value, list):
+        return _turns(value, "history")
+    parts: list[Any] = []
+    for part in value:
+        if not isinstance(part, (list, tuple)) or len(part) != 2:
+            parts.append(part)
+        elif all(map(is_turn, part)):
+            parts += part
+        else:
+            parts.append(dict(zip(EXCHANGES[0], part, strict=True)))
+    return _turns(parts, "history")
 
 
 def _user_text(row: Mapping[str, Any]) -> str:
@@ -246,14 +286,20 @@ def with_input(ask: str, extra: str) -> str:
 def _alpaca(row: Row) -> Turns:
     asks, replies = row.get("input"), row.get("output")
     # parallel lists are turns
-    if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:
+    if (
+        isinstance(asks, list)
+        and isinstance(replies, list)
+        and len(asks) > 1
+        and not any(map(is_turn, asks))
+    ):
         asks = [_user_text({**row, "input": asks[0]}), *asks[1:]]
         asked = [Message("user", text_of(ask, "input")) for ask in asks]
         told = [Message("assistant", text_of(reply, "output")) for reply in replies]
         return [turn for both in zip_longest(asked, told) for turn in both if turn]
-    while isinstance(replies, list):  # ranked alternatives: the best comes first
-        replies = replies[0] if replies else None
-    return exchange(_user_text(row), text_of(replies, "output"))
+    while isinstance(replies, list) and not any(map(is_turn, replies)):
+        replies = replies[0] if replies else None  # ranked alternatives: the best comes first
+    key = next((key for key in ("instruction", "input") if _messages(row.get(key), key)), "")
+    return _answered(row, key, row[key] if key else _user_text(row), "output", replies)
 
 
 def _chat(chat: Row) -> Turns:
@@ -282,11 +328,16 @@ def _instances(row: Row) -> Turns:
 
 
 def _pair(row: Row, ask_key: str) -> Turns:
-    ask = _text(row, ask_key)
-    if ask_key == "ask" and clean(ask) in ("无", ""):
-        ask = _text(row, "title")
-    replies = (_text(row, key) for key in PAIRS[ask_key])
-    return exchange(ask, next(filter(clean, replies), ""))
+    ask = row[ask_key]
+    if ask_key == "ask" and clean(_text(row, ask_key)) in ("无", ""):
+        ask = row.get("title")
+    if "instruction" in row and not _messages(ask, ask_key):
+        ask = with_input(clean(_text(row, "instruction")), clean(text_of(ask, ask_key)))
+    key = next(
+        (key for key in PAIRS[ask_key] if holds_text(row.get(key)) or type(row.get(key)) is int),
+        PAIRS[ask_key][0],
+    )
+    return _answered(row, ask_key, ask, key, row.get(key))
 
 
 def _preference(row: Row) -> Turns:
@@ -294,14 +345,16 @@ def _preference(row: Row) -> Turns:
     chosen = unboxed(row["chosen"])
     keys = (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask")
     key = next((key for key in keys if row.get(key) is not None), "")
-    if isinstance(row.get(key), list):
-        asked = _turns(row[key], key)
-    else:
+    ask = row.get(key)
+    asked = _turns(ask, key) if isinstance(ask, list) else _messages(ask, key)
+    if not asked:
         text = _text(row, key) if key else _user_text(row)
+        text, _ = with_fields(row, text, "", (key, "chosen"))
         asked = _asked(text) if text else []
-    if isinstance(chosen, list):  # the whole dialogue again, or only its last turns
-        told = _turns(chosen, "chosen")
-        return told if told and told[0].role != "assistant" else asked + told
+    # the whole dialogue again, or only its last turns
+    told = _turns(chosen, "chosen") if isinstance(chosen, list) else _messages(chosen, "chosen")
+    if told:
+        return told if told[0].role != "assistant" else asked + told
     if not asked and (tagged := _dialogue(chosen)):
         return tagged
     return [*asked, Message("assistant", text_of(chosen, "value"))]
@@ -312,7 +365,7 @@ def _recognized(row: Row) -> Turns | None:
     if "chosen" in row:
         return history_turns(row.get("history")) + _preference(row)
     for key in (*TURN_KEYS, "chat", "paragraph"):
-        value = row.get(key)
+        value = unpacked(row[key]) if key in row else None
         if (isinstance(value, list) and value) or _dialogue(value):
             return _turns(value, key)
     if isinstance(row.get("chat"), dict):
@@ -347,11 +400,40 @@ def key_names(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name!r:.24}" for name in list(row)[:12]) or say("row.nothing")
 
 
+@lru_cache(1000)
+def known_names(keys: tuple[Any, ...]) -> tuple[dict[Any, str], bool]:
+    """(key -> the name that is known here, for those written otherwise: in Chinese, in capitals,
+    under an alias; whether one is of a schema).
+    """
+    names: dict[Any, str] = {}
+    for key in keys:
+        folded = str(key).strip().lower()
+        name = ALIASES.get(folded, folded)
+        # the letters of options are no "Q" and "A"
+        letter = len(folded) == 1 and ("B" in keys or "Q" not in keys)
+        if name in SPECIAL_KEYS and name not in (*keys, *names.values()) and not letter:
+            names[key] = name
+    return names, bool(SCHEMA_KEYS.intersection((*keys, *names.values())) - {"text"})
+
+
+def named(row: Row) -> Row:
+    """The row under the names that are known here. One of no known schema that has a row around it,
+    or as JSON text in a cell (CSV), is that row.
+    """
+    names, known = known_names(tuple(row))
+    if names:
+        row = {names.get(key, key): value for key, value in row.items()}
+    for key, value in () if known else row.items():
+        inner = unpacked(value)
+        if isinstance(inner, dict) and known_names(tuple(inner := named(inner)))[1]:
+            return {name: other for name, other in row.items() if name != key} | inner
+    return row
+
+
 def row_turns(row: Row) -> Turns:
-    """The turns of a row by its Chinese or English keys. Raises RowError if no schema is known."""
-    if not CHINESE.keys().isdisjoint(row):
-        row = {CHINESE.get(name, name): value for name, value in row.items()}
+    """The turns of a `named` row. Raises RowError for no known schema, and for pictures."""
     if (turns := _recognized(row)) is None:
         code = "row.text" if "text" in row else "row.schema"
         raise RowError(code, "unknown_schema", found=key_names(row))
+    refuse_media(row, (turn.content for turn in turns if turn.role == "user"))
     return with_system(row.get("system"), turns)
