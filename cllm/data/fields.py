@@ -57,9 +57,7 @@ _UNSAID = frozenset(ALIASES).union(
     " none nan null n a noinput"
     " 用户 助手 客户 律师 患者 医生 无 无输入 没有输入 无需输入 不适用".split()
 )
-# read as something else than text
-_PARTS = frozenset("tools tool_calls function_call".split())
-_MARKED = re.compile(r"\(?[A-Za-z][.、:：)）．]")
+_MARKED = re.compile(r"\(?([A-Z])[.、:：)）．]\s*")
 _PLACE = re.compile(r"<image>|\A\s*<(?:video|audio)>")  # both others are HTML's, too
 _HAN = re.compile("[\u4e00-\u9fff]")
 
@@ -101,10 +99,7 @@ def with_fields(row: Row, ask: str, reply: Any, used: tuple[str, ...]) -> tuple[
         for label, text in options
     )
     if not held:
-        lines = [
-            f"{label}. {text}" if label and not _MARKED.match(text) else text
-            for label, text in options
-        ]
+        lines = [f"{label}. {text}" if label else text for label, text in options]
         ask = "\n".join((ask, *lines))
     for key in PASSAGES:
         passage = "" if key in used else _passage(row.get(key))
@@ -138,8 +133,13 @@ def _options(row: Row) -> list[tuple[str, str]]:
         pairs = list(zip(LETTERS, texts, strict=False))
     else:
         pairs = [("", value)]
-    cleaned = ((label, clean(text_of(text, label))) for label, text in pairs)
-    return [(label, text) for label, text in cleaned if text]
+    options = []
+    for label, option in pairs:
+        text = clean(text_of(option, label))
+        if (mark := _MARKED.match(text)) and mark[1] == label:
+            text = text[mark.end() :]
+        options += [(label, text)] if text else []
+    return options
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -188,14 +188,18 @@ def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> s
         if isinstance(value, dict):
             outer = name.partition(".")[0]
             for key, inner in value.items():
-                if key not in _PARTS and not is_metadata(str(key)):
+                if not is_metadata(str(key)):
                     look(inner, f"{outer}.{key}" if outer else str(key))
         elif isinstance(value, (list, tuple)):
             if len(value) != len(messages) or not _plain_turns(value):
                 for part in value:
                     look(part, name)
         elif isinstance(value, str) and name not in names and lost(value):
-            names.add(name)
+            inner = unpacked(value)
+            if inner is value:
+                names.add(name)
+            else:
+                look(inner, name)
 
     look(row, "")
     return names

@@ -310,7 +310,7 @@ def _unstacked(row: dict[str, Any]) -> list[dict[str, Any]]:
         or -1 in sizes
         or turns
         or set(row) == {"input", "output"}
-        or SCHEMA_KEYS.isdisjoint(row)
+        or SCHEMA_KEYS.isdisjoint(map(str.lower, row))
     ):
         return [row]
     return [dict(zip(row, values, strict=True)) for values in zip(*row.values(), strict=True)]

@@ -279,7 +279,8 @@ def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[
         if isinstance(cells, RowError) or normalize.headless:
             yield line, cells
         elif not header:
-            header = list(once((cell.strip(BLANK), cell) for cell in cells))
+            places = once((cell.strip(BLANK), place) for place, cell in enumerate(cells))
+            header = sorted(places, key=places.__getitem__)
         elif len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
             yield (
                 line,

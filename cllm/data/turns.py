@@ -236,7 +236,7 @@ def _turns(elements: object, name: str) -> Turns:
 
 def _exchanged(element: Row) -> Turns | None:
     """The turns of an element without a role: of any names that a row may have, or one side."""
-    if (told := _recognized(element)) is None:
+    if (told := _recognized(named(element))) is None:
         pairs = (pair for pair in EXCHANGES if not element.keys().isdisjoint(pair))
         if pair := next(pairs, None):
             told = [Message("user", _text(element, pair[0]))]
