@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cllm.model.tokenizer import Tokenizer
 
 SAMPLES, SAMPLE_TOKENS = 3, 400
+ENOUGH_REASONING = 0.75  # of the rows, as Unsloth advises for Qwen3
 MAX_CHARACTER_TOKENS = 4  # the bytes of one character in UTF-8
 TRIAL = "preset:quick"  # whose model counts the tokens of a data file
 RECOMMENDED = "preset:qwen3-4b"  # as in the README
@@ -117,13 +118,19 @@ def _account(
     tokenizer: Tokenizer | None,
 ) -> tuple[dict[str, Any], list[int]]:
     """(account, lengths in tokens, or in characters without a tokenizer)."""
-    from cllm.data.encode import IGNORE_INDEX, Ids, batches
+    from cllm.data.encode import IGNORE_INDEX, Ids, batches, rendered
 
     conversations = list(chain(*groups))
     encoded: list[Ids] = []
     if tokenizer:
+        said: list[Conversation] = []
         for batch in batches(conversations):
-            encoded += tokenizer.encode_batch(map(tokenizer.segments, batch))
+            texts = [rendered(item, tokenizer) for item in batch]
+            rejects = rejects + [text for text in texts if isinstance(text, Reject)]
+            pairs = [(item, t) for item, t in zip(batch, texts, strict=True) if isinstance(t, list)]
+            said += [item for item, _ in pairs]
+            encoded += tokenizer.encode_batch([text for _, text in pairs])
+        conversations = said
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
     tested: list[Conversation] = []
@@ -138,7 +145,10 @@ def _account(
         account["supervised_tokens"] = sum(counted) - ignored
         account["end_token_trained"] = any(stops.intersection(labels) for _, labels in encoded)
         account["template"] = tokenizer.template.name
-    return account, counted or [sum(len(turn.content) for turn in item) for item in conversations]
+        account["thinking"] = tokenizer.template.thinking
+    return account, counted or [
+        sum(len(turn.content) + len(turn.parts) for turn in item) for item in conversations
+    ]
 
 
 def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
@@ -163,6 +173,11 @@ def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
     if over := account.get("over_limit"):
         share = f"{over / account['valid']:.1%}"
         lines.append(say("check.over", count=over, share=share, limit=account["limit"]))
+    if account["reasoning"] or account.get("thinking") == "keep":
+        share = account["reasoning"] / account["valid"]
+        few = account.get("thinking") == "keep" and share < ENOUGH_REASONING
+        code = "check.reasoning_few" if few else "check.reasoning"
+        lines.append(say(code, count=account["reasoning"], share=f"{share:.0%}"))
     if account.get("end_token_trained") is False:
         lines.append(say("check.no_end"))
     return lines
@@ -190,11 +205,14 @@ def _listed(values: dict[str, Any]) -> str:
 
 def _samples(conversations: list[Conversation], tokenizer: Tokenizer) -> list[str]:
     """The first conversations, token by token, the supervised ones ⟦so⟧."""
-    from cllm.data.encode import IGNORE_INDEX
+    from cllm.data.encode import IGNORE_INDEX, rendered
 
     lines = []
     for item in conversations[:SAMPLES]:
-        ids, labels = tokenizer.encode_segments(tokenizer.segments(item))
+        segments = rendered(item, tokenizer)
+        if isinstance(segments, Reject):
+            continue
+        ids, labels = tokenizer.encode_segments(segments)
         trained = [label != IGNORE_INDEX for label in labels]
         numbers = {"supervised": sum(trained), "tokens": len(ids)}
         lines.append(say("check.sample", file=item.file, line=item.line, **numbers))

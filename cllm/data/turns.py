@@ -15,17 +15,10 @@ from itertools import chain, zip_longest
 from operator import itemgetter
 from typing import Any
 
-from cllm.data.message import Message
-from cllm.data.text import RowError, clean, json_text, text_of
+from cllm.data.message import ROLES, THOUGHT_COLUMNS, Message, is_trained, joined, read_message
+from cllm.data.text import RowError, clean, text_of
 from cllm.messages import say
 
-_ROLE_WORDS = {
-    "system": "system",
-    "user": "human user client usr 用户",
-    "assistant": "gpt assistant bot counselor 助手 function_call",
-    "tool": "tool observation",
-}
-ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
 NO_INPUT = frozenset(
     "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
 )
@@ -54,9 +47,9 @@ _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.valu
 _OTHERS = "instruction rejected instances paragraph text history system".split()
 SCHEMA_KEYS = _ANSWERS.union(PAIRS, CHINESE, _OTHERS)
 # Whatever else a row has is metadata: a key that `_recognized` looks at must be among these.
-SPECIAL_KEYS = SCHEMA_KEYS | {"label", "tools"}
+SPECIAL_KEYS = SCHEMA_KEYS.union(("label", "tools"), THOUGHT_COLUMNS)
 
-_BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
+_BARE = r"(?:(human|user|用户)|(assistant|bot|助手)|(?-i:(FUNCTION RESPONSE)))[ \t]*[:：]"
 # a dialogue inside one string is split by the style it begins with; line starts are believed before
 # words
 _TAGS = (
@@ -68,6 +61,8 @@ _TAGS = (
     re.compile(rf"(?:^|(?<=\s)){_BARE}", re.I),
 )
 TAG_START = re.compile(r"\s*(?:[<\[【]|(?:human|user|用户)[ \t]*[:：])", re.I)
+_SPEAKERS = {1: "user", 2: "assistant", 3: "tool"}  # by the group of `_TAGS` that matched
+_ENDED = re.compile(r"\s*<\|endoftext\|>\s*\Z")  # of glaive's answers
 _MOSS_MARK = re.compile(r"<\|(?:Human|MOSS)\|>\s*[:：]?|<eo[hm]>")
 
 Row = dict[str, Any]
@@ -75,8 +70,8 @@ Turns = list[Message]
 
 
 def _dialogue(value: object) -> Turns | None:
-    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …` in a string
-    or a flat list of strings, else None.
+    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …`, glaive's
+    `USER: … ASSISTANT: … FUNCTION RESPONSE: …` in a string or a flat list of strings, else None.
     """
     if isinstance(value, list) and all(isinstance(element, str) for element in value):
         value = "\n".join(value)
@@ -88,7 +83,7 @@ def _dialogue(value: object) -> Turns | None:
         if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
             ends = [mark.start() for mark in marks[1:]] + [len(text)]
             return [
-                Message("user" if mark.group(1) else "assistant", text[mark.end() : end])
+                Message(_SPEAKERS[mark.lastindex or 1], _ENDED.sub("", text[mark.end() : end]))
                 for mark, end in zip(marks, ends, strict=True)
             ]
     return None
@@ -112,24 +107,6 @@ def exchange(ask: str, reply: str) -> Turns:
     return asked if asked[-1].role == "assistant" else [*asked, Message("assistant", reply)]
 
 
-def _parts(parts: list[Any]) -> str:
-    """OpenAI-style typed parts: texts and tool calls, one after another; reasoning is an inner
-    thought and is dropped.
-    """
-    texts = []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind in ("reasoning", "thinking"):
-            continue
-        if kind in ("text", "input_text", "output_text"):
-            texts.append(text_of(part, "text"))
-        elif isinstance(kind, str) and re.search("tool|function|observation", kind):
-            texts.append(json_text(part.get("value", part.get("text", part))))
-        else:
-            raise RowError("row.part", "invalid_text", kind=f"{kind!r:.30}")
-    return "\n".join(texts)
-
-
 def unboxed(value: Any) -> Any:
     """What lists of one element hold."""
     while isinstance(value, list) and len(value) == 1:
@@ -149,21 +126,6 @@ def is_turn(value: object) -> bool:
 def _text(row: Mapping[str, Any], key: str) -> str:
     """The text of a field, "" where the row has none."""
     return text_of(row.get(key), key)
-
-
-def _said(message: Row, role: str) -> str:
-    """What a message with a role says: its content, and an assistant's tool calls verbatim."""
-    key = "content" if "content" in message else "value"
-    value, calls = message.get(key), message.get("tool_calls") or message.get("function_call")
-    if isinstance(value, dict) and role in ("function_call", "tool", "observation"):
-        text = json_text(value)
-    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        text = _parts(value)
-    else:
-        text = text_of(value, key)
-    if calls and ROLES[role] == "assistant":
-        return "\n".join(filter(None, (text, json_text(calls))))
-    return text
 
 
 def _turns(elements: object, name: str) -> Turns:
@@ -188,12 +150,11 @@ def _turns(elements: object, name: str) -> Turns:
                 known = ", ".join(ROLES)
                 shown = f"{element[key]!r:.30}"
                 raise RowError("row.role", "unknown_role", number=number, found=shown, known=known)
-            turns.append(Message(ROLES[role], _said(element, role)))
+            for turn in read_message(role, element):
+                joined(turns, turn)
         elif pair := next((pair for pair in EXCHANGES if not element.keys().isdisjoint(pair)), ()):
-            told = [
-                Message(role, _text(element, key))
-                for role, key in zip(("user", "assistant"), pair, strict=True)
-            ]
+            reply = Message("assistant", _text(element, pair[1]), trained=is_trained(element))
+            told = [Message("user", _text(element, pair[0])), reply]
             told = with_system(element.get("system"), told)
             repeated = told[0].role == "system" and turns[:1] == told[:1]
             turns += told[repeated:]
@@ -208,7 +169,7 @@ def _turns(elements: object, name: str) -> Turns:
 
 def with_system(value: object, turns: Turns) -> Turns:
     """The turns behind a system turn of these words, unless they open with it already."""
-    system = clean(text_of(value, "system"))
+    system = clean(text_of(value, "system")).removeprefix("SYSTEM: ")  # glaive's
     repeated = bool(turns) and turns[0].role == "system" and turns[0].content in ("", system)
     return [Message("system", system), *turns[repeated:]] if system else turns
 
@@ -354,4 +315,7 @@ def row_turns(row: Row) -> Turns:
     if (turns := _recognized(row)) is None:
         code = "row.text" if "text" in row else "row.schema"
         raise RowError(code, "unknown_schema", found=key_names(row))
+    thoughts = (text_of(row[name], name) for name in THOUGHT_COLUMNS if row.get(name))
+    if turns and turns[-1].role == "assistant" and (thought := next(filter(clean, thoughts), "")):
+        turns[-1] = turns[-1]._replace(reasoning=thought)
     return with_system(row.get("system"), turns)
