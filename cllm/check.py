@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 REJECTS = 5  # that are shown
 JOINT = "; "
 SAMPLE_START, SAMPLE_END = 40, 15  # tokens that are shown of a part of the sample
+ENOUGH_REASONING = 0.75  # of the rows, as Unsloth advises for Qwen3
 MAX_CHARACTER_TOKENS = 4  # the bytes of one character in UTF-8
 TRIAL = "preset:quick"  # whose model counts the tokens of a data file
 RECOMMENDED = "preset:qwen3-4b"  # as in the README
@@ -65,8 +66,8 @@ def main(argv: list[str]) -> int:
     account, lengths = _account(config, groups, rejects, unread, tokenizer)
     conversations = list(chain(*groups))
     lines = _summary(account)
-    if tokenizer and conversations:
-        lines += _sample(conversations[0], tokenizer)
+    if tokenizer:
+        lines += _sample(conversations, tokenizer)
     text = "\n".join(lines)
     green = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if green else text)
@@ -123,13 +124,19 @@ def _account(
     tokenizer: Tokenizer | None,
 ) -> tuple[dict[str, Any], list[int]]:
     """(account, lengths in tokens, or in characters without a tokenizer)."""
-    from cllm.data.encode import IGNORE_INDEX, Ids, batches
+    from cllm.data.encode import IGNORE_INDEX, Ids, batches, rendered
 
     conversations = list(chain(*groups))
     encoded: list[Ids] = []
     if tokenizer:
+        said: list[Conversation] = []
         for batch in batches(conversations):
-            encoded += tokenizer.encode_batch(map(tokenizer.segments, batch))
+            texts = [rendered(item, tokenizer) for item in batch]
+            rejects = rejects + [text for text in texts if isinstance(text, Reject)]
+            pairs = [(item, t) for item, t in zip(batch, texts, strict=True) if isinstance(t, list)]
+            said += [item for item, _ in pairs]
+            encoded += tokenizer.encode_batch([text for _, text in pairs])
+        conversations = said
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
     tested: list[Conversation] = []
@@ -145,7 +152,10 @@ def _account(
         account["supervised_tokens"] = sum(counted) - ignored
         account["end_token_trained"] = any(stops.intersection(labels) for _, labels in encoded)
         account["template"] = tokenizer.template.name
-    return account, counted or [sum(len(turn.content) for turn in item) for item in conversations]
+        account["thinking"] = tokenizer.template.thinking
+    return account, counted or [
+        sum(len(turn.content) + len(turn.parts) for turn in item) for item in conversations
+    ]
 
 
 def _summary(account: dict[str, Any]) -> list[str]:
@@ -173,6 +183,11 @@ def _summary(account: dict[str, Any]) -> list[str]:
     if over := account.get("over_limit"):
         share = f"{over / account['valid']:.1%}"
         lines.append(say("check.over", count=over, share=share, limit=account["limit"]))
+    if account["reasoning"] or account.get("thinking") == "keep":
+        share = account["reasoning"] / account["valid"]
+        few = account.get("thinking") == "keep" and share < ENOUGH_REASONING
+        code = "check.reasoning_few" if few else "check.reasoning"
+        lines.append(say(code, count=account["reasoning"], share=f"{share:.0%}"))
     if account.get("end_token_trained") is False:
         lines.append(say("check.no_end"))
     return lines
@@ -207,13 +222,17 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _sample(item: Conversation, tokenizer: Tokenizer) -> list[str]:
-    """A conversation, token by token, the supervised ones ⟦so⟧; the middle of a long part is left
-    out.
+def _sample(conversations: list[Conversation], tokenizer: Tokenizer) -> list[str]:
+    """The first conversation, token by token, the supervised ones ⟦so⟧; the middle of a long part
+    is left out.
     """
-    from cllm.data.encode import IGNORE_INDEX
+    from cllm.data.encode import IGNORE_INDEX, rendered
 
-    ids, labels = tokenizer.encode_segments(tokenizer.segments(item))
+    both = ((item, rendered(item, tokenizer)) for item in conversations)
+    item, segments = next((pair for pair in both if isinstance(pair[1], list)), (None, []))
+    if not item:
+        return []
+    ids, labels = tokenizer.encode_segments(segments)
     trained = [label != IGNORE_INDEX for label in labels]
     numbers = {"supervised": sum(trained), "tokens": len(ids)}
     shown = []

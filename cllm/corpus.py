@@ -84,7 +84,9 @@ def encode_corpus(
     )
     if not examples:
         raise UserError(
-            "train.unsupervised" if refused["no_supervised_token"] else "train.too_long",
+            "train.unsupervised"
+            if refused["no_supervised_token"] or refused["template"]
+            else "train.too_long",
             count=len(corpus.train),
             row=row_tokens,
             template=tokenizer.template.name,

@@ -512,7 +512,7 @@ def test_writing_and_reading_is_the_identity(tmp_path: Path, save: Save) -> None
             for f, v in (
                 ("system", "短"),
                 ("human", "甲"),
-                ("function_call", "{}"),
+                ("function_call", '{"name": "查", "arguments": {}}'),
                 ("observation", "乙"),
                 ("gpt", "丙"),
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cllm.data.message import Message
+from cllm.data.message import Call, Message
 from cllm.data.schema import REASONS, Conversation, Normalizer, Reject, to_row
 from cllm.data.text import TextOptions
 from cllm.messages import UserError
@@ -343,7 +343,10 @@ def test_turns_after_the_last_answer_are_trimmed() -> None:
     assert turns({"conversations": said}) == QA
 
 
-def test_tool_turns_and_tools_stay_verbatim() -> None:
+WEATHER = Message("assistant", "", "", (Call("weather", {"city": "青岛"}),))
+
+
+def test_tool_turns_are_calls_and_tools_stay_verbatim() -> None:
     call, tools = '{"name": "weather", "arguments": {"city": "青岛"}}', '[{"name": "weather"}]'
     said = [("human", Q), ("function_call", call), ("observation", '{"t": 21}'), ("gpt", A)]
     result = read(
@@ -352,7 +355,7 @@ def test_tool_turns_and_tools_stay_verbatim() -> None:
     assert isinstance(result, Conversation)
     assert result.tools == tools
     assert [message.role for message in result] == ["user", "assistant", "tool", "assistant"]
-    assert result.messages[1].content == call
+    assert result.messages[1] == WEATHER
     listed = read(openai(("user", Q), ("assistant", A), tools=[{"name": "天气"}]))
     assert isinstance(listed, Conversation) and json.loads(listed.tools) == [{"name": "天气"}]
 
@@ -369,7 +372,7 @@ def test_openai_tool_calls_are_kept_and_several_results_may_follow() -> None:
         ]
     }
     said = turns(row)
-    assert json.loads(said[1][1]) == calls
+    assert read(row).messages[1] == WEATHER  # type: ignore[union-attr]
     assert said[2:] == [("tool", '{"t": 21}'), ("tool", "晴"), ("assistant", A)]
 
 

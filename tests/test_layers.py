@@ -162,7 +162,7 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
     allowed = (
         {"data.encode", "data.packing", "model.attention", "model.device", "model.head"}
         if room == "learn"
-        else {"data.template", "data.dialects", "data.message", "data.schema", "data.encode"}
+        else {f"data.{n}" for n in "template dialects message schema encode tools".split()}
         if name in ("model.tokenizer", "model.chat_template")
         else set()
     )

@@ -58,6 +58,9 @@ def jinja(template: Template) -> str:
             else "",
             "{% for m in rest %}{% set content = m.content" + (" | trim" if t.trim else "") + " %}",
             "{% if m.role == 'assistant' %}",
+            f"{{% if m.tool_calls %}}{_NO_TOOLS}{{% endif %}}",
+            "{% if m.reasoning_content %}{% set content = '<think>\\n' ~ m.reasoning_content "
+            "~ '\\n</think>\\n\\n' ~ content %}{% endif %}",
             _answer(t),
             later,
             f"{{% elif m.role == 'tool' %}}{_NO_TOOLS}",
@@ -77,14 +80,14 @@ def _answer(t: Template) -> str:
     if t.thinking:
         strip = "strip()" if t.trim else r"strip('\n')"
         kept = (
-            "content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]." + strip
-            if t.thinking == "keep"
-            else "''"
+            "content.split('</think>')[0].lstrip()[7:]." + strip if t.thinking == "keep" else "''"
         )
         before = (
-            "{% set thought = '' %}{% if '</think>' in content %}{% set thought, content = "
+            "{% set thought = '' %}"
+            "{% if content.lstrip().startswith('<think>') and '</think>' in content %}"
+            "{% set thought, content = "
             + kept
-            + r", content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+            + r", (content.split('</think>')[1:] | join('</think>')).lstrip('\n') %}{% endif %}"
         )
         shown = "true" if t.think_opened else "(loop.last or thought)"
         parts.append(

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.message import Message
+from cllm.data.message import Message, block_of
 from cllm.data.schema import Conversation, Reject
 from cllm.data.text import PERSONAL
 
@@ -134,7 +134,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[
 
 
 def _whole(conversation: Conversation) -> str:
-    return "\n".join(message.content for message in conversation)
+    return "\n".join(filter(None, [text for m in conversation for text in (m.reasoning, m.words)]))
 
 
 def question(conversation: Conversation) -> str:
@@ -259,6 +259,10 @@ def quality(
             item for item in conversations if BOILERPLATE.search(item.messages[-1].content)
         ),
         "personal": personal,
+        "reasoning": sum(
+            any(m.reasoning or block_of(m.content)[0] for m in item if m.role == "assistant")
+            for item in conversations
+        ),
         "replacement_characters": sum("\ufffd" in text for text in texts),
         "categories": dict(categories.most_common(20)),
     }

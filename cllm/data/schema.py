@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cllm.data.fields import Row, holds_text, is_metadata, unread
-from cllm.data.message import Message
+from cllm.data.message import Call, Message, block_of, with_calls
 from cllm.data.text import (
     SURROGATE,
     VERBATIM,
@@ -28,10 +28,12 @@ from cllm.data.text import (
     rewriter,
     text_of,
 )
+from cllm.data.tools import read_tools
 from cllm.data.turns import (
     PAIRS,
     SPECIAL_KEYS,
     TAG_START,
+    TURN_KEYS,
     Turns,
     exchange,
     history_turns,
@@ -55,7 +57,7 @@ FOLLOWS = {  # what may come after what; several tools may answer one call
     "system": ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
+    "tool": ("assistant", "tool", "user"),
 }
 NEGATIVE = ("false", "0", "0.0")  # what KTO's label calls an answer that is not to be learnt
 COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
@@ -123,7 +125,52 @@ def _mapped_turns(row: Row, fields: Row, columns: Mapping[str, str]) -> Turns:
     return with_system(_mapped(row, columns["system"]), turns) if "system" in columns else turns
 
 
-def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]:
+def _tools(row: Row) -> str:
+    """The tool list of a row, or of its first message, as JSON and verbatim; "" for a blank one.
+    Raises RowError for one that is no list of tools with names.
+    """
+    first = [row[key][0] for key in TURN_KEYS if isinstance(row.get(key), list) and row[key]]
+    holders = [row, *(message for message in first if isinstance(message, dict))]
+    value = next((holder["tools"] for holder in holders if holder.get("tools")), None)
+    text = "" if value is None or value != value else json_text(value)
+    if clean(text) in ("", "[]", "null"):
+        return ""
+    if not read_tools(text):
+        raise RowError("row.tools", "invalid_text", found=f"{text:.60}")
+    return text
+
+
+def _rewritten(value: Any, rewrite: Callable[[str], str]) -> Any:
+    """A call's arguments with every text in them rewritten."""
+    if isinstance(value, dict):
+        return {key: _rewritten(part, rewrite) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_rewritten(part, rewrite) for part in value]
+    return rewrite(value) if isinstance(value, str) else value
+
+
+def _clean_message(turn: Message, rewrite: Callable[[str], str], *, listed: bool) -> Message:
+    """The turn with its calls read out of its text, and every text rewritten; arguments only where
+    the options ask for it.
+    """
+    if turn.role == "assistant":
+        turn = with_calls(turn, listed=listed)
+    content = rewrite(turn.content)
+    if turn[2:] == ("", (), True):
+        return Message(turn.role, content)
+    reasoning = rewrite(turn.reasoning).removeprefix("<think>").removesuffix("</think>").strip()
+    block, answer = block_of(content)
+    if reasoning and block.strip() in (reasoning, ""):
+        content = answer  # files that write the reasoning twice
+    calls = turn.calls
+    if rewrite is not clean:
+        calls = tuple(Call(name, _rewritten(values, rewrite)) for name, values in calls)
+    return Message(turn.role, content, reasoning, calls, turn.trained)
+
+
+def _ordered(
+    turns: Turns, rewrite: Callable[[str], str], *, tools: bool = False
+) -> tuple[Message, ...]:
     """Cleaned messages in a trainable order: system?, user, assistant, … ; what follows the last
     answer is trimmed.
     """
@@ -132,14 +179,16 @@ def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]
     )
     if not size:
         raise RowError("row.no_answer", "no_assistant", count=len(turns))
-    messages = turns[:size]
-    for index, turn in enumerate(messages):
-        if (text := rewrite(turn.content)) is not turn.content:
-            messages[index] = turn._replace(content=text)
+    roles = [turn.role for turn in turns[1:size]] + [""]
+    messages = [
+        _clean_message(turn, rewrite, listed=tools or after == "tool")
+        for turn, after in zip(turns, roles, strict=False)
+    ]
     if messages[0] == Message("system", ""):
         del messages[0]
     before, spoken = "", sum(message.role != "system" for message in messages)
-    for number, (role, content, *_) in enumerate(messages, 1):
+    for number, message in enumerate(messages, 1):
+        role = message.role
         if role not in (follows := FOLLOWS[before]):
             raise RowError(
                 "row.order",
@@ -149,7 +198,9 @@ def _ordered(turns: Turns, rewrite: Callable[[str], str]) -> tuple[Message, ...]
                 before=before or say("row.nothing"),
                 expected=" / ".join(follows),
             )
-        if not content:  # the row's own question or answer, or some turn of a dialogue
+        if (
+            not message.content and not message.calls
+        ):  # the row's own question or answer, or some turn of a dialogue
             own = role in ("user", "assistant") and (spoken == 2 or number >= len(messages) - 1)
             reason = f"empty_{role}" if own else "empty_turn"
             raise RowError("row.empty", reason, number=number, role=role)
@@ -218,7 +269,8 @@ class Normalizer:
         if not type(ask) is type(reply) is type(extra) is str:
             return None
         ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-        if not ask or not reply or TAG_START.match(ask) or "<image>" in ask:
+        unclear = TAG_START.match(ask) or "<image>" in ask or "call>" in reply
+        if not ask or not reply or unclear:
             return None
         for name in others:
             if holds_text(row[name]):
@@ -253,9 +305,8 @@ class Normalizer:
             answered = "user" in self.columns or "label" not in fields
             if not answered and str(label := fields["label"]).strip().lower() in NEGATIVE:
                 raise RowError("row.label", "negative_label", found=repr(label))
-            messages = _ordered(turns, self.rewrite)
-            tools = json_text(fields["tools"]) if fields.get("tools") else ""
-            clean(tools)  # raises for bytes and surrogates; the text stays as it is
+            tools = _tools(fields)
+            messages = _ordered(turns, self.rewrite, tools=bool(tools))
         category = self._category(row)
         self.unread.update(unread(row, messages, tools, self.rewrite))
         return Conversation(messages, category, tools, file, line)

@@ -26,17 +26,10 @@ from cllm.data.fields import (
     unpacked,
     with_fields,
 )
-from cllm.data.message import Message
-from cllm.data.text import RowError, clean, json_text, text_of
+from cllm.data.message import ROLES, THOUGHT_COLUMNS, Message, is_trained, joined, read_message
+from cllm.data.text import RowError, clean, text_of
 from cllm.messages import say
 
-_ROLE_WORDS = {
-    "system": "system",
-    "user": "human user client usr 用户",
-    "assistant": "gpt assistant bot counselor 助手 function_call",
-    "tool": "tool observation",
-}
-ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
 NO_INPUT = frozenset(
     "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
 )
@@ -60,9 +53,11 @@ _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.valu
 _OTHERS = "instruction rejected instances paragraph text history system".split()
 SCHEMA_KEYS = _ANSWERS.union(PAIRS, _OTHERS)
 # Whatever else a row has is not read: a key that `_recognized` looks at must be among these.
-SPECIAL_KEYS = SCHEMA_KEYS.union(("label", "tools"), OPTIONS, PASSAGES, MEDIA, LETTERS)
+SPECIAL_KEYS = SCHEMA_KEYS.union(
+    ("label", "tools"), OPTIONS, PASSAGES, MEDIA, LETTERS, THOUGHT_COLUMNS
+)
 
-_BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
+_BARE = r"(?:(human|user|用户)|(assistant|bot|助手)|(?-i:(FUNCTION RESPONSE)))[ \t]*[:：]"
 # a dialogue inside one string is split by the style it begins with; line starts are believed before
 # words
 _TAGS = (
@@ -76,14 +71,16 @@ _TAGS = (
 # one tag before, or a pair of them round, a whole question
 _ONE_TAG = re.compile(r"\s*<(human|user|用户)>[ \t]*[:：]?(.*?)(?:</\1>\s*)?\Z", re.I | re.S)
 TAG_START = re.compile(r"\s*(?:[<\[【]|(?:human|user|用户)[ \t]*[:：])", re.I)
+_SPEAKERS = {1: "user", 2: "assistant", 3: "tool"}  # by the group of `_TAGS` that matched
+_ENDED = re.compile(r"\s*<\|endoftext\|>\s*\Z")  # of glaive's answers
 _MOSS_MARK = re.compile(r"<\|(?:Human|MOSS)\|>\s*[:：]?|<eo[hm]>")
 
 Turns = list[Message]
 
 
 def _dialogue(value: object) -> Turns | None:
-    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …` in a string
-    or a flat list of strings, else None.
+    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …`, glaive's
+    `USER: … ASSISTANT: … FUNCTION RESPONSE: …` in a string or a flat list of strings, else None.
     """
     if isinstance(value, list) and all(isinstance(element, str) for element in value):
         value = "\n".join(value)
@@ -95,7 +92,7 @@ def _dialogue(value: object) -> Turns | None:
         if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
             ends = [mark.start() for mark in marks[1:]] + [len(text)]
             return [
-                Message("user" if mark.group(1) else "assistant", text[mark.end() : end])
+                Message(_SPEAKERS[mark.lastindex or 1], _ENDED.sub("", text[mark.end() : end]))
                 for mark, end in zip(marks, ends, strict=True)
             ]
     return None
@@ -118,24 +115,6 @@ def exchange(ask: str, reply: str) -> Turns:
     """A question, or the dialogue typed into it, and its answer."""
     asked = _asked(ask, bool(clean(reply)))
     return asked if asked[-1].role == "assistant" else [*asked, Message("assistant", reply)]
-
-
-def _parts(parts: list[Any]) -> str:
-    """OpenAI-style typed parts: texts and tool calls, one after another; reasoning is an inner
-    thought and is dropped.
-    """
-    texts = []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind in ("reasoning", "thinking"):
-            continue
-        if kind in ("text", "input_text", "output_text"):
-            texts.append(text_of(part, "text"))
-        elif isinstance(kind, str) and re.search("tool|function|observation", kind):
-            texts.append(json_text(part.get("value", part.get("text", part))))
-        else:
-            raise RowError("row.part", "invalid_text", kind=f"{kind!r:.30}")
-    return "\n".join(texts)
 
 
 def unboxed(value: Any) -> Any:
@@ -183,21 +162,6 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     return text_of(row.get(key), key)
 
 
-def _said(message: Row, role: str) -> str:
-    """What a message with a role says: its content, and an assistant's tool calls verbatim."""
-    key = "content" if "content" in message else "value"
-    value, calls = message.get(key), message.get("tool_calls") or message.get("function_call")
-    if isinstance(value, dict) and role in ("function_call", "tool", "observation"):
-        text = json_text(value)
-    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        text = _parts(value)
-    else:
-        text = text_of(value, key)
-    if calls and ROLES[role] == "assistant":
-        return "\n".join(filter(None, (text, json_text(calls))))
-    return text
-
-
 def _turns(elements: object, name: str) -> Turns:
     """The turns of a list of role/content, from/value, exchanges, or messages without roles; or of
     tagged text.
@@ -220,7 +184,8 @@ def _turns(elements: object, name: str) -> Turns:
                 known = ", ".join(ROLES)
                 shown = f"{element[key]!r:.30}"
                 raise RowError("row.role", "unknown_role", number=number, found=shown, known=known)
-            turns.append(Message(ROLES[role], _said(element, role)))
+            for turn in read_message(role, element):
+                joined(turns, turn)
         elif "message" in element:  # no roles: speakers alternate, the first one asks
             speaker = "user" if number % 2 else "assistant"
             turns.append(Message(speaker, _text(element, "message")))
@@ -241,12 +206,14 @@ def _exchanged(element: Row) -> Turns | None:
         if pair := next(pairs, None):
             told = [Message("user", _text(element, pair[0]))]
             told.append(Message("assistant", _text(element, pair[1])))
+    if told and not is_trained(element):
+        told = [turn._replace(trained=turn.role != "assistant") for turn in told]
     return told
 
 
 def with_system(value: object, turns: Turns) -> Turns:
     """The turns behind a system turn of these words, unless they open with it already."""
-    system = clean(text_of(value, "system"))
+    system = clean(text_of(value, "system")).removeprefix("SYSTEM: ")  # glaive's
     repeated = bool(turns) and turns[0].role == "system" and turns[0].content in ("", system)
     return [Message("system", system), *turns[repeated:]] if system else turns
 
@@ -436,4 +403,7 @@ def row_turns(row: Row) -> Turns:
         code = "row.text" if "text" in row else "row.schema"
         raise RowError(code, "unknown_schema", found=key_names(row))
     refuse_media(row, (turn.content for turn in turns if turn.role == "user"))
+    thoughts = (text_of(row[name], name) for name in THOUGHT_COLUMNS if row.get(name))
+    if turns and turns[-1].role == "assistant" and (thought := next(filter(clean, thoughts), "")):
+        turns[-1] = turns[-1]._replace(reasoning=thought)
     return with_system(row.get("system"), turns)

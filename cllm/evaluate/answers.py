@@ -194,12 +194,16 @@ def question_of(conversation: Conversation) -> list[Message]:
 
 def answer_of(conversation: Conversation) -> str:
     """The last answer: the reference."""
-    return conversation.messages[-1].content
+    return conversation.messages[-1].words
 
 
 def with_answers(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Those that end with an answer to something."""
-    return [c for c in conversations if len(c.messages) > 1 and c.messages[-1].role == "assistant"]
+    """Those that end with an answer to something that is to be learned."""
+    return [
+        c
+        for c in conversations
+        if len(c.messages) > 1 and c.messages[-1].role == "assistant" and c.messages[-1].trained
+    ]
 
 
 @contextmanager

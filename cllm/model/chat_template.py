@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.message import Message
+from cllm.data.message import Message, block_of, with_block
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
-from cllm.messages import UserError
+from cllm.data.tools import Tools, read_tools
+from cllm.messages import UserError, to_json
 from cllm.model.vocabulary import Bpe
 
 if TYPE_CHECKING:
@@ -115,17 +116,35 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     return template
 
 
-# --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only
-# its own text is markup
+# --- A tokenizer's own chat_template, rendered with a mark in place of each message's words, so
+# that only its own text is markup
 _MARK = re.compile("\ue000(\\d+)\ue001")
+_THINK_PROMPT = re.compile(r"<think>\s*(</think>\s*)?\Z")  # what only a prompt may end with
+_EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>\s*")
+
+
+def _mark(number: int, words: str) -> str:
+    return f"\ue000{number}\ue001" if words else ""
 
 
 def _marked(messages: Sequence[Message]) -> list[Message]:
-    return [Message(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)]
+    """Message i's words are mark 2i, its reasoning is mark 2i + 1."""
+    return [
+        m._replace(content=_mark(2 * i, m.content), reasoning=_mark(2 * i + 1, m.reasoning))
+        for i, m in enumerate(messages)
+    ]
 
 
 def _filled(text: str, words: Sequence[str]) -> str:
     return _MARK.sub(lambda match: words[int(match.group(1))], text)
+
+
+def _wire(row: dict[str, Any]) -> dict[str, Any]:
+    """A message as OpenAI's API writes it: arguments as JSON text, no content beside bare calls."""
+    for call in row.get("tool_calls", ()):
+        call["function"]["arguments"] = to_json(call["function"]["arguments"])
+        row["content"] = row["content"] or None
+    return row
 
 
 def _jinja(
@@ -134,18 +153,20 @@ def _jinja(
     thinking: str | None,
     messages: Sequence[Message],
     opened: bool,
-    tools: str = "",
+    tools: Tools | None = None,
+    wire: bool = False,
 ) -> str:
-    """The text that Transformers renders; thinking None: without saying so. Raises UserError with
-    the chat_template's own complaint.
+    """The text that Transformers renders; thinking None: without saying so; wire: see `_wire`.
+    Raises UserError with the chat_template's own complaint.
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    rows = [message.row() for message in messages]
     try:
         texts, _ = render_jinja_template(
-            conversations=[[message.row() for message in messages]],
-            tools=json.loads(tools) if tools else None,
+            conversations=[[_wire(row) for row in rows] if wire else rows],
+            tools=[{"type": "function", "function": tool} for tool in tools or ()] or None,
             chat_template=source,
             add_generation_prompt=opened,
             **({} if thinking is None else {"enable_thinking": thinking == "keep"}),
@@ -203,43 +224,121 @@ def _native(tokenizer: Tokenizer, source: str, thinking: str) -> Template:
 
 
 def render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) -> list[Segment]:
-    """Segments from the chat_template. An answer is what the rendering up to and with it has beyond
-    the rendering that opens it; both must begin the whole text.
+    """Segments from the chat_template. An answer is what stands between the rendering that opens it
+    and the end token behind its words and calls.
+
+    Raises UserError for a conversation that the chat_template refuses, or of which it leaves
+    something out.
     """
-    messages = messages_of(conversation)
-    marked, words = _marked(messages), [m.content for m in messages]
-    template, tools = tokenizer.template, getattr(conversation, "tools", "")
-    text = functools.partial(_jinja, tokenizer, template.jinja, template.thinking, tools=tools)
-    whole, actual = text(marked, open_turn), text(messages, open_turn)
+    messages, tools = messages_of(conversation), read_tools(getattr(conversation, "tools", ""))
+    for unmarked in (tools, *(message.calls for message in messages)):
+        ids = tokenizer.encode(to_json(unmarked), markup=True) if unmarked else []
+        if token := next(filter(tokenizer.vocabulary.hidden.__contains__, ids), None):
+            raise UserError("template.token", token=tokenizer.vocabulary.name(token))
+    try:
+        return _native_segments(tokenizer, messages, tools, open_turn=open_turn, wire=False)
+    except UserError:
+        if not any(message.calls for message in messages):
+            raise
+    return _native_segments(tokenizer, messages, tools, open_turn=open_turn, wire=True)
+
+
+def _given(message: Message, template: Template) -> tuple[Message, str]:
+    """(the message as the chat_template gets it, its words with the reasoning that it does not get
+    apart).
+    """
+    reasoning, content = message.reasoning, message.content
+    if message.role == "assistant" and not reasoning:
+        reasoning, content = block_of(content)
+    if not reasoning:
+        return message, content
+    if "enable_thinking" in template.jinja and template.thinking == "off":
+        return message._replace(content=content, reasoning=""), content
+    if "reasoning_content" in template.jinja:
+        return message._replace(content=content, reasoning=reasoning), content
+    return message._replace(content=content, reasoning=""), with_block(message)
+
+
+def _whole(
+    text: Callable[[list[Message], bool], str], messages: list[Message], open_turn: bool
+) -> tuple[str, list[str]]:
+    """The rendering with marks, and the words that belong there. Raises UserError if they would not
+    give what the template renders.
+    """
+    whole, actual = text(_marked(messages), open_turn), text(messages, open_turn)
+    words = [part for m in messages for part in (m.content, m.reasoning)]
     if _filled(whole, words) != actual:  # most often because the template strips the words
-        words = [content.strip() for content in words]
+        words = [part.strip() for part in words]
         if _filled(whole, words) != actual:
             raise UserError("tokenizer.prefix")
+    return whole, words
+
+
+def _span(whole: str, opened: str, message: Message, ends: Sequence[str]) -> tuple[int, int, int]:
+    """Where the answer of a marked message begins, its end token stands, and what follows."""
+    start = len(opened)
+    at = whole.find(message.content, start)
+    if not whole.startswith(opened) or at < 0:
+        raise UserError("tokenizer.prefix")
+    end = re.compile("|".join(map(re.escape, ends))).search(whole, at + len(message.content))
+    marks = [match.group() for match in _MARK.finditer(whole[start : end.start() if end else None])]
+    if not end or not {*marks} <= {message.content, message.reasoning}:
+        raise UserError("tokenizer.no_end", token="end of turn", template="chat_template")
+    if not all(call.name in whole[start : end.start()] for call in message.calls):
+        raise UserError("template.drops", part="tool_calls")
+    return start, *end.span()
+
+
+def _native_segments(
+    tokenizer: Tokenizer, messages: list[Message], tools: Tools, *, open_turn: bool, wire: bool
+) -> list[Segment]:
+    template = tokenizer.template
+    pairs = [_given(message, template) for message in messages]
+    given, thoughtful = [m for m, _ in pairs], [m._replace(content=full) for m, full in pairs]
+    text = functools.partial(
+        _jinja, tokenizer, template.jinja, template.thinking, tools=tools, wire=wire
+    )
+    whole, words = _whole(text, given, open_turn)
+    shown = text(thoughtful, open_turn) if thoughtful != given else ""
+    marked = _marked(given)
+    dropped = [m.role for m in marked if m.content not in whole]
+    dropped += ["tools"] * any(str(tool["name"]) not in whole for tool in tools)
+    if dropped:
+        raise UserError("template.drops", part=", ".join(dropped))
     segments: list[Segment] = []
 
     def put(chunk: str, supervised: bool) -> None:
         for at, part in enumerate(_MARK.split(chunk)):
             if part:
-                segments.append(
-                    Segment(words[int(part)] if at % 2 else part, supervised, at % 2 == 0)
-                )
+                text = words[int(part)] if at % 2 else part
+                segments.append(Segment(text, supervised and not open_turn, at % 2 == 0))
 
     done = 0
-    for i, message in enumerate(messages):
+    for i, message in enumerate(marked):
         if message.role != "assistant":
             continue
-        start, end = text(marked[:i], True), text(marked[: i + 1], False)
-        if not (whole.startswith(end) and end.startswith(start)):
-            raise UserError("tokenizer.prefix")
-        answer, _, tail = end.rpartition("\ue001")
-        before, closing = tokenizer.first_control(tail)
-        if not closing:
-            raise UserError("tokenizer.no_end", token="end of turn", template="chat_template")
-        stop = len(answer) + 1 + len(before)
-        put(whole[done : len(start)], False)
-        segments.append(Segment("", not open_turn, True))
-        put(whole[len(start) : stop], not open_turn)
-        segments.append(Segment(template.end, not open_turn, True))
-        done = stop + len(closing)
+        opened, full, learned = text(marked[:i], True), thoughtful[i].content, message.trained
+        prompt = _THINK_PROMPT.search(opened)
+        lead = prompt.group() if prompt and not whole.startswith(opened) else ""
+        ends = (template.end, *template.stop)  # a model may have been given another one
+        start, stop, behind = _span(whole, opened.removesuffix(lead), message, ends)
+        answer, apart = whole[start:stop], full != given[i].content
+        cut = message.reasoning not in answer or (apart and full not in shown)
+        if cut and "user" in [later.role for later in messages[i + 1 :]]:
+            # as the prompts of later turns have it; the answer alone would teach to skip thinking
+            learned = apart = False
+        elif cut and not apart:
+            raise UserError("template.drops", part="reasoning")
+        lead = lead if apart and full.startswith(lead) else ""
+        if apart:
+            words[2 * i] = full.removeprefix(lead)
+        put(whole[done:start], False)
+        segments.append(Segment("", learned and not open_turn, True))
+        put(lead, False)
+        empty = _EMPTY_BLOCK.match(answer)
+        masked = empty.end() if empty else 0
+        put(answer[:masked], False)
+        put(answer[masked:] + template.end, learned)
+        done = behind
     put(whole[done:], False)
     return segments

@@ -1,7 +1,7 @@
 """The tokenizer of a model together with its template: what training, chat, evaluation and export
 all encode with.
 
-Text never yields control tokens; only a template's markup does. A directory written by
+Text never yields special tokens; only a template's markup does. A directory written by
 `Tokenizer.save` gives the same ids again.
 """
 
