@@ -229,9 +229,10 @@ def _sample(conversations: list[Conversation], tokenizer: Tokenizer) -> list[str
     from cllm.data.encode import IGNORE_INDEX, rendered
 
     both = ((item, rendered(item, tokenizer)) for item in conversations)
-    item, segments = next((pair for pair in both if isinstance(pair[1], list)), (None, []))
-    if not item:
+    said = ((item, segments) for item, segments in both if not isinstance(segments, Reject))
+    if not (sample := next(said, None)):
         return []
+    item, segments = sample
     ids, labels = tokenizer.encode_segments(segments)
     trained = [label != IGNORE_INDEX for label in labels]
     numbers = {"supervised": sum(trained), "tokens": len(ids)}

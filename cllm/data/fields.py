@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from itertools import chain
-from string import ascii_uppercase as LETTERS
+from string import ascii_uppercase
 from typing import Any
 
 from cllm.data.text import RowError, clean, text_of
@@ -19,6 +18,7 @@ Row = dict[str, Any]
 Rewrite = Callable[[str], str]
 PASSAGES = "context contexts passage passages reference references document documents".split()
 OPTIONS = ("options", "option", "choices")
+LETTERS = ascii_uppercase
 MEDIA = frozenset("image images image_path image_url video videos audio audios".split())
 ALIASES = {
     "指令": "instruction",
@@ -191,9 +191,8 @@ def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> s
                 if not is_metadata(str(key)):
                     look(inner, f"{outer}.{key}" if outer else str(key))
         elif isinstance(value, (list, tuple)):
-            if len(value) != len(messages) or not _plain_turns(value):
-                for part in value:
-                    look(part, name)
+            for part in value:
+                look(part, name)
         elif isinstance(value, str) and name not in names and lost(value):
             inner = unpacked(value)
             if inner is value:
@@ -203,10 +202,3 @@ def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> s
 
     look(row, "")
     return names
-
-
-def _plain_turns(value: Sequence[Any]) -> bool:
-    """Whether these are objects of a role and a text, and nothing else."""
-    if set(map(type, value)) != {dict} or set(map(len, value)) != {2}:
-        return False
-    return set(map(type, chain.from_iterable(map(dict.values, value)))) == {str}

@@ -13,8 +13,9 @@ from itertools import chain, count
 from typing import Any
 
 from cllm.data.encoding import split_lines
+from cllm.data.fields import Row
 from cllm.data.text import RowError
-from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, Row, is_turn, unboxed
+from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, is_turn, unboxed
 from cllm.messages import ESCAPED, say
 
 NumberedRow = tuple[int, Any]

@@ -351,12 +351,13 @@ def _records(lines: _Lines, dialect: _Dialect) -> Iterator[tuple[int, list[str] 
         number, line = lines.number, line.rstrip("\r")
         if not line.strip(BLANK):
             continue
-        cells: list[str] | RowError = line.split(delimiter)
+        text = line.split(delimiter)
+        cells: list[str] | RowError = text
         if '"' in line:
-            text = len(cells) == width and (delimiter == "\t" or not dialect.quotes)
-            quoted = _quoted(line, lines, dialect)
-            if not (text and isinstance(quoted, RowError)):
-                cells = quoted
+            cells = _quoted(line, lines, dialect)
+            bare = len(text) == width and (delimiter == "\t" or not dialect.quotes)
+            if bare and isinstance(cells, RowError):
+                cells = text
         yield number, cells
 
 
