@@ -31,6 +31,7 @@ LAYER_1 = {
     "data",
     "data.reader",
     "data.message",
+    "data.fields",
     "data.schema",
     "data.turns",
     "data.quality",

@@ -300,11 +300,11 @@ def _pair(row: Row, ask_key: str) -> Turns:
         ask = row.get("title")
     if "instruction" in row and not _messages(ask, ask_key):
         ask = with_input(clean(_text(row, "instruction")), clean(text_of(ask, ask_key)))
-    key = next(
-        (key for key in PAIRS[ask_key] if holds_text(row.get(key)) or type(row.get(key)) is int),
-        PAIRS[ask_key][0],
-    )
-    return _answered(row, ask_key, ask, key, row.get(key))
+    for key in PAIRS[ask_key]:
+        reply = row.get(key)
+        if holds_text(reply) or (isinstance(reply, (int, float)) and reply == reply):
+            break
+    return _answered(row, ask_key, ask, key, reply)
 
 
 def _preference(row: Row) -> Turns:
