@@ -73,7 +73,8 @@ class Template:
     last_only: bool = False
     # Message texts are stripped.
     trim: bool = False
-    # "off" or "keep" for formats with <think> blocks: leave the reasoning out, or train it.
+    # "off" or "keep" for formats with <think> blocks: leave the reasoning out, or train it. For
+    # others "" leaves it out, and "text" trains it as a block in words.
     thinking: str = ""
     # With "keep", generation starts inside an opened block, and each answer after the last user
     # message has one.
@@ -82,6 +83,11 @@ class Template:
     stop: tuple[str, ...] = ()
     # The tokenizer's own chat_template, which it renders instead of all of the above.
     jinja: str = ""
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the format has <think> blocks."""
+        return self.thinking in ("off", "keep")
 
     @property
     def opening(self) -> str:
@@ -209,11 +215,11 @@ def _answer(
     message: Message, template: Template, *, supervised: bool, last: bool, current: bool
 ) -> list[Segment]:
     """One assistant turn; `current`: after the last user message, where thinking formats show the
-    reasoning. In the others it is text like the words.
+    reasoning.
     """
     reasoning, content = message.reasoning, message.content
-    if not template.thinking:
-        content, reasoning = with_block(message), ""
+    if not template.blocks:
+        content, reasoning = with_block(message) if template.thinking else content, ""
     elif not reasoning:
         reasoning, content = block_of(content)
     content = content.lstrip("\n") if reasoning else content
@@ -221,10 +227,10 @@ def _answer(
         reasoning = reasoning.strip(None if template.trim else "\n")
         # without the reasoning that led to it, the answer would teach to skip it
         supervised = supervised and current
-    elif template.thinking:
+    else:
         reasoning = ""
     segments = [*_markup(template.assistant)]
-    if template.thinking and current and (last or reasoning or template.think_opened):
+    if template.blocks and current and (last or reasoning or template.think_opened):
         keep = supervised and bool(reasoning)  # nobody should learn not to think
         segments += _markup("<think>\n", keep and not template.think_opened)
         if reasoning:

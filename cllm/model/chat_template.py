@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +101,8 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     if it always has one.
     """
     vocabulary = tokenizer.vocabulary
-    if template.thinking:
-        template = replace(template, thinking=thinking)
+    if template.thinking or thinking == "keep":
+        template = replace(template, thinking=thinking if template.thinking else "text")
     if (end := template.end.strip()) not in vocabulary.control:
         text = json.dumps(asdict(template), ensure_ascii=False).replace(
             end, vocabulary.name(tokenizer.eos_id)
@@ -120,19 +121,28 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
 # that only its own text is markup
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _THINK_PROMPT = re.compile(r"<think>\s*(</think>\s*)?\Z")  # what only a prompt may end with
-_EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>\s*")
+_EMPTY_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")  # its opening may be the prompt's
 
 
 def _mark(number: int, words: str) -> str:
     return f"\ue000{number}\ue001" if words else ""
 
 
-def _marked(messages: Sequence[Message]) -> list[Message]:
-    """Message i's words are mark 2i, its reasoning is mark 2i + 1."""
+def _marked(messages: Sequence[Message], unmarked: str = "") -> list[Message]:
+    """Message i's words are mark 2i, its reasoning is mark 2i + 1; the role `unmarked` stays."""
     return [
-        m._replace(content=_mark(2 * i, m.content), reasoning=_mark(2 * i + 1, m.reasoning))
+        m
+        if m.role == unmarked
+        else m._replace(content=_mark(2 * i, m.content), reasoning=_mark(2 * i + 1, m.reasoning))
         for i, m in enumerate(messages)
     ]
+
+
+def _check_tokens(tokenizer: Tokenizer, text: str) -> None:
+    """Raises UserError if text that is rendered without a mark holds a special token."""
+    ids = tokenizer.encode(text, markup=True)
+    if token := next(filter(tokenizer.vocabulary.hidden.__contains__, ids), None):
+        raise UserError("template.token", token=tokenizer.vocabulary.name(token))
 
 
 def _filled(text: str, words: Sequence[str]) -> str:
@@ -231,16 +241,14 @@ def render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) 
     something out.
     """
     messages, tools = messages_of(conversation), read_tools(getattr(conversation, "tools", ""))
-    for unmarked in (tools, *(message.calls for message in messages)):
-        ids = tokenizer.encode(to_json(unmarked), markup=True) if unmarked else []
-        if token := next(filter(tokenizer.vocabulary.hidden.__contains__, ids), None):
-            raise UserError("template.token", token=tokenizer.vocabulary.name(token))
+    _check_tokens(tokenizer, to_json([tools, [message.calls for message in messages]]))
     try:
         return _native_segments(tokenizer, messages, tools, open_turn=open_turn, wire=False)
     except UserError:
-        if not any(message.calls for message in messages):
-            raise
-    return _native_segments(tokenizer, messages, tools, open_turn=open_turn, wire=True)
+        if any(message.calls for message in messages):
+            with suppress(UserError):
+                return _native_segments(tokenizer, messages, tools, open_turn=open_turn, wire=True)
+        raise
 
 
 def _given(message: Message, template: Template) -> tuple[Message, str]:
@@ -252,7 +260,8 @@ def _given(message: Message, template: Template) -> tuple[Message, str]:
         reasoning, content = block_of(content)
     if not reasoning:
         return message, content
-    if "enable_thinking" in template.jinja and template.thinking == "off":
+    # without a switch, a block in the words is words like others
+    if template.thinking == "off" and (message.reasoning or "enable_thinking" in template.jinja):
         return message._replace(content=content, reasoning=""), content
     if "reasoning_content" in template.jinja:
         return message._replace(content=content, reasoning=reasoning), content
@@ -260,33 +269,53 @@ def _given(message: Message, template: Template) -> tuple[Message, str]:
 
 
 def _whole(
-    text: Callable[[list[Message], bool], str], messages: list[Message], open_turn: bool
-) -> tuple[str, list[str]]:
-    """The rendering with marks, and the words that belong there. Raises UserError if they would not
-    give what the template renders.
+    tokenizer: Tokenizer,
+    text: Callable[[list[Message], bool], str],
+    messages: list[Message],
+    open_turn: bool,
+) -> tuple[str, list[str], list[Message]]:
+    """(the rendering with marks, the words that belong there, the marked messages). Raises
+    UserError if they would not give what the template renders.
     """
-    whole, actual = text(_marked(messages), open_turn), text(messages, open_turn)
+    actual = text(messages, open_turn)
     words = [part for m in messages for part in (m.content, m.reasoning)]
-    if _filled(whole, words) != actual:  # most often because the template strips the words
-        words = [part.strip() for part in words]
-        if _filled(whole, words) != actual:
-            raise UserError("tokenizer.prefix")
-    return whole, words
+    for unmarked in ("", "tool"):  # Llama 3.1 writes results as JSON
+        marked = _marked(messages, unmarked)
+        whole = text(marked, open_turn)
+        for filling in (words, [part.strip() for part in words]):  # many strip the words
+            if _filled(whole, filling) == actual:
+                for m in messages:
+                    _check_tokens(tokenizer, m.content if m.role == unmarked else "")
+                return whole, filling, marked
+    raise UserError("tokenizer.prefix")
 
 
-def _span(whole: str, opened: str, message: Message, ends: Sequence[str]) -> tuple[int, int, int]:
-    """Where the answer of a marked message begins, its end token stands, and what follows."""
-    start = len(opened)
-    at = whole.find(message.content, start)
-    if not whole.startswith(opened) or at < 0:
+def _start(whole: str, behind: int, opened: str, closed: str) -> tuple[int, str]:
+    """(where an answer begins, the <think> of the prompt that does not stand there), by the texts
+    with and without the prompt for it; it is no earlier than `behind`.
+    """
+    if whole.startswith(opened):
+        return len(opened), ""
+    think = _THINK_PROMPT.search(opened)
+    lead = think.group() if think else ""
+    # earlier answers may have lost their reasoning since: only the prompt itself is looked for
+    prompt = opened.removeprefix(closed).removesuffix(lead)
+    at = whole.find(prompt, behind)
+    if not prompt or not opened.startswith(closed) or at < 0:
         raise UserError("tokenizer.prefix")
-    end = re.compile("|".join(map(re.escape, ends))).search(whole, at + len(message.content))
-    marks = [match.group() for match in _MARK.finditer(whole[start : end.start() if end else None])]
-    if not end or not {*marks} <= {message.content, message.reasoning}:
+    return at + len(prompt), lead
+
+
+def _end(whole: str, start: int, message: Message, ends: Sequence[str]) -> tuple[int, int]:
+    """Where the end token of the marked answer from `start` stands, and what follows."""
+    at = max(0, whole.find(message.content, start)) + len(message.content)
+    end = re.compile("|".join(map(re.escape, ends))).search(whole, at)
+    marks = _MARK.finditer(whole[start : end.start() if end else None])
+    if not end or not {match.group() for match in marks} <= {message.content, message.reasoning}:
         raise UserError("tokenizer.no_end", token="end of turn", template="chat_template")
     if not all(call.name in whole[start : end.start()] for call in message.calls):
         raise UserError("template.drops", part="tool_calls")
-    return start, *end.span()
+    return end.span()
 
 
 def _native_segments(
@@ -298,10 +327,9 @@ def _native_segments(
     text = functools.partial(
         _jinja, tokenizer, template.jinja, template.thinking, tools=tools, wire=wire
     )
-    whole, words = _whole(text, given, open_turn)
+    whole, words, marked = _whole(tokenizer, text, given, open_turn)
     shown = text(thoughtful, open_turn) if thoughtful != given else ""
-    marked = _marked(given)
-    dropped = [m.role for m in marked if m.content not in whole]
+    dropped = [m.role for m in marked if _MARK.match(m.content) and m.content not in whole]
     dropped += ["tools"] * any(str(tool["name"]) not in whole for tool in tools)
     if dropped:
         raise UserError("template.drops", part=", ".join(dropped))
@@ -317,12 +345,13 @@ def _native_segments(
     for i, message in enumerate(marked):
         if message.role != "assistant":
             continue
-        opened, full, learned = text(marked[:i], True), thoughtful[i].content, message.trained
-        prompt = _THINK_PROMPT.search(opened)
-        lead = prompt.group() if prompt and not whole.startswith(opened) else ""
-        ends = (template.end, *template.stop)  # a model may have been given another one
-        start, stop, behind = _span(whole, opened.removesuffix(lead), message, ends)
-        answer, apart = whole[start:stop], full != given[i].content
+        before = marked[i - 1].content if i else ""
+        asked = max(done, whole.find(before, done) + len(before))
+        start, lead = _start(whole, asked, text(marked[:i], True), text(marked[:i], False))
+        # a model may have been given another end token
+        stop, behind = _end(whole, start, message, (template.end, *template.stop))
+        answer, full, learned = whole[start:stop], thoughtful[i].content, message.trained
+        apart = full != given[i].content
         cut = message.reasoning not in answer or (apart and full not in shown)
         if cut and "user" in [later.role for later in messages[i + 1 :]]:
             # as the prompts of later turns have it; the answer alone would teach to skip thinking
@@ -332,12 +361,10 @@ def _native_segments(
         lead = lead if apart and full.startswith(lead) else ""
         if apart:
             words[2 * i] = full.removeprefix(lead)
-        put(whole[done:start], False)
-        segments.append(Segment("", learned and not open_turn, True))
-        put(lead, False)
         empty = _EMPTY_BLOCK.match(answer)
         masked = empty.end() if empty else 0
-        put(answer[:masked], False)
+        put(whole[done:start] + lead + answer[:masked], False)
+        segments.append(Segment("", learned and not open_turn, True))
         put(answer[masked:] + template.end, learned)
         done = behind
     put(whole[done:], False)
