@@ -63,6 +63,17 @@ def test_options_stand_behind_the_question(options: dict[str, Any]) -> None:
         assert turns(asked | options)[0] == ("user", f"{Q}\n{LISTED}")
 
 
+def test_options_and_passages_belong_to_a_conversation_s_only_question() -> None:
+    row = {
+        "messages": [{"role": "system", "content": "短"}, *TURNS],
+        "context": "一段",
+        "A": "祁红",
+    }
+    asked = turns(row | {"B": "龙井"})
+    assert asked[1] == ("user", f"参考资料：\n一段\n\n{Q}\n{LISTED}")
+    assert read({"messages": TURNS * 2, "context": "一段"})[1] == {"context"}
+
+
 def test_an_answer_that_names_a_column_or_a_place_names_the_letter() -> None:
     assert turns({"question": Q, "opa": "祁红", "opb": "龙井", "answer": "opb"})[1][1] == "B"
     assert turns({"question": Q, "choices": ["祁红", "龙井"], "answer": 1})[1][1] == "B"
@@ -137,6 +148,7 @@ def test_negative_labels(label: Any) -> None:
 def test_the_system_message_has_several_names(key: str) -> None:
     for row in ({"instruction": Q, "output": A}, {"messages": TURNS}, {"prompt": Q, "response": A}):
         assert turns(row | {key: "短答"}) == [("system", "短答"), *QA]
+        assert turns({"system": None} | row | {key: "短答"}) == [("system", "短答"), *QA]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +175,13 @@ def test_the_system_message_has_several_names(key: str) -> None:
         {"text": json.dumps({"messages": TURNS})},
         {"instruction": f" <user>: {Q}", "output": A},
         {"instruction": f"<human>{Q}</human>", "output": A},
+        {"instruction": f"<user>{Q}", "output": f" <bot>：{A}"},
+        {"instruction": f"[用户]: {Q}", "output": f"【助手】：{A}"},
+        {"instruction": Q, "output": A, "system": "", "OUTPUT": ""},
+        {"Conversations": [{"From": "human", "Value": Q}, {"From": "gpt", "Value": A}]},
+        {"dialogue": TURNS},
+        {"turns": json.dumps(TURNS)},
+        {"data": [{"question": Q, "answer": A}]},
     ],
 )
 def test_messages_and_rows_are_read_wherever_they_stand(row: dict[str, Any]) -> None:
@@ -172,7 +191,7 @@ def test_messages_and_rows_are_read_wherever_they_stand(row: dict[str, Any]) -> 
 
 def test_messages_in_a_place_for_text_are_never_joined() -> None:
     for row in (
-        {"instruction": "接着说", "input": TURNS, "output": A},
+        {"instruction": "接着说", "input": TURNS[:1], "output": A},
         {"messages": [{"role": "user", "content": [{"role": "user", "content": Q}]}, TURNS[1]]},
         {"title": TURNS, "ask": "", "answer": A} | {"ask": [TURNS]},
     ):
@@ -183,6 +202,7 @@ def test_messages_in_a_place_for_text_are_never_joined() -> None:
     "history",
     [
         [["在吗", "在。"]],
+        {"user": "在吗", "assistant": "在。"},
         [{"query": "在吗", "response": "在。"}],
         [{"user": "在吗", "assistant": "在。"}],
         [{"question": "在吗", "answer": "在。"}],
@@ -205,7 +225,16 @@ def test_history_may_be_pairs_of_any_kind(history: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["问：几点开门？", "<用户手册>怎么写？", "[1] 甲文", "用户: 与 客户 何异？"]
+    "text",
+    [
+        "问：几点开门？",
+        "<用户手册>怎么写？",
+        "<user>一<user>二",
+        "【用户】协议是什么？",
+        "User: 你好",
+        "[1] 甲文",
+        "用户: 与 客户 何异？",
+    ],
 )
 def test_a_word_that_is_no_tag_stays(text: str) -> None:
     assert turns({"instruction": text, "output": A}) == [("user", text), ("assistant", A)]

@@ -626,9 +626,10 @@ def test_quotes_that_never_pair_are_text(save: Save, mark: str) -> None:
 
 
 def test_sentences_that_a_quote_spans_stay_rows_of_their_own(save: Save) -> None:
-    text = '"Go," he said.\t“走。”\nHe left.\t"他走了。\nShe stayed.\t她留下了。"\n'
+    text = '"Go," he said.\t“走。”\n"Go!"\t“走！”\nHe left.\t"他走了。\nShe stayed.\t她留下了。"\n'
     assert said(save(text, "pairs.tsv"), {"user": "0", "assistant": "1"}) == [
         ('"Go," he said.', "“走。”"),
+        ('"Go!"', "“走！”"),
         ("He left.", '"他走了。'),
         ("She stayed.", '她留下了。"'),
     ]
@@ -637,6 +638,8 @@ def test_sentences_that_a_quote_spans_stay_rows_of_their_own(save: Save) -> None
 def test_backslashes_before_quotes_are_read_where_a_file_is_written_so(save: Save) -> None:
     text = 'question,answer\n"他说\\"好\\"","C:\\\\茶\\n"\n"甲,\\"乙\\"","丙"\n'
     assert said(save(text, "rows.csv")) == [('他说"好"', "C:\\茶\\n"), ('甲,"乙"', "丙")]
+    text = 'question,context,answer\n"问",\\N,"他说\\"好\\""\n'  # MySQL's null
+    assert said(save(text, "rows.csv")) == [("问", '他说"好"')]
     text = 'question,answer\n"路径 C:\\茶\\","他说""好"""\n'
     assert said(save(text, "rows.csv")) == [("路径 C:\\茶\\", '他说"好"')]
 

@@ -390,12 +390,13 @@ def _quoted(line: str, lines: _Lines, dialect: _Dialect) -> list[str] | RowError
         )
     except csv.Error as error:
         fault = fault or RowError("row.csv", "parse_error", detail=error)
-    if not fault and further and dialect.delimiter == "\t":
-        # lines that are whole records by themselves hold a quote that opens nothing
+    if not fault and dialect.delimiter == "\t":
+        # where some quotes are text, so are those round lines that are whole records without them
         each = all(part.count("\t") == dialect.width - 1 for part in (line, *further))
-        if len(cells) != dialect.width or (each and not dialect.trusted):
+        bare = each and not dialect.trusted and (further or '""' not in line)
+        if bare or (further and len(cells) != dialect.width):
             fault = unclosed
     if not fault:
-        return cells
+        return ["" if cell == r"\N" else cell for cell in cells] if dialect.escaped else cells
     lines.give_back(further)
     return fault

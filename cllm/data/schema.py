@@ -300,7 +300,7 @@ class Normalizer:
                 return None
             ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
             unclear = TAG_START.match(ask) or "<image>" in ask or "call>" in reply
-            if not ask or not reply or unclear:
+            if not ask or not reply or unclear or reply[0] in "<[【":
                 return None
             messages = Message("user", ask), Message("assistant", reply)
         for name in others if messages else ():
@@ -317,7 +317,7 @@ class Normalizer:
         special = SPECIAL_KEYS.intersection(written)
         extra = "input" if special >= {"instruction", "input"} else ""
         pair = next((pair for pair in _PLAIN if {*pair} == special - {extra}), None)
-        if self.columns or self.kind != "chat" or not pair:
+        if self.columns or self.kind != "chat" or not pair or len(written) < len(keys):
             return None
         ask, reply = (written[name] for name in pair)
         others = [key for name, key in written.items() if name not in special]

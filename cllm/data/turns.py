@@ -68,8 +68,14 @@ _TAGS = (
     re.compile(rf"^[ \t]*{_BARE}", re.I | re.M),
     re.compile(rf"(?:^|(?<=\s)){_BARE}", re.I),
 )
-# one tag before, or a pair of them round, a whole question
-_ONE_TAG = re.compile(r"\s*<(human|user|用户)>[ \t]*[:：]?(.*?)(?:</\1>\s*)?\Z", re.I | re.S)
+# one tag before, or a pair of them round, a whole question or answer
+_ONE_TAG = {
+    role: re.compile(
+        rf"\s*(?:<({words})>[ \t]*[:：]?|[\[【](?:{words})[\]】][ \t]*[:：])(.*?)(?:</\1>\s*)?\Z",
+        re.I | re.S,
+    )
+    for role, words in (("user", "human|user|用户"), ("assistant", "assistant|bot|助手"))
+}
 TAG_START = re.compile(r"\s*(?:[<\[【]|(?:human|user|用户)[ \t]*[:：])", re.I)
 _SPEAKERS = {1: "user", 2: "assistant", 3: "tool"}  # by the group of `_TAGS` that matched
 _ENDED = re.compile(r"\s*<\|endoftext\|>\s*\Z")  # of glaive's answers
@@ -107,14 +113,19 @@ def _asked(text: str, answered: bool = True) -> Turns:
             turns.pop()
         if turns[-1].role == "user" or not answered:
             return turns
-    tag = _ONE_TAG.match(text)
-    return [Message("user", tag[2] if tag else text)]
+    return [_untagged("user", text)]
+
+
+def _untagged(role: str, text: str) -> Message:
+    """A message without the one tag that says whose it is."""
+    tag = _ONE_TAG[role].match(text)
+    return Message(role, tag[2] if tag and not _TAGS[0].search(tag[2]) else text)
 
 
 def exchange(ask: str, reply: str) -> Turns:
     """A question, or the dialogue typed into it, and its answer."""
     asked = _asked(ask, bool(clean(reply)))
-    return asked if asked[-1].role == "assistant" else [*asked, Message("assistant", reply)]
+    return asked if asked[-1].role == "assistant" else [*asked, _untagged("assistant", reply)]
 
 
 def unboxed(value: Any) -> Any:
@@ -157,6 +168,15 @@ def _answered(row: Row, ask_key: str, ask: Any, reply_key: str, reply: Any) -> T
     return told if told[0].role != "assistant" else asked + told
 
 
+def _framed(row: Row, turns: Turns) -> Turns:
+    """The turns with the passage and the options of the row at their question, if it is one."""
+    asked = [number for number, turn in enumerate(turns) if turn.role == "user"]
+    if len(asked) == 1:
+        text, _ = with_fields(row, turns[asked[0]].content, clean(turns[-1].content), ())
+        turns[asked[0]] = turns[asked[0]]._replace(content=text)
+    return turns
+
+
 def _text(row: Mapping[str, Any], key: str) -> str:
     """The text of a field, "" where the row has none."""
     return text_of(row.get(key), key)
@@ -193,6 +213,10 @@ def _turns(elements: object, name: str) -> Turns:
             told = with_system(element.get("system"), told)
             repeated = told[:1] == turns[:1] and told and told[0].role == "system"
             turns += told[1:] if repeated else told
+        elif (
+            lower := {str(key).strip().lower(): part for key, part in element.items()}
+        ) != element:
+            turns += _turns([lower], name)
         else:
             names = ", ".join(map(str, element))
             raise RowError("row.turn_keys", "unknown_schema", number=number, found=names)
@@ -223,6 +247,7 @@ def history_turns(value: object) -> Turns:
     or nothing; a CSV cell may hold the list as JSON.
     """
     value = unpacked(value)
+    value = [value] if value and isinstance(value, dict) else value
     if not value or value != value or (isinstance(value, str) and not clean(value)):
         return []
     if not isinstance(value, list):
@@ -265,8 +290,9 @@ def _alpaca(row: Row) -> Turns:
         return [turn for both in zip_longest(asked, told) for turn in both if turn]
     while isinstance(replies, list) and not any(map(is_turn, replies)):
         replies = replies[0] if replies else None  # ranked alternatives: the best comes first
-    key = next((key for key in ("instruction", "input") if _messages(row.get(key), key)), "")
-    return _answered(row, key, row[key] if key else _user_text(row), "output", replies)
+    key = "input" if not row.get("instruction") else "instruction"
+    ask = row[key] if _messages(row.get(key), key) else _user_text(row)
+    return _answered(row, key, ask, "output", replies)
 
 
 def _chat(chat: Row) -> Turns:
@@ -334,7 +360,7 @@ def _recognized(row: Row) -> Turns | None:
     for key in (*TURN_KEYS, "chat", "paragraph"):
         value = unpacked(row[key]) if key in row else None
         if (isinstance(value, list) and value) or _dialogue(value):
-            return _turns(value, key)
+            return _framed(row, _turns(value, key))
     if isinstance(row.get("chat"), dict):
         return _chat(row["chat"])
     if isinstance(row.get("instances"), list):
@@ -359,7 +385,8 @@ def _recognized(row: Row) -> Turns | None:
         return history_turns(row.get("history")) + _pair(row, ask_key)
     if any(key in row and not row[key] for key in TURN_KEYS):
         return []
-    return next((turns for value in row.values() if (turns := _dialogue(value))), None)
+    read = (_messages(value, key) or _dialogue(value) for key, value in row.items())
+    return next(filter(None, read), None)
 
 
 def key_names(row: Mapping[str, Any]) -> str:
@@ -378,7 +405,7 @@ def known_names(keys: tuple[Any, ...]) -> tuple[dict[Any, str], bool]:
         name = ALIASES.get(folded, folded)
         # the letters of options are no "Q" and "A"
         letter = len(folded) == 1 and ("B" in keys or "Q" not in keys)
-        if name in SPECIAL_KEYS and name not in (*keys, *names.values()) and not letter:
+        if name in SPECIAL_KEYS and name != key and not letter:
             names[key] = name
     return names, bool(SCHEMA_KEYS.intersection((*keys, *names.values())) - {"text"})
 
@@ -388,10 +415,12 @@ def named(row: Row) -> Row:
     or as JSON text in a cell (CSV), is that row.
     """
     names, known = known_names(tuple(row))
-    if names:
-        row = {names.get(key, key): value for key, value in row.items()}
+    row = {**row}
+    for key, name in names.items():
+        if not row.get(name):
+            row[name] = row.pop(key)
     for key, value in () if known else row.items():
-        inner = unpacked(value)
+        inner = unboxed(unpacked(value))
         if isinstance(inner, dict) and known_names(tuple(inner := named(inner)))[1]:
             return {name: other for name, other in row.items() if name != key} | inner
     return row
