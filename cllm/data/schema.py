@@ -61,6 +61,7 @@ FOLLOWS = {  # what may come after what; several tools may answer one call
 }
 NEGATIVE = ("false", "0", "0.0")  # what KTO's label calls an answer that is not to be learnt
 COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
+_CATEGORIES = ("task", "category", "class")
 _PLAIN = [("instruction", "output"), *zip(TURN_KEYS, TURN_KEYS, strict=True)]
 _PLAIN += [(ask, reply) for ask, replies in PAIRS.items() for reply in replies if ask != "ask"]
 # the keys of a message that is nothing but a role and a text, and the words for who says it
@@ -345,7 +346,9 @@ class Normalizer:
     def _category(self, row: Row) -> str:
         if "category" in self.columns:
             return clean(_mapped_text(row, self.columns["category"]))
-        texts = [row[key] for key in ("task", "category", "class") if isinstance(row.get(key), str)]
+        if row.keys().isdisjoint(_CATEGORIES):
+            return ""
+        texts = [row[key] for key in _CATEGORIES if isinstance(row.get(key), str)]
         return clean(texts[0]) if texts and not SURROGATE.search(texts[0]) else ""
 
 
