@@ -77,6 +77,7 @@ def spoken(segments: Any, *, trained: bool = True) -> str:
         (sharegpt(("human", Q), ("gpt", "看看"), ("function_call", TEXT)), "看看"),
         (sharegpt(("human", Q), ("tool_call", json.dumps(WIRE))), ""),
         (sharegpt(("human", Q), ("gpt", TEXT), tools=TOOLS), ""),
+        ({"query": Q, "answers": json.dumps([CALL]), "tools": json.dumps(TOOLS)}, ""),
         (sharegpt(("human", Q), ("gpt", f"看看<tool_call>\n{TEXT}\n</tool_call>")), "看看"),
         (sharegpt(("human", Q), ("gpt", f"<tool_call>\n{CALL}\n</tool_call>")), ""),
         ({"instruction": Q, "output": f"<tool_call>{TEXT}</tool_call>"}, ""),
@@ -187,6 +188,12 @@ def test_a_block_is_one_where_the_answer_begins_with_it() -> None:
     assert spoken(render(read(answering(content=f"<think>想</think>{inside}")), template)) == (
         f"<think>\n想\n</think>\n\n{inside}<|im_end|>"
     )
+
+
+def test_an_empty_block_is_no_part_of_an_answer() -> None:
+    empty = f"<think>\n\n</think>\n\n{A}"
+    for row in (answering(content=empty), {"instruction": Q, "output": empty}):
+        assert list(read(row)) == [Message("user", Q), Message("assistant", A)]
 
 
 def test_reasoning_without_blocks_is_left_out_or_kept_as_words() -> None:

@@ -150,12 +150,13 @@ def _clean_message(turn: Message, rewrite: Callable[[str], str], *, listed: bool
     if turn.role == "assistant":
         turn = with_calls(turn, listed=listed)
     content = rewrite(turn.content)
+    reasoning = rewrite(turn.reasoning).removeprefix("<think>").removesuffix("</think>").strip()
+    if turn.role == "assistant":
+        block, answer = block_of(content)
+        if block.strip() in ("", reasoning):  # an empty block, or the reasoning a second time
+            content = answer
     if turn[2:] == ("", (), True):
         return Message(turn.role, content)
-    reasoning = rewrite(turn.reasoning).removeprefix("<think>").removesuffix("</think>").strip()
-    block, answer = block_of(content)
-    if reasoning and block.strip() in (reasoning, ""):
-        content = answer  # files that write the reasoning twice
     calls = turn.calls
     if rewrite is not clean:
         calls = tuple(Call(name, _rewritten(values, rewrite)) for name, values in calls)
@@ -260,7 +261,9 @@ class Normalizer:
         if not type(ask) is type(reply) is type(extra) is str:
             return None
         ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-        if not ask or not reply or TAG_START.match(ask) or "call>" in reply:
+        if not ask or not reply or TAG_START.match(ask):
+            return None
+        if "call>" in reply or reply.startswith("<think>"):
             return None
         return Message("user", ask), Message("assistant", reply)
 
