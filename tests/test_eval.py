@@ -255,7 +255,7 @@ def test_scores_groups_baselines_and_tables() -> None:
         conversation("庚", "？", "z"),
     ]
     assert majority(train, test) == ["好", "三", ""]
-    prompt = Asking(train).few_shot(test[0], 2)
+    prompt = Asking(train).few_shot(test[0], 2).messages
     assert (
         len(prompt) == 5
         and prompt[-1].content == "戊"

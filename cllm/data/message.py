@@ -141,9 +141,11 @@ def read_calls(value: object, *, sure: bool = True) -> tuple[Call, ...]:
             if sure:
                 raise RowError("row.call", "invalid_text", found=f"{call or value!r:.60}")
             return ()
-        name, written = function["name"], function.get(key)
-        arguments = _parsed(written) if isinstance(written, str) and clean(written) else written
-        arguments = arguments or {}
+        name, arguments = function["name"], function.get(key)
+        if isinstance(arguments, str):
+            arguments = {} if clean(arguments) in ("", "null") else _parsed(arguments)
+        elif arguments is None:
+            arguments = {}
         if not (isinstance(name, str) and clean(name) and isinstance(arguments, dict)):
             raise RowError("row.call", "invalid_text", found=f"{function!r:.60}")
         clean(json_text(arguments))  # raises for what is no JSON, bytes and surrogates

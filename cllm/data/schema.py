@@ -164,12 +164,13 @@ def _clean_message(turn: Message, rewrite: Callable[[str], str], *, listed: bool
     if turn.role == "assistant":
         turn = with_calls(turn, listed=listed)
     content = rewrite(turn.content)
+    reasoning = rewrite(turn.reasoning).removeprefix("<think>").removesuffix("</think>").strip()
+    if turn.role == "assistant":
+        block, answer = block_of(content)
+        if block.strip() in ("", reasoning):  # an empty block, or the reasoning a second time
+            content = answer
     if turn[2:] == ("", (), True):
         return Message(turn.role, content)
-    reasoning = rewrite(turn.reasoning).removeprefix("<think>").removesuffix("</think>").strip()
-    block, answer = block_of(content)
-    if reasoning and block.strip() in (reasoning, ""):
-        content = answer  # files that write the reasoning twice
     calls = turn.calls
     if rewrite is not clean:
         calls = tuple(Call(name, _rewritten(values, rewrite)) for name, values in calls)
@@ -227,9 +228,9 @@ def _plain_turns(elements: object) -> tuple[Message, ...] | None:
         if not type(word) is type(text) is str:
             return None
         role, text = _PLAIN_ROLES.get(word, ""), clean(text)
-        if role not in FOLLOWS[before] or not text or "<image>" in text or "call>" in text:
+        if role not in FOLLOWS[before] or not text or text[0] == "<":
             return None
-        if text[0] == "<" and role != "assistant":
+        if "<image>" in text or "call>" in text:
             return None
         messages.append(Message(role, text))
         before = role

@@ -36,7 +36,7 @@ NO_INPUT = frozenset(
 TURN_KEYS = ("conversations", "messages", "conversation")
 PAIRS = {  # question key -> answer keys
     "prompt": ("response", "completion"),
-    "query": ("response",),
+    "query": ("response", "answers"),
     "question": ("answer", "std_answer", "reference"),
     "input": ("target",),
     "content": ("summary",),

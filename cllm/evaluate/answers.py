@@ -15,7 +15,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -187,9 +187,9 @@ def _general(tokenizer: Tokenizer) -> list[Example]:
 
 
 # --- Answers
-def question_of(conversation: Conversation) -> list[Message]:
+def question_of(conversation: Conversation) -> Conversation:
     """Everything before the last answer."""
-    return list(conversation.messages[:-1])
+    return replace(conversation, messages=conversation.messages[:-1])
 
 
 def answer_of(conversation: Conversation) -> str:
@@ -222,7 +222,7 @@ def unless_memory_is_short(engine: Engine) -> Iterator[None]:
 def generate(
     engine: Engine,
     tokenizer: Tokenizer,
-    questions: Sequence[list[Message]],
+    questions: Sequence[Conversation],
     *,
     adapter: bool | Sequence[bool],
     max_new_tokens: int,
@@ -258,14 +258,15 @@ class Asking:
     progress: Callable[[int, int], None] | None = None
     """Called with (answers so far, all)."""
 
-    def few_shot(self, conversation: Conversation, shots: int) -> list[Message]:
+    def few_shot(self, conversation: Conversation, shots: int) -> Conversation:
         """The question with `shots` training conversations of the same category before it, as
         earlier turns.
         """
         same = [c for c in self.train if c.category == conversation.category] or list(self.train)
         draw = random.Random(f"{self.seed}/{conversation.messages[0].content}")
         chosen = draw.sample(same, min(shots, len(same)))
-        return [message for c in chosen for message in c.messages] + question_of(conversation)
+        before = tuple(message for c in chosen for message in c.messages)
+        return replace(conversation, messages=before + conversation.messages[:-1])
 
 
 def answers(
@@ -277,7 +278,7 @@ def answers(
     rows of the same batches.
     """
 
-    def fitting(conversation: Conversation) -> list[Message]:
+    def fitting(conversation: Conversation) -> Conversation:
         for shots in range(asking.shots, 0, -1):
             prompt = asking.few_shot(conversation, shots)
             if len(tokenizer.encode_chat(prompt)) < engine.max_tokens:
@@ -298,7 +299,7 @@ def answers(
         max_new_tokens=asking.max_new_tokens,
         progress=asking.progress,
     )
-    systems = {"copy": [question[-1].content for question in questions]}
+    systems = {"copy": [question.messages[-1].words for question in questions]}
     if asking.train:
         systems["majority"] = majority(asking.train, conversations)
     return systems | {system: texts[i :: len(asked)] for i, system in enumerate(asked)}
@@ -344,7 +345,7 @@ def score(
     samples = [
         Sample(
             conversation.category,
-            question_of(conversation),
+            question_of(conversation).messages,
             references[i],
             {name: systems[name][i] for name in shown},
             {name: _values(table, [i]) for name, table in shown.items()},

@@ -259,7 +259,7 @@ def _given(message: Message, template: Template) -> tuple[Message, str]:
     if message.role == "assistant" and not reasoning:
         reasoning, content = block_of(content)
     if not reasoning:
-        return message, content
+        return message._replace(content=content), content
     # without a switch, a block in the words is words like others
     if template.thinking == "off" and (message.reasoning or "enable_thinking" in template.jinja):
         return message._replace(content=content, reasoning=""), content
