@@ -18,6 +18,7 @@ Row = dict[str, Any]
 Rewrite = Callable[[str], str]
 PASSAGES = "context contexts passage passages reference references document documents".split()
 OPTIONS = ("options", "option", "choices")
+_BESIDE = (*PASSAGES, *OPTIONS, "A")
 LETTERS = ascii_uppercase
 MEDIA = frozenset("image images image_path image_url video videos audio audios".split())
 ALIASES = {
@@ -86,7 +87,7 @@ def with_fields(row: Row, ask: str, reply: Any, used: tuple[str, ...]) -> tuple[
     """(question, answer): the passage that the row has stands before the question, under a heading,
     its options behind it, one a line; an answer that names an option's column names its letter.
     """
-    if not ask:
+    if not ask or row.keys().isdisjoint(_BESIDE):
         return ask, reply
     options = _options(row)
     labels = [label for label, _ in options]
@@ -158,11 +159,15 @@ def holds_text(value: Any) -> bool:
     return next(_texts(value), None) is not None
 
 
-@lru_cache(10_000)
 def is_metadata(name: str) -> bool:
     """Whether a field of this name says where a row is from, or nothing at all."""
     words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower())
     return not METADATA.isdisjoint((name.lower(), words[-1])) or words[0] in ("", "unnamed")
+
+
+@lru_cache(10_000)
+def _fields(keys: tuple[Any, ...]) -> list[Any]:
+    return [key for key in keys if not is_metadata(str(key))]
 
 
 def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> set[str]:
@@ -170,35 +175,32 @@ def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> s
     message and no tool has: what was not read of the row.
     """
     names: set[str] = set()
-    said = ""
+    said = "\n".join([message.content for message in messages])
 
     def lost(text: str) -> bool:
-        nonlocal said
-        said = said or "\n".join(
-            [tools, *(f"{m.content}\n{m.reasoning}{m.parts}" for m in messages)]
-        )
-        if text in said:
-            return False
         with suppress(RowError):
             text = rewrite(text)
         words = set(re.findall(r"\w+", text))
-        return any(word not in said and word.lower() not in _UNSAID for word in words)
+        known = "\n".join([said, tools, *(f"{m.reasoning}{m.parts}" for m in messages)])
+        return any(word not in known and word.lower() not in _UNSAID for word in words)
 
     def look(value: Any, name: str) -> None:
-        if isinstance(value, dict):
-            outer = name.partition(".")[0]
-            for key, inner in value.items():
-                if not is_metadata(str(key)):
-                    look(inner, f"{outer}.{key}" if outer else str(key))
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                look(part, name)
-        elif isinstance(value, str) and name not in names and lost(value):
+        if isinstance(value, str):
+            if value in said or name in names or not lost(value):
+                return
             inner = unpacked(value)
             if inner is value:
                 names.add(name)
             else:
                 look(inner, name)
+        elif isinstance(value, dict):
+            outer = name.partition(".")[0]
+            for key in _fields(tuple(value)):
+                if type(inner := value[key]) is not str or inner not in said:
+                    look(inner, f"{outer}.{key}" if outer else str(key))
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                look(part, name)
 
     look(row, "")
     return names

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
 from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, once, whole
 from cllm.data.schema import Conversation, Normalizer, Reject, to_row
-from cllm.data.text import VERBATIM, RowError, TextOptions
+from cllm.data.text import VERBATIM, RowError, TextOptions, printable
 from cllm.data.turns import SCHEMA_KEYS
 from cllm.messages import UserError, file_name, note, say, to_json
 
@@ -41,6 +41,7 @@ BINARY = {  # first bytes -> what such a file is
 }
 DELIMITERS = ",\t;"
 _BACKSLASH = re.compile(r'(?<!\\)(?:\\\\)*\\(?![\\"\n])')  # alone: it escapes nothing
+MAX_NAMES = 100  # of fields that were not read, per file
 MAX_RECORD_LINES = 1000  # lines that one quoted CSV record may span
 
 
@@ -72,7 +73,8 @@ def iter_conversations(
             before = line
             yield item
         if unread is not None and normalize.unread:
-            unread[name] = dict(normalize.unread.most_common())
+            common = normalize.unread.most_common(MAX_NAMES)
+            unread[name] = {f"{printable(field):.40}": count for field, count in common}
         normalize.unread.clear()
         if not count:
             note("data.no_rows", file=name)

@@ -333,7 +333,7 @@ class Normalizer:
             turns = [Message("user", "-"), Message("assistant", _mapped_text(row, source))]
             messages = _ordered(turns, self.rewrite)[1:]
         else:
-            fields = named(row)
+            fields = row if "user" in self.columns else named(row)
             turns = _mapped_turns(row, fields, self.columns) if self.columns else row_turns(fields)
             answered = "user" in self.columns or "label" not in fields
             if not answered and str(label := fields["label"]).strip().lower() in NEGATIVE:
@@ -341,7 +341,8 @@ class Normalizer:
             tools = _tools(fields)
             messages = _ordered(turns, self.rewrite, tools=bool(tools))
         category = self._category(row)
-        self.unread.update(unread(row, messages, tools, self.rewrite))
+        for name in unread(row, messages, tools, self.rewrite):
+            self.unread[name] += 1
         return Conversation(messages, category, tools, file, line)
 
     def _category(self, row: Row) -> str:

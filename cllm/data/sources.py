@@ -17,7 +17,7 @@ from cllm.data.message import restored_message
 from cllm.data.quality import deduplicate, repeated_questions, split_held_out
 from cllm.data.reader import Unread, list_files, read_conversations, uncollected
 from cllm.data.schema import Conversation, Reject
-from cllm.data.text import TextOptions, printable
+from cllm.data.text import TextOptions
 from cllm.messages import UserError, language, note
 
 SHOWN = 8  # names in one line
@@ -63,7 +63,7 @@ def read_sources(data: DataConfig, unread: Unread) -> tuple[list[list[Conversati
 def unread_names(unread: Unread) -> str:
     """The fields that were not read in any file, the commonest first, with their rows."""
     total = sum(map(Counter, unread.values()), Counter())
-    shown = [f"{printable(name):.40} ({count:,})" for name, count in total.most_common(SHOWN)]
+    shown = [f"{name} ({count:,})" for name, count in total.most_common(SHOWN)]
     return ", ".join(shown) + " …" * (len(total) > SHOWN)
 
 

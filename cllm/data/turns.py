@@ -225,11 +225,12 @@ def _turns(elements: object, name: str) -> Turns:
 
 def _exchanged(element: Row) -> Turns | None:
     """The turns of an element without a role: of any names that a row may have, or one side."""
-    if (told := _recognized(named(element))) is None:
-        pairs = (pair for pair in EXCHANGES if not element.keys().isdisjoint(pair))
-        if pair := next(pairs, None):
-            told = [Message("user", _text(element, pair[0]))]
-            told.append(Message("assistant", _text(element, pair[1])))
+    pairs = [pair for pair in EXCHANGES if not element.keys().isdisjoint(pair)]
+    both = pairs and element.keys() >= {*pairs[0]} and "instruction" not in element
+    told = None if both else _recognized(named(element))
+    if told is None and pairs:
+        roles = zip(("user", "assistant"), pairs[0], strict=True)
+        told = [Message(role, _text(element, key)) for role, key in roles]
     if told and not is_trained(element):
         told = [turn._replace(trained=turn.role != "assistant") for turn in told]
     return told
@@ -358,7 +359,9 @@ def _recognized(row: Row) -> Turns | None:
     if "chosen" in row:
         return history_turns(row.get("history")) + _preference(row)
     for key in (*TURN_KEYS, "chat", "paragraph"):
-        value = unpacked(row[key]) if key in row else None
+        if key not in row:
+            continue
+        value = unpacked(row[key])
         if (isinstance(value, list) and value) or _dialogue(value):
             return _framed(row, _turns(value, key))
     if isinstance(row.get("chat"), dict):
@@ -415,7 +418,7 @@ def named(row: Row) -> Row:
     or as JSON text in a cell (CSV), is that row.
     """
     names, known = known_names(tuple(row))
-    row = {**row}
+    row = {**row} if names else row
     for key, name in names.items():
         if not row.get(name):
             row[name] = row.pop(key)
