@@ -295,8 +295,6 @@ def _start(whole: str, behind: int, opened: str, closed: str) -> tuple[int, str]
     """(where an answer begins, the <think> of the prompt that does not stand there), by the texts
     with and without the prompt for it; it is no earlier than `behind`.
     """
-    if whole.startswith(opened):
-        return len(opened), ""
     think = _THINK_PROMPT.search(opened)
     lead = think.group() if think else ""
     prompt = opened.removeprefix(closed).removesuffix(lead)
@@ -347,9 +345,10 @@ def _native_segments(
     for i, message in enumerate(marked):
         if message.role != "assistant":
             continue
-        before = marked[i - 1].content if i else ""
-        asked = max(done, whole.find(before, done) + len(before))
-        start, lead = _start(whole, asked, text(marked[:i], True), text(marked[:i], False))
+        opened, lead = text(marked[:i], True), ""
+        start = len(opened)
+        if not whole.startswith(opened):
+            start, lead = _start(whole, done, opened, text(marked[:i], False))
         # a model may have been given another end token
         stop, behind = _end(whole, start, message, (template.end, *template.stop))
         answer, full, learned = whole[start:stop], thoughtful[i].content, message.trained
