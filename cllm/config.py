@@ -48,7 +48,7 @@ class ModelConfig:
     template: str = "auto"
     """Chat template: `auto` (by model family) or a name from cllm/assets/templates.toml."""
     thinking: Literal["off", "keep"] = "off"
-    """Models with <think> blocks: leave the reasoning out, or train it."""
+    """Leave the reasoning out, or train it; in models without <think> blocks as words."""
     quantize: Quantize = "none"
     """`nf4`: 4-bit base (QLoRA)."""
     head: Literal["16bit", "int8"] = "16bit"

@@ -521,6 +521,12 @@ TALKS = [
         Message("user", "c"),
         Message("assistant", "<think>\n想\n</think>\n\n答"),
     ],
+    [
+        Message("user", "a"),
+        Message("assistant", "答", "想"),
+        Message("user", "c"),
+        Message("assistant", "写成 <think>甲</think> 就行", "想\n再想"),
+    ],
     [Message("system", "s"), Message("user", "a"), Message("system", "t"), Message("user", "b")],
     [
         Message("system", "s"),
@@ -537,9 +543,8 @@ def test_jinja_renders_what_training_rendered(name: str) -> None:
 
     template = TEMPLATES[name]
     for variant in (
-        [replace(template, thinking=mode) for mode in ("off", "keep")]
-        if template.thinking
-        else [template]
+        replace(template, thinking=mode)
+        for mode in (("off", "keep") if template.thinking else ("", "text"))
     ):
         for talk, opened in product(TALKS, (True, False)):
             ours = "".join(segment.text for segment in render(talk, variant, open_turn=opened))

@@ -61,7 +61,8 @@ class Message(NamedTuple):
     @property
     def parts(self) -> str:
         """All but role and content as JSON; "" where a message has no more."""
-        return "" if self[2:] == ("", (), True) else to_json(self[2:])
+        plain = self.trained and not self.reasoning and not self.calls
+        return "" if plain else to_json(self[2:])
 
     @property
     def words(self) -> str:
@@ -88,10 +89,10 @@ def restored_message(role: str, content: str, parts: str) -> Message:
 
 def joined(turns: list[Message], message: Message) -> None:
     """Append the message, or what it adds to a neighbour of the same role that only calls."""
-    last = turns[-1] if turns else message
-    if last is message or last.role != message.role or not message.calls or message.content:
+    if not message.calls or message.content or not turns or turns[-1].role != message.role:
         turns.append(message)
         return
+    last = turns[-1]
     reasoning = "\n".join(filter(None, (last.reasoning, message.reasoning)))
     trained = last.trained and message.trained
     turns[-1] = Message(last.role, last.content, reasoning, last.calls + message.calls, trained)
@@ -234,6 +235,8 @@ def read_message(word: str, message: Mapping[str, Any]) -> list[Message]:
     """
     role, key = ROLES[word], "content" if "content" in message else "value"
     value = message.get(key)
+    if len(message) == 2 and type(value) is str and role != "tool" and word not in _CALLING:
+        return [Message(role, value)]  # most messages there are
     parts = value if isinstance(value, list) and any(isinstance(p, dict) for p in value) else []
     if role == "tool" and isinstance(value, dict | list) and not any("type" in p for p in parts):
         return [Message(role, json_text(value))]

@@ -137,10 +137,11 @@ def _tools(row: Row) -> str:
     """The tool list of a row, or of its first message, as JSON and verbatim; "" for a blank one.
     Raises RowError for one that is no list of tools with names.
     """
-    first = [row[key][0] for key in TURN_KEYS if isinstance(row.get(key), list) and row[key]]
-    holders = [row, *(message for message in first if isinstance(message, dict))]
-    value = next((holder["tools"] for holder in holders if holder.get("tools")), None)
-    text = "" if value is None or value != value else json_text(value)
+    value = row.get("tools")
+    for key in () if value else TURN_KEYS:
+        if isinstance(turns := row.get(key), list) and turns and isinstance(turns[0], dict):
+            value = turns[0].get("tools")
+    text = json_text(value) if value and value == value else ""
     if "".join(clean(text).split()) in ("", "[]", "{}", "null"):
         return ""
     if not read_tools(text):
@@ -157,24 +158,25 @@ def _rewritten(value: Any, rewrite: Callable[[str], str]) -> Any:
     return rewrite(value) if isinstance(value, str) else value
 
 
-def _clean_message(turn: Message, rewrite: Callable[[str], str], *, listed: bool) -> Message:
+def _clean_message(turn: Message, rewrite: Callable[[str], str], listed: bool) -> Message:
     """The turn with its calls read out of its text, and every text rewritten; arguments only where
     the options ask for it.
     """
-    if turn.role == "assistant":
-        turn = with_calls(turn, listed=listed)
-    content = rewrite(turn.content)
-    reasoning = rewrite(turn.reasoning).removeprefix("<think>").removesuffix("</think>").strip()
-    if turn.role == "assistant":
-        block, answer = block_of(content)
-        if block.strip() in ("", reasoning):  # an empty block, or the reasoning a second time
-            content = answer
-    if turn[2:] == ("", (), True):
-        return Message(turn.role, content)
-    calls = turn.calls
+    role, text, reasoning, calls, trained = turn
+    content = rewrite(text)
+    parted = reasoning or calls or not trained
+    marked = listed or "call>" in content or content.startswith("<think>")
+    if role != "assistant" or not (parted or marked):
+        return turn if content is text else Message(role, content)
+    role, text, reasoning, calls, trained = with_calls(turn, listed=listed)
+    content = rewrite(text)
+    reasoning = rewrite(reasoning).removeprefix("<think>").removesuffix("</think>").strip()
+    block, answer = block_of(content)
+    if block.strip() in ("", reasoning):  # an empty block, or the reasoning a second time
+        content = answer
     if rewrite is not clean:
         calls = tuple(Call(name, _rewritten(values, rewrite)) for name, values in calls)
-    return Message(turn.role, content, reasoning, calls, turn.trained)
+    return Message(role, content, reasoning, calls, trained)
 
 
 def _ordered(
@@ -183,16 +185,13 @@ def _ordered(
     """Cleaned messages in a trainable order: system?, user, assistant, … ; what follows the last
     answer is trimmed.
     """
-    size = max(
-        (index for index, turn in enumerate(turns, 1) if turn.role == "assistant"), default=0
-    )
+    size = len(turns)
+    while size and turns[size - 1].role != "assistant":
+        size -= 1
     if not size:
         raise RowError("row.no_answer", "no_assistant", count=len(turns))
-    roles = [turn.role for turn in turns[1:size]] + [""]
-    messages = [
-        _clean_message(turn, rewrite, listed=tools or after == "tool")
-        for turn, after in zip(turns, roles, strict=False)
-    ]
+    listed = tools or "tool" in [turn.role for turn in turns]
+    messages = [_clean_message(turn, rewrite, listed) for turn in turns[:size]]
     if messages[0] == Message("system", ""):
         del messages[0]
     before, spoken = "", sum(message.role != "system" for message in messages)

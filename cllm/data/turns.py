@@ -204,8 +204,10 @@ def _turns(elements: object, name: str) -> Turns:
                 known = ", ".join(ROLES)
                 shown = f"{element[key]!r:.30}"
                 raise RowError("row.role", "unknown_role", number=number, found=shown, known=known)
-            for turn in read_message(role, element):
-                joined(turns, turn)
+            said = read_message(role, element)
+            if said[0].calls:
+                joined(turns, said.pop(0))
+            turns += said
         elif "message" in element:  # no roles: speakers alternate, the first one asks
             speaker = "user" if number % 2 else "assistant"
             turns.append(Message(speaker, _text(element, "message")))
@@ -435,7 +437,8 @@ def row_turns(row: Row) -> Turns:
         code = "row.text" if "text" in row else "row.schema"
         raise RowError(code, "unknown_schema", found=key_names(row))
     refuse_media(row, (turn.content for turn in turns if turn.role == "user"))
-    thoughts = (text_of(row[name], name) for name in THOUGHT_COLUMNS if row.get(name))
-    if turns and turns[-1].role == "assistant" and (thought := next(filter(clean, thoughts), "")):
-        turns[-1] = turns[-1]._replace(reasoning=thought)
+    if turns and turns[-1].role == "assistant" and not row.keys().isdisjoint(THOUGHT_COLUMNS):
+        thoughts = (text_of(row[name], name) for name in THOUGHT_COLUMNS if row.get(name))
+        if thought := next(filter(clean, thoughts), ""):
+            turns[-1] = turns[-1]._replace(reasoning=thought)
     return with_system(row.get("system"), turns)

@@ -121,6 +121,7 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
 # that only its own text is markup
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _THINK_PROMPT = re.compile(r"<think>\s*(</think>\s*)?\Z")  # what only a prompt may end with
+_THOUGHT = re.compile(r"<think>\s*(\ue000\d+\ue001)?\s*</think>\s*")
 _EMPTY_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")  # its opening may be the prompt's
 
 
@@ -294,16 +295,15 @@ def _start(whole: str, behind: int, opened: str, closed: str) -> tuple[int, str]
     """(where an answer begins, the <think> of the prompt that does not stand there), by the texts
     with and without the prompt for it; it is no earlier than `behind`.
     """
-    if whole.startswith(opened):
-        return len(opened), ""
     think = _THINK_PROMPT.search(opened)
     lead = think.group() if think else ""
-    # earlier answers may have lost their reasoning since: only the prompt itself is looked for
     prompt = opened.removeprefix(closed).removesuffix(lead)
-    at = whole.find(prompt, behind)
-    if not prompt or not opened.startswith(closed) or at < 0:
+    start = whole.find(prompt, behind) + len(prompt)
+    # nothing else may have changed before it than blocks of earlier answers
+    before, then = (_THOUGHT.sub("", text) for text in (opened.removesuffix(lead), whole[:start]))
+    if before != then:
         raise UserError("tokenizer.prefix")
-    return at + len(prompt), lead
+    return start, lead
 
 
 def _end(whole: str, start: int, message: Message, ends: Sequence[str]) -> tuple[int, int]:
@@ -345,9 +345,10 @@ def _native_segments(
     for i, message in enumerate(marked):
         if message.role != "assistant":
             continue
-        before = marked[i - 1].content if i else ""
-        asked = max(done, whole.find(before, done) + len(before))
-        start, lead = _start(whole, asked, text(marked[:i], True), text(marked[:i], False))
+        opened, lead = text(marked[:i], True), ""
+        start = len(opened)
+        if not whole.startswith(opened):
+            start, lead = _start(whole, done, opened, text(marked[:i], False))
         # a model may have been given another end token
         stop, behind = _end(whole, start, message, (template.end, *template.stop))
         answer, full, learned = whole[start:stop], thoughtful[i].content, message.trained
