@@ -93,7 +93,7 @@ def judge(run: str, folder: Path) -> dict[str, Any]:
 
     from cllm import export
     from cllm.assembly import open_model
-    from cllm.data.schema import Message
+    from cllm.data.message import Message
     from cllm.serve.engine import Engine
     from cllm.serve.sampling import Sampling
 

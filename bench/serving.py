@@ -37,7 +37,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from cllm.assembly import Loaded, open_model
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
 

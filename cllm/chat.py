@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.messages import UserError, note, say, to_json
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Terminal:
                 return say("chat.now", model=self.shown)
             case "save":
                 path = Path(rest.strip() or "conversation.jsonl")
-                row = {"messages": [message._asdict() for message in self.context()]}
+                row = {"messages": [message.row() for message in self.context()]}
                 with path.open("a", encoding="utf-8") as file:
                     file.write(to_json(row) + "\n")
                 return say("chat.saved", path=path)

@@ -9,6 +9,7 @@ import base64
 import html
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, groupby
 from operator import itemgetter
@@ -18,16 +19,19 @@ from typing import TYPE_CHECKING, Any
 from cllm.config import Config, load_config
 from cllm.corpus import tokenizer_of
 from cllm.data.quality import NEAR_LIMIT, counts, deduplicate, histogram, leaks, quality
-from cllm.data.reader import sample_rows, write_conversations
+from cllm.data.reader import Unread, sample_rows, write_conversations
 from cllm.data.schema import Conversation, Reject
-from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, warn_of_demo
-from cllm.messages import UserError, note, say, to_json
+from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, unread_names, warn_of_demo
+from cllm.messages import UserError, file_name, note, say, to_json
 from cllm.plots import draw_lengths
 
 if TYPE_CHECKING:
     from cllm.model.tokenizer import Tokenizer
 
-SAMPLES, SAMPLE_TOKENS = 3, 400
+REJECTS = 5  # that are shown
+JOINT = "; "
+SAMPLE_START, SAMPLE_END = 40, 15  # tokens that are shown of a part of the sample
+ENOUGH_REASONING = 0.75  # of the rows, as Unsloth advises for Qwen3
 MAX_CHARACTER_TOKENS = 4  # the bytes of one character in UTF-8
 TRIAL = "preset:quick"  # whose model counts the tokens of a data file
 RECOMMENDED = "preset:qwen3-4b"  # as in the README
@@ -56,13 +60,14 @@ def main(argv: list[str]) -> int:
             raise UserError("check.exists", path=path)
     config = _config(options.target, options.overrides)
     warn_of_demo(config.data)
-    groups, rejects = read_sources(config.data)
+    unread: Unread = {}
+    groups, rejects = read_sources(config.data, unread)
     tokenizer = _tokenizer(config)
-    account, lengths = _account(config, groups, rejects, tokenizer)
+    account, lengths = _account(config, groups, rejects, unread, tokenizer)
     conversations = list(chain(*groups))
-    lines = _summary(account, lengths)
+    lines = _summary(account)
     if tokenizer:
-        lines += _samples(conversations, tokenizer)
+        lines += _sample(conversations, tokenizer)
     text = "\n".join(lines)
     green = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if green else text)
@@ -75,7 +80,8 @@ def main(argv: list[str]) -> int:
         proposed = _new_config(config, account, options.init, *proposal)
         options.init.write_text(proposed, encoding="utf-8")
     if options.report:
-        _report(options.report, options.target, text, lengths, account.get("limit", 0))
+        body = "\n".join([text, *histogram(lengths)])
+        _report(options.report, options.target, body, lengths, account.get("limit", 0))
     for path in files:
         note("check.wrote", path=path)
     print(to_json(account))
@@ -91,7 +97,7 @@ def _config(target: str, overrides: list[str]) -> Config:
     if _is_config(target):
         return load_config(target, overrides)
     given = [
-        f"data.train={to_json(target)}",
+        f"data.train={to_json(file_name(target))}",
         'data.eval=""',
         "train.row_tokens=2048",
         "train.tokens_per_step=8192",
@@ -114,23 +120,31 @@ def _account(
     config: Config,
     groups: list[list[Conversation]],
     rejects: list[Reject],
+    unread: Unread,
     tokenizer: Tokenizer | None,
 ) -> tuple[dict[str, Any], list[int]]:
     """(account, lengths in tokens, or in characters without a tokenizer)."""
-    from cllm.data.encode import IGNORE_INDEX, Ids, batches
+    from cllm.data.encode import IGNORE_INDEX, Ids, batches, rendered
 
     conversations = list(chain(*groups))
     encoded: list[Ids] = []
     if tokenizer:
+        said: list[Conversation] = []
         for batch in batches(conversations):
-            encoded += tokenizer.encode_batch(map(tokenizer.segments, batch))
+            texts = [rendered(item, tokenizer) for item in batch]
+            rejects = rejects + [text for text in texts if isinstance(text, Reject)]
+            pairs = [(item, t) for item, t in zip(batch, texts, strict=True) if isinstance(t, list)]
+            said += [item for item, _ in pairs]
+            encoded += tokenizer.encode_batch([text for _, text in pairs])
+        conversations = said
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
     tested: list[Conversation] = []
     if config.data.eval:
-        tested, refused = read_file(config.data, config.data.eval, {})
+        tested, refused = read_file(config.data, config.data.eval, {}, unread)
         account["eval"] = counts(tested, refused)
     train, held_out, _ = divide(config.data, groups, tested)
+    account["unread"] = unread
     account["leaks"] = len(leaks(train[:NEAR_LIMIT], held_out[:NEAR_LIMIT]))
     if tokenizer:
         ignored = sum(labels.count(IGNORE_INDEX) for _, labels in encoded)
@@ -138,46 +152,66 @@ def _account(
         account["supervised_tokens"] = sum(counted) - ignored
         account["end_token_trained"] = any(stops.intersection(labels) for _, labels in encoded)
         account["template"] = tokenizer.template.name
-    return account, counted or [sum(len(turn.content) for turn in item) for item in conversations]
+        account["thinking"] = tokenizer.template.thinking
+    return account, counted or [
+        sum(len(turn.content) + len(turn.parts) for turn in item) for item in conversations
+    ]
 
 
-def _summary(account: dict[str, Any], lengths: list[int]) -> list[str]:
-    """The account for people."""
+def _summary(account: dict[str, Any]) -> list[str]:
+    """The account for people, in few lines: what is nothing to worry about is in the JSON."""
     lines = _rows(account)
     if "eval" in account:
         lines += [say("check.eval"), *_indented(_rows(account["eval"]))]
+    if account["unread"]:
+        lines.append(say("data.unread", names=unread_names(account["unread"])))
     if not account["valid"]:
         return lines
     personal = {kind: located["count"] for kind, located in account["personal"].items()}
-    lines += [
+    refusals = account["boilerplate"]["count"]
+    told = [
         say("check.duplicates", **account["duplicates"]),
         say("check.languages", counts=_listed(account["languages"])),
-        say("check.boilerplate", count=account["boilerplate"]["count"]),
-        say("check.personal", counts=_listed(personal)),
-        say("check.leaks", count=account["leaks"]),
+        say("check.boilerplate", count=refusals) if refusals else "",
+        say("check.personal", counts=_listed(personal)) if any(personal.values()) else "",
+        say("check.leaks", count=account["leaks"]) if account["leaks"] else "",
     ]
+    lines.append(JOINT.join(filter(None, told)))
     for unit in filter(account.get, ("characters", "tokens")):
         numbers = _listed(account[unit])
         lines.append(say("check.lengths", unit=say(f"check.unit.{unit}"), numbers=numbers))
-    lines += _indented(histogram(lengths))
     if over := account.get("over_limit"):
         share = f"{over / account['valid']:.1%}"
         lines.append(say("check.over", count=over, share=share, limit=account["limit"]))
+    if account["reasoning"] or account.get("thinking") == "keep":
+        share = account["reasoning"] / account["valid"]
+        few = account.get("thinking") == "keep" and share < ENOUGH_REASONING
+        code = "check.reasoning_few" if few else "check.reasoning"
+        lines.append(say(code, count=account["reasoning"], share=f"{share:.0%}"))
     if account.get("end_token_trained") is False:
         lines.append(say("check.no_end"))
     return lines
 
 
 def _rows(account: dict[str, Any]) -> list[str]:
-    """How many rows there are, and the rejected ones by reason."""
+    """How many rows there are, and REJECTS of the rejected ones: one of each reason, then further
+    ones of the commonest.
+    """
     lines = [say("check.rows", **{key: account[key] for key in ("rows", "valid", "rejected")})]
-    for reason, entry in account["rejects"].items():
+    rejects = account["rejects"]
+    ranked = sorted(
+        (number, place, reason)
+        for place, reason in enumerate(rejects)
+        for number in range(len(rejects[reason]["examples"]))
+    )
+    shown = Counter(reason for _, _, reason in ranked[:REJECTS])
+    for reason, entry in rejects.items():
         mend = say(f"check.mend.{reason}")
-        told = [say("check.reject", **example, mend=mend) for example in entry["examples"]]
-        if left := entry["count"] - len(told):
-            told.append(say("check.more", count=left, reason=reason))
-        lines += _indented(told)
-    return lines
+        examples = entry["examples"][: shown[reason]]
+        lines += _indented([say("check.reject", **example, mend=mend) for example in examples])
+    left = {reason: entry["count"] - shown[reason] for reason, entry in rejects.items()}
+    more = [say("check.more", count=n, reason=reason) for reason, n in left.items() if n]
+    return lines + _indented([JOINT.join(more)] * bool(more))
 
 
 def _indented(lines: list[str]) -> list[str]:
@@ -188,23 +222,28 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _samples(conversations: list[Conversation], tokenizer: Tokenizer) -> list[str]:
-    """The first conversations, token by token, the supervised ones ⟦so⟧."""
-    from cllm.data.encode import IGNORE_INDEX
+def _sample(conversations: list[Conversation], tokenizer: Tokenizer) -> list[str]:
+    """The first conversation, token by token, the supervised ones ⟦so⟧; the middle of a long part
+    is left out.
+    """
+    from cllm.data.encode import IGNORE_INDEX, rendered
 
-    lines = []
-    for item in conversations[:SAMPLES]:
-        ids, labels = tokenizer.encode_segments(tokenizer.segments(item))
-        trained = [label != IGNORE_INDEX for label in labels]
-        numbers = {"supervised": sum(trained), "tokens": len(ids)}
-        lines.append(say("check.sample", file=item.file, line=item.line, **numbers))
-        shown = []
-        pairs = zip(ids[:SAMPLE_TOKENS], trained, strict=False)
-        for supervised, run in groupby(pairs, key=itemgetter(1)):
-            text = "·".join(_pieces([id for id, _ in run], tokenizer))
-            shown.append(f"⟦{text}⟧" if supervised else text)
-        lines.append("  " + "·".join(shown) + " …" * (len(ids) > SAMPLE_TOKENS))
-    return lines
+    both = ((item, rendered(item, tokenizer)) for item in conversations)
+    said = ((item, segments) for item, segments in both if not isinstance(segments, Reject))
+    if not (sample := next(said, None)):
+        return []
+    item, segments = sample
+    ids, labels = tokenizer.encode_segments(segments)
+    trained = [label != IGNORE_INDEX for label in labels]
+    numbers = {"supervised": sum(trained), "tokens": len(ids)}
+    shown = []
+    for supervised, run in groupby(zip(ids, trained, strict=True), key=itemgetter(1)):
+        pieces = list(_pieces([id for id, _ in run], tokenizer))
+        if len(pieces) > SAMPLE_START + SAMPLE_END:
+            pieces[SAMPLE_START:-SAMPLE_END] = ["…"]
+        text = "·".join(pieces)
+        shown.append(f"⟦{text}⟧" if supervised else text)
+    return [say("check.sample", file=item.file, line=item.line, **numbers), "  " + "·".join(shown)]
 
 
 def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cllm.messages import UserError, say
+from cllm.messages import UserError, file_name, say
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,7 +48,7 @@ class ModelConfig:
     template: str = "auto"
     """Chat template: `auto` (by model family) or a name from cllm/assets/templates.toml."""
     thinking: Literal["off", "keep"] = "off"
-    """Models with <think> blocks: leave the reasoning out, or train it."""
+    """Leave the reasoning out, or train it; in models without <think> blocks as words."""
     quantize: Quantize = "none"
     """`nf4`: 4-bit base (QLoRA)."""
     head: Literal["16bit", "int8"] = "16bit"
@@ -237,7 +237,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError("config.syntax", path=file, detail=error) from error
     problems: list[str] = []
     where = {key: f"{file}:{line}" for key, line in _key_lines(text).items()}
-    for override in overrides:
+    for override in map(file_name, overrides):
         key, value = _override(override, problems)
         if key:
             section, _, name = key.partition(".")

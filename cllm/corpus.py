@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cllm.config import Config, DataConfig, TrainConfig
 from cllm.data.schema import Conversation
-from cllm.data.sources import Data, prepare
+from cllm.data.sources import Data, prepare, unread_names
 from cllm.messages import UserError, note
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def read_corpus(data: DataConfig, *, accept_rejects: bool) -> Data:
     if rejected > MAX_REJECTED * corpus.rows and not accept_rejects:
         share = f"{rejected / corpus.rows:.0%}"
         raise UserError("train.rejects", share=share, count=rejected, examples=located)
+    if corpus.unread:
+        note("data.unread", names=unread_names(corpus.unread))
     if corpus.duplicates or corpus.leaked:
         note("train.repeated", duplicates=corpus.duplicates, leaked=corpus.leaked)
     return corpus
@@ -82,7 +84,9 @@ def encode_corpus(
     )
     if not examples:
         raise UserError(
-            "train.unsupervised" if refused["no_supervised_token"] else "train.too_long",
+            "train.unsupervised"
+            if refused["no_supervised_token"] or refused["template"]
+            else "train.too_long",
             count=len(corpus.train),
             row=row_tokens,
             template=tokenizer.template.name,

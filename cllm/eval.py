@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cllm.config import Config, load_config
 from cllm.data.schema import Conversation
 from cllm.data.sources import prepare, read_file
-from cllm.messages import UserError, note, say, table, to_json
+from cllm.messages import UserError, file_name, note, say, table, to_json
 
 if TYPE_CHECKING:
     from cllm.evaluate.results import Evaluation, Exam
@@ -32,7 +32,12 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cllm.eval", description=say("eval.help"))
     parser.add_argument("model", metavar="RUN|MODEL", help=say("eval.help.model"))
     parser.add_argument(
-        "--data", action="append", default=[], metavar="FILE", help=say("eval.help.data")
+        "--data",
+        action="append",
+        default=[],
+        type=file_name,
+        metavar="FILE",
+        help=say("eval.help.data"),
     )
     parser.add_argument(
         "--columns", default="", metavar="user=0,assistant=1", help=say("eval.help.columns")

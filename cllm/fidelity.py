@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cllm.assembly import EVERY_LAYER, locate, open_model
 from cllm.config import MemoryConfig
 from cllm.data.encode import Example, encode_all
-from cllm.data.schema import Conversation, Message
+from cllm.data.message import Message
+from cllm.data.schema import Conversation
 from cllm.messages import UserError, note, say, table, to_json
 from cllm.model.device import Precision, device_of, free_bytes, out_of_memory, release_memory
 from cllm.model.offload import decoder_layers, embedding_on_cpu, stream_layers
@@ -139,7 +140,7 @@ def _as_transformers_reads(
     reader = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not reader.chat_template:
         return model, []
-    turns = [[message._asdict() for message in question] for question in questions]
+    turns = [[message.row() for message in question] for question in questions]
     return model, [
         list(reader.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
         for turn in turns

@@ -6,11 +6,13 @@ they are English, for programs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import locale
 import math
 import os
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -20,6 +22,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that no encoding explains (PEP 383)
 
 
 def load_toml(name: str) -> dict[str, Any]:
@@ -70,6 +74,21 @@ def note(code: str, /, **values: object) -> None:
     """
     if os.environ.get("RANK", "0") == "0":
         print(say(code, **values), file=sys.stderr, flush=True)
+
+
+def file_name(path: object) -> str:
+    """`path` as text: a part that is no UTF-8 (unpacked from a zip of a Chinese Windows) as
+    GB18030, else as Latin-1, so that it can be printed and stored.
+    """
+
+    def read(part: str) -> str:
+        raw = part.encode("utf-8", "surrogateescape")
+        with contextlib.suppress(UnicodeDecodeError):
+            return raw.decode("gb18030")
+        return raw.decode("latin-1")
+
+    parts = str(path).split("/")
+    return "/".join(read(part) if ESCAPED.search(part) else part for part in parts)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

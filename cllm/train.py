@@ -384,7 +384,7 @@ class Training:
             answers = generate(
                 learner.engine, tokenizer, [question], adapter=True, max_new_tokens=48
             )
-            texts = (question[-1].content, answers[0], reference)
+            texts = (question.messages[-1].words, answers[0], reference)
             lines = [text.replace("\n", " ")[:60] for text in texts]
             note("train.eval", question=lines[0], answer=lines[1], reference=lines[2])
 

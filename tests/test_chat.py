@@ -20,7 +20,7 @@ from serving import open_tiny
 
 from cllm.assembly import Loaded, open_model
 from cllm.chat import Terminal
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.messages import UserError
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling

@@ -284,3 +284,26 @@ def test_output_that_nobody_reads_any_more_is_no_fault(tmp_path: Path) -> None:
         program.stdout.close()
         said = program.stderr.read()
     assert program.returncode == 141 and "Traceback" not in said and "BrokenPipe" not in said
+
+
+def test_fields_that_are_not_read_are_named_in_ten_lines(
+    data: Path, capsys: pytest.CaptureFixture[str], base: Path
+) -> None:
+    rows = [json.dumps({**row, "note": "别忘了", "id": "1"}, ensure_ascii=False) for row in ROWS]
+    broken = ['{"a"', "3", '{"messages": []}', '{"instruction": "", "output": "好"}'] * 9
+    data.write_text("\n".join([*rows, *broken]), encoding="utf-8")
+    text, found = account(capsys, data, f"model.path={base}", "model.template=chatml")
+    assert found["unread"] == {str(data): {"note": 12}} and "note (12)" in text
+    lines = text.split("\n")
+    assert len(lines) <= 14 and max(map(len, lines)) < 400
+    assert all(f"{data}:{line}: " in text for line in (13, 14, 15, 16))  # one of each reason
+    assert "8 more with parse_error" in text or "7 more with parse_error" in text
+
+
+def test_a_quiet_account_is_ten_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    text, _ = account(capsys, path, f"model.path={base}", "model.template=chatml")
+    assert len(text.split("\n")) <= 10

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.data.encode import IGNORE_INDEX, Example, Ids, encode_all, encode_set
-from cllm.data.schema import Conversation, Message
+from cllm.data.message import Message
+from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES, Segment, render
 
 END = 0

@@ -4,15 +4,21 @@ in small; then the dev files.
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import os
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cllm.data import (
     Conversation,
@@ -24,7 +30,7 @@ from cllm.data import (
     write_conversations,
 )
 from cllm.data.encoding import sniff_encoding
-from cllm.messages import UserError
+from cllm.messages import UserError, file_name
 
 DEV = Path(__file__).resolve().parents[2] / "shared" / "data" / "dev"
 ROWS = [
@@ -506,7 +512,7 @@ def test_writing_and_reading_is_the_identity(tmp_path: Path, save: Save) -> None
             for f, v in (
                 ("system", "短"),
                 ("human", "甲"),
-                ("function_call", "{}"),
+                ("function_call", '{"name": "查", "arguments": {}}'),
                 ("observation", "乙"),
                 ("gpt", "丙"),
             )
@@ -576,3 +582,78 @@ def test_every_dev_file_is_read_with_the_counts_of_its_readme() -> None:
         DEV / "poetry/song_ci_300.json", {"assistant": "paragraphs"}, kind="text"
     )
     assert (len(poems), rejects) == (280, [])
+
+
+def said(path: Path, columns: dict[str, str] | None = None) -> list[tuple[str, ...]]:
+    conversations, rejects = read_conversations(path, columns)
+    assert rejects == []
+    return [tuple(message.content for message in asked) for asked in conversations]
+
+
+CELL = st.text(st.sampled_from('茶水"\t\n,;\\ab'), max_size=6).map(lambda text: f"字{text}尾")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=5),
+    delimiter=st.sampled_from(",\t;"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_what_a_spreadsheet_writes_is_read_back(
+    rows: list[tuple[str, str]], delimiter: str, quoting: Any
+) -> None:
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, quoting=quoting).writerows([("问题", "回答"), *rows])
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / ("rows.tsv" if delimiter == "\t" else "rows.csv")
+        path.write_text(text.getvalue(), encoding="utf-8", newline="")
+        assert said(path) == rows
+
+
+def test_a_cell_in_quotes_holds_tabs_and_line_ends(save: Save) -> None:
+    text = '问题\t答案\r\n列两样茶\t"红茶\r\n\t绿茶"\r\n"他说""好""吗"\t他说"好"。\r\n'
+    assert said(save(text, "rows.tsv")) == [
+        ("列两样茶", "红茶\n\t绿茶"),
+        ('他说"好"吗', '他说"好"。'),
+    ]
+
+
+@pytest.mark.parametrize("mark", ["\t", ","])
+def test_quotes_that_never_pair_are_text(save: Save, mark: str) -> None:
+    rows = [('5" 是多长', "约十三厘米"), ('"只开不关', "也是字"), ("别的", '"又一个'), ("末", "了")]
+    text = "".join(mark.join(row) + "\n" for row in [("问题", "答案"), *rows])
+    assert said(save(text, "rows.csv")) == rows
+
+
+def test_sentences_that_a_quote_spans_stay_rows_of_their_own(save: Save) -> None:
+    text = '"Go," he said.\t“走。”\n"Go!"\t“走！”\nHe left.\t"他走了。\nShe stayed.\t她留下了。"\n'
+    assert said(save(text, "pairs.tsv"), {"user": "0", "assistant": "1"}) == [
+        ('"Go," he said.', "“走。”"),
+        ('"Go!"', "“走！”"),
+        ("He left.", '"他走了。'),
+        ("She stayed.", '她留下了。"'),
+    ]
+
+
+def test_backslashes_before_quotes_are_read_where_a_file_is_written_so(save: Save) -> None:
+    text = 'question,answer\n"他说\\"好\\"","C:\\\\茶\\n"\n"甲,\\"乙\\"","丙"\n'
+    assert said(save(text, "rows.csv")) == [('他说"好"', "C:\\茶\\n"), ('甲,"乙"', "丙")]
+    text = 'question,context,answer\n"问",\\N,"他说\\"好\\""\n'  # MySQL's null
+    assert said(save(text, "rows.csv")) == [("问", '他说"好"')]
+    text = 'question,answer\n"路径 C:\\茶\\","他说""好"""\n'
+    assert said(save(text, "rows.csv")) == [("路径 C:\\茶\\", '他说"好"')]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+@pytest.mark.parametrize("raw", ["数据".encode("gb18030"), b"\xff\xfe1"])
+def test_a_file_name_that_is_no_utf8_is_read_and_shown(tmp_path: Path, raw: bytes) -> None:
+    folder = tmp_path / "目录"
+    folder.mkdir()
+    path = folder / os.fsdecode(raw + b".jsonl")
+    path.write_text(lines([*ROWS, {"a": 1}]), encoding="utf-8")
+    shown = file_name(path)
+    shown.encode()
+    for place in (path, shown, folder):  # as the shell hands it over, as it is shown, from above
+        conversations, rejects = read_conversations(place)
+        assert asks(conversations) == ALL
+        assert {item.file for item in (*conversations, *rejects)} == {shown}

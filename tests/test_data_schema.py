@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cllm.data.schema import REASONS, Conversation, Message, Normalizer, Reject, to_row
+from cllm.data.message import Call, Message
+from cllm.data.schema import REASONS, Conversation, Normalizer, Reject, to_row
 from cllm.data.text import TextOptions
 from cllm.messages import UserError
 
@@ -24,7 +25,7 @@ def read(
 def turns(row: Any, columns: dict[str, str] | None = None, **options: Any) -> list[tuple[str, str]]:
     result = read(row, columns, **options)
     assert isinstance(result, Conversation), result
-    return [tuple(message) for message in result]
+    return [(message.role, message.content) for message in result]
 
 
 def reason(row: Any, columns: dict[str, str] | None = None, kind: str = "chat") -> str:
@@ -153,7 +154,7 @@ FOUR = [("user", "甲"), ("assistant", "乙"), ("user", "丙"), ("assistant", "�
         (xtuner(("", "甲", "乙"), ("", "丙", "丁")), FOUR),
         (
             {"conversation_id": "1", "meta_instruction": "你是助手", "num_turns": 2, "chat": MOSS},
-            FOUR,
+            [("system", "你是助手"), *FOUR],
         ),
         (
             {"instruction": "改写", "instances": [{"input": "甲", "output": "乙"}]},
@@ -342,7 +343,10 @@ def test_turns_after_the_last_answer_are_trimmed() -> None:
     assert turns({"conversations": said}) == QA
 
 
-def test_tool_turns_and_tools_stay_verbatim() -> None:
+WEATHER = Message("assistant", "", "", (Call("weather", {"city": "青岛"}),))
+
+
+def test_tool_turns_are_calls_and_tools_stay_verbatim() -> None:
     call, tools = '{"name": "weather", "arguments": {"city": "青岛"}}', '[{"name": "weather"}]'
     said = [("human", Q), ("function_call", call), ("observation", '{"t": 21}'), ("gpt", A)]
     result = read(
@@ -351,7 +355,7 @@ def test_tool_turns_and_tools_stay_verbatim() -> None:
     assert isinstance(result, Conversation)
     assert result.tools == tools
     assert [message.role for message in result] == ["user", "assistant", "tool", "assistant"]
-    assert result.messages[1].content == call
+    assert result.messages[1] == WEATHER
     listed = read(openai(("user", Q), ("assistant", A), tools=[{"name": "天气"}]))
     assert isinstance(listed, Conversation) and json.loads(listed.tools) == [{"name": "天气"}]
 
@@ -368,7 +372,7 @@ def test_openai_tool_calls_are_kept_and_several_results_may_follow() -> None:
         ]
     }
     said = turns(row)
-    assert json.loads(said[1][1]) == calls
+    assert read(row).messages[1] == WEATHER  # type: ignore[union-attr]
     assert said[2:] == [("tool", '{"t": 21}'), ("tool", "晴"), ("assistant", A)]
 
 

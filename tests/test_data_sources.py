@@ -15,6 +15,7 @@ import pytest
 from test_data_encode import Characters
 
 from cllm.config import DataConfig, Source
+from cllm.corpus import read_corpus
 from cllm.data import cache, sources
 from cllm.data.encode import Ids, encode_set
 from cllm.data.schema import Conversation
@@ -303,3 +304,16 @@ def test_slices_are_a_sequence(write: Write) -> None:
     )
     with pytest.raises(IndexError):
         train[5]
+
+
+def test_fields_that_are_not_read_are_said_at_every_start(
+    write: Write, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noted = [{**row, "note": "别忘了", "id": "a", "hint": ""} for row in rows(0, 12)]
+    one, two = write("one.jsonl", noted), write("two.jsonl", [{**noted[0], "hint": "想想"}])
+    data = config(one, eval=two)
+    for _ in range(2):  # the second time from the cache
+        found = read_corpus(data, accept_rejects=False)
+        assert found.unread == {one: {"note": 12}, two: {"note": 1, "hint": 1}}
+        assert "note (13), hint (1)" in capsys.readouterr().err
+    assert len(list(folder.iterdir())) == 1

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.schema import Conversation, Message
+from cllm.data.message import Call, Message, with_calls
+from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES, Segment, Template, render
 
 SHARED = Path(__file__).parents[2] / "shared" / "templates"
@@ -32,9 +33,13 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def conversation(row: dict[str, Any]) -> Conversation:
     messages = [Message(ROLES.get(m["role"], m["role"]), m["content"]) for m in row["messages"]]
+    tools = row.get("tools")
+    messages = [
+        with_calls(message, listed=m["role"] == "function")
+        for message, m in zip(messages, row["messages"], strict=True)
+    ]
     if row["system"] is not None:
         messages.insert(0, Message("system", row["system"]))
-    tools = row.get("tools")
     return Conversation(
         messages=tuple(messages), tools=json.dumps(tools, ensure_ascii=False) if tools else ""
     )
@@ -178,12 +183,10 @@ def test_thinking_kept_is_trained_where_the_template_shows_it(name: str) -> None
     )
 
 
-def test_thinking_kept_trains_earlier_answers_that_had_no_reasoning() -> None:
+def test_thinking_kept_never_trains_an_empty_block() -> None:
     segments = render(chat("一加一", "二", "再加一", "三"), _with("qwen3", thinking="keep"))
-    assert (
-        "".join(part for part, _ in trained(segments))
-        == "二<|im_end|><think>\n\n</think>\n\n三<|im_end|>"
-    )
+    assert "".join(part for part, _ in trained(segments)) == "二<|im_end|>三<|im_end|>"
+    assert "<think>\n\n</think>\n\n三" in text(segments)
 
 
 def _with(name: str, **changes: Any) -> Template:
@@ -205,7 +208,7 @@ CALL = json.dumps({"name": "clock", "arguments": {"zone": "北京"}}, ensure_asc
 def tool_text(name: str, tools: str = TOOLS) -> str:
     messages = (
         Message("user", "几点"),
-        Message("assistant", CALL),
+        Message("assistant", "", "", (Call("clock", {"zone": "北京"}),)),
         Message("tool", "三点"),
         Message("tool", "整"),
         Message("assistant", "三点整"),

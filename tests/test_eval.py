@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from cllm.__main__ import run
 from cllm.data.encode import IGNORE_INDEX, Example
+from cllm.data.message import Message
 from cllm.data.packing import collate
-from cllm.data.schema import Conversation, Message
+from cllm.data.schema import Conversation
 from cllm.evaluate import answers as module
 from cllm.evaluate.answers import (
     GENERAL,
@@ -254,7 +255,7 @@ def test_scores_groups_baselines_and_tables() -> None:
         conversation("庚", "？", "z"),
     ]
     assert majority(train, test) == ["好", "三", ""]
-    prompt = Asking(train).few_shot(test[0], 2)
+    prompt = Asking(train).few_shot(test[0], 2).messages
     assert (
         len(prompt) == 5
         and prompt[-1].content == "戊"

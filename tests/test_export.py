@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cllm import export
 from cllm.data.dialects import go, jinja
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.data.template import TEMPLATES, render
 from cllm.messages import UserError
 from cllm.model.adapter import CONFIG_FILE, load_adapter, save_adapter, write_adapter
@@ -348,7 +348,7 @@ def prompt_behind_api(loaded: Any, talk: list[Message]) -> list[int]:
         submit(prompt, *rest, **named),
     ][1]
     try:
-        body = {"messages": [message._asdict() for message in talk], "max_tokens": 2}
+        body = {"messages": [message.row() for message in talk], "max_tokens": 2}
         answer = TestClient(build_app(loaded, engine), base_url="http://127.0.0.1").post(
             "/v1/chat/completions", json=body
         )
@@ -413,7 +413,7 @@ def test_merged_program_checks_and_the_template_contract_holds(
     theirs = AutoTokenizer.from_pretrained(out)
     assert (
         theirs.apply_chat_template(
-            [m._asdict() for m in talk], add_generation_prompt=True, return_dict=False
+            [m.row() for m in talk], add_generation_prompt=True, return_dict=False
         )
         == served
     )
@@ -521,6 +521,12 @@ TALKS = [
         Message("user", "c"),
         Message("assistant", "<think>\n想\n</think>\n\n答"),
     ],
+    [
+        Message("user", "a"),
+        Message("assistant", "答", "想"),
+        Message("user", "c"),
+        Message("assistant", "写成 <think>甲</think> 就行", "想\n再想"),
+    ],
     [Message("system", "s"), Message("user", "a"), Message("system", "t"), Message("user", "b")],
     [
         Message("system", "s"),
@@ -537,14 +543,13 @@ def test_jinja_renders_what_training_rendered(name: str) -> None:
 
     template = TEMPLATES[name]
     for variant in (
-        [replace(template, thinking=mode) for mode in ("off", "keep")]
-        if template.thinking
-        else [template]
+        replace(template, thinking=mode)
+        for mode in (("off", "keep") if template.thinking else ("", "text"))
     ):
         for talk, opened in product(TALKS, (True, False)):
             ours = "".join(segment.text for segment in render(talk, variant, open_turn=opened))
             given = {
-                "conversations": [[m._asdict() for m in talk]],
+                "conversations": [[m.row() for m in talk]],
                 "chat_template": jinja(variant),
                 "add_generation_prompt": opened,
             }
@@ -574,7 +579,7 @@ def test_published_tokenizers_give_the_same_ids_in_transformers(name: str, tmp_p
     assert bool(tokenizer.chat_template) == (name != "chatglm3")
     for talk in TALKS[:2] if tokenizer.chat_template else []:
         ids = theirs.apply_chat_template(
-            [m._asdict() for m in talk], add_generation_prompt=True, return_dict=False
+            [m.row() for m in talk], add_generation_prompt=True, return_dict=False
         )
         assert ids == tokenizer.encode_chat(talk)
 

@@ -28,6 +28,8 @@ LAYER_1 = {
     "runs",
     "data",
     "data.reader",
+    "data.message",
+    "data.fields",
     "data.schema",
     "data.turns",
     "data.quality",
@@ -159,7 +161,7 @@ def test_rooms_meet_in_the_programs_only(name: str) -> None:
     allowed = (
         {"data.encode", "data.packing", "model.attention", "model.device", "model.head"}
         if room == "learn"
-        else {"data.template", "data.dialects", "data.schema", "data.encode"}
+        else {f"data.{n}" for n in "template dialects message schema encode tools".split()}
         if name in ("model.tokenizer", "model.chat_template")
         else set()
     )

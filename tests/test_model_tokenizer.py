@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.data.encode import IGNORE_INDEX, encode_all
-from cllm.data.schema import Conversation, Message
+from cllm.data.message import Message
+from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer, end_token_untrained, load_tokenizer
@@ -285,14 +286,16 @@ def test_the_chat_template_chooses_among_ours(bpe: Path, tmp_path: Path) -> None
     )
 
 
-def test_thinking_markup_is_tokens_but_typed_it_is_text(bpe: Path) -> None:
+def test_added_tokens_that_are_not_special_are_the_words_own(bpe: Path) -> None:
     tokenizer = load_tokenizer(bpe, template="qwen3", thinking="keep")
     think = tokenizer.vocabulary.control["<think>"]
     ids = tokenizer.encode_chat(
         [Message("user", "<think>"), Message("assistant", "<think>\n想\n</think>\n\n好")],
         open_turn=False,
     )
-    assert ids.count(think) == 1
+    assert ids.count(think) == 2  # as the families' own tokenizers have it
+    assert tokenizer.encode("a<think>b")[1:-1] == [think]
+    assert tokenizer.vocabulary.control["<|im_end|>"] not in tokenizer.encode("a<|im_end|>b")
     assert tokenizer.decode(ids) == "user\n<think>\nassistant\n<think>\n想\n</think>\n\n好\n"
 
 

@@ -83,7 +83,7 @@ def server(loaded: Loaded) -> Iterator[Server]:
 def greedy(
     loaded: Loaded, messages: list[dict[str, str]], *, adapter: bool = True, new_tokens: int = 24
 ) -> list[int]:
-    from cllm.data.schema import Message
+    from cllm.data.message import Message
     from cllm.serve.sampling import Sampling
 
     prompt = loaded.tokenizer.encode_chat([Message(m["role"], m["content"]) for m in messages])
@@ -194,7 +194,7 @@ def test_unicode_bombs_are_text_like_any_other(server: Server, loaded: Loaded) -
 
 def server_overhead(loaded: Loaded) -> int:
     """Tokens of ChatML's user turn without its words."""
-    from cllm.data.schema import Message
+    from cllm.data.message import Message
 
     return (
         len(loaded.tokenizer.encode_chat([Message("user", "x")]))
@@ -219,6 +219,11 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"stop": ["a"] * 5}, 400, "stop"),
     ({"stop": ""}, 400, "stop"),
     ({"tools": [{"type": "function"}]}, 400, "tools"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]},
+        400,
+        "tool_calls",
+    ),
     ({"seed": 1.5}, 400, "seed"),
     ({"stream": "yes"}, 400, "stream"),
 ]
@@ -238,6 +243,21 @@ def test_mistakes_are_named_in_openais_shape(
         set(answer["error"]) == {"message", "type", "param", "code"}
         and names in answer["error"]["message"]
     )
+
+
+def test_calls_and_reasoning_of_earlier_turns_are_rendered(server: Server, loaded: Loaded) -> None:
+    from cllm.data.message import Call, Message
+
+    wire = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [wire]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "八点"}
+    status, said = server.chat(messages=[*HELLO, answer, result])
+    assert status == 200
+    calls = (Call("clock", {}),)
+    talk = [Message("user", "你好"), Message("assistant", "", "", calls), Message("tool", "八点")]
+    assert said["usage"]["prompt_tokens"] == len(loaded.tokenizer.encode_chat(talk))
+    old = {"role": "assistant", "content": "", "function_call": wire["function"]}
+    assert server.chat(messages=[*HELLO, old, result])[1]["usage"] == said["usage"]
 
 
 def test_malformed_bodies_are_refused(server: Server) -> None:

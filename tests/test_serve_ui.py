@@ -20,7 +20,7 @@ import pytest
 from serving import open_two
 
 from cllm.assembly import Loaded
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.data.template import TEMPLATES
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app

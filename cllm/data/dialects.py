@@ -54,10 +54,15 @@ def jinja(template: Template) -> str:
             "" if t.merge_system else "{{ ns.opening }}{% set ns.opening = '' %}",
             "{% for m in rest %}{% if m.role == 'user' %}"
             "{% set ns.query = loop.index0 %}{% endif %}{% endfor %}"
-            if t.thinking
+            if t.blocks
             else "",
             "{% for m in rest %}{% set content = m.content" + (" | trim" if t.trim else "") + " %}",
             "{% if m.role == 'assistant' %}",
+            f"{{% if m.tool_calls %}}{_NO_TOOLS}{{% endif %}}",
+            "{% if m.reasoning_content %}{% set content = '<think>\\n' ~ m.reasoning_content "
+            "~ '\\n</think>\\n\\n' ~ content %}{% endif %}"
+            if t.thinking in ("keep", "text")
+            else "",
             _answer(t),
             later,
             f"{{% elif m.role == 'tool' %}}{_NO_TOOLS}",
@@ -74,17 +79,17 @@ def jinja(template: Template) -> str:
 def _answer(t: Template) -> str:
     parts = [to_json(t.assistant)]
     before = ""
-    if t.thinking:
+    if t.blocks:
         strip = "strip()" if t.trim else r"strip('\n')"
         kept = (
-            "content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]." + strip
-            if t.thinking == "keep"
-            else "''"
+            "content.split('</think>')[0].lstrip()[7:]." + strip if t.thinking == "keep" else "''"
         )
         before = (
-            "{% set thought = '' %}{% if '</think>' in content %}{% set thought, content = "
+            "{% set thought = '' %}"
+            "{% if content.lstrip().startswith('<think>') and '</think>' in content %}"
+            "{% set thought, content = "
             + kept
-            + r", content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+            + r", (content.split('</think>')[1:] | join('</think>')).lstrip('\n') %}{% endif %}"
         )
         shown = "true" if t.think_opened else "(loop.last or thought)"
         parts.append(

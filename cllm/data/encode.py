@@ -19,9 +19,11 @@ import numpy as np
 
 from cllm.data import cache
 from cllm.data.cache import Array, Slices
+from cllm.data.message import Message
 from cllm.data.reader import uncollected
-from cllm.data.schema import Conversation, Message
+from cllm.data.schema import Conversation, Reject
 from cllm.data.template import Segment
+from cllm.messages import UserError, note
 
 IGNORE_INDEX = -100
 """The label of a position that is not trained (PyTorch's cross-entropy default)."""
@@ -40,7 +42,7 @@ class Example(NamedTuple):
 
 Ids: TypeAlias = "tuple[array[int], array[int]]"
 """An Example's ids and labels as int32."""
-Refusal = Literal["too_long", "no_supervised_token"]
+Refusal = Literal["too_long", "no_supervised_token", "template"]
 Truncate = Literal["drop", "prompt"]
 
 
@@ -72,7 +74,11 @@ def encode_all(
     """
     results = _encoded(conversations, tokenizer, max_tokens, truncate)
     return (
-        result if isinstance(result, str) else Example(*(part.tolist() for part in result))
+        "template"
+        if isinstance(result, Reject)
+        else result
+        if isinstance(result, str)
+        else Example(*(part.tolist() for part in result))
         for result in results
     )
 
@@ -82,19 +88,32 @@ def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
     batch, chars = list[Conversation](), 0
     for conversation in conversations:
         batch.append(conversation)
-        chars += sum([len(content) for _, content in conversation.messages])
+        chars += sum([len(m.content) + len(m.parts) for m in conversation])
         if chars > _BATCH_CHARS:
             yield batch
             batch, chars = [], 0
     yield batch
 
 
+def rendered(conversation: Conversation, tokenizer: Encoder) -> list[Segment] | Reject:
+    """The conversation's segments, or why the template cannot say it."""
+    try:
+        return tokenizer.segments(conversation)
+    except UserError as error:
+        return Reject(conversation.file, conversation.line, "template", str(error.args[0]))
+
+
 def _encoded(
     conversations: Iterable[Conversation], tokenizer: Encoder, max_tokens: int, truncate: Truncate
-) -> Iterator[Ids | Refusal]:
+) -> Iterator[Ids | Refusal | Reject]:
     for batch in batches(conversations):
-        pairs = tokenizer.encode_batch([tokenizer.segments(item) for item in batch])
-        for conversation, pair in zip(batch, pairs, strict=True):
+        texts = [rendered(item, tokenizer) for item in batch]
+        pairs = iter(tokenizer.encode_batch([t for t in texts if not isinstance(t, Reject)]))
+        for conversation, segments in zip(batch, texts, strict=True):
+            if isinstance(segments, Reject):
+                yield segments
+                continue
+            pair = next(pairs)
             fitting: Ids | None = pair
             if len(pair[0]) > max_tokens:
                 prompt = truncate == "prompt"
@@ -116,7 +135,7 @@ def encode_set(
     truncate: Truncate = "drop",
 ) -> tuple[Slices[Example], Sequence[Conversation], Counter[str]]:
     """(examples, the conversations that gave them, how many did not by reason); what comes out of
-    the cache goes there.
+    the cache goes there. Says which the template cannot say.
 
     A pre-training text gives consecutive examples of at most `max_tokens`; only its last one has
     the end token.
@@ -125,8 +144,12 @@ def encode_set(
     @uncollected()
     def make() -> cache.Entry:
         ids, labels, sizes, kept, refused = array("i"), array("i"), [0], [], Counter[str]()
+        unsaid: list[Reject] = []
         limit = max_tokens if kind == "chat" else sys.maxsize
         for number, result in enumerate(_encoded(conversations, tokenizer, limit, truncate)):
+            if isinstance(result, Reject):
+                unsaid.append(result)
+                result = "template"
             if isinstance(result, str):
                 refused[result] += 1
                 continue
@@ -138,12 +161,18 @@ def encode_set(
                 for start in range(0, len(result[0]), max_tokens)
             ]
         flat = {"ids": np.frombuffer(ids, np.int32), "labels": np.frombuffer(labels, np.int32)}
-        return {**flat, "bounds": np.cumsum(sizes), "kept": np.array(kept, np.int64)}, refused
+        return {**flat, "bounds": np.cumsum(sizes), "kept": np.array(kept, np.int64)}, [
+            refused,
+            unsaid[:3],
+        ]
 
     key = conversations.key if isinstance(conversations, Slices) else ""
-    arrays, refused = cache.recall(
+    arrays, (refused, unsaid) = cache.recall(
         key and cache.key_of(key, kind, max_tokens, truncate, tokenizer=tokenizer), make
     )
+    if unsaid:
+        shown = "\n  ".join(f"{file}:{line}: {detail}" for file, line, _, detail in unsaid)
+        note("data.unsaid", count=refused["template"], examples=shown)
     bounds, chosen = arrays["bounds"], arrays["kept"]
     examples = Slices(_example, bounds[:-1], bounds[1:], arrays["ids"], arrays["labels"])
     picked = (
@@ -165,7 +194,10 @@ def _shorten(conversation: Conversation, tokenizer: Encoder, max_tokens: int) ->
 
     def attempt(messages: Iterable[Message]) -> Ids | None:
         shorter = replace(conversation, messages=tuple(messages))
-        (pair,) = tokenizer.encode_batch([tokenizer.segments(shorter)])
+        segments = rendered(shorter, tokenizer)
+        if isinstance(segments, Reject):
+            return None
+        (pair,) = tokenizer.encode_batch([segments])
         return pair if len(pair[0]) <= max_tokens else None
 
     messages = conversation.messages

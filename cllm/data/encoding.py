@@ -9,15 +9,15 @@ only the row that holds them.
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Protocol
 
+from cllm.messages import ESCAPED
+
 CHUNK_BYTES = 1 << 20
 LEGACY = ("gb18030", "big5hkscs")
 MIN_PLAUSIBILITY = 0.25  # of a single foreign line; real Chinese has 0.4 to 0.7, mojibake under 0.1
-ESCAPED = re.compile("[\udc80-\udcff]")
 
 # The characters that make up most of any Chinese text, in both scripts.
 COMMON = frozenset(

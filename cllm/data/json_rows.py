@@ -9,22 +9,61 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, count
 from typing import Any
 
-from cllm.data.encoding import ESCAPED, split_lines
+from cllm.data.encoding import split_lines
+from cllm.data.fields import Row
 from cllm.data.text import RowError
 from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, is_turn, unboxed
-from cllm.messages import say
+from cllm.messages import ESCAPED, say
 
 NumberedRow = tuple[int, Any]
-# keys whose array holds the rows
-WRAPPERS = frozenset("data rows items examples train validation valid dev test".split())
+# keys, in any case, whose array holds the rows
+WRAPPERS = frozenset(
+    "data rows items examples samples entries records results list train validation valid dev"
+    " test".split()
+)
 # what may surround a row; the last two end files of DOS and of cut disks
 BLANK = " \t\r\n\ufeff\x00\x1a"
 # raw tabs and newlines inside strings are common, and harmless
 _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BLOCK_CHARS = 1 << 18
+
+
+def once(pairs: Iterable[tuple[str, Any]]) -> Row:
+    """A row of these members. Of a name that is given twice the last counts, as for every reader
+    of JSON; an earlier value that differs is kept as `name (1)`, so that it is said not to be read.
+    """
+    row: Row = {}
+    for name, value in pairs:
+        if name in row and row[name] != value:
+            row[next(n for i in count(1) if (n := f"{name} ({i})") not in row)] = row[name]
+        row[name] = value
+    return row
+
+
+_ONCE = json.JSONDecoder(strict=False, object_pairs_hook=once)
+
+
+def _names(value: object) -> int:
+    """How many members the objects in `value` have, at every depth."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(_names, value.values()))
+    return sum(map(_names, value)) if isinstance(value, list) else 0
+
+
+def _repeats(value: object, text: str, start: int, end: int) -> bool:
+    """Whether an object in `value`, which is written in this part of `text`, may have a name twice:
+    the text has more of them. Flat rows and lists of messages are the common ones.
+    """
+    written = text.count('":', start, end)
+    if isinstance(value, dict):
+        lists = [part for part in value.values() if type(part) is list]
+        if written <= len(value) + sum(len(part) for part in chain(*lists) if type(part) is dict):
+            return False
+    return written - text.count('\\":', start, end) > _names(value)
 
 
 def whole(line: str) -> int:
@@ -47,7 +86,12 @@ def json_lines(pieces: Iterable[str]) -> Iterator[NumberedRow]:
         if not (bare := line.strip(BLANK)):
             continue
         try:
-            value = _DECODER.decode(bare)
+            value, end = _DECODER.raw_decode(bare)
+            if end < len(bare):
+                raise json.JSONDecodeError("Extra data", bare, end)
+            flat = type(value) is dict and bare.count('":') <= len(value)
+            if not flat and _repeats(value, bare, 0, end):
+                value = _ONCE.decode(bare)
         except (ValueError, RecursionError) as error:
             value = _fault(error, bare)
         yield number, value
@@ -97,8 +141,10 @@ class _Document:
 
     def peek(self) -> str:
         """The next character that is not white space, "" at the end."""
-        self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-        return self.text[self.at : self.at + 1]
+        if (ahead := self.text[self.at : self.at + 1]) in " \t\r\n":
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            ahead = self.text[self.at : self.at + 1]
+        return ahead
 
     def skip(self, character: str) -> bool:
         """Step over `character` if it is next."""
@@ -111,7 +157,11 @@ class _Document:
         """The next JSON value. Raises ValueError or RecursionError and then stays where the value
         starts.
         """
-        value, self.at = _DECODER.raw_decode(self.text, self.at)
+        start = self.at
+        value, self.at = _DECODER.raw_decode(self.text, start)
+        flat = type(value) is dict and self.text.count('":', start, self.at) <= len(value)
+        if not flat and _repeats(value, self.text, start, self.at):
+            value, _ = _ONCE.raw_decode(self.text, start)
         return value
 
     def fault(self, error: Exception) -> RowError:
@@ -184,34 +234,55 @@ def _object(document: _Document) -> Iterator[NumberedRow]:
     """One top-level object; a wrapper's array streams, other members are held until it is clear
     what they are.
     """
-    members: dict[str, NumberedRow] = {}
-    start, wrapped = document.line, False
+    held: list[tuple[str, NumberedRow]] = []
+    start, wrapped, schema = document.line, False, False
     document.skip("{")
     while not document.skip("}"):
         try:
             key = document.value() if document.peek() == '"' else None
             if key is None or not document.skip(":"):
                 raise ValueError(say("row.key", found=document.ahead()))
-            if document.peek() == "[" and key in WRAPPERS and SCHEMA_KEYS.isdisjoint(members):
+            schema |= key.lower() in SCHEMA_KEYS
+            if document.peek() == "[" and key.lower() in WRAPPERS and not schema:
                 wrapped = True
                 yield from _joined(_array(document))
                 if document.broken:
                     return
             else:
-                members[key] = (document.line, document.value())
+                held.append((key, (document.line, document.value())))
             if not document.skip(",") and document.peek() != "}":
                 raise ValueError(say("row.member", found=document.ahead()))
         except (ValueError, RecursionError) as error:
             document.broken = True
-            if _by_key(members):
-                yield from members.values()
+            if _by_key(once(held)):
+                yield from once(held).values()
             yield document.line, document.fault(error)
             return
-    if _by_key(members):
+    members = once(held)
+    row = {key: value for key, (_, value) in members.items()}
+    if not wrapped and (inner := _enclosed(row)):
+        yield from ((start, part) for part in inner)
+    elif _by_key(members):
         yield from members.values()
     elif not wrapped:
-        row = {key: value for key, (_, value) in members.items()}
         yield from ((start, part) for part in _unstacked(row))
+
+
+def _enclosed(row: Row) -> list[Any]:
+    """The rows that an object of no known field has around it: its lists of objects, or those of
+    the objects that it wraps; empty for any other object.
+    """
+    if not SCHEMA_KEYS.isdisjoint(map(str.lower, row)):
+        return []
+    lists = [
+        value
+        for value in row.values()
+        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value)
+    ]
+    wrapped = (value for key, value in row.items() if key.lower() in WRAPPERS)
+    return list(chain(*lists)) or next(
+        (inner for value in wrapped if isinstance(value, dict) and (inner := _enclosed(value))), []
+    )
 
 
 def _by_key(members: dict[str, NumberedRow]) -> bool:
@@ -220,7 +291,7 @@ def _by_key(members: dict[str, NumberedRow]) -> bool:
     """
     return (
         bool(members)
-        and SCHEMA_KEYS.isdisjoint(members)
+        and SCHEMA_KEYS.isdisjoint(map(str.lower, members))
         and all(isinstance(unboxed(value), dict) for _, value in members.values())
     )
 
@@ -240,7 +311,7 @@ def _unstacked(row: dict[str, Any]) -> list[dict[str, Any]]:
         or -1 in sizes
         or turns
         or set(row) == {"input", "output"}
-        or SCHEMA_KEYS.isdisjoint(row)
+        or SCHEMA_KEYS.isdisjoint(map(str.lower, row))
     ):
         return [row]
     return [dict(zip(row, values, strict=True)) for values in zip(*row.values(), strict=True)]

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.schema import Conversation, Message, Reject
+from cllm.data.message import Message, block_of
+from cllm.data.schema import Conversation, Reject
 from cllm.data.text import PERSONAL
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def split_held_out(
     salt = seed.to_bytes(8, "little", signed=True)
     draws = []
     for item in conversations:
-        parts = [*chain.from_iterable(item), item.tools]  # no message holds a NUL
+        # no message holds a NUL
+        said = chain.from_iterable((m.role, m.content, *filter(None, [m.parts])) for m in item)
+        parts = [*said, item.tools]
         content = hashlib.blake2b("\x00".join(parts).encode(), digest_size=16).digest()
         salted = hashlib.blake2b(content, digest_size=8, salt=salt).digest()
         draws.append(int.from_bytes(salted, "big"))
@@ -131,7 +134,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[
 
 
 def _whole(conversation: Conversation) -> str:
-    return "\n".join(message.content for message in conversation)
+    return "\n".join(filter(None, [text for m in conversation for text in (m.reasoning, m.words)]))
 
 
 def question(conversation: Conversation) -> str:
@@ -256,6 +259,10 @@ def quality(
             item for item in conversations if BOILERPLATE.search(item.messages[-1].content)
         ),
         "personal": personal,
+        "reasoning": sum(
+            any(m.reasoning or block_of(m.content)[0] for m in item if m.role == "assistant")
+            for item in conversations
+        ),
         "replacement_characters": sum("\ufffd" in text for text in texts),
         "categories": dict(categories.most_common(20)),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gc
 import gzip
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,15 +17,17 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
-from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, whole
+from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, once, whole
 from cllm.data.schema import Conversation, Normalizer, Reject, to_row
-from cllm.data.text import VERBATIM, RowError, TextOptions
+from cllm.data.text import VERBATIM, RowError, TextOptions, printable
 from cllm.data.turns import SCHEMA_KEYS
-from cllm.messages import UserError, note, say, to_json
+from cllm.messages import UserError, file_name, note, say, to_json
 
+Unread: TypeAlias = dict[str, dict[str, int]]
+"""File -> name of a field that nobody has read -> rows where it held text."""
 SUFFIXES = frozenset(("", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".gz"))
 HEAD_BYTES = 1 << 18  # what the encoding is judged by
 HEAD_CHARS = 1 << 16  # what the container is judged by
@@ -37,6 +40,8 @@ BINARY = {  # first bytes -> what such a file is
     b"BZh9": "bzip2",
 }
 DELIMITERS = ",\t;"
+_BACKSLASH = re.compile(r'(?<!\\)(?:\\\\)*\\(?![\\"\n])')  # alone: it escapes nothing
+MAX_NAMES = 100  # of fields that were not read, per file
 MAX_RECORD_LINES = 1000  # lines that one quoted CSV record may span
 
 
@@ -45,18 +50,20 @@ def iter_conversations(
     columns: Mapping[str, str] | None = None,
     kind: str = "chat",
     options: TextOptions = VERBATIM,
+    unread: Unread | None = None,
 ) -> Iterator[Conversation | Reject]:
     """Every row of the file or directory `path`, as a Conversation or a Reject, in constant
     memory; of a JSON array or object, with its text.
 
     columns: user, assistant, system, history, category -> a column's name, its index where there is
     no header ("0"), or a template ("{Question}\\nA. {A}"); None detects the schema of each row.
-    kind: "chat", or "text" for {"text": …} pre-training rows. Raises UserError for a missing or
+    kind: "chat", or "text" for {"text": …} pre-training rows; unread: where fields that held text
+    and were not read are counted, per file. Raises UserError for a missing or
     unreadable file and for a wrong mapping, when the first row is asked for; never for bad data.
     """
     normalize = Normalizer(columns, kind, options)
     for file in list_files(path):
-        name = str(file)
+        name = file_name(file)
         count = before = 0
         for count, (line, row) in enumerate(_rows(file, normalize), 1):
             item = normalize(row, name, line)
@@ -65,6 +72,10 @@ def iter_conversations(
                 item = item._replace(detail=say("row.number", number=count, detail=item.detail))
             before = line
             yield item
+        if unread is not None and normalize.unread:
+            common = normalize.unread.most_common(MAX_NAMES)
+            unread[name] = {f"{printable(field):.40}": count for field, count in common}
+        normalize.unread.clear()
         if not count:
             note("data.no_rows", file=name)
 
@@ -89,13 +100,14 @@ def read_conversations(
     columns: Mapping[str, str] | None = None,
     kind: str = "chat",
     options: TextOptions = VERBATIM,
+    unread: Unread | None = None,
 ) -> tuple[list[Conversation], list[Reject]]:
     """`iter_conversations`, collected: (conversations, rejects); their lengths sum to the number of
     rows.
     """
     conversations: list[Conversation] = []
     rejects: list[Reject] = []
-    for item in iter_conversations(path, columns, kind, options):
+    for item in iter_conversations(path, columns, kind, options, unread):
         if isinstance(item, Reject):
             rejects.append(item)
         else:
@@ -125,7 +137,7 @@ def list_files(path: str | Path) -> list[Path]:
     """`path` itself, or the data files of the directory `path`, sorted. Raises UserError if there
     is none.
     """
-    path = Path(path)
+    path = _on_disk(Path(path))
     if path.is_dir():
         files = sorted(
             file
@@ -133,11 +145,20 @@ def list_files(path: str | Path) -> list[Path]:
             if file.suffix.lower() in SUFFIXES and file.is_file() and file.name[0] != "."
         )
         if not files:
-            raise UserError("data.empty_directory", path=path)
+            raise UserError("data.empty_directory", path=file_name(path))
         return files
     if not path.is_file():  # nor a pipe, which could be waited for without end
         raise UserError("data.missing_file", path=path, directory=path.absolute().parent)
     return [path]
+
+
+def _on_disk(path: Path) -> Path:
+    """`path`, or what is there under a name that is no UTF-8 and reads so (`file_name`)."""
+    if path.exists() or path == path.parent:
+        return path
+    folder = _on_disk(path.parent)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return next((entry for entry in entries if file_name(entry.name) == path.name), path)
 
 
 class _Gzip(gzip.GzipFile):
@@ -173,7 +194,9 @@ def _rows(file: Path, normalize: Normalizer) -> Iterator[NumberedRow]:
             if isinstance(stream, _Gzip) and stream.fault:
                 yield line + 1, RowError("row.gzip", "decode_error", detail=stream.fault)
     except OSError as error:
-        raise UserError("data.unreadable_file", path=file, cause=error.strerror or error) from error
+        raise UserError(
+            "data.unreadable_file", path=file_name(file), cause=error.strerror or error
+        ) from error
 
 
 def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[NumberedRow]:
@@ -198,7 +221,7 @@ def _text_rows(
 ) -> Iterator[NumberedRow]:
     encoding = sniff_encoding(head)
     if encoding != "utf-8":
-        note("data.encoding", file=file, encoding=encoding)
+        note("data.encoding", file=file_name(file), encoding=encoding)
     pieces = decoded(head, stream, encoding)
     start = ""
     while len(start.strip(BLANK)) < HEAD_CHARS and (piece := next(pieces, None)) is not None:
@@ -232,6 +255,19 @@ def _shape(start: str, suffix: str) -> str:
 # --- tables
 
 
+class _Dialect(NamedTuple):
+    """How the records of a table are written."""
+
+    delimiter: str
+    width: int
+    escaped: bool = False
+    """A quote inside quotes is `\\"` (MySQL, Spark), not `""` (RFC 4180)."""
+    quotes: bool = True
+    """Cells are quoted; where no quote ever pairs, all of them are text."""
+    trusted: bool = True
+    """Every quoted cell at the beginning of the file is closed."""
+
+
 def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[NumberedRow]:
     """The records of a CSV or TSV; a mapping of nothing but indices says that there is no
     header.
@@ -239,13 +275,14 @@ def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[
     if "\n" not in start.strip() and "\r" in start.strip():  # an old Macintosh's line ends
         start = start.replace("\r", "\n")
         lines = (part for line in lines for part in line.split("\r"))
-    delimiter, width = _dialect(start, SCHEMA_KEYS.union(normalize.columns.values(), ("title",)))
+    dialect = _dialect(start, SCHEMA_KEYS.union(normalize.columns.values(), ("title",)))
     header: list[str] = []
-    for line, cells in _records(_Lines(lines), delimiter, width):
+    for line, cells in _records(_Lines(lines), dialect):
         if isinstance(cells, RowError) or normalize.headless:
             yield line, cells
         elif not header:
-            header = [cell.strip(BLANK) for cell in cells]
+            places = once((cell.strip(BLANK), place) for place, cell in enumerate(cells))
+            header = sorted(places, key=places.__getitem__)
         elif len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
             yield (
                 line,
@@ -254,27 +291,39 @@ def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[
                     "parse_error",
                     count=len(cells),
                     header=len(header),
-                    delimiter=repr(delimiter),
+                    delimiter=repr(dialect.delimiter),
                 ),
             )
         else:
             yield line, dict(zip(header, cells, strict=False))
 
 
-def _dialect(start: str, known: frozenset[str]) -> tuple[str, int]:
-    """(delimiter, columns): the delimiter whose header names known columns, else the one that
-    splits the lines most evenly.
+def _dialect(start: str, known: frozenset[str]) -> _Dialect:
+    """The delimiter whose header names known columns, else the one that splits the lines most
+    evenly; and what quotes mean, by reading the beginning of the file.
     """
-    lines = [line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n")[:40] if line.strip()]
-    lines = lines[:-1] or lines or [""]  # the last may be cut
+    lines = [line.rstrip("\r") for line in start.lstrip("\ufeff").split("\n") if line.strip()]
+    cut = len(start) >= HEAD_CHARS
+    lines = lines[: len(lines) - cut] or [""]
     choices = []
     for delimiter in DELIMITERS:
-        names = [cell.strip().strip('"') for cell in lines[0].split(delimiter)]
+        names = next(csv.reader(lines[:1], delimiter=delimiter), [""])
         width = len(names)
-        even = sum(line.count(delimiter) + 1 == width > 1 for line in lines)
-        choices.append((len(known.intersection(names)) * (width > 1), even, width, delimiter))
+        even = sum(line.count(delimiter) + 1 == width > 1 for line in lines[:40])
+        hits = len(known.intersection(name.strip().lower() for name in names))
+        choices.append((hits * (width > 1), even, width, delimiter))
     *_, width, delimiter = max(choices)
-    return delimiter, width
+    tried = []
+    for escaped in (False, True):
+        dialect, unread = _Dialect(delimiter, width, escaped), _Lines(iter(lines))
+        records = [(line, _quoted(line, unread, dialect)) for line in unread if '"' in line]
+        faults = sum(isinstance(cells, RowError) for _, cells in records) - cut
+        paired = any(
+            isinstance(cells, list) and cells != line.split(delimiter) for line, cells in records
+        )
+        tried.append((max(0, faults), escaped, paired))
+    faults, escaped, paired = min(tried)
+    return _Dialect(delimiter, width, escaped, paired, not faults)
 
 
 class _Lines(Iterator[str]):
@@ -294,32 +343,33 @@ class _Lines(Iterator[str]):
         self.number -= len(lines)
 
 
-def _records(
-    lines: _Lines, delimiter: str, width: int
-) -> Iterator[tuple[int, list[str] | RowError]]:
+def _records(lines: _Lines, dialect: _Dialect) -> Iterator[tuple[int, list[str] | RowError]]:
     """Records with the number of their first line. A quote that never closes costs its own line
-    only, not the rest of the file.
+    only, not the rest of the file; in a TSV or where none closes, it is text.
     """
     csv.field_size_limit(1 << 27)
+    delimiter, width = dialect.delimiter, dialect.width
     for line in lines:
         number, line = lines.number, line.rstrip("\r")
         if not line.strip(BLANK):
             continue
-        if '"' not in line:
-            yield number, line.split(delimiter)
-        # most writers of TSV do not quote
-        elif delimiter == "\t" and line.count("\t") == width - 1:
-            yield number, [_unquoted(cell) for cell in line.split("\t")]
-        else:
-            yield number, _quoted(line, lines, delimiter)
+        text = line.split(delimiter)
+        cells: list[str] | RowError = text
+        if '"' in line:
+            cells = _quoted(line, lines, dialect)
+            bare = len(text) == width and (delimiter == "\t" or not dialect.quotes)
+            if bare and isinstance(cells, RowError):
+                cells = text
+        yield number, cells
 
 
-def _quoted(line: str, lines: _Lines, delimiter: str) -> list[str] | RowError:
+def _quoted(line: str, lines: _Lines, dialect: _Dialect) -> list[str] | RowError:
     """The cells of the record that begins with `line`; a broken record gives its further lines
     back.
     """
     further: list[str] = []
     fault: RowError | None = None
+    unclosed = RowError("row.quote", "parse_error", found=f"{line!r:.40}")
 
     def feed() -> Iterator[str]:
         nonlocal fault
@@ -327,22 +377,28 @@ def _quoted(line: str, lines: _Lines, delimiter: str) -> list[str] | RowError:
         for following in islice(lines, MAX_RECORD_LINES):
             further.append(following)
             yield following + "\n"
-        fault = RowError("row.quote", "parse_error", found=f"{line!r:.40}")
+        fault = unclosed
 
+    parts = (_BACKSLASH.sub(r"\g<0>\\", part) for part in feed()) if dialect.escaped else feed()
     try:
-        cells = next(csv.reader(feed(), delimiter=delimiter))
+        cells = next(
+            csv.reader(
+                parts,
+                delimiter=dialect.delimiter,
+                escapechar="\\" if dialect.escaped else None,
+                skipinitialspace=True,
+                strict=True,
+            )
+        )
     except csv.Error as error:
-        fault = RowError("row.csv", "parse_error", detail=error)
+        fault = fault or RowError("row.csv", "parse_error", detail=error)
+    if not fault and dialect.delimiter == "\t":
+        # where some quotes are text, so are those round lines that are whole records without them
+        each = all(part.count("\t") == dialect.width - 1 for part in (line, *further))
+        bare = each and not dialect.trusted and (further or '""' not in line)
+        if bare or (further and len(cells) != dialect.width):
+            fault = unclosed
     if not fault:
-        return cells
+        return ["" if cell == r"\N" else cell for cell in cells] if dialect.escaped else cells
     lines.give_back(further)
     return fault
-
-
-def _unquoted(cell: str) -> str:
-    """A cell as Excel quotes it; other quotes are text."""
-    inner = cell[1:-1]
-    quoted = (
-        len(cell) > 1 and cell[0] == cell[-1] == '"' and inner.count('"') == 2 * inner.count('""')
-    )
-    return inner.replace('""', '"') if quoted else cell

@@ -5,6 +5,7 @@ in the cache as they come out.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import chain
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cllm.config import DataConfig
+from cllm.data.message import restored_message
 from cllm.data.quality import deduplicate, repeated_questions, split_held_out
-from cllm.data.reader import list_files, read_conversations, uncollected
-from cllm.data.schema import Conversation, Message, Reject
+from cllm.data.reader import Unread, list_files, read_conversations, uncollected
+from cllm.data.schema import Conversation, Reject
 from cllm.data.text import TextOptions
 from cllm.messages import UserError, language, note
 
+SHOWN = 8  # names in one line
 _ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = {"demo": _ASSETS / "demo.jsonl", "demo-test": _ASSETS / "demo-test.jsonl"}
 
@@ -33,10 +36,11 @@ class Data(NamedTuple):
     duplicates: int
     leaked: int
     """Held-out questions that are asked in training too."""
+    unread: Unread
 
 
 def read_file(
-    data: DataConfig, path: str, columns: dict[str, str]
+    data: DataConfig, path: str, columns: dict[str, str], unread: Unread | None = None
 ) -> tuple[list[Conversation], list[Reject]]:
     """One file, folder or built-in set, with the options of [data]. Raises UserError if it is
     missing or unreadable.
@@ -44,15 +48,23 @@ def read_file(
     options = TextOptions(
         **{field.name: getattr(data, field.name) for field in fields(TextOptions)}
     )
-    return read_conversations(
-        BUILT_IN.get(path, path), columns or data.columns or None, data.kind, options
-    )
+    source, mapping = BUILT_IN.get(path, path), columns or data.columns or None
+    return read_conversations(source, mapping, data.kind, options, unread)
 
 
-def read_sources(data: DataConfig) -> tuple[list[list[Conversation]], list[Reject]]:
-    """(conversations of each source as they stand in its files, every reject)."""
-    read = [read_file(data, source.path, source.columns) for source in data.train]
+def read_sources(data: DataConfig, unread: Unread) -> tuple[list[list[Conversation]], list[Reject]]:
+    """(conversations of each source as they stand in its files, every reject); fields that were
+    not read are counted in `unread`.
+    """
+    read = [read_file(data, source.path, source.columns, unread) for source in data.train]
     return [found for found, _ in read], [reject for _, rejects in read for reject in rejects]
+
+
+def unread_names(unread: Unread) -> str:
+    """The fields that were not read in any file, the commonest first, with their rows."""
+    total = sum(map(Counter, unread.values()), Counter())
+    shown = [f"{name} ({count:,})" for name, count in total.most_common(SHOWN)]
+    return ", ".join(shown) + " …" * (len(total) > SHOWN)
 
 
 def warn_of_demo(data: DataConfig) -> None:
@@ -94,8 +106,9 @@ def prepare(data: DataConfig) -> Data:
 
     @uncollected()
     def make() -> cache.Entry:
-        groups, rejects = read_sources(data)
-        given, refused = read_file(data, data.eval, {}) if data.eval else ([], [])
+        unread: Unread = {}
+        groups, rejects = read_sources(data, unread)
+        given, refused = read_file(data, data.eval, {}, unread) if data.eval else ([], [])
         if data.eval and not given:
             raise UserError("data.empty", path=data.eval, rejects=len(refused))
         train, held_out, dropped = divide(data, groups, given)
@@ -112,6 +125,7 @@ def prepare(data: DataConfig) -> Data:
             rows,
             dropped,
             len(repeated_questions(train, held_out)),
+            unread,
         ]
 
     paths = [source.path for source in data.train] + [data.eval] * bool(data.eval)
@@ -132,11 +146,11 @@ def prepare(data: DataConfig) -> Data:
 def _stored(item: Conversation) -> bytes:
     """Fields parted by NUL, which no message holds; the tools, which may, come last."""
     fields = (
-        str(2 * len(item.messages)),
+        str(3 * len(item.messages)),
         item.category,
         item.file,
         str(item.line),
-        *chain.from_iterable(item.messages),
+        *chain.from_iterable((m.role, m.content, m.parts) for m in item),
         item.tools,
     )
     return "\x00".join(fields).encode("utf-8", "surrogatepass")
@@ -145,6 +159,5 @@ def _stored(item: Conversation) -> bytes:
 def _restored(text: Any) -> Conversation:
     count, rest = text.tobytes().decode("utf-8", "surrogatepass").split("\x00", 1)
     category, file, line, *said, tools = rest.split("\x00", 3 + int(count))
-    return Conversation(
-        tuple(map(Message, said[::2], said[1::2])), category, tools, file, int(line)
-    )
+    messages = tuple(map(restored_message, said[::3], said[1::3], said[2::3]))
+    return Conversation(messages, category, tools, file, int(line))

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from cllm.data.schema import Conversation, Message
-from cllm.data.tools import TOOL_STYLES, Parts, Tools, announced, called, read_tools
-from cllm.messages import load_toml
+from cllm.data.message import Message, block_of, with_block
+from cllm.data.schema import Conversation
+from cllm.data.tools import TOOL_STYLES, Tools, announced, called, read_tools
+from cllm.messages import UserError, load_toml
 
 Chat: TypeAlias = "Conversation | Iterable[Message | Mapping[str, str]]"
 
@@ -72,7 +73,8 @@ class Template:
     last_only: bool = False
     # Message texts are stripped.
     trim: bool = False
-    # "off" or "keep" for formats with <think> blocks: leave the reasoning out, or train it.
+    # "off" or "keep" for formats with <think> blocks: leave the reasoning out, or train it. For
+    # others "" leaves it out, and "text" trains it as a block in words.
     thinking: str = ""
     # With "keep", generation starts inside an opened block, and each answer after the last user
     # message has one.
@@ -81,6 +83,11 @@ class Template:
     stop: tuple[str, ...] = ()
     # The tokenizer's own chat_template, which it renders instead of all of the above.
     jinja: str = ""
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the format has <think> blocks."""
+        return self.thinking in ("off", "keep")
 
     @property
     def opening(self) -> str:
@@ -117,7 +124,7 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
     tools = read_tools(getattr(conversation, "tools", ""))
     messages = messages_of(conversation)
     if template.trim:
-        messages = [Message(m.role, m.content.strip()) for m in messages]
+        messages = [m._replace(content=m.content.strip()) for m in messages]
     system = (
         messages.pop(0).content
         if messages and messages[0].role == "system"
@@ -130,15 +137,13 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
         opening = []
     # roles[i] stands before message i, roles[i + 2] after it
     roles = ["", *(m.role for m in messages), ""]
-    for i, (role, content) in enumerate(messages):
+    for i, message in enumerate(messages):
+        role = message.role
         if role == "assistant":
             last = i == len(messages) - 1
-            calling = bool(tools) or roles[i + 2] == "tool"
-            trained = not template.last_only or (last and not open_turn)
+            learned = message.trained and (not template.last_only or (last and not open_turn))
             current = "user" not in roles[i + 2 :]
-            segments += _answer(
-                content, template, supervised=trained, last=last, current=current, calling=calling
-            )
+            segments += _answer(message, template, supervised=learned, last=last, current=current)
             continue
         before, after = _around(role, template, turn=roles[: i + 2].count("user"))
         if role == "tool" and template.tool:
@@ -146,9 +151,15 @@ def render(conversation: Chat, template: Template, *, open_turn: bool = False) -
             after = after if roles[i + 2] == "tool" else after + template.tool_group[1]
         if template.handover is not None and (roles[i] == "assistant" or not segments):
             token = before[: before.index(">") + 1]
-            segments.append(Segment(token, True, True, template.handover or None))
+            learned = not segments or messages[i - 1].trained
+            segments.append(Segment(token, learned, True, template.handover or None))
             before = before.removeprefix(token)
-        segments += [*_markup(before), *opening, *_words(content, template), *_markup(after)]
+        segments += [
+            *_markup(before),
+            *opening,
+            *_words(message.content, template),
+            *_markup(after),
+        ]
         opening = []
     if open_turn:
         segments = [
@@ -181,6 +192,8 @@ def _system(text: str | None, tools: Tools, template: Template) -> list[Segment]
     """The system turn, with the tools in it or followed by them in a turn of their own; or
     nothing.
     """
+    if template.system is None and tools:
+        raise UserError("template.no_tools", template=template.name)
     if template.system is None or not (text or tools or (text == "" and template.empty_system)):
         return []
     before, after = template.system
@@ -199,44 +212,40 @@ def _system(text: str | None, tools: Tools, template: Template) -> list[Segment]
 
 
 def _answer(
-    content: str, template: Template, *, supervised: bool, last: bool, current: bool, calling: bool
+    message: Message, template: Template, *, supervised: bool, last: bool, current: bool
 ) -> list[Segment]:
     """One assistant turn; `current`: after the last user message, where thinking formats show the
     reasoning.
     """
-    reasoning = ""
-    if template.thinking and "</think>" in content:
-        thought, *_, content = content.split("</think>")
-        content = content.lstrip("\n")
-        if template.thinking == "keep":
-            thought = thought.rstrip("\n").split("<think>")[-1]
-            reasoning = thought.strip(None if template.trim else "\n")
-            # without the reasoning that led to it, the answer would teach to skip it
-            supervised = supervised and current
+    reasoning, content = message.reasoning, message.content
+    if not template.blocks:
+        content, reasoning = with_block(message) if template.thinking else content, ""
+    elif not reasoning:
+        reasoning, content = block_of(content)
+    content = content.lstrip("\n") if reasoning else content
+    if template.thinking == "keep" and reasoning:
+        reasoning = reasoning.strip(None if template.trim else "\n")
+        # without the reasoning that led to it, the answer would teach to skip it
+        supervised = supervised and current
+    else:
+        reasoning = ""
     segments = [*_markup(template.assistant)]
-    if template.thinking and current and (last or reasoning or template.think_opened):
-        opened = template.think_opened
-        keep = supervised and template.thinking == "keep" and bool(reasoning or not opened)
-        segments += _markup("<think>\n", keep and not opened)
+    if template.blocks and current and (last or reasoning or template.think_opened):
+        keep = supervised and bool(reasoning)  # nobody should learn not to think
+        segments += _markup("<think>\n", keep and not template.think_opened)
         if reasoning:
             segments.append(Segment(reasoning, keep, False))
         segments += _markup("\n</think>\n\n", keep)
-    segments += [
-        Segment(text, supervised, markup) for text, markup in _spoken(content, template, calling)
-    ]
+    opening = [(template.lead, True)] if template.lead else []
+    opening += [] if template.last_only else [("", True)]
+    turns = [[*opening, (content, False)] if content else opening]
+    if message.calls:
+        turns = called(template.tools, opening, content, message.calls)
+    for number, turn in enumerate(turns):
+        parts = [(template.assistant, True), *turn] if number else turn
+        segments += [Segment(text, supervised, markup) for text, markup in parts]
     if last or not template.final_end:
         segments += _markup(template.end, supervised)
     if not (last and template.final_end):
         segments += _markup(template.after)
     return segments
-
-
-def _spoken(content: str, template: Template, calling: bool) -> Parts:
-    """An answer's words, or its calls in the template's format."""
-    opening = [(template.lead, True)] if template.lead else []
-    opening += [] if template.last_only else [("", True)]
-    turns = called(template.tools, opening, content) if calling else []
-    if not turns:
-        return [*opening, (content, False)] if content else opening
-    first, *others = turns
-    return [*first, *(part for turn in others for part in [(template.assistant, True), *turn])]

@@ -1,8 +1,8 @@
 """Tools in each model's own format: how the system turn announces them, and how the assistant calls
 them.
 
-A conversation brings both in JSON: the tools as OpenAI lists them, a call as {"name": …,
-"arguments": {…}}, one or a list. Sources: the chat code published with each checkpoint.
+A conversation brings the tools in JSON, as OpenAI lists them. Sources: the chat code published with
+each checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from cllm.data.message import Call
 from cllm.messages import load_toml, to_json
 
 Tools: TypeAlias = list[dict[str, Any]]
@@ -27,39 +28,31 @@ class ToolStyle:
     # The two texts stand in assets/tools.toml.
     announce: Callable[[str, str, Tools, bool], tuple[str, str, str]]
     # (name, arguments) -> the text of one call.
-    arguments: Callable[[str, Any], str]
-    # (what opens an answer, names, texts of the calls) -> the parts of each turn.
-    call: Callable[[Parts, list[str], list[str]], list[Parts]]
+    arguments: Callable[[str, dict[str, Any]], str]
+    # (what opens an answer, its words, names and texts of the calls) -> the parts of each turn.
+    call: Callable[[Parts, str, list[str], list[str]], list[Parts]]
     # Where the announcement stands in the system turn, or that it has a turn of its own.
     place: Literal["behind words", "before words", "own turn"] = "behind words"
 
 
 def read_tools(text: str) -> Tools:
-    """The functions of a `tools` JSON text, without OpenAI's {"type": "function", …} wrapper; [] if
-    it is none.
+    """The functions of a `tools` JSON text, one or a list, without OpenAI's {"type": "function", …}
+    wrapper and under OpenAI's names; [] if it is anything else.
     """
-    tools = [tool.get("function", tool) for tool in _listed(text) if isinstance(tool, dict)]
-    return [tool for tool in tools if isinstance(tool, dict) and "name" in tool]
-
-
-def read_calls(content: str) -> list[tuple[str, Any]]:
-    """(name, arguments) of each call, if the content is function calls in JSON, else []."""
-    calls = []
-    for call in _listed(content):
-        keys = call.keys() & {"arguments", "parameters"} if isinstance(call, dict) else ()
-        if not keys or "name" not in call:
-            return []
-        calls.append((call["name"], call[min(keys)]))
-    return calls
-
-
-def _listed(text: str) -> list[Any]:
-    """The elements of a JSON list, or the one value that is none; [] if it is no JSON."""
     try:
         value = json.loads(text)
     except ValueError:
         return []
-    return value if isinstance(value, list) else [value]
+    tools: Tools = []
+    for tool in value if isinstance(value, list) else [value]:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            return []
+        if "input_schema" in function:  # Anthropic's name
+            function = {**function, "parameters": function["input_schema"]}
+            del function["input_schema"]
+        tools.append(function)
+    return tools
 
 
 def announced(style: str, tools: Tools, words: bool) -> tuple[str, str, str]:
@@ -71,11 +64,10 @@ def announced(style: str, tools: Tools, words: bool) -> tuple[str, str, str]:
     return TOOL_STYLES[style].announce(before, behind, tools, words)
 
 
-def called(style: str, opening: Parts, content: str) -> list[Parts]:
-    """The turns of an answer that is nothing but calls; [] for any other."""
-    calls = read_calls(content)
+def called(style: str, opening: Parts, words: str, calls: tuple[Call, ...]) -> list[Parts]:
+    """The turns of an answer with calls, behind words or without any."""
     texts = [TOOL_STYLES[style].arguments(*call) for call in calls]
-    return TOOL_STYLES[style].call(opening, [name for name, _ in calls], texts) if calls else []
+    return TOOL_STYLES[style].call(opening, words, [call.name for call in calls], texts)
 
 
 def _function(tool: dict[str, Any], indent: int | None = None) -> str:
@@ -106,34 +98,45 @@ def _react_tool(tool: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def _python(name: str, values: Any) -> str:
-    if not isinstance(values, dict):
-        return to_json(values)
+def _python(name: str, values: dict[str, Any]) -> str:
     pairs = ", ".join(f"{key}={value!r}" for key, value in values.items())
     return f"```python\ntool_call({pairs})\n```"
 
 
-def _xml(name: str, values: Any) -> str:
+def _xml(name: str, values: dict[str, Any]) -> str:
     """Each argument on lines of its own, lists and objects as JSON."""
     text = f"<function={name}>\n"
-    for key, value in values.items() if isinstance(values, dict) else ():
+    for key, value in values.items():
         written = to_json(value) if isinstance(value, list | dict) else str(value)
         text += f"<parameter={key}>\n{written}\n</parameter>\n"
     return text + "</function>"
 
 
-def _in_tags(opening: Parts, names: list[str], texts: list[str]) -> list[Parts]:
-    parts = list(opening)
-    for number, text in enumerate(texts):
-        tag = "\n" * bool(number) + "<tool_call>\n"
-        parts += [(tag, True), (text, False), ("\n</tool_call>", True)]
-    return [parts]
+def _in_tags(space: str) -> Callable[[Parts, str, list[str], list[str]], list[Parts]]:
+    """Each call in tags; `space` stands between the words and the first."""
+
+    def call(opening: Parts, words: str, names: list[str], texts: list[str]) -> list[Parts]:
+        parts = [*opening, (words, False)] if words else list(opening)
+        for number, text in enumerate(texts):
+            before = "\n" if number else space * (words[-1:] not in ("", "\n"))
+            parts += [(f"{before}<tool_call>\n", True), (text, False), ("\n</tool_call>", True)]
+        return [parts]
+
+    return call
 
 
-def _by_name(opening: Parts, names: list[str], texts: list[str]) -> list[Parts]:
-    """Each call in a turn that opens with the tool's name, in place of what opens an answer."""
+def _by_name(opening: Parts, words: str, names: list[str], texts: list[str]) -> list[Parts]:
+    """The words in a turn, then each call in a turn that opens with the tool's name, in place of
+    what opens an answer.
+    """
     pairs = zip(names, texts, strict=True)
-    return [[(f"{name}\n", False), ("", True), (text, False)] for name, text in pairs]
+    calls = [[(f"{name}\n", False), ("", True), (text, False)] for name, text in pairs]
+    return [[*opening, (words, False)], *calls] if words else calls
+
+
+def _as_text(opening: Parts, words: str, text: str) -> list[Parts]:
+    """The calls' text on a line behind the words."""
+    return [[*opening, ("\n".join(filter(None, (words.rstrip("\n"), text))), False)]]
 
 
 TOOL_STYLES = {
@@ -144,7 +147,7 @@ TOOL_STYLES = {
             behind,
         ),
         arguments=lambda name, values: to_json({"name": name, "arguments": values}),
-        call=_in_tags,
+        call=_in_tags("\n"),
     ),
     "qwen3.5": ToolStyle(
         announce=lambda before, behind, tools, words: (
@@ -153,7 +156,7 @@ TOOL_STYLES = {
             behind + "\n\n" * words,
         ),
         arguments=_xml,
-        call=_in_tags,
+        call=_in_tags("\n\n"),
         place="before words",
     ),
     "glm4": ToolStyle(
@@ -177,9 +180,10 @@ TOOL_STYLES = {
     "internlm2": ToolStyle(
         announce=lambda before, behind, tools, words: ("", to_json(tools, 4), ""),
         arguments=lambda name, values: to_json({"name": name, "parameters": values}),
-        call=lambda opening, names, texts: [
+        call=lambda opening, words, names, texts: [
             [
                 *opening,
+                *([(words, False)] if words else []),
                 ("<|action_start|><|plugin|>\n", True),
                 ("\n".join(texts), False),
                 ("<|action_end|>", True),
@@ -194,9 +198,9 @@ TOOL_STYLES = {
             "",
         ),
         arguments=lambda name, values: to_json({"name": name, "parameters": values}),
-        call=lambda opening, names, texts: [
-            [*opening, (texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]", False)]
-        ],
+        call=lambda opening, words, names, texts: _as_text(
+            opening, words, texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+        ),
     ),
     "react": ToolStyle(
         announce=lambda before, behind, tools, words: (
@@ -205,6 +209,6 @@ TOOL_STYLES = {
             "",
         ),
         arguments=lambda name, values: f"Action: {name}\nAction Input: {to_json(values)}",
-        call=lambda opening, names, texts: [[*opening, ("\n".join(texts), False)]],
+        call=lambda opening, words, names, texts: _as_text(opening, words, "\n".join(texts)),
     ),
 }

@@ -1,4 +1,4 @@
-"""The turns of a row in any of the schemas that instruction files are written in: (role, text) in
+"""The turns of a row in any of the schemas that instruction files are written in: its messages in
 order, as they stand there.
 
 The schema is detected per row, never from the first row of a file. Raises RowError for a row that
@@ -7,55 +7,57 @@ has none, or turns that are no text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import lru_cache
 from itertools import chain, zip_longest
 from operator import itemgetter
 from typing import Any
 
-from cllm.data.text import RowError, clean, json_text, text_of
+from cllm.data.fields import (
+    ALIASES,
+    LETTERS,
+    MEDIA,
+    OPTIONS,
+    PASSAGES,
+    Row,
+    holds_text,
+    refuse_media,
+    unpacked,
+    with_fields,
+)
+from cllm.data.message import ROLES, THOUGHT_COLUMNS, Message, is_trained, joined, read_message
+from cllm.data.text import RowError, clean, text_of
 from cllm.messages import say
 
-_ROLE_WORDS = {
-    "system": "system",
-    "user": "human user client usr 用户",
-    "assistant": "gpt assistant bot counselor 助手 function_call",
-    "tool": "tool observation",
-}
-ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
 NO_INPUT = frozenset(
     "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
 )
 TURN_KEYS = ("conversations", "messages", "conversation")
 PAIRS = {  # question key -> answer keys
     "prompt": ("response", "completion"),
-    "query": ("response",),
+    "query": ("response", "answers"),
     "question": ("answer", "std_answer", "reference"),
     "input": ("target",),
     "content": ("summary",),
     "context": ("target",),
     "riddle": ("answer",),
     "ask": ("answer",),
+    "user": ("assistant", "bot"),
+    "human": ("assistant", "gpt", "bot"),
+    "q": ("a",),
 }
-CHINESE = {
-    "指令": "instruction",
-    "输入": "input",
-    "輸入": "input",
-    "输出": "output",
-    "輸出": "output",
-}
-CHINESE |= {"问题": "question", "問題": "question", "回答": "answer"}
 # one element of a list that is two turns
 EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
 _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.values())))
 _OTHERS = "instruction rejected instances paragraph text history system".split()
-SCHEMA_KEYS = _ANSWERS.union(PAIRS, CHINESE, _OTHERS)
-# Whatever else a row has is metadata: a key that `_recognized` looks at must be among these.
-SPECIAL_KEYS = SCHEMA_KEYS | {"label", "tools"}
+SCHEMA_KEYS = _ANSWERS.union(PAIRS, _OTHERS)
+# Whatever else a row has is not read: a key that `_recognized` looks at must be among these.
+SPECIAL_KEYS = SCHEMA_KEYS.union(
+    ("label", "tools"), OPTIONS, PASSAGES, MEDIA, LETTERS, THOUGHT_COLUMNS
+)
 
-_BARE = r"(?:(human|user|用户)|(assistant|bot|助手))[ \t]*[:：]"
+_BARE = r"(?:(human|user|用户)|(assistant|bot|助手)|(?-i:(FUNCTION RESPONSE)))[ \t]*[:：]"
 # a dialogue inside one string is split by the style it begins with; line starts are believed before
 # words
 _TAGS = (
@@ -66,16 +68,25 @@ _TAGS = (
     re.compile(rf"^[ \t]*{_BARE}", re.I | re.M),
     re.compile(rf"(?:^|(?<=\s)){_BARE}", re.I),
 )
+# one tag before, or a pair of them round, a whole question or answer
+_ONE_TAG = {
+    role: re.compile(
+        rf"\s*(?:<({words})>[ \t]*[:：]?|[\[【](?:{words})[\]】][ \t]*[:：])(.*?)(?:</\1>\s*)?\Z",
+        re.I | re.S,
+    )
+    for role, words in (("user", "human|user|用户"), ("assistant", "assistant|bot|助手"))
+}
 TAG_START = re.compile(r"\s*(?:[<\[【]|(?:human|user|用户)[ \t]*[:：])", re.I)
+_SPEAKERS = {1: "user", 2: "assistant", 3: "tool"}  # by the group of `_TAGS` that matched
+_ENDED = re.compile(r"\s*<\|endoftext\|>\s*\Z")  # of glaive's answers
 _MOSS_MARK = re.compile(r"<\|(?:Human|MOSS)\|>\s*[:：]?|<eo[hm]>")
 
-Row = dict[str, Any]
-Turns = list[tuple[str, str]]
+Turns = list[Message]
 
 
 def _dialogue(value: object) -> Turns | None:
-    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …` in a string
-    or a flat list of strings, else None.
+    """The turns of `Human: … Assistant: …`, `<user>: … <bot>: …`, `[客户] … [律师] …`, glaive's
+    `USER: … ASSISTANT: … FUNCTION RESPONSE: …` in a string or a flat list of strings, else None.
     """
     if isinstance(value, list) and all(isinstance(element, str) for element in value):
         value = "\n".join(value)
@@ -87,7 +98,7 @@ def _dialogue(value: object) -> Turns | None:
         if marks and marks[0].group(1) and any(mark.group(2) for mark in marks):
             ends = [mark.start() for mark in marks[1:]] + [len(text)]
             return [
-                ("user" if mark.group(1) else "assistant", text[mark.end() : end])
+                Message(_SPEAKERS[mark.lastindex or 1], _ENDED.sub("", text[mark.end() : end]))
                 for mark, end in zip(marks, ends, strict=True)
             ]
     return None
@@ -98,35 +109,23 @@ def _asked(text: str, answered: bool = True) -> Turns:
     `Human:…Assistant:…Human:…Assistant:`) is unfolded.
     """
     if turns := _dialogue(text):
-        if turns[-1][0] == "assistant" and not clean(turns[-1][1]):
+        if turns[-1].role == "assistant" and not clean(turns[-1].content):
             turns.pop()
-        if turns[-1][0] == "user" or not answered:
+        if turns[-1].role == "user" or not answered:
             return turns
-    return [("user", text)]
+    return [_untagged("user", text)]
+
+
+def _untagged(role: str, text: str) -> Message:
+    """A message without the one tag that says whose it is."""
+    tag = _ONE_TAG[role].match(text)
+    return Message(role, tag[2] if tag and not _TAGS[0].search(tag[2]) else text)
 
 
 def exchange(ask: str, reply: str) -> Turns:
     """A question, or the dialogue typed into it, and its answer."""
     asked = _asked(ask, bool(clean(reply)))
-    return asked if asked[-1][0] == "assistant" else [*asked, ("assistant", reply)]
-
-
-def _parts(parts: list[Any]) -> str:
-    """OpenAI-style typed parts: texts and tool calls, one after another; reasoning is an inner
-    thought and is dropped.
-    """
-    texts = []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind in ("reasoning", "thinking"):
-            continue
-        if kind in ("text", "input_text", "output_text"):
-            texts.append(text_of(part, "text"))
-        elif isinstance(kind, str) and re.search("tool|function|observation", kind):
-            texts.append(json_text(part.get("value", part.get("text", part))))
-        else:
-            raise RowError("row.part", "invalid_text", kind=f"{kind!r:.30}")
-    return "\n".join(texts)
+    return asked if asked[-1].role == "assistant" else [*asked, _untagged("assistant", reply)]
 
 
 def unboxed(value: Any) -> Any:
@@ -145,24 +144,42 @@ def is_turn(value: object) -> bool:
     )
 
 
+def _messages(value: Any, name: str) -> Turns:
+    """The turns of a list of messages with roles, or of one message, wherever it stands and be it
+    as JSON text; none for anything else.
+    """
+    value = unpacked(value)
+    listed = [value] if isinstance(value, dict) else value
+    spoken = isinstance(listed, list) and listed and all(map(is_turn, listed))
+    return _turns(listed, name) if spoken else []
+
+
+def _answered(row: Row, ask_key: str, ask: Any, reply_key: str, reply: Any) -> Turns:
+    """A question and its answer, texts or messages. An answer whose messages begin with another
+    role is the whole dialogue again.
+    """
+    asked, told = _messages(ask, ask_key), _messages(reply, reply_key)
+    if not asked:
+        text, reply = with_fields(row, text_of(ask, ask_key), reply, (ask_key, reply_key))
+        if not told:
+            return exchange(text, text_of(reply, reply_key))
+        asked = _asked(text) if clean(text) else []
+    told = told or [Message("assistant", text_of(reply, reply_key))]
+    return told if told[0].role != "assistant" else asked + told
+
+
+def _framed(row: Row, turns: Turns) -> Turns:
+    """The turns with the passage and the options of the row at their question, if it is one."""
+    asked = [number for number, turn in enumerate(turns) if turn.role == "user"]
+    if len(asked) == 1:
+        text, _ = with_fields(row, turns[asked[0]].content, clean(turns[-1].content), ())
+        turns[asked[0]] = turns[asked[0]]._replace(content=text)
+    return turns
+
+
 def _text(row: Mapping[str, Any], key: str) -> str:
     """The text of a field, "" where the row has none."""
     return text_of(row.get(key), key)
-
-
-def _said(message: Row, role: str) -> str:
-    """What a message with a role says: its content, and an assistant's tool calls verbatim."""
-    key = "content" if "content" in message else "value"
-    value, calls = message.get(key), message.get("tool_calls") or message.get("function_call")
-    if isinstance(value, dict) and role in ("function_call", "tool", "observation"):
-        text = json_text(value)
-    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        text = _parts(value)
-    else:
-        text = text_of(value, key)
-    if calls and ROLES[role] == "assistant":
-        return "\n".join(filter(None, (text, json_text(calls))))
-    return text
 
 
 def _turns(elements: object, name: str) -> Turns:
@@ -187,43 +204,66 @@ def _turns(elements: object, name: str) -> Turns:
                 known = ", ".join(ROLES)
                 shown = f"{element[key]!r:.30}"
                 raise RowError("row.role", "unknown_role", number=number, found=shown, known=known)
-            turns.append((ROLES[role], _said(element, role)))
-        elif pair := next((pair for pair in EXCHANGES if not element.keys().isdisjoint(pair)), ()):
-            told = [("user", _text(element, pair[0])), ("assistant", _text(element, pair[1]))]
-            told = with_system(element.get("system"), told)
-            repeated = told[0][0] == "system" and turns[:1] == told[:1]
-            turns += told[repeated:]
+            said = read_message(role, element)
+            if said[0].calls:
+                joined(turns, said.pop(0))
+            turns += said
         elif "message" in element:  # no roles: speakers alternate, the first one asks
-            turns.append(("user" if number % 2 else "assistant", _text(element, "message")))
+            speaker = "user" if number % 2 else "assistant"
+            turns.append(Message(speaker, _text(element, "message")))
+        elif (told := _exchanged(element)) is not None:
+            told = with_system(element.get("system"), told)
+            repeated = told[:1] == turns[:1] and told and told[0].role == "system"
+            turns += told[1:] if repeated else told
+        elif (
+            lower := {str(key).strip().lower(): part for key, part in element.items()}
+        ) != element:
+            turns += _turns([lower], name)
         else:
             names = ", ".join(map(str, element))
             raise RowError("row.turn_keys", "unknown_schema", number=number, found=names)
     return turns
 
 
+def _exchanged(element: Row) -> Turns | None:
+    """The turns of an element without a role: of any names that a row may have, or one side."""
+    pairs = [pair for pair in EXCHANGES if not element.keys().isdisjoint(pair)]
+    both = pairs and element.keys() >= {*pairs[0]} and "instruction" not in element
+    told = None if both else _recognized(named(element))
+    if told is None and pairs:
+        roles = zip(("user", "assistant"), pairs[0], strict=True)
+        told = [Message(role, _text(element, key)) for role, key in roles]
+    if told and not is_trained(element):
+        told = [turn._replace(trained=turn.role != "assistant") for turn in told]
+    return told
+
+
 def with_system(value: object, turns: Turns) -> Turns:
     """The turns behind a system turn of these words, unless they open with it already."""
-    system = clean(text_of(value, "system"))
-    repeated = turns[:1] in ([("system", system)], [("system", "")])
-    return [("system", system), *turns[repeated:]] if system else turns
+    system = clean(text_of(value, "system")).removeprefix("SYSTEM: ")  # glaive's
+    repeated = bool(turns) and turns[0].role == "system" and turns[0].content in ("", system)
+    return [Message("system", system), *turns[repeated:]] if system else turns
 
 
 def history_turns(value: object) -> Turns:
-    """`history`: a list of [question, answer] pairs, an empty list, or blank text; a CSV cell may
-    hold the list as JSON.
+    """`history`: a list of [question, answer] pairs or of objects that say both, tagged text,
+    or nothing; a CSV cell may hold the list as JSON.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError):
-            value = json.loads(value)
+    value = unpacked(value)
+    value = [value] if value and isinstance(value, dict) else value
     if not value or value != value or (isinstance(value, str) and not clean(value)):
         return []
-    if isinstance(value, list):
-        if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
-            said = (zip(("user", "assistant"), pair, strict=True) for pair in value)
-            return [(role, text_of(text, role)) for role, text in chain(*said)]
-        if all(isinstance(turn, dict) for turn in value):
-            return _turns(value, "history")
-    raise RowError("row.history", "unknown_schema", found=f"{value!r:.40}")
+    if not isinstance(value, list):
+        return _turns(value, "history")
+    parts: list[Any] = []
+    for part in value:
+        if not isinstance(part, (list, tuple)) or len(part) != 2:
+            parts.append(part)
+        elif all(map(is_turn, part)):
+            parts += part
+        else:
+            parts.append(dict(zip(EXCHANGES[0], part, strict=True)))
+    return _turns(parts, "history")
 
 
 def _user_text(row: Mapping[str, Any]) -> str:
@@ -241,14 +281,21 @@ def with_input(ask: str, extra: str) -> str:
 def _alpaca(row: Row) -> Turns:
     asks, replies = row.get("input"), row.get("output")
     # parallel lists are turns
-    if isinstance(asks, list) and isinstance(replies, list) and len(asks) > 1:
+    if (
+        isinstance(asks, list)
+        and isinstance(replies, list)
+        and len(asks) > 1
+        and not any(map(is_turn, asks))
+    ):
         asks = [_user_text({**row, "input": asks[0]}), *asks[1:]]
-        asked = [("user", text_of(ask, "input")) for ask in asks]
-        told = [("assistant", text_of(reply, "output")) for reply in replies]
+        asked = [Message("user", text_of(ask, "input")) for ask in asks]
+        told = [Message("assistant", text_of(reply, "output")) for reply in replies]
         return [turn for both in zip_longest(asked, told) for turn in both if turn]
-    while isinstance(replies, list):  # ranked alternatives: the best comes first
-        replies = replies[0] if replies else None
-    return exchange(_user_text(row), text_of(replies, "output"))
+    while isinstance(replies, list) and not any(map(is_turn, replies)):
+        replies = replies[0] if replies else None  # ranked alternatives: the best comes first
+    key = "input" if not row.get("instruction") else "instruction"
+    ask = row[key] if _messages(row.get(key), key) else _user_text(row)
+    return _answered(row, key, ask, "output", replies)
 
 
 def _chat(chat: Row) -> Turns:
@@ -259,7 +306,7 @@ def _chat(chat: Row) -> Turns:
         if isinstance(turn, dict) and (digits := re.search(r"\d{1,9}", str(key)))
     ]
     return [
-        (role, _MOSS_MARK.sub("", _text(turn, key)))
+        Message(role, _MOSS_MARK.sub("", _text(turn, key)))
         for _, turn in sorted(numbered, key=itemgetter(0))
         for role, key in (("user", "Human"), ("assistant", "MOSS"))
     ]
@@ -277,11 +324,16 @@ def _instances(row: Row) -> Turns:
 
 
 def _pair(row: Row, ask_key: str) -> Turns:
-    ask = _text(row, ask_key)
-    if ask_key == "ask" and clean(ask) in ("无", ""):
-        ask = _text(row, "title")
-    replies = (_text(row, key) for key in PAIRS[ask_key])
-    return exchange(ask, next(filter(clean, replies), ""))
+    ask = row[ask_key]
+    if ask_key == "ask" and clean(_text(row, ask_key)) in ("无", ""):
+        ask = row.get("title")
+    if "instruction" in row and not _messages(ask, ask_key):
+        ask = with_input(clean(_text(row, "instruction")), clean(text_of(ask, ask_key)))
+    for key in PAIRS[ask_key]:
+        reply = row.get(key)
+        if holds_text(reply) or (isinstance(reply, (int, float)) and reply == reply):
+            break
+    return _answered(row, ask_key, ask, key, reply)
 
 
 def _preference(row: Row) -> Turns:
@@ -289,17 +341,19 @@ def _preference(row: Row) -> Turns:
     chosen = unboxed(row["chosen"])
     keys = (*TURN_KEYS, "prompt", "query", "question", "riddle", "ask")
     key = next((key for key in keys if row.get(key) is not None), "")
-    if isinstance(row.get(key), list):
-        asked = _turns(row[key], key)
-    else:
+    ask = row.get(key)
+    asked = _turns(ask, key) if isinstance(ask, list) else _messages(ask, key)
+    if not asked:
         text = _text(row, key) if key else _user_text(row)
+        text, _ = with_fields(row, text, "", (key, "chosen"))
         asked = _asked(text) if text else []
-    if isinstance(chosen, list):  # the whole dialogue again, or only its last turns
-        told = _turns(chosen, "chosen")
-        return told if told and told[0][0] != "assistant" else asked + told
+    # the whole dialogue again, or only its last turns
+    told = _turns(chosen, "chosen") if isinstance(chosen, list) else _messages(chosen, "chosen")
+    if told:
+        return told if told[0].role != "assistant" else asked + told
     if not asked and (tagged := _dialogue(chosen)):
         return tagged
-    return [*asked, ("assistant", text_of(chosen, "value"))]
+    return [*asked, Message("assistant", text_of(chosen, "value"))]
 
 
 def _recognized(row: Row) -> Turns | None:
@@ -307,9 +361,11 @@ def _recognized(row: Row) -> Turns | None:
     if "chosen" in row:
         return history_turns(row.get("history")) + _preference(row)
     for key in (*TURN_KEYS, "chat", "paragraph"):
-        value = row.get(key)
+        if key not in row:
+            continue
+        value = unpacked(row[key])
         if (isinstance(value, list) and value) or _dialogue(value):
-            return _turns(value, key)
+            return _framed(row, _turns(value, key))
     if isinstance(row.get("chat"), dict):
         return _chat(row["chat"])
     if isinstance(row.get("instances"), list):
@@ -334,7 +390,8 @@ def _recognized(row: Row) -> Turns | None:
         return history_turns(row.get("history")) + _pair(row, ask_key)
     if any(key in row and not row[key] for key in TURN_KEYS):
         return []
-    return next((turns for value in row.values() if (turns := _dialogue(value))), None)
+    read = (_messages(value, key) or _dialogue(value) for key, value in row.items())
+    return next(filter(None, read), None)
 
 
 def key_names(row: Mapping[str, Any]) -> str:
@@ -342,11 +399,46 @@ def key_names(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name!r:.24}" for name in list(row)[:12]) or say("row.nothing")
 
 
+@lru_cache(1000)
+def known_names(keys: tuple[Any, ...]) -> tuple[dict[Any, str], bool]:
+    """(key -> the name that is known here, for those written otherwise: in Chinese, in capitals,
+    under an alias; whether one is of a schema).
+    """
+    names: dict[Any, str] = {}
+    for key in keys:
+        folded = str(key).strip().lower()
+        name = ALIASES.get(folded, folded)
+        # the letters of options are no "Q" and "A"
+        letter = len(folded) == 1 and ("B" in keys or "Q" not in keys)
+        if name in SPECIAL_KEYS and name != key and not letter:
+            names[key] = name
+    return names, bool(SCHEMA_KEYS.intersection((*keys, *names.values())) - {"text"})
+
+
+def named(row: Row) -> Row:
+    """The row under the names that are known here. One of no known schema that has a row around it,
+    or as JSON text in a cell (CSV), is that row.
+    """
+    names, known = known_names(tuple(row))
+    row = {**row} if names else row
+    for key, name in names.items():
+        if not row.get(name):
+            row[name] = row.pop(key)
+    for key, value in () if known else row.items():
+        inner = unboxed(unpacked(value))
+        if isinstance(inner, dict) and known_names(tuple(inner := named(inner)))[1]:
+            return {name: other for name, other in row.items() if name != key} | inner
+    return row
+
+
 def row_turns(row: Row) -> Turns:
-    """The turns of a row by its Chinese or English keys. Raises RowError if no schema is known."""
-    if not CHINESE.keys().isdisjoint(row):
-        row = {CHINESE.get(name, name): value for name, value in row.items()}
+    """The turns of a `named` row. Raises RowError for no known schema, and for pictures."""
     if (turns := _recognized(row)) is None:
         code = "row.text" if "text" in row else "row.schema"
         raise RowError(code, "unknown_schema", found=key_names(row))
+    refuse_media(row, (turn.content for turn in turns if turn.role == "user"))
+    if turns and turns[-1].role == "assistant" and not row.keys().isdisjoint(THOUGHT_COLUMNS):
+        thoughts = (text_of(row[name], name) for name in THOUGHT_COLUMNS if row.get(name))
+        if thought := next(filter(clean, thoughts), ""):
+            turns[-1] = turns[-1]._replace(reasoning=thought)
     return with_system(row.get("system"), turns)

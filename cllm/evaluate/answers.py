@@ -15,7 +15,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from cllm.data.encode import IGNORE_INDEX, Example
+from cllm.data.message import Message
 from cllm.data.packing import PackedBatch, best_fit, collate
-from cllm.data.schema import Conversation, Message
+from cllm.data.schema import Conversation
 from cllm.evaluate.results import Evaluation, Gap, Group, Sample, SystemScores
 from cllm.learn.loss import row_nll
 from cllm.messages import UserError, note
@@ -186,19 +187,23 @@ def _general(tokenizer: Tokenizer) -> list[Example]:
 
 
 # --- Answers
-def question_of(conversation: Conversation) -> list[Message]:
+def question_of(conversation: Conversation) -> Conversation:
     """Everything before the last answer."""
-    return list(conversation.messages[:-1])
+    return replace(conversation, messages=conversation.messages[:-1])
 
 
 def answer_of(conversation: Conversation) -> str:
     """The last answer: the reference."""
-    return conversation.messages[-1].content
+    return conversation.messages[-1].words
 
 
 def with_answers(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Those that end with an answer to something."""
-    return [c for c in conversations if len(c.messages) > 1 and c.messages[-1].role == "assistant"]
+    """Those that end with an answer to something that is to be learned."""
+    return [
+        c
+        for c in conversations
+        if len(c.messages) > 1 and c.messages[-1].role == "assistant" and c.messages[-1].trained
+    ]
 
 
 @contextmanager
@@ -217,7 +222,7 @@ def unless_memory_is_short(engine: Engine) -> Iterator[None]:
 def generate(
     engine: Engine,
     tokenizer: Tokenizer,
-    questions: Sequence[list[Message]],
+    questions: Sequence[Conversation],
     *,
     adapter: bool | Sequence[bool],
     max_new_tokens: int,
@@ -253,14 +258,15 @@ class Asking:
     progress: Callable[[int, int], None] | None = None
     """Called with (answers so far, all)."""
 
-    def few_shot(self, conversation: Conversation, shots: int) -> list[Message]:
+    def few_shot(self, conversation: Conversation, shots: int) -> Conversation:
         """The question with `shots` training conversations of the same category before it, as
         earlier turns.
         """
         same = [c for c in self.train if c.category == conversation.category] or list(self.train)
         draw = random.Random(f"{self.seed}/{conversation.messages[0].content}")
         chosen = draw.sample(same, min(shots, len(same)))
-        return [message for c in chosen for message in c.messages] + question_of(conversation)
+        before = tuple(message for c in chosen for message in c.messages)
+        return replace(conversation, messages=before + conversation.messages[:-1])
 
 
 def answers(
@@ -272,7 +278,7 @@ def answers(
     rows of the same batches.
     """
 
-    def fitting(conversation: Conversation) -> list[Message]:
+    def fitting(conversation: Conversation) -> Conversation:
         for shots in range(asking.shots, 0, -1):
             prompt = asking.few_shot(conversation, shots)
             if len(tokenizer.encode_chat(prompt)) < engine.max_tokens:
@@ -293,7 +299,7 @@ def answers(
         max_new_tokens=asking.max_new_tokens,
         progress=asking.progress,
     )
-    systems = {"copy": [question[-1].content for question in questions]}
+    systems = {"copy": [question.messages[-1].words for question in questions]}
     if asking.train:
         systems["majority"] = majority(asking.train, conversations)
     return systems | {system: texts[i :: len(asked)] for i, system in enumerate(asked)}
@@ -339,7 +345,7 @@ def score(
     samples = [
         Sample(
             conversation.category,
-            question_of(conversation),
+            question_of(conversation).messages,
             references[i],
             {name: systems[name][i] for name in shown},
             {name: _values(table, [i]) for name, table in shown.items()},

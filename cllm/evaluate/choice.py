@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.evaluate.answers import Rows, before_after, versus
 from cllm.evaluate.results import Accuracy, Exam, ExamSample, ExamScores, SubjectAccuracy
 from cllm.messages import UserError

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cllm.data.schema import Message
+from cllm.data.message import Message
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Sample:
     def document(self) -> dict[str, Any]:
         return {
             "category": self.category,
-            "messages": [message._asdict() for message in self.question],
+            "messages": [message.row() for message in self.question],
             "reference": self.reference,
             **self.answers,
             "scores": self.scores,

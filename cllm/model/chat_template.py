@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.schema import Message
+from cllm.data.message import Message, block_of, with_block
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
-from cllm.messages import UserError
+from cllm.data.tools import Tools, read_tools
+from cllm.messages import UserError, to_json
 from cllm.model.vocabulary import Bpe
 
 if TYPE_CHECKING:
@@ -99,8 +101,8 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     if it always has one.
     """
     vocabulary = tokenizer.vocabulary
-    if template.thinking:
-        template = replace(template, thinking=thinking)
+    if template.thinking or thinking == "keep":
+        template = replace(template, thinking=thinking if template.thinking else "text")
     if (end := template.end.strip()) not in vocabulary.control:
         text = json.dumps(asdict(template), ensure_ascii=False).replace(
             end, vocabulary.name(tokenizer.eos_id)
@@ -115,17 +117,45 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     return template
 
 
-# --- A tokenizer's own chat_template, rendered with a mark in place of each message, so that only
-# its own text is markup
+# --- A tokenizer's own chat_template, rendered with a mark in place of each message's words, so
+# that only its own text is markup
 _MARK = re.compile("\ue000(\\d+)\ue001")
+_THINK_PROMPT = re.compile(r"<think>\s*(</think>\s*)?\Z")  # what only a prompt may end with
+_THOUGHT = re.compile(r"<think>\s*(\ue000\d+\ue001)?\s*</think>\s*")
+_EMPTY_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")  # its opening may be the prompt's
 
 
-def _marked(messages: Sequence[Message]) -> list[Message]:
-    return [Message(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)]
+def _mark(number: int, words: str) -> str:
+    return f"\ue000{number}\ue001" if words else ""
+
+
+def _marked(messages: Sequence[Message], unmarked: str = "") -> list[Message]:
+    """Message i's words are mark 2i, its reasoning is mark 2i + 1; the role `unmarked` stays."""
+    return [
+        m
+        if m.role == unmarked
+        else m._replace(content=_mark(2 * i, m.content), reasoning=_mark(2 * i + 1, m.reasoning))
+        for i, m in enumerate(messages)
+    ]
+
+
+def _check_tokens(tokenizer: Tokenizer, text: str) -> None:
+    """Raises UserError if text that is rendered without a mark holds a special token."""
+    ids = tokenizer.encode(text, markup=True)
+    if token := next(filter(tokenizer.vocabulary.hidden.__contains__, ids), None):
+        raise UserError("template.token", token=tokenizer.vocabulary.name(token))
 
 
 def _filled(text: str, words: Sequence[str]) -> str:
     return _MARK.sub(lambda match: words[int(match.group(1))], text)
+
+
+def _wire(row: dict[str, Any]) -> dict[str, Any]:
+    """A message as OpenAI's API writes it: arguments as JSON text, no content beside bare calls."""
+    for call in row.get("tool_calls", ()):
+        call["function"]["arguments"] = to_json(call["function"]["arguments"])
+        row["content"] = row["content"] or None
+    return row
 
 
 def _jinja(
@@ -134,18 +164,20 @@ def _jinja(
     thinking: str | None,
     messages: Sequence[Message],
     opened: bool,
-    tools: str = "",
+    tools: Tools | None = None,
+    wire: bool = False,
 ) -> str:
-    """The text that Transformers renders; thinking None: without saying so. Raises UserError with
-    the chat_template's own complaint.
+    """The text that Transformers renders; thinking None: without saying so; wire: see `_wire`.
+    Raises UserError with the chat_template's own complaint.
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    rows = [message.row() for message in messages]
     try:
         texts, _ = render_jinja_template(
-            conversations=[[m._asdict() for m in messages]],
-            tools=json.loads(tools) if tools else None,
+            conversations=[[_wire(row) for row in rows] if wire else rows],
+            tools=[{"type": "function", "function": tool} for tool in tools or ()] or None,
             chat_template=source,
             add_generation_prompt=opened,
             **({} if thinking is None else {"enable_thinking": thinking == "keep"}),
@@ -203,43 +235,138 @@ def _native(tokenizer: Tokenizer, source: str, thinking: str) -> Template:
 
 
 def render_native(tokenizer: Tokenizer, conversation: Chat, *, open_turn: bool) -> list[Segment]:
-    """Segments from the chat_template. An answer is what the rendering up to and with it has beyond
-    the rendering that opens it; both must begin the whole text.
+    """Segments from the chat_template. An answer is what stands between the rendering that opens it
+    and the end token behind its words and calls.
+
+    Raises UserError for a conversation that the chat_template refuses, or of which it leaves
+    something out.
     """
-    messages = messages_of(conversation)
-    marked, words = _marked(messages), [m.content for m in messages]
-    template, tools = tokenizer.template, getattr(conversation, "tools", "")
-    text = functools.partial(_jinja, tokenizer, template.jinja, template.thinking, tools=tools)
-    whole, actual = text(marked, open_turn), text(messages, open_turn)
-    if _filled(whole, words) != actual:  # most often because the template strips the words
-        words = [content.strip() for content in words]
-        if _filled(whole, words) != actual:
-            raise UserError("tokenizer.prefix")
+    messages, tools = messages_of(conversation), read_tools(getattr(conversation, "tools", ""))
+    _check_tokens(tokenizer, to_json([tools, [message.calls for message in messages]]))
+    try:
+        return _native_segments(tokenizer, messages, tools, open_turn=open_turn, wire=False)
+    except UserError:
+        if any(message.calls for message in messages):
+            with suppress(UserError):
+                return _native_segments(tokenizer, messages, tools, open_turn=open_turn, wire=True)
+        raise
+
+
+def _given(message: Message, template: Template) -> tuple[Message, str]:
+    """(the message as the chat_template gets it, its words with the reasoning that it does not get
+    apart).
+    """
+    reasoning, content = message.reasoning, message.content
+    if message.role == "assistant" and not reasoning:
+        reasoning, content = block_of(content)
+    if not reasoning:
+        return message._replace(content=content), content
+    # without a switch, a block in the words is words like others
+    if template.thinking == "off" and (message.reasoning or "enable_thinking" in template.jinja):
+        return message._replace(content=content, reasoning=""), content
+    if "reasoning_content" in template.jinja:
+        return message._replace(content=content, reasoning=reasoning), content
+    return message._replace(content=content, reasoning=""), with_block(message)
+
+
+def _whole(
+    tokenizer: Tokenizer,
+    text: Callable[[list[Message], bool], str],
+    messages: list[Message],
+    open_turn: bool,
+) -> tuple[str, list[str], list[Message]]:
+    """(the rendering with marks, the words that belong there, the marked messages). Raises
+    UserError if they would not give what the template renders.
+    """
+    actual = text(messages, open_turn)
+    words = [part for m in messages for part in (m.content, m.reasoning)]
+    for unmarked in ("", "tool"):  # Llama 3.1 writes results as JSON
+        marked = _marked(messages, unmarked)
+        whole = text(marked, open_turn)
+        for filling in (words, [part.strip() for part in words]):  # many strip the words
+            if _filled(whole, filling) == actual:
+                for m in messages:
+                    _check_tokens(tokenizer, m.content if m.role == unmarked else "")
+                return whole, filling, marked
+    raise UserError("tokenizer.prefix")
+
+
+def _start(whole: str, behind: int, opened: str, closed: str) -> tuple[int, str]:
+    """(where an answer begins, the <think> of the prompt that does not stand there), by the texts
+    with and without the prompt for it; it is no earlier than `behind`.
+    """
+    think = _THINK_PROMPT.search(opened)
+    lead = think.group() if think else ""
+    prompt = opened.removeprefix(closed).removesuffix(lead)
+    start = whole.find(prompt, behind) + len(prompt)
+    # nothing else may have changed before it than blocks of earlier answers
+    before, then = (_THOUGHT.sub("", text) for text in (opened.removesuffix(lead), whole[:start]))
+    if before != then:
+        raise UserError("tokenizer.prefix")
+    return start, lead
+
+
+def _end(whole: str, start: int, message: Message, ends: Sequence[str]) -> tuple[int, int]:
+    """Where the end token of the marked answer from `start` stands, and what follows."""
+    at = max(0, whole.find(message.content, start)) + len(message.content)
+    end = re.compile("|".join(map(re.escape, ends))).search(whole, at)
+    marks = _MARK.finditer(whole[start : end.start() if end else None])
+    if not end or not {match.group() for match in marks} <= {message.content, message.reasoning}:
+        raise UserError("tokenizer.no_end", token="end of turn", template="chat_template")
+    if not all(call.name in whole[start : end.start()] for call in message.calls):
+        raise UserError("template.drops", part="tool_calls")
+    return end.span()
+
+
+def _native_segments(
+    tokenizer: Tokenizer, messages: list[Message], tools: Tools, *, open_turn: bool, wire: bool
+) -> list[Segment]:
+    template = tokenizer.template
+    pairs = [_given(message, template) for message in messages]
+    given, thoughtful = [m for m, _ in pairs], [m._replace(content=full) for m, full in pairs]
+    text = functools.partial(
+        _jinja, tokenizer, template.jinja, template.thinking, tools=tools, wire=wire
+    )
+    whole, words, marked = _whole(tokenizer, text, given, open_turn)
+    shown = text(thoughtful, open_turn) if thoughtful != given else ""
+    dropped = [m.role for m in marked if _MARK.match(m.content) and m.content not in whole]
+    dropped += ["tools"] * any(str(tool["name"]) not in whole for tool in tools)
+    if dropped:
+        raise UserError("template.drops", part=", ".join(dropped))
     segments: list[Segment] = []
 
     def put(chunk: str, supervised: bool) -> None:
         for at, part in enumerate(_MARK.split(chunk)):
             if part:
-                segments.append(
-                    Segment(words[int(part)] if at % 2 else part, supervised, at % 2 == 0)
-                )
+                text = words[int(part)] if at % 2 else part
+                segments.append(Segment(text, supervised and not open_turn, at % 2 == 0))
 
     done = 0
-    for i, message in enumerate(messages):
+    for i, message in enumerate(marked):
         if message.role != "assistant":
             continue
-        start, end = text(marked[:i], True), text(marked[: i + 1], False)
-        if not (whole.startswith(end) and end.startswith(start)):
-            raise UserError("tokenizer.prefix")
-        answer, _, tail = end.rpartition("\ue001")
-        before, closing = tokenizer.first_control(tail)
-        if not closing:
-            raise UserError("tokenizer.no_end", token="end of turn", template="chat_template")
-        stop = len(answer) + 1 + len(before)
-        put(whole[done : len(start)], False)
-        segments.append(Segment("", not open_turn, True))
-        put(whole[len(start) : stop], not open_turn)
-        segments.append(Segment(template.end, not open_turn, True))
-        done = stop + len(closing)
+        opened, lead = text(marked[:i], True), ""
+        start = len(opened)
+        if not whole.startswith(opened):
+            start, lead = _start(whole, done, opened, text(marked[:i], False))
+        # a model may have been given another end token
+        stop, behind = _end(whole, start, message, (template.end, *template.stop))
+        answer, full, learned = whole[start:stop], thoughtful[i].content, message.trained
+        apart = full != given[i].content
+        cut = message.reasoning not in answer or (apart and full not in shown)
+        if cut and "user" in [later.role for later in messages[i + 1 :]]:
+            # as the prompts of later turns have it; the answer alone would teach to skip thinking
+            learned = apart = False
+        elif cut and not apart:
+            raise UserError("template.drops", part="reasoning")
+        lead = lead if apart and full.startswith(lead) else ""
+        if apart:
+            words[2 * i] = full.removeprefix(lead)
+        empty = _EMPTY_BLOCK.match(answer)
+        masked = empty.end() if empty else 0
+        put(whole[done:start] + lead + answer[:masked], False)
+        segments.append(Segment("", learned and not open_turn, True))
+        put(answer[masked:] + template.end, learned)
+        done = behind
     put(whole[done:], False)
     return segments

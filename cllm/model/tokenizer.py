@@ -1,7 +1,7 @@
 """The tokenizer of a model together with its template: what training, chat, evaluation and export
 all encode with.
 
-Text never yields control tokens; only a template's markup does. A directory written by
+Text never yields special tokens; only a template's markup does. A directory written by
 `Tokenizer.save` gives the same ids again.
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cllm.data.dialects import jinja
 from cllm.data.encode import IGNORE_INDEX, Ids
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, render
 from cllm.messages import UserError, note
 from cllm.model import gguf

@@ -1,7 +1,8 @@
 """Vocabularies: text <-> ids. They know nothing of templates, conversations or file formats.
 
 Two engines: SentencePiece for `tokenizer.model` (and GGUF's "llama" vocabularies), Hugging Face
-`tokenizers` for everything else. `encode` never yields a control token.
+`tokenizers` for everything else. `encode` never yields a special token; added
+tokens that are not special are words, as the families' own tokenizers have it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _HTML = re.compile(  # user-defined pieces of Baichuan2, Yi and Gemma that are t
     r"|html|body|img|span|bbox|[ou]l|li|div|"
     r"iframe|footer|br)/?>|<!DOCTYPE>"
 )
-# Not "special" in the files, yet written by templates only.
+# Not "special" in the files, yet written by templates.
 MARKUP_TOKEN = re.compile(r"<[|｜][^|｜]*[|｜]>|</?(?:think|tool_call|tool_response)>")
 
 # What is split before the merges, by llama.cpp's names (tokenizer.ggml.pre).
@@ -69,10 +70,10 @@ def _encode_as_text(
     return [sum(itertools.islice(encoded, len(pieces)), array("i")) for pieces in cut]
 
 
-# Both engines offer the same. `control`: the tokens that only markup may become; `hidden`: those of
-# them that `decode` leaves out; `size`: one more than the highest id; `id` and `name` look a single
-# token up (None, "" where there is none); `begins_with`: whether the family puts this bos before
-# every text; `save` writes the vocabulary's own file.
+# Both engines offer the same. `control`: the tokens that markup becomes; `hidden`: the special ones
+# of them, which no text becomes and `decode` leaves out; `size`: one more than the highest id; `id`
+# and `name` look a single token up (None, "" where there is none); `begins_with`: whether the
+# family puts this bos before every text; `save` writes the vocabulary's own file.
 class SentencePiece:
     """A SentencePiece model; `added` names tokens beyond or instead of its pieces; `strip`:
     decoding drops a first space, as Llama's.
@@ -181,13 +182,9 @@ class Bpe:
             if token.special or MARKUP_TOKEN.fullmatch(token.content)
         }
         self.hidden = frozenset(id for id, token in added.items() if token.special)
-        self._cut = _any_of(name for name, id in self.control.items() if id not in self.hidden)
         self.size = max([model.get_vocab_size(), *(id + 1 for id in added)])
 
     def encode(self, texts: list[str]) -> list[array[int]]:
-        return _encode_as_text(texts, self._cut, self._plain)
-
-    def _plain(self, texts: list[str]) -> list[array[int]]:
         return [
             array("i", encoding.ids)
             for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)

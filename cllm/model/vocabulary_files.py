@@ -14,7 +14,6 @@ from typing import Any
 from cllm.messages import UserError
 from cllm.model.vocabulary import (
     CL100K,
-    MARKUP_TOKEN,
     PATTERNS,
     QWEN,
     WHOLE_WORDS,
@@ -198,7 +197,7 @@ def _from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
     if "added_tokens.json" in files:  # older than added_tokens_decoder
         listed = json.loads((path / "added_tokens.json").read_text(encoding="utf-8"))
         for name, id in listed.items():
-            added.setdefault(name, (id, bool(MARKUP_TOKEN.fullmatch(name))))
+            added.setdefault(name, (id, name.startswith(("<|", "<｜"))))
     if "qwen.tiktoken" in files:
         text = (path / "qwen.tiktoken").read_bytes()
         first = len(text.split()) // 2

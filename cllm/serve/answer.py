@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
@@ -46,9 +46,9 @@ class Answer:
         self._sampling = sampling
         self._adapter = adapter
         self._stop = tuple(stop)
-        # Half a surrogate pair, from JSON or a terminal, is no text that a tokenizer could read.
         clean = [
-            Message(role, content.encode("utf-8", "replace").decode()) for role, content in messages
+            m._replace(content=_encodable(m.content), reasoning=_encodable(m.reasoning))
+            for m in messages
         ]
         self.prompt = tokenizer.encode_chat(clean)
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
@@ -147,6 +147,13 @@ class Answer:
         piece, self._held = self._held[:keep], self._held[keep:]
         self.text += piece
         return piece
+
+
+def _encodable(text: str) -> str:
+    """The text without half surrogate pairs, which JSON and terminals can hold and no tokenizer can
+    read.
+    """
+    return text.encode("utf-8", "replace").decode()
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:

@@ -23,7 +23,8 @@ from starlette.responses import JSONResponse, RedirectResponse, Response, Stream
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cllm.assembly import Loaded
-from cllm.data import schema
+from cllm.data import message
+from cllm.data.text import RowError
 from cllm.messages import UserError, say
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import Engine
@@ -168,12 +169,21 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
 
-    def plain(self) -> schema.Message:
+    def plain(self) -> message.Message:
         text = self.content or ""
         if isinstance(text, list):
             text = "".join(part.text for part in text)
-        return schema.Message("system" if self.role == "developer" else self.role, text)
+        role = "system" if self.role == "developer" else self.role
+        try:
+            called = [self.function_call] if self.function_call else []
+            calls = message.read_calls([*(self.tool_calls or []), *called])
+        except RowError as error:
+            raise UserError("serve.call", detail=error.args[1]) from error
+        return message.Message(role, text, self.reasoning_content or "", calls)
 
 
 class StreamOptions(Strict):

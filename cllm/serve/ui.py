@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.assembly import Loaded
-from cllm.data.schema import Message
+from cllm.data.message import Message
 from cllm.messages import UserError, messages, to_json
 from cllm.model.adapter import WEIGHTS_FILE
 from cllm.serve.answer import Answer, ModelError, chat_sampling

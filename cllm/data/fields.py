@@ -1,0 +1,206 @@
+"""What the fields of a row are called, and what stands beside question and answer: options,
+passages, pictures; which texts of a row nothing has read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from string import ascii_uppercase
+from typing import Any
+
+from cllm.data.text import RowError, clean, text_of
+
+Row = dict[str, Any]
+Rewrite = Callable[[str], str]
+PASSAGES = "context contexts passage passages reference references document documents".split()
+OPTIONS = ("options", "option", "choices")
+_BESIDE = (*PASSAGES, *OPTIONS, "A")
+LETTERS = ascii_uppercase
+MEDIA = frozenset("image images image_path image_url video videos audio audios".split())
+ALIASES = {
+    "指令": "instruction",
+    "输入": "input",
+    "輸入": "input",
+    "输出": "output",
+    "輸出": "output",
+    "问题": "question",
+    "問題": "question",
+    "回答": "answer",
+    "答案": "answer",
+    "选项": "options",
+    "answerkey": "answer",
+    "answer_key": "answer",
+    "sys": "system",
+    "system_prompt": "system",
+    "meta_instruction": "system",
+    "functions": "tools",
+}
+ALIASES |= {
+    form.format(letter.lower()): letter
+    for letter in LETTERS[:8]
+    for form in ("op{}", "option{}", "option_{}", "choice_{}", "选项{}")
+}
+# a name, or the last word of one, that says where a row is from and not what it says
+METADATA = frozenset(
+    "id ids uuid uid guid idx index no number md5 hash source sources src_url dataset category"
+    " categories task class type kind topic subject domain lang language split model model_name"
+    " version date time timestamp created created_at updated_at url link file filename path license"
+    " copyright tag tags score scores rating level difficulty length len tokens num turns count"
+    " meta metadata meta_info role from".split()
+)
+# words of markup that is taken away, and of fields that say "nothing"
+_UNSAID = frozenset(ALIASES).union(
+    "human user assistant bot client gpt moss inner thoughts commands results eoh eom eot eoc eor"
+    " none nan null n a noinput"
+    " 用户 助手 客户 律师 患者 医生 无 无输入 没有输入 无需输入 不适用".split()
+)
+_MARKED = re.compile(r"\(?([A-Z])[.、:：)）．]\s*")
+_PLACE = re.compile(r"<image>|\A\s*<(?:video|audio)>")  # both others are HTML's, too
+_HAN = re.compile("[\u4e00-\u9fff]")
+
+
+def unpacked(value: Any) -> Any:
+    """The list or object that a text holds as JSON; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def refuse_media(row: Row, asked: Iterable[str]) -> None:
+    """Raises RowError for a row that shows pictures or plays sounds, in a field or at a place of
+    the texts that are `asked`: a text model cannot learn from it.
+    """
+    for key in MEDIA.intersection(row):
+        if row[key] and row[key] == row[key]:
+            raise RowError("row.media", "invalid_text", name=key)
+    for text in asked:
+        if "<" in text and (place := _PLACE.search(text)):
+            raise RowError("row.media", "invalid_text", name=place.group())
+
+
+def with_fields(row: Row, ask: str, reply: Any, used: tuple[str, ...]) -> tuple[str, Any]:
+    """(question, answer): the passage that the row has stands before the question, under a heading,
+    its options behind it, one a line; an answer that names an option's column names its letter.
+    """
+    if not ask or row.keys().isdisjoint(_BESIDE):
+        return ask, reply
+    options = _options(row)
+    labels = [label for label, _ in options]
+    if type(reply) is int and options and 0 <= reply < len(options):  # MMLU counts from 0
+        reply = labels[reply]
+    elif isinstance(reply, str) and ALIASES.get(reply.strip().lower()) in labels:
+        reply = ALIASES[reply.strip().lower()]
+    held = all(
+        re.search(rf"{re.escape(label)}\W*" * (reply in labels) + re.escape(text), ask)
+        for label, text in options
+    )
+    if not held:
+        lines = [f"{label}. {text}" if label else text for label, text in options]
+        ask = "\n".join((ask, *lines))
+    for key in PASSAGES:
+        passage = "" if key in used else _passage(row.get(key))
+        if passage and passage not in ask:
+            heading = "参考资料：" if _HAN.search(passage) else "Reference:"
+            ask = f"{heading}\n{passage}\n\n{ask}"
+    return ask, reply
+
+
+def _passage(value: Any) -> str:
+    """The text of a passage; of several, numbered as answers cite them; an address is none."""
+    if isinstance(value, list):
+        texts = filter(None, (" ".join(_texts(part)) for part in value))
+        return "\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
+    text = clean(" ".join(_texts(value)))
+    return "" if re.match(r"https?://\S*\Z", text) else text
+
+
+def _options(row: Row) -> list[tuple[str, str]]:
+    """(letter, text) of the options that a row has, in columns of their own or in one."""
+    value = unpacked(next((row[key] for key in OPTIONS if row.get(key)), None))
+    if "A" in row and "B" in row:
+        value = {letter: row[letter] for letter in LETTERS if letter in row}
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC, CommonsenseQA
+        labels = value.get("label") or list(LETTERS)
+        value = dict(zip(map(str, labels), value["text"], strict=False))
+    if isinstance(value, dict):
+        pairs = [(ALIASES.get(str(key).lower(), str(key)), text) for key, text in value.items()]
+    elif isinstance(value, list):
+        texts = (". ".join(_texts(part)) if isinstance(part, dict) else part for part in value)
+        pairs = list(zip(LETTERS, texts, strict=False))
+    else:
+        pairs = [("", value)]
+    options = []
+    for label, option in pairs:
+        text = clean(text_of(option, label))
+        if (mark := _MARKED.match(text)) and mark[1] == label:
+            text = text[mark.end() :]
+        options += [(label, text)] if text else []
+    return options
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in `value`, at any depth, in order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, str) and value.strip():
+        yield value
+
+
+def holds_text(value: Any) -> bool:
+    """Whether `value` is a text with something in it, or holds one."""
+    return next(_texts(value), None) is not None
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a field of this name says where a row is from, or nothing at all."""
+    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower())
+    return not METADATA.isdisjoint((name.lower(), words[-1])) or words[0] in ("", "unnamed")
+
+
+@lru_cache(10_000)
+def _fields(keys: tuple[Any, ...]) -> list[Any]:
+    return [key for key in keys if not is_metadata(str(key))]
+
+
+def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> set[str]:
+    """The names of the fields, `outer.inner` for one inside another, that hold a word that no
+    message and no tool has: what was not read of the row.
+    """
+    names: set[str] = set()
+    said = "\n".join([message.content for message in messages])
+
+    def lost(text: str) -> bool:
+        with suppress(RowError):
+            text = rewrite(text)
+        words = set(re.findall(r"\w+", text))
+        known = "\n".join([said, tools, *(f"{m.reasoning}{m.parts}" for m in messages)])
+        return any(word not in known and word.lower() not in _UNSAID for word in words)
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, str):
+            if value in said or name in names or not lost(value):
+                return
+            inner = unpacked(value)
+            if inner is value:
+                names.add(name)
+            else:
+                look(inner, name)
+        elif isinstance(value, dict):
+            outer = name.partition(".")[0]
+            for key in _fields(tuple(value)):
+                if type(inner := value[key]) is not str or inner not in said:
+                    look(inner, f"{outer}.{key}" if outer else str(key))
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                look(part, name)
+
+    look(row, "")
+    return names
