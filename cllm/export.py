@@ -9,7 +9,6 @@ name OUT is whole, and passed its check.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -100,7 +99,7 @@ def _modelfile(tokenizer: Tokenizer, template: str) -> str:
     names = sorted(tokenizer.vocabulary.name(id) for id in tokenizer.stop_ids)
     system = tokenizer.template.default_system
     lines = ["FROM ./model.gguf", f'TEMPLATE """{template}"""']
-    lines += [f"PARAMETER stop {json.dumps(name)}" for name in names]
+    lines += [f"PARAMETER stop {to_json(name)}" for name in names]
     lines += [f'SYSTEM """{system}"""'] if system else []
     return "\n".join(lines) + "\n"
 
@@ -154,7 +153,6 @@ def main(argv: list[str]) -> int:
     from cllm.fidelity import DifferentError, check
     from cllm.model.device import out_of_memory
     from cllm.model.merge import open_merge
-    from cllm.model.source import resolve
 
     out, run, to, kind = arguments.out, arguments.run, arguments.to, arguments.type
     if out.exists():
@@ -167,7 +165,7 @@ def main(argv: list[str]) -> int:
     held_out = held_out_of(Path(run)) if arguments.check else []
     if arguments.check and not held_out:
         raise UserError("export.no_data", run=run)
-    base = resolve(located.base_name)
+    base = located.base()
     tokenizer = open_tokenizer(located)
     part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
     report = None

@@ -11,7 +11,6 @@ against PyTorch's CUDA allocator. Context and fragmentation are on paper: no car
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig
-from cllm.messages import UserError, say
+from cllm.messages import UserError, read_json, say
 from cllm.shapes import Shape
 
 MIB, GIB = 2**20, 2**30
@@ -66,7 +65,7 @@ class AdapterShape(NamedTuple):
         """Of the adapter in a folder, by its adapter_config.json."""
         file = folder / "adapter_config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file, "adapter.damaged")
             targets = config["target_modules"]
             names = targets if isinstance(targets, str) else tuple(targets)
             return cls(int(config["r"]), names, dropout, bool(config.get("use_dora")))

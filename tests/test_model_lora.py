@@ -275,7 +275,7 @@ def test_hostile_adapter_files_are_refused_with_the_reason(tmp_path: Path) -> No
         weights.write_bytes(data)
         refused("not a readable LoRA adapter")
     weights.unlink()
-    # PEFT's old format: never opened
+    # PEFT's old format: no code in it is run
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(print))
     refused("not a readable LoRA adapter")
     save_file(good, weights)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
-from cllm.messages import UserError
+from cllm.messages import UserError, to_json
 from cllm.model.vocabulary import Bpe
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     if template.thinking:
         template = replace(template, thinking=thinking)
     if (end := template.end.strip()) not in vocabulary.control:
-        text = json.dumps(asdict(template), ensure_ascii=False).replace(
-            end, vocabulary.name(tokenizer.eos_id)
-        )
+        text = to_json(asdict(template)).replace(end, vocabulary.name(tokenizer.eos_id))
         template = restored_template(json.loads(text))
     if tokenizer.bos_id is not None:
         bos = vocabulary.name(tokenizer.bos_id)

@@ -21,7 +21,7 @@ from cllm.data.dialects import jinja
 from cllm.data.encode import IGNORE_INDEX, Ids
 from cllm.data.schema import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, render
-from cllm.messages import UserError, note
+from cllm.messages import UserError, note, read_json
 from cllm.model import gguf
 from cllm.model.chat_template import (
     choose_template,
@@ -31,7 +31,7 @@ from cllm.model.chat_template import (
     restored_template,
 )
 from cllm.model.families import GGUF, family_of
-from cllm.model.shards import read_json, write_json
+from cllm.model.shards import write_json
 from cllm.model.text_stream import TextStream
 from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, prefixed
 from cllm.model.vocabulary_files import from_directory, from_gguf, to_gguf

@@ -7,7 +7,6 @@ server-sent events, errors.
 # No `from __future__ import annotations`: FastAPI must be able to evaluate the annotations of the
 # functions in `build_app`.
 import hmac
-import json
 import re
 import time
 import uuid
@@ -24,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cllm.assembly import Loaded
 from cllm.data import schema
-from cllm.messages import UserError, say
+from cllm.messages import UserError, say, to_json
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import LIMITS, MAX_TOP_K
@@ -341,7 +340,7 @@ async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIte
         chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
         if usage:
             chunk["usage"] = _usage(answer) if delta is None else None
-        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        return f"data: {to_json(chunk)}\n\n"
 
     try:
         yield event({"role": "assistant", "content": ""})
