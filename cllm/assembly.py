@@ -28,7 +28,7 @@ from cllm.model.head import check_head
 from cllm.model.lora import inject_lora
 from cllm.model.offload import place
 from cllm.model.source import resolve
-from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end
+from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end, within
 from cllm.serve.engine import Engine
 from cllm.shapes import known_shape
 
@@ -109,8 +109,10 @@ def assemble(
         settings, plan = make_plan(shape, settings, budget)
     torch.manual_seed(seed)
     built, settings = _build(source, adapter, settings, precision, target)
-    if tokenizer is not None and not isinstance(adapter, Path):
-        tokenizer = with_trained_end(tokenizer, built)
+    if tokenizer is not None:
+        tokenizer = within(tokenizer, built.config.vocab_size)
+        if not isinstance(adapter, Path):
+            tokenizer = with_trained_end(tokenizer, built)
     packed = bool(row_tokens) and _rows_may_be_shared(built, precision)
     return Assembly(built, tokenizer, target, precision, settings, plan, budget, packed)
 

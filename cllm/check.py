@@ -23,6 +23,7 @@ from cllm.data.schema import Conversation, Reject
 from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, warn_of_demo
 from cllm.messages import UserError, note, say, to_json
 from cllm.plots import draw_lengths
+from cllm.shapes import shape_of
 
 if TYPE_CHECKING:
     from cllm.model.tokenizer import Tokenizer
@@ -101,13 +102,22 @@ def _config(target: str, overrides: list[str]) -> Config:
 
 def _tokenizer(config: Config) -> Tokenizer | None:
     """The model's tokenizer if the model is on this machine; looking at data downloads nothing."""
+    from cllm.model.checkpoint import original_config
     from cllm.model.source import resolve
+    from cllm.model.tokenizer import within
 
     try:
-        return tokenizer_of(config, resolve(config.model.path, download=False))
+        base = resolve(config.model.path, download=False)
+        tokenizer = tokenizer_of(config, base)
     except UserError as error:
         note("check.no_tokens", detail=error)
         return None
+    try:
+        return within(tokenizer, shape_of(original_config(base), config.model.path).vocab)
+    except UserError as error:  # an architecture without a plan is none of this program's business
+        if error.code == "tokenizer.beyond":
+            print(error, file=sys.stderr)
+        return tokenizer
 
 
 def _account(

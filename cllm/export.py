@@ -34,10 +34,11 @@ def write(
     UserError for what the target cannot hold, before anything is written.
     """
     from cllm.model.merge import write_merged
-    from cllm.model.tokenizer import portable
+    from cllm.model.tokenizer import portable, within
 
     if merge.checkpoint.family.alibi:
         raise UserError("export.alibi", base=located.base_name)
+    tokenizer = within(tokenizer, merge.checkpoint.config.vocab_size)
     if to in ("gguf", "ollama"):
         _write_gguf(merge, tokenizer, folder, kind, ollama=to == "ollama")
         return
