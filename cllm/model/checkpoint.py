@@ -85,7 +85,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError("model.no_config", path=file.parent)
     config = read_json(file)
-    if quantization := config.get("quantization_config"):
+    if quantization := config.pop("quantization_config", None):
         method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
         raise UserError("model.quantized", path=file.parent, method=method)
     return config
