@@ -4,7 +4,6 @@ plan, base, adapter, placement and tokenizer. And runs, adapters and bare models
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from cllm.config import LoraConfig, MemoryConfig, ModelConfig, PrecisionName, Qu
 from cllm.fit import plan_answering, plan_training
 from cllm.memory import AdapterShape, Settings, VramEstimate
 from cllm.messages import UserError, note
-from cllm.model.adapter import CONFIG_FILE, load_adapter, load_beside
+from cllm.model.adapter import CONFIG_FILE, adapter_config, load_adapter, load_beside
 from cllm.model.attention import packs
 from cllm.model.checkpoint import (
     load_model,
@@ -29,7 +28,7 @@ from cllm.model.head import check_head
 from cllm.model.lora import inject_lora
 from cllm.model.offload import place
 from cllm.model.source import resolve
-from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end
+from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end, within
 from cllm.serve.engine import Engine
 
 PREFILL_TOKENS = 2048
@@ -108,8 +107,10 @@ def assemble(
         settings, plan = _planned(original, name or model.path, settings, budget, bool(row_tokens))
     torch.manual_seed(seed)
     built, settings = _build(source, adapter, settings, precision, target)
-    if tokenizer is not None and not isinstance(adapter, Path):
-        tokenizer = with_trained_end(tokenizer, built)
+    if tokenizer is not None:
+        tokenizer = within(tokenizer, built.config.vocab_size)
+        if not isinstance(adapter, Path):
+            tokenizer = with_trained_end(tokenizer, built)
     packed = bool(row_tokens) and _rows_may_be_shared(built, precision)
     return Assembly(built, tokenizer, target, precision, settings, plan, budget, packed)
 
@@ -281,6 +282,18 @@ class Located(NamedTuple):
     """The adapter's directory, if there is one."""
     base_name: str
 
+    def base(self) -> Path:
+        """Where the base is, by `resolve`; an error says which adapter names it."""
+        try:
+            return resolve(self.base_name)
+        except UserError as error:
+            if self.adapter is None:
+                raise
+            file = self.adapter / CONFIG_FILE
+            raise UserError(
+                "adapter.base", path=file, name=self.base_name, reason=error.args[0]
+            ) from error
+
 
 def locate(name: str | Path) -> Located:
     """A run directory, an adapter directory (ours or PEFT's) or a bare model (`tiny-zh`, a path, a
@@ -300,8 +313,7 @@ def locate(name: str | Path) -> Located:
         raise UserError("run.no_adapter", run=run)
     if folder is None:
         return Located(model, memory, None, str(name))
-    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    base_name = settings.get("base_model_name_or_path") or ""
+    base_name = adapter_config(folder).get("base_model_name_or_path") or ""
     if not base_name:
         raise UserError("adapter.no_base", path=folder / CONFIG_FILE)
     return Located(model, memory, folder, base_name)
@@ -314,7 +326,7 @@ def open_tokenizer(located: Located) -> Tokenizer:
     if located.adapter is not None and any(located.adapter.glob("*token*")):
         return load_tokenizer(located.adapter)
     template, thinking = located.model.template, located.model.thinking
-    return load_tokenizer(resolve(located.base_name), template=template, thinking=thinking)
+    return load_tokenizer(located.base(), template=template, thinking=thinking)
 
 
 def open_model(
@@ -340,7 +352,7 @@ def open_model(
     if quantize:
         model = replace(model, quantize=quantize, head="16bit")
     assembly = assemble(
-        resolve(located.base_name),
+        located.base(),
         model,
         memory or located.memory,
         device=_device_here(device or model.device),
@@ -373,7 +385,7 @@ def open_beside(loaded: Loaded, name: str | Path) -> Loaded:
     base and the same template.
     """
     located = locate(name)
-    base = resolve(located.base_name)
+    base = located.base()
     home = _home(located.adapter)
     if located.adapter is None or home is None:
         raise UserError("serve.beside", name=name, base=located.base_name, other=loaded.base_name)

@@ -107,13 +107,24 @@ def _config(target: str, overrides: list[str]) -> Config:
 
 def _tokenizer(config: Config) -> Tokenizer | None:
     """The model's tokenizer if the model is on this machine; looking at data downloads nothing."""
+    from cllm.model.checkpoint import original_config
     from cllm.model.source import resolve
+    from cllm.model.tokenizer import within
 
     try:
-        return tokenizer_of(config, resolve(config.model.path, download=False))
+        base = resolve(config.model.path, download=False)
+        tokenizer = tokenizer_of(config, base)
     except UserError as error:
         note("check.no_tokens", detail=error)
         return None
+    original = original_config(base)
+    sizes = original.get("text_config", original)
+    rows = sizes.get("padded_vocab_size", sizes.get("vocab_size"))  # ChatGLM's, everybody's
+    try:
+        return within(tokenizer, rows) if rows else tokenizer
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return tokenizer
 
 
 def _account(

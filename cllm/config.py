@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 import sys
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cllm.messages import UserError, file_name, say
+from cllm.messages import UserError, file_name, say, to_json
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -419,7 +418,7 @@ def to_toml(config: Config) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, bool | str):
         # the one character that only TOML escapes
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return to_json(value).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
         return (
             "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"

@@ -9,7 +9,6 @@ name OUT is whole, and passed its check.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -35,10 +34,11 @@ def write(
     UserError for what the target cannot hold, before anything is written.
     """
     from cllm.model.merge import write_merged
-    from cllm.model.tokenizer import portable
+    from cllm.model.tokenizer import portable, within
 
     if merge.checkpoint.family.alibi:
         raise UserError("export.alibi", base=located.base_name)
+    tokenizer = within(tokenizer, merge.checkpoint.config.vocab_size)
     if to in ("gguf", "ollama"):
         _write_gguf(merge, tokenizer, folder, kind, ollama=to == "ollama")
         return
@@ -100,7 +100,7 @@ def _modelfile(tokenizer: Tokenizer, template: str) -> str:
     names = sorted(tokenizer.vocabulary.name(id) for id in tokenizer.stop_ids)
     system = tokenizer.template.default_system
     lines = ["FROM ./model.gguf", f'TEMPLATE """{template}"""']
-    lines += [f"PARAMETER stop {json.dumps(name)}" for name in names]
+    lines += [f"PARAMETER stop {to_json(name)}" for name in names]
     lines += [f'SYSTEM """{system}"""'] if system else []
     return "\n".join(lines) + "\n"
 
@@ -154,7 +154,6 @@ def main(argv: list[str]) -> int:
     from cllm.fidelity import DifferentError, check
     from cllm.model.device import out_of_memory
     from cllm.model.merge import open_merge
-    from cllm.model.source import resolve
 
     out, run, to, kind = arguments.out, arguments.run, arguments.to, arguments.type
     if out.exists():
@@ -167,7 +166,7 @@ def main(argv: list[str]) -> int:
     held_out = held_out_of(Path(run)) if arguments.check else []
     if arguments.check and not held_out:
         raise UserError("export.no_data", run=run)
-    base = resolve(located.base_name)
+    base = located.base()
     tokenizer = open_tokenizer(located)
     part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
     report = None

@@ -6,14 +6,13 @@ How many bytes a step takes is traced (`cllm.trace`) and fitted into a budget (`
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, PrecisionName
-from cllm.messages import UserError, say
+from cllm.messages import UserError, read_json, say
 
 MIB, GIB = 2**20, 2**30
 CONTEXT_BYTES = 450 * MIB  # CUDA context and libraries
@@ -54,7 +53,7 @@ class AdapterShape(NamedTuple):
         """Of the adapter in a folder, by its adapter_config.json."""
         file = folder / "adapter_config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file, "adapter.damaged")
             targets = config["target_modules"]
             names = targets if isinstance(targets, str) else tuple(targets)
             return cls(int(config["r"]), names, dropout, bool(config.get("use_dora")))

@@ -91,6 +91,21 @@ def file_name(path: object) -> str:
     return "/".join(read(part) if ESCAPED.search(part) else part for part in parts)
 
 
+def read_json(path: Path, code: str = "model.damaged") -> dict[str, Any]:
+    """The JSON object in a file that another program or person wrote: UTF-8, 16 or 32, with or
+    without a byte-order mark. Raises UserError `code` if the file cannot be read or holds no
+    object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        if isinstance(value, dict):
+            return value
+        detail = f"{type(value).__name__}, no JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        detail = str(error)
+    raise UserError(code, path=path, detail=detail)
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as JSON that every reader takes: numbers that are not finite become null."""
     return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)

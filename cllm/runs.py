@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import re
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cllm.messages import UserError, note
+from cllm.messages import UserError, note, read_json, to_json
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 2**16
@@ -145,7 +144,7 @@ def manifest_of(gpu: str, facts: dict[str, Any]) -> bytes:
         "gpu": gpu,
         **facts,
     }
-    return (json.dumps(manifest, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
+    return (to_json(manifest, indent=1) + "\n").encode()
 
 
 def base_fingerprint(base: Path) -> str:
@@ -184,10 +183,7 @@ def changes_since(
     they are allowed.
     """
     path = run / "manifest.json"
-    try:
-        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError("config.unreadable", path=path, detail=error) from error
+    manifest = read_json(path, "config.unreadable")
     changes = {key: f"{key}: {change}" for key, change in settings.items()}
     for key, value in hashes.items():
         if manifest.get(key, value) != value:

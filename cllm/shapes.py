@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from cllm.messages import UserError
+from cllm.messages import UserError, read_json
 
 SHAPES = Path(__file__).parent / "assets" / "shapes.json"
 
@@ -19,11 +18,8 @@ def find_config(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
     if file.suffix == ".json" and file.is_file():
-        try:
-            return name, dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise UserError("model.damaged", path=file, detail=error) from error
-    published: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text(encoding="utf-8"))
+        return name, read_json(file)
+    published: dict[str, dict[str, Any]] = read_json(SHAPES)
     for known, config in published.items():
         if _stem(known) == _stem(name):
             return known, config

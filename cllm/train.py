@@ -104,7 +104,7 @@ class Training:
         base_sha256 = base_fingerprint(self.learner.base)
         hashes = {"data_sha256": self.learner.encoded.sha256, "checkpoint_sha256": base_sha256}
         self.untrained = adapter_fingerprint(self.learner.model)
-        own = json.dumps([hashes, self.untrained]).encode()
+        own = to_json([hashes, self.untrained]).encode()
         if self.learner.world.share(own) != own:
             raise UserError("dist.differs", rank=self.learner.world.rank)
         self.run = resume or Path(self.config.run.dir)

@@ -377,6 +377,14 @@ def test_a_choice_between_equals_is_no_difference_but_a_decided_one_is() -> None
     assert differences(*wider, 0.0020)["equal_choices"] == 0
 
 
+def test_of_few_positions_one_decides_nothing_and_of_many_the_share_does() -> None:
+    from cllm.fidelity import may_be
+
+    assert may_be(1.0, 1, 0.99) and may_be(7 / 8, 8, 0.99) and may_be(61 / 62, 62, 0.99)
+    assert not may_be(0.0, 4, 0.99) and not may_be(0.5, 8, 0.99)
+    assert may_be(0.99, 512, 0.99) and not may_be(0.97, 512, 0.99) and may_be(0.97, 512, 0.97)
+
+
 def test_merged_program_checks_and_the_template_contract_holds(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,8 @@ LAYER_2 = {
     "model.offload",
     "model.device",
     "model.head",
+    "model.shards",
+    "model.gguf",
     "learn",
     "learn.loss",
     "learn.optim",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm.messages import UserError, language, messages, say, table
+from cllm.messages import UserError, language, messages, read_json, say, table, to_json
 
 PACKAGE = Path(__file__).parents[1] / "cllm"
 
@@ -88,3 +88,39 @@ def test_language_follows_the_setting_then_the_locale(monkeypatch: pytest.Monkey
 
 def test_table_counts_full_width_characters_as_two() -> None:
     assert table([["名", "a"], ["x", "10"]]) == "名   a\nx   10"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_json_of_other_people_is_read(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes('{"值": [1, null]}'.encode(encoding))
+    assert read_json(file) == {"值": [1, None]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1]", b"null", b"7", b'"x"', b'{"a": ', b"\xff\xff\xff", b"\xb9\xfa", b"[" * 100_000],
+)
+def test_json_that_cannot_be_read_is_one_error_with_its_path(
+    content: bytes, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    for code in ("model.damaged", "adapter.damaged"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.json") as caught:
+            read_json(file, code)
+        file.unlink()
+        assert caught.value.code == code
+        with pytest.raises(UserError, match=r"x\.json"):
+            read_json(file, code)
+
+
+def test_json_is_written_in_one_place() -> None:
+    """`to_json` alone, which writes null for what is not finite; the others write no numbers."""
+    writers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"json\.dumps?\(", path.read_text(encoding="utf-8"))
+    }
+    assert writers <= {"messages.py", "bench.py", "data/text.py", "data/cache.py"}
+    assert to_json({"a": [float("nan"), float("inf"), 1.5]}) == '{"a": [null, null, 1.5]}'

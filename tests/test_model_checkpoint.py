@@ -570,6 +570,114 @@ def test_missing_shards_and_damaged_index(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+@pytest.fixture
+def whole(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A tiny native checkpoint and its tensors."""
+    folder = tmp_path / "whole"
+    tiny_model("qwen2").save_pretrained(folder)
+    return folder, load_file(folder / "model.safetensors")
+
+
+def shard(folder: Path, *parts: dict[str, Tensor], index: dict[str, str] | None = None) -> None:
+    """The checkpoint in shards, with an index if there is one."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    for number, part in enumerate(parts, 1):
+        save_file(part, folder / f"model-{number:05}-of-{len(parts):05}.safetensors")
+    if index is not None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def same(folder: Path, tensors: dict[str, Tensor]) -> bool:
+    state = load_model(folder).state_dict()
+    return all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_index_decides_and_a_name_without_entry_stands_once(
+    whole: tuple[Path, dict[str, Tensor]],
+) -> None:
+    folder, tensors = whole
+    names = sorted(tensors)
+    first, second = ({name: tensors[name] for name in part} for part in (names[:3], names[3:]))
+    file = "model-0000{}-of-00002.safetensors".format
+    index = {name: file(1 if name in first else 2) for name in names}
+    shard(folder, first, {**second, names[0]: tensors[names[0]] + 1}, index=index)
+    assert same(folder, tensors)
+    # a tensor that the index does not know is read as well, unless it stands twice
+    del index[names[0]]
+    shard(folder, first, {**second, names[0]: tensors[names[0]] + 1}, index=index)
+    with pytest.raises(UserError, match=f"twice {names[0]}"):
+        load_model(folder, dtype=torch.float32)
+    shard(folder, first, second, index=index)
+    assert same(folder, tensors)
+
+
+def test_shards_without_an_index_and_an_index_without_shards(
+    whole: tuple[Path, dict[str, Tensor]],
+) -> None:
+    folder, tensors = whole
+    index = folder / "model.safetensors.index.json"
+    index.write_text('\ufeff{"weight_map": {"a": "model-00001-of-00009.safetensors"}}', "utf-8")
+    assert same(folder, tensors)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert same(folder, tensors)
+    (folder / "pytorch_model.bin").unlink()
+    index.unlink()
+    names = sorted(tensors)
+    shard(folder, *({name: tensors[name] for name in names[i::3]} for i in range(3)))
+    assert same(folder, tensors)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"missing: model-00002-of-00003"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(
+    bad: float, dtype: torch.dtype, whole: tuple[Path, dict[str, Tensor]]
+) -> None:
+    folder, tensors = whole
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    name = sorted(tensors)[2]
+    tensors[name].view(-1)[-1] = bad
+    save_file(tensors, folder / "model.safetensors")
+    for quantize in (None, "nf4"):
+        with pytest.raises(UserError, match=f"tensor {name} holds") as caught:
+            load_model(folder, quantize=quantize)
+        assert caught.value.code == "model.not_finite"
+    # the largest numbers of the type are numbers
+    tensors[name].view(-1)[-1] = torch.finfo(dtype).max
+    tensors[name].view(-1)[0] = torch.finfo(dtype).min
+    save_file(tensors, folder / "model.safetensors")
+    load_model(folder)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_is_named(
+    suffix: str, dtype: torch.dtype, whole: tuple[Path, dict[str, Tensor]]
+) -> None:
+    folder, tensors = whole
+    name = sorted(tensors)[2]
+    tensors[name] = tensors[name].to(dtype)
+    (folder / "model.safetensors").unlink()
+    if suffix == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name}: fp8"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("entry", [None, {}, []])
+def test_no_quantization_is_none(entry: object, whole: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, tensors = whole
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_bytes(json.dumps({**config, "quantization_config": entry}).encode("utf-8-sig"))
+    assert same(folder, tensors)
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [

@@ -4,8 +4,11 @@ rsLoRA.
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,7 +278,7 @@ def test_hostile_adapter_files_are_refused_with_the_reason(tmp_path: Path) -> No
         weights.write_bytes(data)
         refused("not a readable LoRA adapter")
     weights.unlink()
-    # PEFT's old format: never opened
+    # PEFT's old format: no code in it is run
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(print))
     refused("not a readable LoRA adapter")
     save_file(good, weights)
@@ -288,6 +291,110 @@ def test_hostile_adapter_files_are_refused_with_the_reason(tmp_path: Path) -> No
     ):
         config.write_text(text, encoding="utf-8")
         refused("not a readable LoRA adapter")
+
+
+# What PEFT's fields may hold besides their defaults, and whether an adapter with it is read.
+OTHER_VALUES: dict[str, tuple[bool, Any]] = {
+    "task_type": (False, "SEQ_CLS"),
+    "peft_type": (False, "LOHA"),
+    "auto_mapping": (True, {"base_model_class": "LlamaForCausalLM", "parent_library": "x"}),
+    "peft_version": (True, "0.99"),
+    "base_model_name_or_path": (True, "somewhere"),
+    "revision": (False, "0123abc"),
+    "inference_mode": (True, True),
+    "exclude_modules": (True, ["lm_head"]),
+    "lora_dropout": (True, 0.5),
+    "layers_to_transform": (True, [0, 1]),
+    "layers_pattern": (True, ["layers"]),
+    "megatron_core": (True, "other"),
+    "eva_config": (True, {"rho": 2.0}),
+    "qalora_group_size": (True, 8),
+    "runtime_config": (True, {"ephemeral_gpu_offload": True}),
+}
+WRITTEN = {"r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "fan_in_fan_out"}
+"""Fields that other tests compare with PEFT."""
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(LoraConfig)])
+def test_a_setting_of_pefts_is_computed_or_refused_by_name(name: str, tmp_path: Path) -> None:
+    if name in WRITTEN:
+        return
+    ours, theirs = pair("llama")
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    read, value = OTHER_VALUES.get(name, (False, {"all": 1} if name != "bias" else "all"))
+    file.write_text(json.dumps({**config, name: value}), encoding="utf-8")
+    model = tiny_model("llama")
+    if not read:
+        with pytest.raises(UserError, match=name):
+            load_adapter(model, tmp_path)
+        return
+    load_adapter(model, tmp_path)
+    model.eval()
+    torch.testing.assert_close(model(IDS).logits, ours.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("how", [True, False, "gaussian", "eva", "orthogonal"])
+def test_initializations_that_leave_the_base_are_read(how: object, tmp_path: Path) -> None:
+    ours, _ = pair("llama")
+    save_adapter(ours, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "init_lora_weights": how}), encoding="utf-8")
+    load_adapter(tiny_model("llama"), tmp_path)
+    for other in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "of tomorrow"):
+        file.write_text(json.dumps({**config, "init_lora_weights": other}), encoding="utf-8")
+        with pytest.raises(UserError, match=f"init_lora_weights = '{other}'"):
+            load_adapter(tiny_model("llama"), tmp_path)
+
+
+def test_settings_of_other_programs_pass_while_they_are_off(tmp_path: Path) -> None:
+    ours, _ = pair("llama")
+    save_adapter(ours, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    off = {"enable_lora": None, "merge_weights": False, "tomorrow": {}, "lorap_emb_lr": 1e-6}
+    file.write_text("\ufeff" + json.dumps({**config, **off}), encoding="utf-8")
+    load_adapter(tiny_model("llama"), tmp_path)
+    file.write_text(json.dumps({**config, "tomorrow": True}), encoding="utf-8")
+    with pytest.raises(UserError, match="tomorrow = True"):
+        load_adapter(tiny_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_adapter_that_is_not_finite_is_refused(bad: float, tmp_path: Path) -> None:
+    ours, _ = pair("llama")
+    save_adapter(ours, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = list(tensors)[3]
+    tensors[name].view(-1)[1] = bad
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=f"tensor {name}") as caught:
+        load_adapter(tiny_model("llama"), tmp_path)
+    assert caught.value.code == "model.not_finite"
+
+
+def test_names_of_a_whole_state_dict_and_pytorchs_format_are_read(tmp_path: Path) -> None:
+    _, theirs = pair("llama", dora=True)
+    theirs.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.unlink()
+    state = {key: value for key, value in theirs.state_dict().items() if "lora_" in key}
+    torch.save(state, tmp_path / "adapter_model.bin")
+    model = tiny_model("llama")
+    load_adapter(model, tmp_path)
+    model.eval()
+    torch.testing.assert_close(model(IDS).logits, theirs.eval()(IDS).logits)
+    first = next(key for key in state if ".default." in key)
+    state[first.replace(".default.", ".second.")] = state[first]
+    torch.save(state, tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"second"):
+        load_adapter(tiny_model("llama"), tmp_path)
+    (tmp_path / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match=r"adapter\.no_weights"):
+        load_adapter(tiny_model("llama"), tmp_path)
 
 
 def random_layer(kind: str, dtype: torch.dtype) -> LoraLinear:

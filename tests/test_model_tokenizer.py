@@ -7,6 +7,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from cllm.data.message import Message
 from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
-from cllm.model.tokenizer import Tokenizer, end_token_untrained, load_tokenizer
+from cllm.model.tokenizer import Tokenizer, end_token_untrained, load_tokenizer, within
 from cllm.model.vocabulary import PATTERNS
 from cllm.model.vocabulary_files import from_gguf, from_ranks
 
@@ -521,3 +523,37 @@ def test_an_end_token_like_rows_never_trained_is_noticed(bpe: Path) -> None:
     # nothing to compare with
     assert not end_token_untrained(tokenizer, rows[: tokenizer.vocab_size])
     assert not end_token_untrained(tokenizer.with_stop(), rows)
+
+
+def with_added(source: Path, target: Path, **names: bool) -> Tokenizer:
+    """The tokenizer of `source` with further tokens (name -> special)."""
+    shutil.copytree(source, target)
+    file = target / "tokenizer.json"
+    contents = json.loads(file.read_text(encoding="utf-8"))
+    rows = load_tokenizer(source).vocab_size
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    contents["added_tokens"] += [
+        {"id": id, "content": name, "special": special, **plain}
+        for id, (name, special) in enumerate(names.items(), rows)
+    ]
+    file.write_bytes(json.dumps(contents).encode("utf-8-sig"))
+    return load_tokenizer(target)
+
+
+def test_ids_without_a_row_are_named_unless_they_never_occur(bpe: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(bpe)
+    rows = tokenizer.vocab_size
+    assert within(tokenizer, rows) is tokenizer is within(tokenizer, rows + 64)  # padded rows
+    with pytest.raises(UserError, match=r"\(200\)") as caught:
+        within(tokenizer, 200)
+    assert caught.value.code == "tokenizer.beyond"
+    words = with_added(bpe, tmp_path / "words", 新词=False, unused=True)
+    with pytest.raises(UserError, match=rf"none for 1 tokens.*: 新词 \({rows}\)"):
+        within(words, rows)
+    # as in Llama's vocabularies: a pad token that only ever pads needs no row
+    padded = replace(with_added(bpe, tmp_path / "pad", **{"[PAD]": True}), pad_id=rows)
+    assert within(padded, rows).pad_id == padded.eos_id
+    marked = with_added(bpe, tmp_path / "marked", **{"<|turn|>": True})
+    template = replace(marked.template, end="<|turn|>")
+    with pytest.raises(UserError, match=r"<\|turn\|>"):
+        within(replace(marked, template=template), rows)

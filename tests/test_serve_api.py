@@ -213,7 +213,16 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user", "content": "字" * 2000}]}, 400, "1024"),
     ({"temperature": 3}, 400, "temperature"),
     ({"temperature": "0.5"}, 400, "temperature"),
-    ({"top_p": 0}, 400, "top_p"),
+    ({"top_p": -0.1}, 400, "top_p"),
+    ({"top_k": -2}, 400, "top_k"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"guided_json": {"type": "object"}}, 400, "guided_json"),
+    ({"continue_final_message": True}, 400, "continue_final_message"),
+    ({"add_generation_prompt": False}, 400, "add_generation_prompt"),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "chat_template_kwargs"),
+    ({"min_tokens": 5}, 400, "min_tokens"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "'image_url' is not read"),
     ({"max_tokens": 0}, 400, "max_tokens"),
     ({"n": 2}, 400, "n"),
     ({"stop": ["a"] * 5}, 400, "stop"),
@@ -258,6 +267,44 @@ def test_calls_and_reasoning_of_earlier_turns_are_rendered(server: Server, loade
     assert said["usage"]["prompt_tokens"] == len(loaded.tokenizer.encode_chat(talk))
     old = {"role": "assistant", "content": "", "function_call": wire["function"]}
     assert server.chat(messages=[*HELLO, old, result])[1]["usage"] == said["usage"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"response_format": {"type": "text"}, "modalities": ["text"]},
+        {"top_k": -1},
+        {"top_k": 0, "top_p": 0},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"logprobs": False, "top_logprobs": 0, "logit_bias": {}, "presence_penalty": 0.0},
+        {"chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False},
+        {"user": "someone", "metadata": {"a": "b"}, "store": True, "seed": None, "best_of": 1},
+    ],
+    ids=lambda body: "-".join(body),
+)
+def test_what_changes_nothing_passes(server: Server, body: dict[str, Any]) -> None:
+    status, answer = server.chat(**body)
+    assert status == 200, answer
+    assert answer["choices"] == server.chat()[1]["choices"]
+
+
+def test_mistakes_are_said_in_words_without_the_validators_own(server: Server) -> None:
+    for content, place in (([IMAGE], "messages.0.content.0.type"), (5, "messages.0.content")):
+        error = server.chat(messages=[{"role": "user", "content": content}])[1]["error"]
+        assert error["param"] == place and "TextPart" not in error["message"]
+    error = json.loads(server.call("POST", "/v1/chat/completions", b'{"messages":')[2])["error"]
+    assert error["param"] is None and "no JSON" in error["message"]
+    assert server.chat(guided_json={})[0] == 200
+    assert server.chat(guided_json={"a": 1})[1]["error"]["param"] == "guided_json"
+
+
+def test_one_model_is_described(server: Server) -> None:
+    listed = json.loads(server.call("GET", "/v1/models")[2])["data"]
+    for model in listed:
+        status, _, text = server.call("GET", f"/v1/models/{model['id']}")
+        assert status == 200 and json.loads(text) == model
+    status, _, text = server.call("GET", "/v1/models/org/other")
+    assert status == 404 and json.loads(text)["error"]["code"] == "model_not_found"
 
 
 def test_malformed_bodies_are_refused(server: Server) -> None:

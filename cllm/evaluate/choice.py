@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from os.path import commonprefix
@@ -25,7 +24,7 @@ from transformers import DynamicCache
 from cllm.data.message import Message
 from cllm.evaluate.answers import Rows, before_after, versus
 from cllm.evaluate.results import Accuracy, Exam, ExamSample, ExamScores, SubjectAccuracy
-from cllm.messages import UserError
+from cllm.messages import UserError, read_json
 from cllm.metrics import wilson_interval
 from cllm.model.device import out_of_memory
 from cllm.model.head import output_head
@@ -56,7 +55,7 @@ def read_subjects(directory: str | Path, shots: int, limit: int = 0) -> list[Sub
     too few shots.
     """
     root = Path(directory)
-    exams = json.loads(_EXAMS.read_text(encoding="utf-8"))
+    exams = read_json(_EXAMS)
     split = _answered_split(root)
     subjects = []
     for path in sorted((root / split).glob("*.csv")):

@@ -23,7 +23,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from cllm.learn.optim import moment_shapes, moments, parameters_of, set_moments
-from cllm.messages import UserError, note
+from cllm.messages import UserError, note, to_json
 from cllm.runs import sync
 
 _TENSORS = "state.safetensors"
@@ -110,12 +110,12 @@ def save_snapshot(
             shutil.rmtree(left)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / _TENSORS)
-        state_json = json.dumps({"step": step, **state}, allow_nan=False)
+        state_json = to_json({"step": step, **state})
         (temporary / _STATE).write_text(state_json, encoding="utf-8")
         metrics = (run / _METRICS).read_bytes() if (run / _METRICS).is_file() else b""
         (temporary / _METRICS).write_bytes(metrics)
         files = {name: _fingerprint((temporary / name).read_bytes()) for name in _FILES}
-        (temporary / _MANIFEST).write_text(json.dumps(files), encoding="utf-8")
+        (temporary / _MANIFEST).write_text(to_json(files), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
         if target.exists():

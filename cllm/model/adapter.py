@@ -4,16 +4,17 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cllm.messages import UserError
+from cllm.messages import UserError, read_json
 from cllm.model.lora import (
     LoraLinear,
     LoraSettings,
@@ -23,6 +24,7 @@ from cllm.model.lora import (
     lora_layers,
     target_linears,
 )
+from cllm.model.shards import finite, stored_tensors, write_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,6 +33,28 @@ _SUFFIXES = {
     "lora_A": ".lora_A.weight",
     "lora_B": ".lora_B.weight",
     "magnitude": ".lora_magnitude_vector",
+}
+# A model's whole state_dict has the adapter's name in it, which PEFT's own files leave out.
+_KEY = re.compile(
+    r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(?:\.(?!bias)\w+?)??(?:\.weight)?"
+)
+_PARTS = {"A": "lora_A", "B": "lora_B", "magnitude_vector": "magnitude"}
+_UNSET: tuple[Any, ...] = ("none", None, False, {}, [])
+# Fields of PEFT's LoraConfig that are read, and those that change no number of a stored adapter:
+# which layers it has is what its tensors say.
+_READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+_HARMLESS = (
+    "auto_mapping base_model_name_or_path inference_mode target_modules exclude_modules"
+    " fan_in_fan_out layers_to_transform layers_pattern megatron_core qalora_group_size"
+    " runtime_config eva_config peft_version lora_dtype lorap_lr_ratio lorap_emb_lr"
+).split()
+# Values that change nothing where a trained adapter is loaded; the other initializations change the
+# base as well, each time that PEFT loads it.
+_ALLOWED = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+    "revision": ("main", "master"),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -104,9 +128,7 @@ def write_adapter(
         for key, tensor in _under_peft_names(layers).items()
     }
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_json(folder / CONFIG_FILE, config)
 
 
 Split = Callable[[str, Tensor], list[tuple[str, Tensor]]]
@@ -123,11 +145,13 @@ def read_adapter(
 
     `split` renames what was trained on an original checkpoint: the parts of a fused layer (W_pack,
     query_key_value, c_attn) share A and take their rows of B. Raises UserError, listing everything
-    at once, for a damaged file and PEFT features that would change the result if ignored.
+    at once, for a damaged file, numbers that are not finite, and PEFT features that would change
+    the result if ignored.
     """
     folder = Path(directory)
-    settings, problems = _read_config(folder / CONFIG_FILE)
-    stored = _read_tensors(folder / WEIGHTS_FILE, problems)
+    settings = _settings(folder)
+    stored = _read_tensors(folder)
+    problems = []
     expected = {"lora_A", "lora_B"} | ({"magnitude"} if settings.dora else set())
     layers: dict[str, dict[str, Tensor]] = {}
     for name, parts in stored.items():
@@ -151,10 +175,28 @@ def read_adapter(
     return settings, layers
 
 
-def _read_config(file: Path) -> tuple[LoraSettings, list[str]]:
-    """The settings of an adapter_config.json, and those that no other adapter of ours has."""
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json in a folder. Raises UserError for every field that is not understood
+    and may change the result.
+    """
+    config = read_json(folder / CONFIG_FILE, "adapter.damaged")
+    _refuse(
+        folder,
+        [
+            f"{key} = {value!r:.60}"
+            for key, value in config.items()
+            if key not in _READ
+            and key not in _HARMLESS
+            and value not in _UNSET
+            and value not in _ALLOWED.get(key, ())
+        ],
+    )
+    return config
+
+
+def _settings(folder: Path) -> LoraSettings:
+    config = adapter_config(folder)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
         settings = LoraSettings(
             rank=int(config["r"]),
             alpha=float(config["lora_alpha"]),
@@ -162,35 +204,41 @@ def _read_config(file: Path) -> tuple[LoraSettings, list[str]]:
             rslora=bool(config.get("use_rslora")),
             dora=bool(config.get("use_dora")),
         )
-        if config["peft_type"] != "LORA" or settings.rank < 1 or settings.alpha <= 0:
-            raise ValueError(
-                f"peft_type {config['peft_type']}, r {config['r']}, "
-                f"lora_alpha {config['lora_alpha']}"
-            )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        if settings.rank < 1 or not 0 < settings.alpha < math.inf:
+            raise ValueError(f"r {config['r']}, lora_alpha {config['lora_alpha']}")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         detail = f"{type(error).__name__}: {error}"
-        raise UserError("adapter.damaged", path=file, detail=detail) from error
-    return settings, [
-        f"{key} = {config[key]!r}"
-        for key in ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
-        if config.get(key) not in ("none", None, {}, [])
-    ]
+        raise UserError("adapter.damaged", path=folder / CONFIG_FILE, detail=detail) from error
+    return settings
 
 
-def _read_tensors(file: Path, problems: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> part -> tensor; a tensor that is no part of a LoRA layer becomes a problem."""
+def _refuse(folder: Path, features: list[str]) -> None:
+    if features:
+        raise UserError("adapter.unsupported", path=folder, features="; ".join(features[:8]))
+
+
+def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> part -> tensor. Raises UserError for a tensor that is no part of a LoRA
+    layer.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        file = folder / "adapter_model.bin"
+    if not file.is_file():
+        raise UserError("adapter.no_weights", path=folder)
     layers: dict[str, dict[str, Tensor]] = {}
+    unknown = []
     try:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - no mapping
-                part = next((part for part, end in _SUFFIXES.items() if key.endswith(end)), None)
-                if part is None or not key.startswith(_PREFIX):
-                    problems.append(f"unexpected tensor {key}")
-                    continue
-                name = key.removeprefix(_PREFIX).removesuffix(_SUFFIXES[part])
-                layers.setdefault(name, {})[part] = tensors.get_tensor(key)
-    except (OSError, SafetensorError) as error:
-        raise UserError("adapter.damaged", path=file, detail=error) from error
+        stored = list(stored_tensors(file))
+    except UserError as error:
+        raise UserError("adapter.damaged", path=file, detail=error.args[0]) from error
+    for key, _, _, read in stored:
+        match = _KEY.fullmatch(key)
+        if match is None or _PARTS[match[2]] in layers.setdefault(match[1], {}):
+            unknown.append(f"unexpected tensor {key}")
+            continue
+        layers[match[1]][_PARTS[match[2]]] = finite(read(), file, key)
+    _refuse(folder, unknown)
     return layers
 
 

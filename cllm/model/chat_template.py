@@ -104,9 +104,7 @@ def _fitted(tokenizer: Tokenizer, template: Template, thinking: str) -> Template
     if template.thinking or thinking == "keep":
         template = replace(template, thinking=thinking if template.thinking else "text")
     if (end := template.end.strip()) not in vocabulary.control:
-        text = json.dumps(asdict(template), ensure_ascii=False).replace(
-            end, vocabulary.name(tokenizer.eos_id)
-        )
+        text = to_json(asdict(template)).replace(end, vocabulary.name(tokenizer.eos_id))
         template = restored_template(json.loads(text))
     if tokenizer.bos_id is not None:
         bos = vocabulary.name(tokenizer.bos_id)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cllm.memory import streamed_layers
-from cllm.messages import UserError
+from cllm.messages import UserError, read_json
 from cllm.model import families, gguf
 from cllm.model.attention import ATTENTION, register
 from cllm.model.conversion import convert
@@ -30,9 +30,8 @@ from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import decoder_layers
 from cllm.model.shards import (
     Layout,
-    Stored,
-    read_json,
-    stored_tensors,
+    WeightFiles,
+    finite,
     weight_files,
     with_dtype,
     write_json,
@@ -50,12 +49,7 @@ class Checkpoint(NamedTuple):
     path: Path
     family: Family
     config: Any
-    files: list[Path]
-
-    def stored(self) -> Iterator[Stored]:
-        """All tensors, file by file; an earlier file is closed before the next is opened."""
-        for file in self.files:
-            yield from stored_tensors(file)
+    weights: WeightFiles
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -91,8 +85,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError("model.no_config", path=file.parent)
     config = read_json(file)
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "?")
+    if quantization := config.pop("quantization_config", None):
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
         raise UserError("model.quantized", path=file.parent, method=method)
     return config
 
@@ -156,7 +150,11 @@ def check(checkpoint: Checkpoint, model: Any) -> Layout:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     shape, layout, problems = shape_of(checkpoint.config), Layout(), []
-    for name, dims, dtype, _ in checkpoint.stored():
+    names = set()
+    for name, dims, dtype, _ in checkpoint.weights.stored():
+        if name in names:
+            problems.append(f"twice {name}")
+        names.add(name)
         try:
             pairs = convert(
                 name, torch.empty(dims, dtype=dtype, device="meta"), checkpoint.family, shape
@@ -198,13 +196,12 @@ def open_native(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpo
 def converted(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Native (name, tensor) pairs of `layout`, one original tensor in memory at a time."""
     shape = shape_of(checkpoint.config)
-    for name, _, _, read in checkpoint.stored():
+    for name, _, _, read in checkpoint.weights.stored():
         if any(target in layout for target in families.rename(name, checkpoint.family)[1]):
-            yield from (
-                pair
-                for pair in convert(name, read(), checkpoint.family, shape)
-                if pair[0] in layout
-            )
+            tensor = finite(read(), checkpoint.path, name)
+            pairs = convert(name, tensor, checkpoint.family, shape)
+            del tensor  # nothing but the pairs holds it while they are used
+            yield from (pair for pair in pairs if pair[0] in layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +274,7 @@ def random_model(
     placement = Placement(dtype, device, quantize, head, stream_layers, embedding)
     family = families.family_of(config) or families.NATIVE
     file = Path("config.json")
-    checkpoint = Checkpoint(file, family, _native_config(file, family, config), [])
+    checkpoint = Checkpoint(file, family, _native_config(file, family, config), WeightFiles([], {}))
     model = skeleton(checkpoint, dtype)
     empty = dict(model.named_parameters())
     layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in empty.items()}

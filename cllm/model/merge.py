@@ -70,7 +70,7 @@ def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
     settings, layers = read_adapter(adapter, split_rows(checkpoint))
     check_adapter(model, adapter, settings, layers)
     sizes: Counter[torch.dtype] = Counter()
-    for _, dims, dtype, _ in checkpoint.stored():
+    for _, dims, dtype, _ in checkpoint.weights.stored():
         sizes[dtype] += torch.Size(dims).numel()
     dtype = torch.bfloat16 if nf4 or base.suffix == ".gguf" else sizes.most_common(1)[0][0]
     layout = with_dtype(layout, dtype)

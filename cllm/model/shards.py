@@ -8,6 +8,8 @@ Shapes are known before any data is read, so that a whole checkpoint is checked 
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cllm.messages import UserError
+from cllm.messages import UserError, read_json, to_json
 from cllm.model import gguf
 
 if TYPE_CHECKING:
@@ -49,47 +51,69 @@ class Stored(NamedTuple):
     read: Callable[[], Tensor]
 
 
-def weight_files(path: Path) -> list[Path]:
+class WeightFiles(NamedTuple):
+    """Where a checkpoint's tensors are stored."""
+
+    files: list[Path]
+    weight_map: Mapping[str, str]
+    """Name of a tensor -> the file that it is read from; one without an entry: any file."""
+
+    def stored(self) -> Iterator[Stored]:
+        """All tensors, file by file; an earlier file is closed before the next is opened."""
+        for file in self.files:
+            for tensor in stored_tensors(file):
+                if self.weight_map.get(tensor.name, file.name) == file.name:
+                    yield tensor
+
+
+def weight_files(path: Path) -> WeightFiles:
     """The weight files of a checkpoint directory (or the one `.gguf` file itself), safetensors
-    before `.bin`.
+    before `.bin`, a whole file (as Transformers does) before shards, which need no index.
 
     Raises UserError if there is none, an index names anything but plain file names, or shards are
     missing (all listed).
     """
     if path.is_file():
-        return [path]
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{stem}.index.json"
-        if index.is_file():
-            return _indexed(index)
-        if (path / stem).is_file():
-            return [path / stem]
-    raise UserError("model.no_weights", path=path)
+        return WeightFiles([path], {})
+    error = UserError("model.no_weights", path=path)
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole = path / f"{stem}.{suffix}"
+        if whole.is_file():
+            return WeightFiles([whole], {})
+        index = path / f"{whole.name}.index.json"
+        weight_map = _weight_map(index) if index.is_file() else {}
+        names = sorted(set(weight_map.values())) or _numbered(path, stem, suffix)
+        missing = [name for name in names if not (path / name).is_file()]
+        if names and not missing:
+            return WeightFiles([path / name for name in names], weight_map)
+        if missing:
+            error = UserError("model.shard_missing", path=path, names=", ".join(missing))
+    raise error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError if it is none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError("model.damaged", path=path, detail=error) from error
+def _numbered(path: Path, stem: str, suffix: str) -> list[str]:
+    """The names of all shards of which at least one is there."""
+    pattern = re.compile(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{suffix}")
+    totals = {match[1] for file in path.glob("*") if (match := pattern.fullmatch(file.name))}
+    return [
+        f"{stem}-{number:05}-of-{total}.{suffix}"
+        for total in sorted(totals)
+        for number in range(1, int(total) + 1)
+    ]
 
 
 def write_json(path: Path, value: object) -> None:
     """Write what `read_json` reads, for people too."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    except (KeyError, AttributeError, TypeError) as error:
-        raise UserError("model.damaged", path=index, detail=f"no shard index: {error!r}") from error
-    if wrong := [name for name in names if not _is_plain(name)]:
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError("model.damaged", path=index, detail="no shard index")
+    if wrong := [name for name in weight_map.values() if not _is_plain(name)]:
         raise UserError("model.shard_name", path=index, names=", ".join(map(repr, wrong)))
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError("model.shard_missing", path=index.parent, names=", ".join(missing))
-    return [index.parent / name for name in names]
+    return weight_map
 
 
 def _is_plain(name: object) -> bool:
@@ -122,6 +146,8 @@ def _safetensors(file: Path) -> Iterator[Stored]:
     try:
         entries: dict[str, Any] = json.loads(header)
         entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            _refuse_packed(file, name, entry["dtype"], DTYPES)
         stored = [
             (*entry["data_offsets"], name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
             for name, entry in entries.items()
@@ -141,6 +167,23 @@ def _safetensors(file: Path) -> Iterator[Stored]:
         if 8 + length + end > size:
             raise UserError("model.truncated", path=file, tensor=name)
         yield Stored(name, shape, dtype, partial(_read, file, 8 + length + begin, shape, dtype))
+
+
+def _refuse_packed(file: Path, name: str, dtype: object, known: Iterable[object]) -> None:
+    """float8, and what is packed into unsigned integers, mean nothing without their scales."""
+    if dtype not in known and re.match("F[468]|U|torch", str(dtype)):
+        kind = re.sub("F8|torch.float8", "fp8", str(dtype))
+        raise UserError("model.quantized", path=file, method=f"{name}: {kind}")
+
+
+def finite(tensor: Tensor, file: Path, name: str) -> Tensor:
+    """The tensor. Raises UserError if it holds NaN or an infinity; `aminmax` passes on both, reads
+    once and needs no memory.
+    """
+    floating = tensor.is_floating_point() and tensor.numel()
+    if floating and not all(map(math.isfinite, tensor.aminmax())):
+        raise UserError("model.not_finite", path=file, tensor=name)
+    return tensor
 
 
 def _read(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -170,6 +213,7 @@ def _zip_pickle(file: Path) -> Iterator[Stored]:
     ):
         raise UserError("model.damaged", path=file, detail="no dictionary of tensors")
     for name, tensor in tensors.items():
+        _refuse_packed(file, name, tensor.dtype, DTYPES.values())
         yield Stored(name, tuple(tensor.shape), tensor.dtype, tensor.clone)
 
 
@@ -233,7 +277,7 @@ def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, T
     for name, (shape, dtype) in layout.items():
         begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

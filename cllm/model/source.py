@@ -113,7 +113,7 @@ def _is_complete(directory: Path) -> bool:
     from cllm.model.shards import weight_files
 
     try:
-        return (directory / "config.json").is_file() and bool(weight_files(directory))
+        return (directory / "config.json").is_file() and bool(weight_files(directory).files)
     except UserError:
         return False
 

@@ -21,7 +21,7 @@ from cllm.data.dialects import jinja
 from cllm.data.encode import IGNORE_INDEX, Ids
 from cllm.data.message import Message
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, render
-from cllm.messages import UserError, note
+from cllm.messages import UserError, note, read_json, to_json
 from cllm.model import gguf
 from cllm.model.chat_template import (
     choose_template,
@@ -31,7 +31,7 @@ from cllm.model.chat_template import (
     restored_template,
 )
 from cllm.model.families import GGUF, family_of
-from cllm.model.shards import read_json, write_json
+from cllm.model.shards import write_json
 from cllm.model.text_stream import TextStream
 from cllm.model.vocabulary import Bpe, SentencePiece, Vocabulary, prefixed
 from cllm.model.vocabulary_files import from_directory, from_gguf, to_gguf
@@ -408,6 +408,28 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # --- Preflight
+def within(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer for an embedding of `rows`; a pad token that has none gives way to the end of
+    text, because what it pads is masked.
+
+    Raises UserError if a text or the template can yield other tokens that have none.
+    """
+    markup = to_json(asdict(tokenizer.template))
+    control = tokenizer.vocabulary.control.items()
+    unused = {id for name, id in control if name not in markup} - {tokenizer.eos_id}
+    names = {id: tokenizer.vocabulary.name(id) for id in range(rows, tokenizer.vocab_size)}
+    beyond = [f"{name} ({id})" for id, name in names.items() if name and id not in unused]
+    if beyond:
+        raise UserError(
+            "tokenizer.beyond",
+            path=tokenizer.source,
+            rows=rows,
+            count=len(beyond),
+            tokens=", ".join(beyond[:8]),
+        )
+    return tokenizer if tokenizer.pad_id < rows else replace(tokenizer, pad_id=tokenizer.eos_id)
+
+
 def with_trained_end(tokenizer: Tokenizer, model: Any) -> Tokenizer:
     """The tokenizer, `with_stop` (and a note) if `model` never trained the end token of its
     template: it could not learn to stop.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cllm.messages import UserError
+from cllm.messages import UserError, read_json
 from cllm.model.vocabulary import (
     CL100K,
     PATTERNS,
@@ -195,7 +195,7 @@ def _from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
         for id, token in config.get("added_tokens_decoder", {}).items()
     }
     if "added_tokens.json" in files:  # older than added_tokens_decoder
-        listed = json.loads((path / "added_tokens.json").read_text(encoding="utf-8"))
+        listed = read_json(path / "added_tokens.json")
         for name, id in listed.items():
             added.setdefault(name, (id, name.startswith(("<|", "<｜"))))
     if "qwen.tiktoken" in files:
@@ -221,9 +221,10 @@ def _from_directory(path: Path, config: Mapping[str, Any]) -> Vocabulary:
     if converted:
         from tokenizers import Tokenizer
 
-        return Bpe(Tokenizer.from_file(str(path / "tokenizer.json")))
+        content = (path / "tokenizer.json").read_bytes()
+        return Bpe(Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf")))
     if {"vocab.json", "merges.txt"} <= files and kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
-        vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+        vocabulary = read_json(path / "vocab.json")
         lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = _merges(line for line in lines if line and not line.startswith("#version"))
         if "<|endoftext|>" in vocabulary:

@@ -7,11 +7,10 @@ server-sent events, errors.
 # No `from __future__ import annotations`: FastAPI must be able to evaluate the annotations of the
 # functions in `build_app`.
 import hmac
-import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -25,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cllm.assembly import Loaded
 from cllm.data import message
 from cllm.data.text import RowError
-from cllm.messages import UserError, say
+from cllm.messages import UserError, say, to_json
 from cllm.serve.answer import Answer, ModelError, chat_sampling
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import LIMITS, MAX_TOP_K
@@ -214,8 +213,8 @@ class ChatRequest(Strict):
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K), Whole] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K), Whole] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     seed: Annotated[int, Whole] | None = None
@@ -223,12 +222,43 @@ class ChatRequest(Strict):
     n: Annotated[Literal[1], Whole] | None = None
 
 
-# Fields of OpenAI's that would change the answer are refused; others that are not understood are
-# ignored.
-UNSUPPORTED = tuple(
-    "tools functions response_format logprobs top_logprobs logit_bias frequency_penalty"
-    " presence_penalty audio prediction".split()
+# Of the fields that are not understood, those pass that never change an answer, and the others
+# where they are empty or say what happens anyway.
+HARMLESS = frozenset(
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
+    " parallel_tool_calls cache_salt priority request_id stream_interval keep_alive".split()
 )
+USUAL: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "text": ({"format": {"type": "text"}},),
+    "modalities": (["text"],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": ("none",),
+    "best_of": (1,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "add_generation_prompt": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+}
+
+
+def _unsupported(fields: Mapping[str, Any], thinking: bool) -> list[str]:
+    """The names of fields that ask for another answer than what is sampled; `thinking`: whether
+    the template keeps the reasoning.
+    """
+    kind = "enabled" if thinking else "disabled"
+    template = {"enable_thinking": (thinking,), "thinking": ({"type": kind}, thinking)}
+    usual = {**USUAL, **template, "chat_template_kwargs": ({}, {"enable_thinking": thinking})}
+    return [
+        name
+        for name, value in fields.items()
+        if name not in HARMLESS
+        and value is not None
+        and (value not in usual[name] if name in usual else bool(value))
+    ]
 
 
 class ErrorDetail(BaseModel):
@@ -263,6 +293,13 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
     started = int(time.time())
     _handle_errors(app)
 
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": started, "owned_by": "cllm"}
+
+    def unknown(name: str) -> Response:
+        message = say("serve.model", name=name, known=", ".join(loaded.models))
+        return error_response(404, message, param="model", code="model_not_found")
+
     @app.get("/health")
     async def health() -> JSONResponse:
         healthy = engine.healthy
@@ -270,17 +307,19 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
 
     @app.get("/v1/models", responses=ERRORS)
     async def list_models() -> dict[str, Any]:
-        common = {"object": "model", "created": started, "owned_by": "cllm"}
-        return {"object": "list", "data": [{"id": name, **common} for name in loaded.models]}
+        return {"object": "list", "data": [described(name) for name in loaded.models]}
+
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
+    async def get_model(name: str) -> Response:
+        return JSONResponse(described(name)) if name in loaded.models else unknown(name)
 
     @app.post("/v1/chat/completions", responses=ERRORS | EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         name = body.model or next(iter(loaded.models))
         if name not in loaded.models:
-            message = say("serve.model", name=name, known=", ".join(loaded.models))
-            return error_response(404, message, param="model", code="model_not_found")
-        extra = body.model_extra or {}
-        if fields := [field for field in UNSUPPORTED if extra.get(field)]:
+            return unknown(name)
+        thinking = loaded.tokenizer.template.thinking == "keep"
+        if fields := _unsupported(body.model_extra or {}, thinking):
             message = say("serve.unsupported", fields=", ".join(fields))
             return error_response(400, message, param=fields[0])
         if len(engine.waiting) >= MAX_WAITING:
@@ -312,6 +351,10 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
 def _answer(body: ChatRequest, name: str, loaded: Loaded, engine: Engine) -> Answer:
     length = body.max_completion_tokens or body.max_tokens
     values = body.model_dump(include={*LIMITS, "seed"})
+    if body.top_p is not None:
+        values["top_p"] = max(body.top_p, LIMITS["top_p"][0])
+    if body.top_k is not None and body.top_k < 1:  # vLLM's "off"
+        values["top_k"] = MAX_TOP_K
     sampling = chat_sampling(max_new_tokens=length, **values)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     messages = [message.plain() for message in body.messages]
@@ -326,13 +369,7 @@ def _handle_errors(app: Any) -> None:
         if isinstance(error, HTTPException):
             return error_response(error.status_code, str(error.detail), headers=error.headers)
         if isinstance(error, RequestValidationError):
-            problems = error.errors()
-            places = [".".join(map(str, problem["loc"][1:])) for problem in problems]
-            texts = [
-                f"{place}: {problem['msg']}".removeprefix(": ")
-                for place, problem in zip(places, problems, strict=True)
-            ]
-            return error_response(400, "; ".join(texts), param=places[0] or None)
+            return _refusal_of(error.errors())
         if isinstance(error, UserError):
             code = "context_length_exceeded" if error.code == "serve.context" else None
             return error_response(400, error.args[0], code=code)
@@ -340,6 +377,26 @@ def _handle_errors(app: Any) -> None:
 
     for kind in (RequestValidationError, HTTPException, UserError, ModelError):
         app.add_exception_handler(kind, reply)
+
+
+def _refusal_of(problems: Sequence[Any]) -> JSONResponse:
+    """The answer to a body that is no request: where it is wrong, without the names that pydantic
+    gives to the alternatives of a field.
+    """
+    texts: dict[str, str] = {}
+    for problem in problems:
+        if problem["type"] == "json_invalid":
+            detail = f"{problem['ctx']['error']}: {problem['loc'][1]}"
+            return error_response(400, say("serve.no_json", detail=detail))
+        place = ".".join(
+            str(part) for part in problem["loc"][1:] if not re.search(r"^str$|[-\[]", str(part))
+        )
+        if problem["type"] == "literal_error" and problem["loc"][-1] == "type":
+            return error_response(
+                400, say("serve.part", place=place, kind=problem["input"]), param=place
+            )
+        texts.setdefault(f"{place}: {problem['msg']}".removeprefix(": "), place)
+    return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)
 
 
 async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
@@ -351,7 +408,7 @@ async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIte
         chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
         if usage:
             chunk["usage"] = _usage(answer) if delta is None else None
-        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        return f"data: {to_json(chunk)}\n\n"
 
     try:
         yield event({"role": "assistant", "content": ""})

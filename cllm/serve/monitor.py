@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
-import json
 import os
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from cllm.evaluate.report import number, score_table
 from cllm.evaluate.results import Gap
 from cllm.learn.log import peak_memory_bytes, read_metrics
+from cllm.messages import read_json
 from cllm.serve.engine import Engine
 
 SHOWN = ("reference", "base", "adapter")  # columns of the samples
@@ -55,7 +55,7 @@ def training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
 
 def _scores(file: Path, answers: list[dict[str, Any]]) -> dict[str, Any]:
     """The table of eval.json, with the mean length of the answers where they are kept."""
-    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    results = read_json(file) if file.exists() else {}
     if answers:
         results = {"reference": {}, **results}
     changes = results.get("adapter", {}).get("versus_base", {})
