@@ -117,13 +117,14 @@ def _tokenizer(config: Config) -> Tokenizer | None:
     except UserError as error:
         note("check.no_tokens", detail=error)
         return None
-    original = original_config(base)
-    sizes = original.get("text_config", original)
-    rows = sizes.get("padded_vocab_size", sizes.get("vocab_size"))  # ChatGLM's, everybody's
     try:
+        original = original_config(base)
+        sizes = original.get("text_config", original)
+        rows = sizes.get("padded_vocab_size", sizes.get("vocab_size"))  # ChatGLM's, everybody's
         return within(tokenizer, rows) if rows else tokenizer
-    except UserError as error:
-        print(error, file=sys.stderr)
+    except UserError as error:  # a tokenizer alone is enough for this program
+        if error.code == "tokenizer.beyond":
+            print(error, file=sys.stderr)
         return tokenizer
 
 

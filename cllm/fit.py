@@ -260,6 +260,8 @@ def _longest(total: Callable[[int], int], low: int, high: int, budget: int) -> i
         fits, over = (guess, over) if points[-1][1] <= budget else (fits, guess)
         (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - budget))[:2]
         ahead = x0 + (budget - y0) * (x1 - x0) // (y1 - y0) if y1 != y0 else over
+        if ahead == fits:  # and the next one is over by the line through the two nearest
+            break
         guess = min(max(ahead, fits + 1), over - 1)
     return fits
 

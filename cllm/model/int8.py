@@ -11,6 +11,7 @@ alone; the product with x is computed in x's dtype.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,9 @@ class Int8Linear(QuantizedLinear):
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
             dense = torch.empty_like(self.codes[rows], dtype=dtype)
-            for piece, codes, scale in self._pieces(dense, self.codes[rows], scales[rows]):
+            pieces = self._pieces(dense, self.codes[rows], scales[rows])
+            # Without values (`cllm.trace`) one says what it takes.
+            for piece, codes, scale in islice(pieces, 1) if dense.is_meta else pieces:
                 piece.copy_(codes * scale)
             yield rows, dense, None if self.bias is None else self.bias[rows].to(dtype)
 
