@@ -18,20 +18,13 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_plan_needs_no_torch_and_ends_with_json() -> None:
-    code = "import sys; from cllm.bench import main; main(['--plan', 'Qwen/Qwen3-8B']); "
-    code += "print('torch' in sys.modules, file=sys.stderr)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True
-    )
-    plan = json.loads(done.stdout.splitlines()[-1])["plans"][0]
-    assert done.stderr.strip() == "False"
-    assert (
-        plan["model"] == "Qwen/Qwen3-8B"
-        and plan["total"] == sum(plan["items"].values())
-        and plan["quantize"] == "nf4"
-    )
-    assert "MiB" in done.stdout
+def test_plan_ends_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--plan", "Qwen/Qwen3-0.6B", "memory.budget_gib=2"]) == 0
+    said = capsys.readouterr().out
+    plan = json.loads(said.splitlines()[-1])["plans"][0]
+    assert plan["model"] == "Qwen/Qwen3-0.6B" and plan["quantize"] == "nf4"
+    assert plan["total"] == sum(plan["items"].values())
+    assert "MiB" in said
 
 
 def test_plan_of_a_config_follows_its_settings(
@@ -107,7 +100,9 @@ def test_plan_tells_time_from_the_data(tmp_path: Path, capsys: pytest.CaptureFix
     time = last_json(capsys)["plans"][0]["time"]  # type: ignore[index]
     assert time["measured"] and time["exact_tokens"] and time["hours"] > 0
     assert time["tokens"] / 128 <= time["steps"] <= 1.5 * time["tokens"] / 128
-    assert bench.main(["--plan", str(file), "model.path=Qwen/Qwen3-8B"]) == 0
+    assert (
+        bench.main(["--plan", str(file), "model.path=Qwen/Qwen3-0.6B", "memory.budget_gib=2"]) == 0
+    )
     guess = last_json(capsys)["plans"][0]["time"]  # type: ignore[index]
     assert (
         not guess["measured"]
@@ -187,14 +182,17 @@ def test_without_the_repository_a_report_has_no_plot(
 
 
 def test_readme_tables_are_what_the_null_device_and_the_plan_say(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """tools/readme_table.py rewrites them."""
+    """tools/readme_table.py rewrites them; one line is planned again here."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
     import readme_table
 
-    monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check"])
-    assert readme_table.main() == 0 and last_json(capsys) == {"out_of_date": []}
+    monkeypatch.setattr(readme_table, "MODELS", ("Qwen/Qwen3-4B",))
+    for name in readme_table.HEADS:
+        text = (readme_table.ROOT / name).read_text(encoding="utf-8")
+        for line in readme_table.rows(name):
+            assert line in text
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon")
