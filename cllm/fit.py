@@ -25,6 +25,7 @@ from cllm.messages import UserError, note
 from cllm.trace import Layer, Pass, Weights, traced, weighed
 
 ROW_STEP = 128  # tokens: granularity of the longest row
+LONGEST_ROW = 2**16  # nobody packs longer ones, and a trace takes as long as they are
 CONVERSION_BYTES = 75_000_000  # a streamed write's, beside its largest tensor
 Config = Mapping[str, Any]
 """A config.json, original or native."""
@@ -236,12 +237,12 @@ def fewest_recomputed(config: Config, settings: Settings, budget: int) -> int:
 
 
 def longest_row(config: Config, settings: Settings, budget_gib: float) -> int:
-    """Tokens of the longest row that fits with these settings; 0: none."""
+    """Tokens of the longest row that fits with these settings, LONGEST_ROW at most; 0: none."""
 
     def total(steps: int) -> int:
         return estimate_vram(config, replace(settings, row_tokens=steps * ROW_STEP)).total
 
-    budget, last = int(budget_gib * GIB), 2**20 // ROW_STEP
+    budget, last = int(budget_gib * GIB), LONGEST_ROW // ROW_STEP
     # From there on rows are cut in tiles, and need less again.
     tile = settings.mlp_tile_tokens // ROW_STEP
     return ROW_STEP * (_longest(total, tile, last, budget) or _longest(total, 0, tile, budget))

@@ -27,7 +27,7 @@ from cllm.data.packing import PackedBatch
 from cllm.learn.loss import sft_loss
 from cllm.learn.proof import Census, Section, storage_bytes
 from cllm.memory import SEGMENTS_GROW, Settings
-from cllm.messages import UserError
+from cllm.messages import UserError, to_json
 from cllm.model import attention
 from cllm.model.attention import Card
 from cllm.model.checkpoint import random_model
@@ -99,7 +99,7 @@ def weighed(config: Mapping[str, Any], settings: Settings) -> Weights:
 
 
 def _text(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, sort_keys=True)
+    return to_json(dict(config))
 
 
 def _neutral(settings: Settings) -> Settings:
