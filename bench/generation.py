@@ -29,9 +29,9 @@ def generation(model: BenchModel, prompt_tokens: int = 128) -> list[dict[str, An
     engine = model.assembly.engine()
     results = []
     for rows in ROWS:
+        vocabulary = model.assembly.model.config.get_text_config().vocab_size
         prompts = [
-            random_row(prompt_tokens, model.shape.vocab, seed).input_ids.tolist()
-            for seed in range(rows)
+            random_row(prompt_tokens, vocabulary, seed).input_ids.tolist() for seed in range(rows)
         ]
         seconds = []
         for count in (1, 1, DECODE_TOKENS):  # the first warms up
