@@ -431,15 +431,9 @@ def test_a_base_with_nan_is_named_and_nothing_is_overwritten(
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    assert run("train", [str(config), f"model.path={broken}"]) == 2
-    assert (
-        "is not finite" in (error := capsys.readouterr().err)
-        and "first at: model.layers.1.mlp" in error
-    )
-    # the newest run of this config, of the broken base
-    assert run("train", [str(config), f"model.path={broken}", "--resume"]) == 2
-    assert run("train", [str(config), f"model.path={broken}", "model.quantize=nf4"]) == 2
-    assert "cannot be quantized (the weight holds inf or NaN)" in capsys.readouterr().err
+    for setting in ("model.quantize=none", "model.quantize=nf4"):
+        assert run("train", [str(config), f"model.path={broken}", setting]) == 2
+        assert "model.layers.1.mlp.down_proj.weight holds NaN" in capsys.readouterr().err
     assert (
         adapter_bytes(tmp_path / "runs" / "a") == before
         and not (tmp_path / "runs" / "a-2" / "adapter").exists()
