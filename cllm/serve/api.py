@@ -282,6 +282,16 @@ ERRORS: Any = {"default": {"description": "An error in OpenAI's shape", "model":
 EVENTS: Any = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
+def _completion(answer: Answer, head: dict[str, Any]) -> dict[str, Any]:
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": answer.text},
+        "finish_reason": answer.finish_reason,
+        "logprobs": None,
+    }
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
+
+
 def build_app(loaded: Loaded, engine: Engine) -> Any:
     """The FastAPI application with /health, /v1/models and /v1/chat/completions; models: `base` and
     the adapter's name.
@@ -335,15 +345,7 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
                     answer.cancel()
         finally:
             answer.cancel()
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": answer.text},
-            "finish_reason": answer.finish_reason,
-            "logprobs": None,
-        }
-        return JSONResponse(
-            {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
-        )
+        return JSONResponse(_completion(answer, head))
 
     return app
 
