@@ -29,6 +29,8 @@ LIMITS = {"q8_0": (0.97, 1e-2)}
 """GGUF type -> least share of positions with an equal choice, largest mean KL in nats."""
 LIMIT = (0.99, 1e-3)
 """The same of every other export."""
+FEW = 3
+"""Misses to be expected of so few positions that chance may make another of them."""
 CONVERSATIONS = 16
 POSITIONS = 512
 SAMPLES = 3
@@ -203,10 +205,13 @@ def check(
 
 
 def may_be(share: float, positions: int, limit: float) -> bool:
-    """Whether so small a share may come out by chance where `limit` is the true one: the exact
+    """Whether `share` of the positions is `limit`; or, of so few that not even FEW misses are to be
+    expected, whether so many may come out by chance where `limit` is the true share: the exact
     binomial test at 2.5 %, so that one of a dozen positions decides nothing.
     """
     misses, rate = round((1 - share) * positions), 1 - limit
+    if share >= limit or positions * rate >= FEW:
+        return share >= limit
     fewer = (math.comb(positions, k) * rate**k * limit ** (positions - k) for k in range(misses))
     return 1 - sum(fewer) >= 0.025
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ from cllm.model.offload import checkpoint_layers, decoder_layers, layer_pieces, 
 from cllm.serve.cache import cache_bytes
 
 META = torch.device("meta")
-SECOND = 8  # tokens of a second sequence: a packed row has more than one
+SECOND = 8  # tokens of a row's second sequence
 
 
 class Layer(NamedTuple):
@@ -189,8 +190,9 @@ def _built(config: str, settings: Settings) -> tuple[Weights, Any, list[int]]:
     # The first layer's input needs no gradient, so it stands for itself only.
     alike = [0, *(kinds.index(kind, 1) for kind in kinds[1:])]
     del layers[max(alike) + 1 :]
+    attention.traced_card = _card(settings)
     try:
-        sft_loss(model, _row(model, 2 * SECOND))
+        sft_loss(model, _row(SECOND, SECOND))
     except ValueError:  # Transformers' refusal, as in `packs`
         model.packs_rows = False
     return weights, model.train(), alike
@@ -230,20 +232,20 @@ def _card(settings: Settings) -> Card:
     return Card("cuda", (8, 0) if settings.precision == "bf16" else (7, 5), SEGMENTS_GROW)
 
 
-def _row(model: Any, tokens: int) -> PackedBatch:
-    """A row, every token supervised. Of two sequences, as packing makes them, where these would go
-    through attention one after the other.
-    """
-    ids = torch.empty(tokens, dtype=torch.int64, device=META)
-    two = model.packs_rows and tokens > SECOND and not attention.traced_card.flash
-    starts = [0, tokens - SECOND] if two else [0]
-    bounds = torch.tensor([*starts, tokens], dtype=torch.int32)
+def _row(*lengths: int) -> PackedBatch:
+    """A row of sequences, every token supervised."""
+    ids = torch.empty(sum(lengths), dtype=torch.int64, device=META)
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return PackedBatch(ids, ids, ids, ids, bounds, bounds.to(META))
 
 
 def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) -> Pass:
     """One row forth and back, the gradients of the row before it in place."""
-    attention.traced_card = _card(settings)
+    attention.traced_card = card = _card(settings)
+    # Packed sequences that go through attention one after the other are put together again.
+    tokens = settings.row_tokens
+    apart = model.packs_rows and tokens > SECOND and not card.flash
+    row = _row(tokens - SECOND, SECOND) if apart else _row(tokens)
     checkpoint_layers(model, -1 if recompute else 0)
     tile_mlp(model, settings.mlp_tile_tokens)
     for parameter in model.parameters():
@@ -264,7 +266,7 @@ def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) ->
     try:
         with census:
             with precision.autocast():
-                loss = sft_loss(model, _row(model, settings.row_tokens), settings.chunk_bytes)
+                loss = sft_loss(model, row, settings.chunk_bytes)
             loss.backward()
             backward.append(census.section())
     finally:

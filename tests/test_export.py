@@ -383,6 +383,7 @@ def test_of_few_positions_one_decides_nothing_and_of_many_the_share_does() -> No
     assert may_be(1.0, 1, 0.99) and may_be(7 / 8, 8, 0.99) and may_be(61 / 62, 62, 0.99)
     assert not may_be(0.0, 4, 0.99) and not may_be(0.5, 8, 0.99)
     assert may_be(0.99, 512, 0.99) and not may_be(0.97, 512, 0.99) and may_be(0.97, 512, 0.97)
+    assert not may_be(506 / 512, 512, 0.99)  # of so many the limit is what it was
 
 
 def test_merged_program_checks_and_the_template_contract_holds(

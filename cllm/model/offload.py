@@ -46,8 +46,7 @@ class _Lane:
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
         """target <- source once all work issued so far is done; the result is for `wait`."""
         if self.stream is None:
-            if not source.is_meta:
-                target.copy_(source)
+            target.copy_(source)
             return None
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
