@@ -224,12 +224,14 @@ def _weigh(model: Any) -> Weights:
 
 
 def _card(settings: Settings) -> Card:
-    """The card that is planned for: one that computes in bf16 has flash attention, but not in the
-    wheels for Windows.
+    """The card that is planned for: one that computes in bf16 has flash attention, an older one has
+    not, nor have the wheels for Windows.
     """
     if settings.device == "cpu":
         return Card("cpu", (0, 0), False)
-    return Card("cuda", (8, 0) if settings.precision == "bf16" else (7, 5), SEGMENTS_GROW)
+    if settings.precision == "bf16":
+        return Card("cuda", (8, 0), SEGMENTS_GROW)
+    return Card("cuda", (7, 5), False)
 
 
 def _row(*lengths: int) -> PackedBatch:
