@@ -25,7 +25,7 @@ from cllm.messages import UserError, note
 from cllm.trace import Layer, Pass, Weights, traced, weighed
 
 ROW_STEP = 128  # tokens: granularity of the longest row
-LONGEST_ROW = 2**16  # nobody packs longer ones, and a trace takes as long as they are
+LONGEST_ROW = 2**20
 CONVERSION_BYTES = 75_000_000  # a streamed write's, beside its largest tensor
 Config = Mapping[str, Any]
 """A config.json, original or native."""
@@ -252,18 +252,24 @@ def _longest(total: Callable[[int], int], low: int, high: int, budget: int) -> i
     """The largest number in (low, high] whose total, which grows almost evenly, is within the
     budget; 0: none is.
     """
-    if low >= high or (start := total(low + 1)) > budget:
+    if low >= high or (least := total(low + 1)) > budget:
         return 0
-    fits, over, points = low + 1, high + 1, [(low + 1, start)]
-    guess = min(high, 2 * fits + 8)
+    fits, over, most = low + 1, high + 1, 0
+    line = True
     while over - fits > 1:
-        points.append((guess, total(guess)))
-        fits, over = (guess, over) if points[-1][1] <= budget else (fits, guess)
-        (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - budget))[:2]
-        ahead = x0 + (budget - y0) * (x1 - x0) // (y1 - y0) if y1 != y0 else over
-        if ahead == fits:  # and the next one is over by the line through the two nearest
-            break
-        guess = min(max(ahead, fits + 1), over - 1)
+        if not most:  # nothing is known to be over yet
+            guess = min(2 * fits + 8, over - 1)
+        else:
+            guess = fits + (budget - least) * (over - fits) // (most - least)
+            if guess == fits and over - fits <= fits // 20:  # by the line the next one is over
+                break
+            # Every second time halfway, as the line may always end on the same side.
+            guess = guess if line and guess > fits else (fits + over) // 2
+            line = not line
+        if (bytes_ := total(guess)) <= budget:
+            fits, least = guess, bytes_
+        else:
+            over, most = guess, bytes_
     return fits
 
 

@@ -38,6 +38,7 @@ from cllm.model.offload import checkpoint_layers, decoder_layers, layer_pieces, 
 from cllm.serve.cache import cache_bytes
 
 META = torch.device("meta")
+LONG = 4096  # tokens: from four times as many on a row is not traced itself
 SECOND = 8  # tokens of a row's second sequence
 
 
@@ -91,7 +92,32 @@ def traced(config: Mapping[str, Any], settings: Settings, recompute: bool) -> Pa
     What is only a place or a choice of layers is left to `cllm.fit`. Raises UserError for a model
     whose code does not run without values.
     """
-    return _pass(_text(config), _neutral(settings), recompute)
+    text, settings = _text(config), _neutral(settings)
+    least = max(LONG, 8 * settings.mlp_tile_tokens)
+    if settings.row_tokens <= 4 * least:
+        return _pass(text, settings, recompute)
+    lengths = [least, 2 * least, 4 * least]
+    passes = [_pass(text, replace(settings, row_tokens=n), recompute) for n in lengths]
+    return _extrapolated(settings.row_tokens / least, passes)
+
+
+def _extrapolated(length: float, passes: list[Pass]) -> Pass:
+    """The pass of a row `length` times as long as that of the first of `passes`, the others being
+    twice and four times as long: all numbers grow as the parabola through three.
+    """
+    weights = (
+        (length - 2) * (length - 4) / 3,
+        (length - 1) * (length - 4) / -2,
+        (length - 1) * (length - 2) / 6,
+    )
+
+    def at(*values: int) -> int:
+        return round(sum(weight * value for weight, value in zip(weights, values, strict=True)))
+
+    layers = [
+        Layer(*map(at, *alike)) for alike in zip(*(each.layers for each in passes), strict=True)
+    ]
+    return Pass(layers, *map(at, *(each[1:] for each in passes)))
 
 
 def weighed(config: Mapping[str, Any], settings: Settings) -> Weights:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from cllm import fit as fitting
 from cllm import trace
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, load_config
+from cllm.fit import _longest as fitting_longest
 from cllm.fit import (
     conversion_bytes,
     crossing_bytes,
@@ -487,6 +488,23 @@ def test_a_second_start_traces_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert estimate_vram(config, chosen) == plan
 
 
+def test_the_longest_of_any_totals_is_found() -> None:
+    """Also where they grow by steps, or hardly at all."""
+    shapes = {
+        "line": lambda n: 10 * n,
+        "steps": lambda n: n // 7 * 100,
+        "late": lambda n: max(50, n * n),
+        "early": lambda n: int(1000 * n**0.5),
+        "flat": lambda n: 5,
+    }
+    for total in shapes.values():
+        for budget in (4, 5, 60, 1000, 12_345):
+            fitting = [n for n in range(3, 200) if total(n) <= budget]
+            found = fitting_longest(total, 2, 199, budget)
+            assert found <= max(fitting, default=0)
+            assert found >= 0.9 * max(fitting, default=0)
+
+
 def test_plan_finds_the_longest_row_and_the_fewest_recomputed_layers() -> None:
     config, asked = published("Qwen3-0.6B"), Settings(2048, "nf4")
     plan = make_plan(config, asked, 3.0)
@@ -499,6 +517,15 @@ def test_plan_finds_the_longest_row_and_the_fewest_recomputed_layers() -> None:
     for layers, inside in ((plan.checkpoint_layers, True), (plan.checkpoint_layers - 1, False)):
         total = estimate_vram(config, replace(asked, checkpoint_layers=layers)).total
         assert (total <= 3 * GIB) is inside
+
+
+def test_long_rows_are_planned_from_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exactly as if they were traced, the square of a window's mask included."""
+    config = published("google/gemma-3-270m")
+    asked = Settings(5000, "nf4", "fp16", checkpoint_layers=9)
+    whole = estimate_vram(config, asked).total
+    monkeypatch.setattr(trace, "LONG", 1024)
+    assert estimate_vram(config, asked).total == pytest.approx(whole, rel=1e-3)
 
 
 def test_rows_beyond_the_mlp_tile_need_less_than_those_before_it() -> None:
