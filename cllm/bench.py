@@ -137,7 +137,7 @@ class BenchModel:
             "reserved_bytes": None,
             "estimate_bytes": estimate.allocated,
             "estimate_total_bytes": estimate.total,
-            "link_bytes": ROWS_PER_STEP * fit.crossing_bytes(self.original, settings),
+            "link_bytes": ROWS_PER_STEP * estimate.crossing,
         }
         try:
             result["first_loss"], _ = self.step(row)
@@ -152,7 +152,7 @@ class BenchModel:
             # and whatever else uses the card
             result["context_bytes"] = total - free - torch.cuda.memory_reserved(device)
         kept = replace(settings, checkpoint_layers=0, stream_layers=0, mlp_tile_tokens=0)
-        needed = ROWS_PER_STEP * fit.row_flops(self.original, kept)
+        needed = ROWS_PER_STEP * fit.estimate_vram(self.original, kept).flops
         return {
             **result,
             "step_seconds": seconds,
@@ -192,7 +192,7 @@ def _work(config: Config, original: Record, rate: float) -> Workload | None:
         return Workload(round(TOKENS_PER_CHARACTER * characters))
     import torch
 
-    from cllm.fit import row_flops
+    from cllm.fit import estimate_vram
     from cllm.model.source import resolve
 
     length = config.train.row_tokens
@@ -200,7 +200,7 @@ def _work(config: Config, original: Record, rate: float) -> Workload | None:
     rows = encode_corpus(corpus, tokenizer, config.data, config.train, row_tokens=length).rows
     tokens = sum(rows.sizes)
     work = Workload(tokens, tokens / (len(rows) * length))
-    on_cpu = row_flops(original, settings_of(config, "fp32", "cpu")) / rate
+    on_cpu = estimate_vram(original, settings_of(config, "fp32", "cpu")).flops / rate
     if not torch.cuda.is_available() and on_cpu >= SLOWEST_WARM_ROW:
         return work
     note("bench.timing", steps=WARM_STEPS)

@@ -26,7 +26,8 @@ from cllm.trace import Layer, Pass, Weights, traced, weighed
 
 ROW_STEP = 128  # tokens: granularity of the longest row
 LONGEST_ROW = 2**20
-CONVERSION_BYTES = 75_000_000  # a streamed write's, beside its largest tensor
+SHORTER_ROWS = (4096, 2048, 1024, 512, 256)
+CONVERSION_BYTES = 75_000_000  # a streamed write's (bench/results/convert_memory.json)
 Config = Mapping[str, Any]
 """A config.json, original or native."""
 
@@ -137,13 +138,16 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
         "fragmentation": cuda
         * max(step.largest, FRAGMENTATION_BYTES if SEGMENTS_GROW else WHOLE_SEGMENTS_BYTES),
     }
-    return VramEstimate(items, moment, _host_bytes(step) + away * weights.embedding)
-
-
-def _host_bytes(step: _Step) -> int:
-    """What crosses twice a row: streamed weights and offloaded layer inputs."""
-    packed = sum(step.weights.packed[index] for index in step.streamed)
-    return packed + step.inputs * step.layer_input
+    # Streamed weights and offloaded layer inputs.
+    waiting = sum(packed) + step.inputs * step.layer_input
+    return VramEstimate(
+        items,
+        moment,
+        waiting + away * weights.embedding,
+        weights.largest + CONVERSION_BYTES,
+        2 * waiting,
+        step.flops,
+    )
 
 
 def estimate_answering(config: Config, settings: Settings) -> VramEstimate:
@@ -152,8 +156,9 @@ def estimate_answering(config: Config, settings: Settings) -> VramEstimate:
     its mask.
     """
     # A bare model is traced with the smallest adapter there is.
-    trained = estimate_vram(config, replace(settings, rank=max(1, settings.rank)))
-    layers = traced(config, replace(settings, rank=max(1, settings.rank)), True).layers
+    settings = replace(settings, rank=max(1, settings.rank))
+    trained = estimate_vram(config, settings)
+    layers = traced(config, settings, True).layers
     width = 4 if settings.precision == "fp32" else 2
     items = {
         **trained.items,
@@ -163,27 +168,7 @@ def estimate_answering(config: Config, settings: Settings) -> VramEstimate:
         "activations": max(layer.forward for layer in layers)
         + settings.row_tokens**2 * (1 + width),
     }
-    return VramEstimate(items, "answering", trained.host)
-
-
-def conversion_bytes(config: Config) -> int:
-    """Anonymous host memory that `tools/convert.py` (or loading) needs of a 16-bit original beyond
-    its imports: the largest tensor as it may be stored, where q, k and v or gate and up are one,
-    and what a streamed write takes (bench/results/convert_memory.json).
-    """
-    return weighed(config, Settings()).largest + CONVERSION_BYTES
-
-
-def row_flops(config: Config, settings: Settings) -> int:
-    """Operations of one row, forth and back."""
-    return _Step.of(config, settings).flops
-
-
-def crossing_bytes(config: Config, settings: Settings) -> int:
-    """What crosses between host and device per row: streamed weights and offloaded layer inputs
-    twice, embedding rows not counted.
-    """
-    return 2 * _host_bytes(_Step.of(config, settings))
+    return replace(trained, items=items, moment="answering")
 
 
 class Step(NamedTuple):
@@ -192,11 +177,14 @@ class Step(NamedTuple):
     change: str
     """`section.key=value`, as the command line takes it."""
     settings: Settings
-    total: int
+    estimate: VramEstimate
     slowdown: float
     """Operations per token over those of the settings asked for."""
-    crossing: int
-    """Bytes that cross between host and device per row."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.estimate.total
 
 
 class Plan(NamedTuple):
@@ -273,9 +261,11 @@ def _longest(total: Callable[[int], int], low: int, high: int, budget: int) -> i
     return fits
 
 
-def savings(config: Config, settings: Settings, budget: int) -> Iterator[Step]:
+def savings(
+    config: Config, settings: Settings, budget: int, rows: tuple[int, ...] = ()
+) -> Iterator[Step]:
     """`settings` as they are, then every change that saves bytes, cheapest first, each on top of
-    those before.
+    those before; shorter `rows` last.
     """
     # of streamed layers; two slots hold two anyway
     counts = range(3, len(weighed(config, settings).linears) + 1)
@@ -283,7 +273,8 @@ def savings(config: Config, settings: Settings, budget: int) -> Iterator[Step]:
     def stream(old: Settings) -> dict[str, int]:
         some = (replace(old, stream_layers=n) for n in counts)
         fitting = (s.stream_layers for s in some if estimate_vram(config, s).total <= budget)
-        return {"stream_layers": next(fitting, counts[-1]) if total > budget else counts[-1]}
+        over = estimate.total > budget
+        return {"stream_layers": next(fitting, counts[-1]) if over else counts[-1]}
 
     changes: list[tuple[str, Any]] = [
         ("memory.embedding=cpu", {"embedding": "cpu"}),
@@ -296,41 +287,27 @@ def savings(config: Config, settings: Settings, budget: int) -> Iterator[Step]:
         ("memory.stream_layers={}", stream if counts else {}),
         ("model.head=int8", {"head": "int8"}),
         ("lora.rank=8", {"rank": 8}),
+        *(("train.row_tokens={}", {"row_tokens": n}) for n in rows if n < settings.row_tokens),
     ]
-    step = _rung(config, "", settings, settings)
-    yield step
+    estimate = estimate_vram(config, settings)
+    pace = estimate.flops / settings.row_tokens
+    yield Step("", settings, estimate, 1.0)
     for change, setting in changes:
-        total = step.total
-        values = setting(step.settings) if callable(setting) else setting
-        changed = replace(step.settings, **values)
-        if estimate_vram(config, changed).total < total:
-            step = _rung(config, change.format(*values.values()), changed, settings)
-            yield step
-
-
-def _rung(config: Config, change: str, settings: Settings, asked: Settings) -> Step:
-    pace = row_flops(config, asked) / asked.row_tokens
-    return Step(
-        change,
-        settings,
-        estimate_vram(config, settings).total,
-        row_flops(config, settings) / settings.row_tokens / pace,
-        crossing_bytes(config, settings),
-    )
+        values = setting(settings) if callable(setting) else setting
+        changed = replace(settings, **values)
+        changed_estimate = estimate_vram(config, changed)
+        if changed_estimate.total < estimate.total:
+            settings, estimate = changed, changed_estimate
+            slowdown = estimate.flops / settings.row_tokens / pace
+            yield Step(change.format(*values.values()), settings, estimate, slowdown)
 
 
 def _ladder(config: Config, settings: Settings, budget: int) -> Iterator[Step]:
     """As many savings as it takes to fit (none, if it does), then shorter rows."""
-    for step in savings(config, settings, budget):
+    for step in savings(config, settings, budget, SHORTER_ROWS):
         if step.change:
             yield step
         if step.total <= budget:
-            return
-    for tokens in (n for n in (4096, 2048, 1024, 512, 256) if n < settings.row_tokens):
-        shorter = replace(step.settings, row_tokens=tokens)
-        shorter_step = _rung(config, f"train.row_tokens={tokens}", shorter, settings)
-        yield shorter_step
-        if shorter_step.total <= budget:
             return
 
 

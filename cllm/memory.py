@@ -123,8 +123,16 @@ class VramEstimate:
 
     items: dict[str, int]
     moment: str
-    host: int = 0
+    host: int
     """Bytes in host memory instead: streamed layers, the embedding, offloaded layer inputs."""
+    conversion: int
+    """Bytes of host memory that reading the weights takes beside what stays: the largest tensor
+    as it may be stored, where q, k and v or gate and up are one, and a streamed write's.
+    """
+    crossing: int
+    """Bytes that cross between host and device per row, embedding rows not counted."""
+    flops: int
+    """Operations of one row, forth and back."""
 
     @property
     def total(self) -> int:

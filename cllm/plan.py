@@ -8,15 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cllm.config import Config, PrecisionName
-from cllm.fit import (
-    Step,
-    conversion_bytes,
-    estimate_vram,
-    longest_row,
-    make_plan,
-    row_flops,
-    savings,
-)
+from cllm.fit import Step, estimate_vram, longest_row, make_plan, savings
 from cllm.memory import GIB, AdapterShape, Settings
 from cllm.messages import say, table
 
@@ -65,6 +57,8 @@ def show_plan(
     heading = {"row": settings.row_tokens, "quantize": settings.quantize, "rank": settings.rank}
     print(say("bench.plan", name=name, precision=precision, **heading))
     print(estimate.table())
+    host, conversion = f"{estimate.host / GIB:.2f}", f"{estimate.conversion / GIB:.2f}"
+    print(say("bench.host", host=host, conversion=conversion))
     grid = _grid(original, settings, budget)
     print(_grid_table(grid, budget))
     summary = {"longest": plan.longest_row, "fewest": plan.checkpoint_layers}
@@ -80,17 +74,16 @@ def show_plan(
         **asdict(estimate),
         "total": estimate.total,
         "grid": grid,
-        "conversion": conversion_bytes(original),
         "fits": plan.fits,
         "longest_row": plan.longest_row,
         "fewest": plan.checkpoint_layers,
-        "time": _time(config, original, plan.settings, work, rate),
+        "time": _time(config, estimate_vram(original, plan.settings).flops, work, rate),
         "ladder": [
             {
                 "change": step.change,
                 "total": step.total,
                 "slowdown": step.slowdown,
-                "crossing": step.crossing,
+                "crossing": step.estimate.crossing,
             }
             for step in plan.ladder
         ],
@@ -99,7 +92,7 @@ def show_plan(
 
 def _price(step: Step) -> dict[str, str]:
     """What a saving costs, for people."""
-    return {"slowdown": f"{step.slowdown:.2f}", "crossing": f"{step.crossing / GIB:.1f}"}
+    return {"slowdown": f"{step.slowdown:.2f}", "crossing": f"{step.estimate.crossing / GIB:.1f}"}
 
 
 def _grid(original: dict[str, Any], settings: Settings, budget: float) -> list[dict[str, Any]]:
@@ -113,7 +106,7 @@ def _grid(original: dict[str, Any], settings: Settings, budget: float) -> list[d
             {
                 "change": step.change,
                 "slowdown": step.slowdown,
-                "crossing": step.crossing,
+                "crossing": step.estimate.crossing,
                 "totals": {n: estimate_vram(original, row).total for n, row in lengths.items()},
                 "longest_row": longest_row(original, step.settings, budget),
             }
@@ -134,10 +127,10 @@ def _grid_table(grid: list[dict[str, Any]], budget: float) -> str:
     return table(rows)
 
 
-def _time(
-    config: Config, original: dict[str, Any], settings: Settings, work: Workload | None, rate: float
-) -> dict[str, Any]:
-    """Tokens, steps and hours of the run; of a million tokens, if there is no data. Prints them."""
+def _time(config: Config, flops: int, work: Workload | None, rate: float) -> dict[str, Any]:
+    """Tokens, steps and hours of the run at `flops` operations a row; of a million tokens, if there
+    is no data. Prints them.
+    """
     train = config.train
     rows_per_step = max(1, train.tokens_per_step // train.row_tokens)
     fill = work.fill if work and work.fill else 1.0
@@ -145,7 +138,7 @@ def _time(
     wanted = work.tokens * train.epochs if work else NO_DATA_TOKENS
     steps = train.steps if work and train.steps else max(1, round(wanted / step_tokens))
     measured = work.row_seconds if work else None
-    row_seconds = measured or row_flops(original, settings) / rate * fill
+    row_seconds = measured or flops / rate * fill
     tokens, seconds = steps * step_tokens, steps * rows_per_step * row_seconds
     print(
         say(

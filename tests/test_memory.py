@@ -22,15 +22,12 @@ from cllm import trace
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, load_config
 from cllm.fit import _longest as fitting_longest
 from cllm.fit import (
-    conversion_bytes,
-    crossing_bytes,
     estimate_vram,
     fewest_recomputed,
     fit,
     longest_row,
     make_plan,
     plan_training,
-    row_flops,
     savings,
 )
 from cllm.memory import GIB, MIB, Settings
@@ -377,10 +374,13 @@ def test_conversion_takes_about_its_largest_tensor(results: str) -> None:
         "num_layers": 4,
         "num_attention_heads": 16,
     }
-    estimate = conversion_bytes(PUBLISHED["THUDM/chatglm3-6b"] | sizes)
+    estimate = estimate_vram(PUBLISHED["THUDM/chatglm3-6b"] | sizes, Settings(64)).conversion
     assert 0.7 * estimate < measured["above_bytes"] <= 1.01 * estimate < measured["threshold_bytes"]
     # 608 MB of the real 12.5 GB
-    assert conversion_bytes(published("chatglm3-6b")) == 2 * 65024 * 4096 + 75_000_000
+    assert (
+        estimate_vram(published("chatglm3-6b"), Settings(64)).conversion
+        == 2 * 65024 * 4096 + 75_000_000
+    )
 
 
 def test_names_match_whoever_the_owner_and_chat_models_have_the_shape_of_their_base() -> None:
@@ -565,16 +565,16 @@ def test_operations_and_what_crosses_the_link_are_counted() -> None:
     kept = Settings(2048, "nf4", checkpoint_layers=0)
     again = replace(kept, checkpoint_layers=-1)
     linears = 28 * 15_728_640
-    plain, recomputed = row_flops(config, kept), row_flops(config, again)
+    plain, recomputed = (estimate_vram(config, s).flops for s in (kept, again))
     # 2 a weight and token forth, 2 back (a frozen weight has no gradient), 2 again; of causal
     # attention half of 4 T^2 a channel forth, 2.5 times that back; rank-16 adapters beside it
     attention = 28 * 2 * 2048**2 * 2048
     assert recomputed - plain == pytest.approx(2 * 2048 * linears + attention, rel=0.05)
     head = 4 * 2048 * 151_936 * 1024
     assert plain == pytest.approx(4 * 2048 * linears + 3.5 * attention + head, rel=0.05)
-    offloaded = crossing_bytes(config, replace(again, offload_inputs=True))
+    offloaded = estimate_vram(config, replace(again, offload_inputs=True)).crossing
     assert offloaded == pytest.approx(2 * 28 * 2048 * 1024 * 2, rel=0.01)
-    assert crossing_bytes(config, again) == 0
+    assert estimate_vram(config, again).crossing == 0
 
 
 def test_fit_recomputes_as_few_layers_as_the_budget_allows() -> None:
