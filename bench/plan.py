@@ -90,7 +90,7 @@ def by_formulas(rows: list[dict[str, Any]], checkout: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FORMULAS],
         input=json.dumps([(config, asdict(settings)) for config, settings in cases]),
-        env={**os.environ, "PYTHONPATH": str(checkout)},
+        cwd=checkout,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
