@@ -219,7 +219,7 @@ def _built(config: str, settings: Settings) -> tuple[Weights, Any, list[int]]:
     attention.traced_card = _card(settings)
     try:
         sft_loss(model, _row(SECOND, SECOND))
-    except ValueError:  # Transformers' refusal, as in `packs`
+    except attention.REFUSALS:
         model.packs_rows = False
     return weights, model.train(), alike
 

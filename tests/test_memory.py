@@ -168,7 +168,7 @@ def census(config: dict[str, Any], settings: Settings) -> tuple[int, int]:
     )
     # two: attention's outputs are put together
     long, short = [3 + i % 100 for i in range(settings.row_tokens - 8)], list(range(8))
-    single = config["model_type"] == "qwen3_5_text"  # recurrent layers take one
+    single = not assembly.packed  # recurrent layers take one
     row = collate(
         [Example(long + short, long + short)]
         if single
@@ -417,6 +417,36 @@ def test_alibi_is_within_one_percent_of_a_storage_census(checkpoint_layers: int)
     assert whole == pytest.approx(1, abs=0.01) and alive == pytest.approx(1, abs=0.02)
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "phi3": {},
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},  # layers lie one module deeper
+    "bloom": {"n_head": 8, "n_layer": 3},  # layers give tuples, and packed rows are refused
+    "gptj": {"n_embd": 128, "n_layer": 3, "n_head": 8, "n_positions": 256, "rotary_dim": 8},
+    "seed_oss": {"head_dim": 16},  # dropout of its own
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {  # buffers that are stored
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "falcon": {},  # no other attention than its own
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("checkpoint_layers", [-1, 0])
+def test_architectures_that_nobody_thought_of_are_planned(
+    kind: str, checkpoint_layers: int
+) -> None:
+    config = COMMON | {"model_type": kind} | OTHERS[kind]
+    shared = Settings(192, "nf4", "bf16", rank=4, device="cpu")
+    whole, _ = ratios(config, replace(shared, checkpoint_layers=checkpoint_layers))
+    assert whole == pytest.approx(1, abs=0.01)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
 def test_no_step_takes_more_than_its_plan(data: st.DataObject) -> None:
@@ -468,6 +498,16 @@ def test_what_does_not_run_without_values_goes_unplanned_in_one_line(
     assert assembly.plan is None and assembly.budget == GIB
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "mine" in line]
     assert "longest row" in line
+
+
+def test_a_model_whose_code_fails_with_wrapped_linears_is_refused_in_one_line() -> None:
+    """MPT's builds its mask from one that it must be given."""
+    from cllm.assembly import assemble
+
+    config = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 100}
+    with pytest.raises(UserError) as error:
+        assemble(config, ModelConfig(), MemoryConfig(), adapter=LoraConfig(), row_tokens=64)
+    assert error.value.code == "train.code" and "\n" not in str(error.value)
 
 
 def test_a_config_that_lacks_sizes_is_said() -> None:

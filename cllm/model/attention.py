@@ -32,6 +32,10 @@ class Card(NamedTuple):
     """PyTorch was built with flash attention; wheels for Windows are not."""
 
 
+REFUSALS = (ValueError, RuntimeError, TypeError)
+"""What a model that cannot take packed rows raises: Transformers itself, where a kernel that could
+is not installed, or code that expects another mask.
+"""
 traced_card = Card("cuda", (8, 0), True)
 """The card whose kernels tensors on the meta device stand for (`cllm.trace`)."""
 
@@ -208,7 +212,11 @@ def _traced_sdpa(
     aten, rest = torch.ops.aten, (dropout_p, is_causal)
     bias = None if attn_mask is None else attn_mask.to(query.dtype)
     output: Tensor
-    if traced_card.type == "cpu":
+    if traced_card.type == "cpu" and dropout_p:  # the kernel of all scores
+        output = F.scaled_dot_product_attention(
+            query, key, value, bias, *rest, scale=scale, enable_gqa=enable_gqa
+        )
+    elif traced_card.type == "cpu":
         kernel = aten._scaled_dot_product_flash_attention_for_cpu
         output = kernel(query, key, value, *rest, attn_mask=bias, scale=scale)[0]
     elif flash_takes(traced_card, query.dtype, query.shape[-1], masked=bias is not None):
@@ -370,8 +378,9 @@ def packs(model: Any) -> bool:
 
     model.packs_rows = False
     try:
-        first, second, alone = hidden(0, 8), hidden(4, 8), hidden(8)
-    except ValueError:  # Transformers' own refusal, where a kernel that could is not installed
+        alone = hidden(8)
+        first, second = hidden(0, 8), hidden(4, 8)
+    except REFUSALS:
         return False
     finally:
         model.train(was_training)

@@ -138,7 +138,9 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             )
         # a class with attention of its own only; `cllm.model.attention.packs` finds that out
         except (KeyError, ValueError):
-            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(
+                checkpoint.config, dtype=dtype, attn_implementation="eager"
+            )
 
 
 def check(checkpoint: Checkpoint, model: Any) -> Layout:
@@ -276,17 +278,19 @@ def random_model(
     file = Path("config.json")
     checkpoint = Checkpoint(file, family, _native_config(file, family, config), WeightFiles([], {}))
     model = skeleton(checkpoint, dtype)
-    empty = dict(model.named_parameters())
-    layout: Layout = {name: (tuple(parameter.shape), dtype) for name, parameter in empty.items()}
+    stored = model.state_dict()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    empty = {name: tensor for name, tensor in named if name in stored}
+    layout: Layout = {name: (tuple(tensor.shape), dtype) for name, tensor in empty.items()}
     # The largest matrices may have to stay in host memory, so they never visit the device whole.
     on_gpu = torch.device(device).type == "cuda"
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
 
     def random() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in empty.items():
-            home = "cpu" if id(parameter) in ends and on_gpu else device
-            tensor = torch.empty(parameter.shape, dtype=dtype, device=home)
-            if tensor.dim() == 1:
+        for name, like in empty.items():
+            home = "cpu" if id(like) in ends and on_gpu else device
+            tensor = torch.empty(like.shape, dtype=dtype, device=home)
+            if tensor.dim() <= 1:
                 tensor.fill_(name.endswith("weight"))
             else:
                 for rows in tensor.split(max(1, _RANDOM // tensor.shape[1])):

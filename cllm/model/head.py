@@ -40,17 +40,21 @@ def output_head(model: Any) -> nn.Module:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Raises UserError if the model's logits are not `output_head` of its last hidden states: its
-    loss would be another one.
+    """Raises UserError if the model's logits are not `output_head` of its last hidden states (its
+    loss would be another one), or its code fails, as where it reads the weight of a linear itself.
     """
     was_training = model.training
     model.eval()  # dropout would make two passes differ
     # ids are read where the embedding lives, which may be host memory
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(1, 5, device=device)[None]
-    output = model.base_model(input_ids=ids, use_cache=False)
-    hidden = getattr(output, "last_hidden_state", None)
-    logits = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        output = model.base_model(input_ids=ids, use_cache=False)
+        hidden = getattr(output, "last_hidden_state", None)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise UserError("train.code", architecture=type(model).__name__, detail=detail) from error
     model.train(was_training)
     if hidden is not None:
         difference = (output_head(model)(hidden).float() - logits).abs().max()

@@ -18,6 +18,7 @@ nothing flows back.
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -272,7 +273,9 @@ class _Checkpoint(torch.autograd.Function):
             inputs = hidden.detach().requires_grad_(ctx.needs_input_grad[2])
             with autocast(hidden.device.type, ctx.autocast):
                 # Of the output only its place in the graph is needed, so its bytes go.
-                output = get_gradient_edge(ctx.run(inputs, -1))
+                output = ctx.run(inputs, -1)
+                # Some layers (BLOOM's) give a tuple.
+                output = get_gradient_edge(output if isinstance(output, Tensor) else output[0])
         wanted = [t for t in (inputs, *ctx.parameters) if t.requires_grad]
         results = torch.autograd.grad(output, wanted, gradients[0], allow_unused=True)
         return (None, None, *[None] * (not inputs.requires_grad), *results)
@@ -333,10 +336,11 @@ def place(model: Any, memory: Settings, device: torch.device) -> None:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The stack of decoder layers of a Transformers causal LM: the longest ModuleList of its base
-    model.
+    model that is not part of another one, as experts are.
     """
     base = getattr(model, "base_model", model)
-    return max((m for m in base.children() if isinstance(m, nn.ModuleList)), key=len)
+    lists = ((n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList))
+    return max((m for n, m in lists if not re.search(r"\.\d+\.", f".{n}.")), key=len)
 
 
 def checkpoint_layers(model: nn.Module, count: int = -1, *, offload: bool = False) -> int:
