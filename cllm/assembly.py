@@ -12,9 +12,16 @@ import torch
 
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, PrecisionName, Quantize, load_config
 from cllm.fit import plan_answering, plan_training
-from cllm.memory import AdapterShape, Settings, VramEstimate
+from cllm.memory import Settings, VramEstimate
 from cllm.messages import UserError, note
-from cllm.model.adapter import CONFIG_FILE, adapter_config, load_adapter, load_beside
+from cllm.model.adapter import (
+    CONFIG_FILE,
+    Split,
+    adapter_config,
+    load_adapter,
+    load_beside,
+    read_adapter,
+)
 from cllm.model.attention import packs
 from cllm.model.checkpoint import (
     load_model,
@@ -66,6 +73,34 @@ class Assembly:
         return Engine(self.model, stop_ids=stop_ids, pad_id=pad_id, autocast=autocast)
 
 
+class Adapter(NamedTuple):
+    """Which adapter a model gets."""
+
+    lora: LoraConfig | None
+    """What it is like; of a stored one its very layers."""
+    folder: Path | None = None
+    """Where its weights are."""
+    split: Split | None = None
+    """How its names on the original checkpoint become native ones."""
+
+
+def adapter_of(adapter: LoraConfig | Path | None, source: Path | dict[str, Any]) -> Adapter:
+    """[lora] for a new adapter (or the one that it continues from), or the one in a folder, for the
+    base `source`. Raises UserError as `read_adapter`.
+    """
+    if adapter is None or (isinstance(adapter, LoraConfig) and not adapter.init_from):
+        return Adapter(adapter)
+    run, dropout = (
+        (adapter, 0.0) if isinstance(adapter, Path) else (Path(adapter.init_from), adapter.dropout)
+    )
+    folder = run / "adapter" if (run / "adapter").is_dir() else run
+    split = split_rows(open_checkpoint(source)) if isinstance(source, Path) else None
+    settings, layers = read_adapter(folder, split)
+    targets = sorted(layers)
+    lora = LoraConfig(rank=settings.rank, dropout=dropout, dora=settings.dora, targets=targets)
+    return Adapter(lora, folder, split)
+
+
 def assemble(
     source: Path | dict[str, Any],
     model: ModelConfig,
@@ -92,10 +127,11 @@ def assemble(
     target = choose_device(device or model.device)
     precision = Precision.choose(model.precision, target)
     budget = cap_allocator(memory.budget_gib, target)
+    chosen = adapter_of(adapter, source)
     settings = Settings.of(
         model,
         memory,
-        AdapterShape.of(adapter),
+        chosen.lora,
         row_tokens=row_tokens or PREFILL_TOKENS,
         precision=precision.name,
         device=target.type,
@@ -106,7 +142,7 @@ def assemble(
     if budget:
         settings, plan = _planned(original, name or model.path, settings, budget, bool(row_tokens))
     torch.manual_seed(seed)
-    built, settings = _build(source, adapter, settings, precision, target)
+    built, settings = _build(source, chosen, settings, precision, target)
     if tokenizer is not None:
         tokenizer = within(tokenizer, built.config.vocab_size)
         if not isinstance(adapter, Path):
@@ -146,7 +182,7 @@ def _rows_may_be_shared(model: Any, precision: Precision) -> bool:
 
 def _build(
     source: Path | dict[str, Any],
-    adapter: LoraConfig | Path | None,
+    adapter: Adapter,
     settings: Settings,
     precision: Precision,
     device: torch.device,
@@ -172,7 +208,7 @@ def _build(
 
 def _load(
     source: Path | dict[str, Any],
-    adapter: LoraConfig | Path | None,
+    adapter: Adapter,
     settings: Settings,
     precision: Precision,
     device: torch.device,
@@ -188,32 +224,26 @@ def _load(
         stream_layers=settings.stream_layers,
         embedding=settings.embedding,
     )
-    if adapter is not None:
-        _add_adapter(model, adapter, source)
+    if adapter.lora:
+        _add_adapter(model, adapter, adapter.lora)
     precision.prepare(model)
     place(model, settings, device)
     return model
 
 
-def _add_adapter(model: Any, adapter: LoraConfig | Path, source: Path | dict[str, Any]) -> None:
-    if isinstance(adapter, LoraConfig) and not adapter.init_from:
-        inject_lora(
-            model,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
-            rslora=adapter.rslora,
-            dora=adapter.dora,
-        )
+def _add_adapter(model: Any, adapter: Adapter, lora: LoraConfig) -> None:
+    if adapter.folder:
+        load_adapter(model, adapter.folder, dropout=lora.dropout, split=adapter.split)
         return
-    split = split_rows(open_checkpoint(source)) if isinstance(source, Path) else None
-    if isinstance(adapter, Path):
-        load_adapter(model, adapter, dropout=0.0, split=split)
-        return
-    run = Path(adapter.init_from)
-    folder = run / "adapter" if (run / "adapter").is_dir() else run
-    load_adapter(model, folder, dropout=adapter.dropout, split=split)
+    inject_lora(
+        model,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        rslora=lora.rslora,
+        dora=lora.dora,
+    )
 
 
 # --- Runs, adapters and bare models

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, PrecisionName
-from cllm.messages import UserError, read_json, say
+from cllm.messages import say
 
 MIB, GIB = 2**20, 2**30
 CONTEXT_BYTES = 450 * MIB  # CUDA context and libraries
@@ -20,45 +18,6 @@ WORKSPACE_BYTES = 20 * MIB  # cuBLAS's, which PyTorch's allocator gives it (benc
 FRAGMENTATION_BYTES = 250 * MIB  # at least; or as much as the largest block (bench/null_gpu.sh)
 WHOLE_SEGMENTS_BYTES = GIB  # the same where segments cannot grow, as on Windows
 SEGMENTS_GROW = sys.platform == "linux"  # where `cllm.__main__.ALLOCATOR` says so
-
-
-class AdapterShape(NamedTuple):
-    """What the bytes of an adapter depend on."""
-
-    rank: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    dropout: float = 0.0
-    dora: bool = False
-
-    @classmethod
-    def of(cls, adapter: LoraConfig | Path | None) -> AdapterShape:
-        """Of [lora], or of the adapter in a folder (then without dropout); None: no adapter.
-
-        Raises UserError if the folder's adapter_config.json cannot be read.
-        """
-        if adapter is None:
-            return cls(rank=0)
-        if isinstance(adapter, Path):
-            return cls.of_folder(adapter, 0.0)
-        if adapter.init_from:
-            run = Path(adapter.init_from)
-            stored = run / "adapter" if (run / "adapter").is_dir() else run
-            return cls.of_folder(stored, adapter.dropout)
-        targets = adapter.targets
-        names = targets if isinstance(targets, str) else tuple(targets)
-        return cls(adapter.rank, names, adapter.dropout, adapter.dora)
-
-    @classmethod
-    def of_folder(cls, folder: Path, dropout: float) -> AdapterShape:
-        """Of the adapter in a folder, by its adapter_config.json."""
-        file = folder / "adapter_config.json"
-        try:
-            config = read_json(file, "adapter.damaged")
-            targets = config["target_modules"]
-            names = targets if isinstance(targets, str) else tuple(targets)
-            return cls(int(config["r"]), names, dropout, bool(config.get("use_dora")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError("adapter.damaged", path=file, detail=error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +46,24 @@ class Settings:
         cls,
         model: ModelConfig,
         memory: MemoryConfig,
-        adapter: AdapterShape,
+        lora: LoraConfig | None,
         *,
         row_tokens: int,
         precision: PrecisionName,
         device: str,
         optimizer: str = "adamw",
     ) -> Settings:
-        """What a config's sections come to; precision and device as they were resolved."""
+        """What a config's sections come to; precision and device as they were resolved, of a stored
+        adapter the very layers (`cllm.assembly.adapter_of`).
+        """
+        adapter = lora or LoraConfig()
+        targets = adapter.targets
         return cls(
             row_tokens,
             model.quantize,
             precision,
-            adapter.rank,
-            adapter.targets,
+            adapter.rank if lora else 0,
+            targets if isinstance(targets, str) else tuple(targets),
             checkpoint_layers=memory.checkpoint_layers,
             chunk_bytes=memory.chunk_mib * MIB,
             device=device,

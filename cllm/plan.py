@@ -5,11 +5,13 @@ long.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from cllm.assembly import adapter_of
 from cllm.config import Config, PrecisionName
 from cllm.fit import Step, estimate_vram, longest_row, make_plan, savings
-from cllm.memory import GIB, AdapterShape, Settings
+from cllm.memory import GIB, Settings
 from cllm.messages import say, table
 
 PLAN_ROWS = (512, 1024, 2048, 4096, 8192)
@@ -20,10 +22,11 @@ NO_DATA_TOKENS = 10**6
 
 def settings_of(config: Config, precision: PrecisionName, device: str) -> Settings:
     """What a training of this config comes to on such a device."""
+    base = Path(config.model.path)
     return Settings.of(
         config.model,
         config.memory,
-        AdapterShape.of(config.lora),
+        adapter_of(config.lora, base if base.is_dir() else {}).lora,
         row_tokens=config.train.row_tokens,
         precision=precision,
         device=device,

@@ -474,6 +474,27 @@ def test_no_step_takes_more_than_its_plan(data: st.DataObject) -> None:
     assert fixed + peak <= 1.01 * (plan.allocated - plan.items["optimizer"] + plan.host)
 
 
+def test_a_stored_adapter_is_planned_by_its_tensors(tmp_path: Path) -> None:
+    """PEFT's target_modules may be a regular expression, and [lora] has another rank."""
+    from cllm.assembly import assemble
+    from cllm.learn.proof import storage_bytes
+    from cllm.model.adapter import CONFIG_FILE, save_adapter
+
+    config, model, limit = tiny("qwen3"), ModelConfig(device="cpu"), MemoryConfig(budget_gib=1)
+    new = LoraConfig(rank=5, targets=["q_proj", "down_proj"])
+    save_adapter(assemble(config, model, limit, adapter=new, row_tokens=64).model, tmp_path)
+    file = tmp_path / CONFIG_FILE
+    text = file.read_text(encoding="utf-8")
+    names = json.loads(text)["target_modules"]
+    stored = {**json.loads(text), "target_modules": f".*\\.({'|'.join(names)})"}
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    for adapter in (tmp_path, LoraConfig(init_from=str(tmp_path))):
+        assembly = assemble(config, model, limit, adapter=adapter, row_tokens=64)
+        assert assembly.plan is not None and assembly.settings.rank == 5
+        trained = [p for n, p in assembly.model.named_parameters() if "lora_" in n]
+        assert assembly.plan.items["lora"] == storage_bytes(trained)
+
+
 def test_what_does_not_run_without_values_goes_unplanned_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
