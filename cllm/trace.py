@@ -218,7 +218,8 @@ def _built(config: str, settings: Settings) -> tuple[Weights, Any, list[int]]:
     del layers[max(alike) + 1 :]
     attention.traced_card = _card(settings)
     try:
-        sft_loss(model, _row(SECOND, SECOND))
+        with Census("meta"):
+            sft_loss(model, _row(SECOND, SECOND))
     except attention.REFUSALS:
         model.packs_rows = False
     return weights, model.train(), alike

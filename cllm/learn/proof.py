@@ -58,10 +58,16 @@ class Census(TorchDispatchMode):
         return section
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+        asked = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool
+        if asked and args[0].is_meta:
             # Nobody knows. What is asked is whether nothing is special: no padding, no packing.
             return True
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
+            # Without values it takes bf16 only; sizes are those of any type.
+            result = func(*[x.bfloat16() for x in args[:2]], *args[2:], **kwargs or {})
+            result = result.to(args[0].dtype)
+        else:
+            result = func(*args, **kwargs or {})
         if count := flop_registry.get(func.overloadpacket):
             operations = count(*args, **(kwargs or {}), out_val=result)
             # Of causal attention's scores one half is computed, the counter takes all.

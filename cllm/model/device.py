@@ -40,7 +40,7 @@ class _MetaAutocast(TorchFunctionMode):
     """Autocast for tensors without values, which PyTorch has none for."""
 
     dtype: torch.dtype | None = None
-    CAST: ClassVar = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, F.conv1d}
+    CAST: ClassVar = set("linear conv1d matmul __matmul__ mm bmm addmm baddbmm".split())
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _MetaAutocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         dtype = _MetaAutocast.dtype
-        if dtype and func in self.CAST:
+        if dtype and func.__name__ in self.CAST:
             args = [x.to(dtype) if isinstance(x, Tensor) else x for x in args]
         return func(*args, **(kwargs or {}))
 

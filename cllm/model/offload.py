@@ -306,9 +306,13 @@ class _Route:
                 self.weights[0].acquire(self.weights[1], step)
             return self.forward(hidden, *args, **kwargs)
 
-        if self.tokens and hidden_states.shape[1] > self.tokens:
+        # An MLP that takes more than one tensor (BLOOM's) or gives more (GPT-OSS's) runs whole.
+        if self.tokens and hidden_states.shape[1] > self.tokens and not args:
             tiles = hidden_states.split(self.tokens, dim=1)
-            return torch.cat([self._run(run, tile, recompute=True) for tile in tiles], dim=1)
+            outputs = [self._run(run, tile, recompute=True) for tile in tiles]
+            if isinstance(outputs[0], Tensor):
+                return torch.cat(outputs, dim=1)
+            self.tokens = 0
         return self._run(run, hidden_states, recompute=self.recompute or self.weights is not None)
 
     def _run(
