@@ -158,6 +158,53 @@ def seeds() -> list[dict[str, Any]]:
         },
         {"指令": q, "输入": "", "输出": a},
         {"instruction": {"instruction": {"text": q}}, "output": [a, "次好"]},
+        {
+            "question": q,
+            "options": {"A": "用沸水", "B": "用凉水"},
+            "answer": "A",
+            "context": "茶经",
+        },
+        {
+            "question": q,
+            "A": "用沸水",
+            "B": "用凉水",
+            "answer": "A",
+            "cot": "想一想",
+            "note": "附注",
+        },
+        {"messages": [{"role": "user", "content": q}, *answers(a)], "tools": [TOOL]},
+        {
+            "chat": f'USER: {q}\n\nASSISTANT: <functioncall> {{"name": "boil", "arguments": {{}}}} '
+            f"<|endoftext|>\n\nFUNCTION RESPONSE: 沸\n\nASSISTANT: {a} <|endoftext|>"
+        },
+        {
+            "prompt": [{"role": "user", "content": q}],
+            "completion": [{"role": "assistant", "content": a}],
+        },
+        {
+            "system_prompt": "短",
+            "Question": q,
+            "Answer": a,
+            "passages": [{"title": "茶", "text": "经"}],
+        },
+    ]
+
+
+TOOL = {"type": "function", "function": {"name": "boil", "description": "烧水"}}
+
+
+def answers(text: str) -> list[dict[str, Any]]:
+    """A call with reasoning, its result, and an answer of typed parts that is not trained."""
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "boil", "arguments": '{"degrees": "沸"}'},
+    }
+    parts = [{"type": "thinking", "thinking": "水开了"}, {"type": "text", "text": text}]
+    return [
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "先烧水"},
+        {"role": "tool", "tool_call_id": "c1", "content": "水已沸"},
+        {"role": "assistant", "content": parts, "loss": False},
     ]
 
 
@@ -250,7 +297,7 @@ def survive(count: int) -> dict[str, Any]:
                     continue
                 outcome["valid"] += 1
                 for message in result:
-                    assert message.content.strip(), result
+                    assert message.words.strip(), result
                     message.content.encode()
                     for word in ("None", "nan", "{'"):
                         assert (
@@ -274,8 +321,10 @@ def told_apart(value: Any, numbers: Iterator[int]) -> Any:
         }
     if isinstance(value, list):
         return [told_apart(part, numbers) for part in value]
-    text = isinstance(value, str) and value.strip()
-    return f"{value} 记{next(numbers)}号" if text else value
+    if not isinstance(value, str) or not value.strip():
+        return value
+    text, close = (value[:-2], '"}') if value.endswith('"}') else (value, "")  # JSON stays JSON
+    return f"{text} 记{next(numbers)}号{close}"
 
 
 def lose_nothing(count: int) -> dict[str, Any]:

@@ -138,15 +138,15 @@ def assemble(
         optimizer=optimizer,
     )
     original = source if isinstance(source, dict) else original_config(source)
+    if tokenizer is not None and isinstance(source, Path):
+        tokenizer = within(tokenizer, open_checkpoint(source).config.vocab_size)
     plan = None
     if budget:
         settings, plan = _planned(original, name or model.path, settings, budget, bool(row_tokens))
     torch.manual_seed(seed)
     built, settings = _build(source, chosen, settings, precision, target)
-    if tokenizer is not None:
-        tokenizer = within(tokenizer, built.config.vocab_size)
-        if not isinstance(adapter, Path):
-            tokenizer = with_trained_end(tokenizer, built)
+    if tokenizer is not None and not isinstance(adapter, Path):
+        tokenizer = with_trained_end(tokenizer, built)
     packed = bool(row_tokens) and _rows_may_be_shared(built, precision)
     return Assembly(built, tokenizer, target, precision, settings, plan, budget, packed)
 

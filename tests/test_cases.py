@@ -350,6 +350,33 @@ def test_ids_beyond_the_embedding(home: Path) -> None:
     for argv in (("cllm.train", "preset:quick", *overrides), ("cllm.chat", "--terminal", "addtok")):
         _, said = program(*argv, cwd=home, code=2)
         assert "tokenizer.beyond" in said and "<extra> (2267)" in said
+    (home / "addtok" / "model.safetensors").write_bytes(b"damaged")  # said before weights are read
+    _, said = program("cllm.train", "preset:quick", *overrides, cwd=home, code=2)
+    assert "tokenizer.beyond" in said
+
+
+def test_26_an_export_checked_on_few_tokens(tmp_path: Path) -> None:
+    """The tiny random ChatGLM3, with rows for its published tokenizer: near-ties are the rule."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = CASES / "26-export-check-of-few-tokens"
+    base = tmp_path / "base"
+    shutil.copytree(SHARED / "golden" / "tokenizer_files" / "chatglm3", base)
+    golden = Path(__file__).parent / "golden" / "chatglm3"
+    config = json.loads((golden / "config.json").read_text(encoding="utf-8"))
+    weights, rows = load_file(golden / "model.safetensors"), 65024
+    torch.manual_seed(0)
+    for name, weight in weights.items():
+        if weight.shape[0] == config["padded_vocab_size"]:
+            weights[name] = torch.randn(rows, weight.shape[1]) * weight.std()
+    save_file(weights, base / "model.safetensors")
+    config["padded_vocab_size"] = rows
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    settings = (f"data.train={source / 'rows.jsonl'}", "model.path=base", "train.steps=2")
+    program("cllm.train", "preset:quick", *settings, "data.eval=", "run.dir=runs/glm", cwd=tmp_path)
+    _, said = program("cllm.export", "runs/glm", "out", "--to", "gguf", cwd=tmp_path)
+    assert "0/4" not in said and list((tmp_path / "out").glob("*.gguf"))
 
 
 @pytest.mark.parametrize("name", ["empty", "list", "bom"])

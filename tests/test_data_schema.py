@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cllm.data.message import Call, Message
+from cllm.data.message import ROLES, Call, Message
 from cllm.data.schema import REASONS, Conversation, Normalizer, Reject, to_row
 from cllm.data.text import TextOptions
 from cllm.messages import UserError
@@ -478,17 +480,45 @@ def test_deep_nesting_is_a_reject() -> None:
     assert reason({"instruction": deep, "output": A}) == "invalid_text"
 
 
-def test_the_short_way_gives_what_the_long_way_gives() -> None:
-    """`_plain` is a shortcut; a row with an extra `history` key takes the long way and must come
-    out the same.
-    """
-    for ask in (Q, " \u200b甲\r\n", "", "Human: 甲\nAssistant:", "[客户] 甲 [律师] 乙"):
-        for extra in ("", "无", "乙", ask):
-            for reply in (A, " ", "\ufeff丁"):
-                for more in ({}, {"category": " 常识\u200b"}, {"task": 3, "class": "\ud800"}):
-                    row = {"instruction": ask, "input": extra, "output": reply, **more}
-                    short, long = read(row), read({**row, "history": []})
-                    assert short == long
+DIRTY = ["甲\r\n", " \u200b乙", "", "无", "\ud800", "[客户] 甲 [律师] 乙", "<user>: 甲"]
+DIRTY += ["<think>想</think>丁", "<image>", "看 <image>", "<tool_call>", "SYSTEM: 短"]
+CLEAN = st.sampled_from([Q, A, "Human: 甲\nAssistant:", *DIRTY])
+VALUE = CLEAN | st.sampled_from([None, 0, False, [], {}, {"text": "戊"}, ["己", "庚"]])
+TURN = st.one_of(
+    st.fixed_dictionaries({"role": st.sampled_from([*ROLES]), "content": VALUE}),
+    st.fixed_dictionaries({"value": CLEAN, "from": st.sampled_from(["human", "gpt"]), "id": VALUE}),
+    st.fixed_dictionaries({"human": CLEAN, "assistant": VALUE}),
+    st.fixed_dictionaries({"system": CLEAN, "input": CLEAN, "output": CLEAN}),
+    st.tuples(CLEAN, CLEAN).map(list),
+)
+FIELD = st.sampled_from("instruction input output question answer system history".split())
+ROWS = st.dictionaries(FIELD | st.sampled_from(["category", "id", "问题", "note"]), VALUE)
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    row=ROWS,
+    turns=st.lists(TURN, max_size=3),
+    name=st.sampled_from(["messages", "history", "conversation", ""]),
+    columns=st.sampled_from([{}, {"user": "question", "assistant": "answer", "system": "note"}]),
+    texts=st.booleans(),
+)
+def test_the_short_way_gives_what_the_long_way_gives(
+    row: dict[str, Any], turns: list[Any], name: str, columns: dict[str, str], texts: bool
+) -> None:
+    """A row of plain texts takes a short way; with a blank `tools` it takes the long one."""
+    row |= {"instruction": Q, "output": A} if texts and not columns else {}
+    row |= {"question": Q, "answer": A, "note": ""} if texts and columns else {}
+    row |= {name: turns} if name else {}
+    short, long = Normalizer(columns), Normalizer(columns)
+    result, expected = short(row), long({**row, "tools": ""})
+    if isinstance(expected, Reject):
+        assert isinstance(result, Reject)
+    else:
+        assert result == expected
+        # the long way also sees that the words of a field stand elsewhere
+        few, many = ({name.partition(".")[0] for name in way.unread} for way in (long, short))
+        assert few <= many <= {*row}
 
 
 def test_to_row_reads_back_as_the_same() -> None:

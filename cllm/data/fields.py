@@ -20,6 +20,7 @@ PASSAGES = "context contexts passage passages reference references document docu
 OPTIONS = ("options", "option", "choices")
 _BESIDE = (*PASSAGES, *OPTIONS, "A")
 LETTERS = ascii_uppercase
+LONG = 40  # characters of a text that is looked for as a whole, not word by word
 MEDIA = frozenset("image images image_path image_url video videos audio audios".split())
 ALIASES = {
     "指令": "instruction",
@@ -71,15 +72,15 @@ def unpacked(value: Any) -> Any:
     return value
 
 
-def refuse_media(row: Row, asked: Iterable[str]) -> None:
+def refuse_media(row: Row, turns: Iterable[Any]) -> None:
     """Raises RowError for a row that shows pictures or plays sounds, in a field or at a place of
-    the texts that are `asked`: a text model cannot learn from it.
+    what the user says in `turns`: a text model cannot learn from it.
     """
     for key in MEDIA.intersection(row):
         if row[key] and row[key] == row[key]:
             raise RowError("row.media", "invalid_text", name=key)
-    for text in asked:
-        if "<" in text and (place := _PLACE.search(text)):
+    for turn in turns:
+        if turn.role == "user" and "<" in turn.content and (place := _PLACE.search(turn.content)):
             raise RowError("row.media", "invalid_text", name=place.group())
 
 
@@ -176,31 +177,38 @@ def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> s
     """
     names: set[str] = set()
     said = "\n".join([message.content for message in messages])
-
-    def lost(text: str) -> bool:
+    if left := _unsaid(row, "", said):
+        said = "\n".join([said, tools, *[f"{m.reasoning}{m.parts}" for m in messages]])
+    while left:
+        name, text = left.pop()
+        if text in said or name in names:
+            continue
+        if (inner := unpacked(text)) is not text:
+            left += _unsaid(inner, name, said)
+            continue
         with suppress(RowError):
             text = rewrite(text)
-        words = set(re.findall(r"\w+", text))
-        known = "\n".join([said, tools, *(f"{m.reasoning}{m.parts}" for m in messages)])
-        return any(word not in known and word.lower() not in _UNSAID for word in words)
-
-    def look(value: Any, name: str) -> None:
-        if isinstance(value, str):
-            if value in said or name in names or not lost(value):
-                return
-            inner = unpacked(value)
-            if inner is value:
-                names.add(name)
-            else:
-                look(inner, name)
-        elif isinstance(value, dict):
-            outer = name.partition(".")[0]
-            for key in _fields(tuple(value)):
-                if type(inner := value[key]) is not str or inner not in said:
-                    look(inner, f"{outer}.{key}" if outer else str(key))
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                look(part, name)
-
-    look(row, "")
+        for message in messages:
+            if len(message.content) > LONG:
+                text = text.replace(message.content, " ")
+        words = re.findall(r"\w+", text)
+        if any(word not in said and word.lower() not in _UNSAID for word in words):
+            names.add(name)
     return names
+
+
+def _unsaid(value: Any, name: str, said: str) -> list[tuple[str, str]]:
+    """(name of its field, text) of the texts in `value` that do not stand in `said`."""
+    if isinstance(value, str):
+        return [] if value in said else [(name, value)]
+    left: list[tuple[str, str]] = []
+    if isinstance(value, dict):
+        outer = name.partition(".")[0]
+        for key in _fields(tuple(value)):
+            inner = value[key]
+            if type(inner) is not str or inner not in said:
+                left += _unsaid(inner, f"{outer}.{key}" if outer else str(key), said)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            left += _unsaid(part, name, said)
+    return left

@@ -47,23 +47,28 @@ def once(pairs: Iterable[tuple[str, Any]]) -> Row:
 _ONCE = json.JSONDecoder(strict=False, object_pairs_hook=once)
 
 
-def _names(value: object) -> int:
-    """How many members the objects in `value` have, at every depth."""
-    if isinstance(value, dict):
-        return len(value) + sum(map(_names, value.values()))
-    return sum(map(_names, value)) if isinstance(value, list) else 0
+def _names(value: Any) -> int:
+    """How many members the objects in an object or list have, at every depth."""
+    parts = value.values() if isinstance(value, dict) else value
+    inner = sum([_names(part) for part in parts if isinstance(part, (dict, list))])
+    return inner + len(value) if isinstance(value, dict) else inner
 
 
 def _repeats(value: object, text: str, start: int, end: int) -> bool:
     """Whether an object in `value`, which is written in this part of `text`, may have a name twice:
     the text has more of them. Flat rows and lists of messages are the common ones.
     """
-    written = text.count('":', start, end)
+    written = text.count('":', start, end) + text.count('" :', start, end)
     if isinstance(value, dict):
-        lists = [part for part in value.values() if type(part) is list]
-        if written <= len(value) + sum(len(part) for part in chain(*lists) if type(part) is dict):
+        if written <= len(value):
             return False
-    return written - text.count('\\":', start, end) > _names(value)
+        lists = [part for part in value.values() if type(part) is list]
+        if written <= len(value) + sum([len(p) for ps in lists for p in ps if type(p) is dict]):
+            return False
+    elif not isinstance(value, list):
+        return False
+    escaped = text.count('\\":', start, end) + text.count('\\" :', start, end)
+    return written - escaped > _names(value)
 
 
 def whole(line: str) -> int:
@@ -89,8 +94,7 @@ def json_lines(pieces: Iterable[str]) -> Iterator[NumberedRow]:
             value, end = _DECODER.raw_decode(bare)
             if end < len(bare):
                 raise json.JSONDecodeError("Extra data", bare, end)
-            flat = type(value) is dict and bare.count('":') <= len(value)
-            if not flat and _repeats(value, bare, 0, end):
+            if _repeats(value, bare, 0, end):
                 value = _ONCE.decode(bare)
         except (ValueError, RecursionError) as error:
             value = _fault(error, bare)
@@ -159,8 +163,7 @@ class _Document:
         """
         start = self.at
         value, self.at = _DECODER.raw_decode(self.text, start)
-        flat = type(value) is dict and self.text.count('":', start, self.at) <= len(value)
-        if not flat and _repeats(value, self.text, start, self.at):
+        if _repeats(value, self.text, start, self.at):
             value, _ = _ONCE.raw_decode(self.text, start)
         return value
 

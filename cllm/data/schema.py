@@ -9,13 +9,13 @@ fixed `REASONS` and a detail that says what was found and what is expected.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from cllm.data.fields import Row, holds_text, is_metadata, unread
+from cllm.data.fields import MEDIA, Row, holds_text, is_metadata, refuse_media, unread
 from cllm.data.message import ROLES, Call, Message, block_of, with_calls
 from cllm.data.text import (
     SURROGATE,
@@ -30,6 +30,7 @@ from cllm.data.text import (
 )
 from cllm.data.tools import read_tools
 from cllm.data.turns import (
+    EXCHANGES,
     PAIRS,
     SPECIAL_KEYS,
     TAG_START,
@@ -62,19 +63,22 @@ FOLLOWS = {  # what may come after what; several tools may answer one call
 NEGATIVE = ("false", "0", "0.0")  # what KTO's label calls an answer that is not to be learnt
 COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
 _CATEGORIES = ("task", "category", "class")
-_PLAIN = [("instruction", "output"), *zip(TURN_KEYS, TURN_KEYS, strict=True)]
+_LISTED = [*zip(TURN_KEYS, TURN_KEYS, strict=True)]
+_PLAIN = [("instruction", "output"), *_LISTED]
 _PLAIN += [(ask, reply) for ask, replies in PAIRS.items() for reply in replies if ask != "ask"]
-# the keys of a message that is nothing but a role and a text, and the words for who says it
-_PLAIN_KEYS = {
-    keys: names
-    for names in (("role", "content"), ("from", "value"))
-    for keys in (names, names[::-1])
+# who speaks in an element that says two turns and nothing else
+_PLAIN_SIDES = {
+    (*system, *pair): (*system, "user", "assistant")
+    for pair in EXCHANGES
+    for system in ((), ("system",))
 }
 _PLAIN_ROLES = {word: ROLES[word] for word in "system user human assistant gpt".split()}
+_UNMAPPED = MEDIA.union(("tools",), TURN_KEYS)  # read beside mapped columns
+_NO_PARTS = Message("", "")[2:]
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Conversation:
     """Messages in order, plus where they came from.
 
@@ -126,6 +130,7 @@ def _mapped_text(row: Row, source: str) -> str:
 def _mapped_turns(row: Row, fields: Row, columns: Mapping[str, str]) -> Turns:
     if "user" in columns:
         turns = exchange(*(_mapped_text(row, columns[role]) for role in ("user", "assistant")))
+        refuse_media(row, turns)
     else:
         turns = row_turns(fields)
     if "history" in columns:
@@ -141,12 +146,20 @@ def _tools(row: Row) -> str:
     for key in () if value else TURN_KEYS:
         if isinstance(turns := row.get(key), list) and turns and isinstance(turns[0], dict):
             value = turns[0].get("tools")
-    text = json_text(value) if value and value == value else ""
-    if "".join(clean(text).split()) in ("", "[]", "{}", "null"):
+    if not value or value != value:
         return ""
-    if not read_tools(text):
+    text = json_text(value)
+    clean(text)  # raises for bytes and surrogates; the text stays as it is
+    if not _are_tools(text):
+        if "".join(clean(text).split()) in ("", "[]", "{}", "null"):
+            return ""
         raise RowError("row.tools", "invalid_text", found=f"{text:.60}")
     return text
+
+
+@lru_cache(1000)
+def _are_tools(text: str) -> bool:
+    return bool(read_tools(text))
 
 
 def _rewritten(value: Any, rewrite: Callable[[str], str]) -> Any:
@@ -162,12 +175,12 @@ def _clean_message(turn: Message, rewrite: Callable[[str], str], listed: bool) -
     """The turn with its calls read out of its text, and every text rewritten; arguments only where
     the options ask for it.
     """
-    role, text, reasoning, calls, trained = turn
-    content = rewrite(text)
-    parted = reasoning or calls or not trained
-    marked = listed or "call>" in content or content.startswith("<think>")
-    if role != "assistant" or not (parted or marked):
-        return turn if content is text else Message(role, content)
+    content = rewrite(turn.content)
+    plain = turn.role != "assistant" or not (
+        listed or turn[2:] != _NO_PARTS or "call>" in content or content.startswith("<think>")
+    )
+    if plain:
+        return turn if content is turn.content else turn._replace(content=content)
     role, text, reasoning, calls, trained = with_calls(turn, listed=listed)
     content = rewrite(text)
     reasoning = rewrite(reasoning).removeprefix("<think>").removesuffix("</think>").strip()
@@ -216,24 +229,57 @@ def _ordered(
     return tuple(messages)
 
 
-def _plain_turns(elements: object) -> tuple[Message, ...] | None:
-    """The messages of a list that is in order and holds no parts, else None."""
-    messages, before = [], ""
+class _Plan(NamedTuple):
+    """Where rows of the same keys have what is said, "" for what they have not; which keys hold
+    texts that nobody reads; whether a row may have a category.
+    """
+
+    ask: str
+    extra: str
+    reply: str
+    system: str
+    history: str
+    unread: list[str]
+    categorized: bool
+
+
+@lru_cache(1000)
+def _speech(keys: tuple[str, ...]) -> tuple[str, str] | None:
+    """The keys of role and text of a message that has no other but metadata."""
+    pairs = (("role", "content"), ("from", "value"))
+    pair = next((pair for pair in pairs if {*pair} <= {*keys}), ("", ""))
+    rest = {*keys} - {*pair}
+    return pair if pair[0] and "role" not in rest and all(map(is_metadata, rest)) else None
+
+
+def _plain_turns(elements: object, paired: bool = False) -> list[Message] | None:
+    """The messages of a list that is in order and holds no parts, else None; `paired`: also of
+    lists of a question and its answer.
+    """
+    messages: list[Message] = []
+    before = ""
     for element in elements if type(elements) is list else ():
-        names = _PLAIN_KEYS.get(tuple(element)) if type(element) is dict else None
-        if not names:
+        keys = tuple(element) if type(element) is dict else ()
+        said: Iterable[tuple[Any, Any]]
+        if names := _speech(keys):
+            said = ((element[names[0]], element[names[1]]),)
+        elif sides := _PLAIN_SIDES.get(keys):
+            said = zip(sides, element.values(), strict=True)
+        elif paired and type(element) is list and len(element) == 2:
+            said = zip(("user", "assistant"), element, strict=True)
+        else:
             return None
-        word, text = element[names[0]], element[names[1]]
-        if not type(word) is type(text) is str:
-            return None
-        role, text = _PLAIN_ROLES.get(word, ""), clean(text)
-        if role not in FOLLOWS[before] or not text or text[0] == "<":
-            return None
-        if "<image>" in text or "call>" in text:
-            return None
-        messages.append(Message(role, text))
-        before = role
-    return tuple(messages) if before == "assistant" else None
+        for word, text in said:
+            if not type(word) is type(text) is str:
+                return None
+            role, text = _PLAIN_ROLES.get(word, ""), clean(text)
+            if role not in FOLLOWS[before] or not text or text.startswith(("<", "SYSTEM: ")):
+                return None
+            if "<image>" in text or "call>" in text:
+                return None
+            messages.append(Message(role, text))
+            before = role
+    return messages if before == "assistant" else None
 
 
 class Normalizer:
@@ -267,70 +313,109 @@ class Normalizer:
     def __call__(self, row: object, file: str = "", line: int = 0) -> Conversation | Reject:
         """The conversation of `row`, or why there is none. Never raises for bad data."""
         try:
-            if type(row) is dict and self.rewrite is clean and (messages := self._plain(row)):
-                return Conversation(messages, self._category(row), "", file, line)
-            if self.headless and isinstance(row, list):
-                row = {str(index): cell for index, cell in enumerate(row)}
-            row = unboxed(row)
-            if isinstance(row, list) and row and all(map(is_turn, row)):
-                row = {"messages": row}
-            if isinstance(row, RowError):
-                raise row
-            if not isinstance(row, dict):
-                raise RowError("row.no_object", "not_an_object", found=f"{row!r:.40}")
-            return self._conversation(row, file, line)
+            if type(row) is not dict:
+                row = self._opened(row)
+            plan = self._planned(tuple(row))
+            try:
+                turns = self._plain(row, plan) if plan else None
+            except RowError:  # which of a row's faults is named, the long way decides
+                turns = None
+            if not plan or not turns:
+                return self._conversation(row, file, line)
+            category = self._category(row) if plan.categorized else ""
+            return Conversation(tuple(turns), category, "", file, line)
         except RowError as error:
             reason, detail = error.args
         except RecursionError:
             reason, detail = "invalid_text", say("row.nested")
         return Reject(file, line, reason, printable(detail))
 
-    def _plain(self, row: Row) -> tuple[Message, ...] | None:
-        """The short way for most rows there are, one clean question and answer or a list of
-        messages of one role and one text each: what `_conversation` gives, in a third of the time.
+    def _opened(self, row: object) -> Row:
+        """The row in what stands in its place: cells without header, a list of it, its messages."""
+        if self.headless and isinstance(row, list):
+            row = {str(index): cell for index, cell in enumerate(row)}
+        row = unboxed(row)
+        if isinstance(row, list) and row and all(map(is_turn, row)):
+            row = {"messages": row}
+        if isinstance(row, RowError):
+            raise row
+        if not isinstance(row, dict):
+            raise RowError("row.no_object", "not_an_object", found=f"{row!r:.40}")
+        return row
+
+    def _plain(self, row: Row, plan: _Plan) -> list[Message] | None:
+        """The short way for most rows there are, of clean texts and lists of messages of one role
+        and one text each: what `_conversation` gives, in a third of the time.
         """
-        if not (plan := self._planned(tuple(row))):
-            return None
-        ask_key, extra_key, reply_key, others = plan
-        ask, reply = row[ask_key], row[reply_key]
+        ask_key, extra_key, reply_key, system_key, history_key, unread, _ = plan
+        turns: list[Message] | None
         if ask_key == reply_key:
-            messages = _plain_turns(ask)
+            turns = _plain_turns(row[ask_key])
         else:
+            ask, reply = row[ask_key], row[reply_key]
             extra = row[extra_key] if extra_key else ""
+            extra = "" if extra is None else extra
             if not type(ask) is type(reply) is type(extra) is str:
                 return None
             ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-            unclear = TAG_START.match(ask) or "<image>" in ask or "call>" in reply
-            if not ask or not reply or unclear or reply[0] in "<[【":
+            if not ask or not reply or reply[0] in "<[【" or "<image>" in ask or "call>" in reply:
                 return None
-            messages = Message("user", ask), Message("assistant", reply)
-        for name in others if messages else ():
+            if ask[0] in "<[【hHuU用" and TAG_START.match(ask):
+                return None
+            turns = [Message("user", ask), Message("assistant", reply)]
+            if history_key and (history := row[history_key]):
+                turns = (before := _plain_turns(history, paired=True)) and before + turns
+        if turns and system_key and (system := row[system_key]) is not None:
+            if type(system) is not str or turns[0].role == "system":
+                return None
+            turns = with_system(system, turns)
+        for name in unread if turns else ():
             if holds_text(row[name]):
                 self.unread[name] += 1
-        return messages
+        return turns
 
-    def _plan(self, keys: tuple[str, ...]) -> tuple[str, str, str, list[str]] | None:
-        """(question, input or "", answer, keys that are not read) of rows that have no other
-        special key, else None; of messages, their key stands for question and answer.
+    def _plan(self, keys: tuple[str, ...]) -> _Plan | None:
+        """Where rows of these keys have what is said; None if they have other special keys, or if
+        what they say is not taken as it stands.
         """
-        names, _ = known_names(keys)
-        written = {names.get(key, key): key for key in keys}
-        special = SPECIAL_KEYS.intersection(written)
-        extra = "input" if special >= {"instruction", "input"} else ""
-        pair = next((pair for pair in _PLAIN if {*pair} == special - {extra}), None)
-        if self.columns or self.kind != "chat" or not pair or len(written) < len(keys):
+        if self.kind != "chat" or self.rewrite is not clean:
             return None
-        ask, reply = (written[name] for name in pair)
-        others = [key for name, key in written.items() if name not in special]
-        unknown = [key for key in others if not is_metadata(str(key))]
-        return ask, written.get(extra, ""), reply, unknown
+        if places := {**self.columns}:
+            mapped = "user" in places and {*places.values()} <= {*keys}
+            if not mapped or not _UNMAPPED.isdisjoint(keys):
+                return None
+        else:
+            names, _ = known_names(keys)
+            written = {names.get(key, key): key for key in keys}
+            special = SPECIAL_KEYS.intersection(written)
+            beside = special & {"system", "history", "input" if "instruction" in special else ""}
+            pair = next((pair for pair in _PLAIN if {*pair} == special - beside), None)
+            listed = pair in _LISTED and "history" in beside
+            if not pair or listed or len(written) < len(keys):
+                return None
+            places = {name: written[name] for name in beside}
+            places |= {"user": written[pair[0]], "assistant": written[pair[1]]}
+        unread = [key for key in keys if key not in places.values() and not is_metadata(str(key))]
+        categorized = "category" in places or not {*_CATEGORIES}.isdisjoint(keys)
+        place = defaultdict(str, places)
+        return _Plan(
+            place["user"],
+            place["input"],
+            place["assistant"],
+            place["system"],
+            place["history"],
+            unread,
+            categorized,
+        )
 
     def _conversation(self, row: Row, file: str, line: int) -> Conversation:
         tools = ""
+        messages: tuple[Message, ...]
         if self.kind == "text":
-            source = self.columns.get("assistant", "text")
-            turns = [Message("user", "-"), Message("assistant", _mapped_text(row, source))]
-            messages = _ordered(turns, self.rewrite)[1:]
+            text = self.rewrite(_mapped_text(row, self.columns.get("assistant", "text")))
+            messages = (Message("assistant", text),)
+            if not text:
+                raise RowError("row.empty", "empty_assistant", number=1, role="assistant")
         else:
             fields = row if "user" in self.columns else named(row)
             turns = _mapped_turns(row, fields, self.columns) if self.columns else row_turns(fields)

@@ -436,7 +436,7 @@ def row_turns(row: Row) -> Turns:
     if (turns := _recognized(row)) is None:
         code = "row.text" if "text" in row else "row.schema"
         raise RowError(code, "unknown_schema", found=key_names(row))
-    refuse_media(row, (turn.content for turn in turns if turn.role == "user"))
+    refuse_media(row, turns)
     if turns and turns[-1].role == "assistant" and not row.keys().isdisjoint(THOUGHT_COLUMNS):
         thoughts = (text_of(row[name], name) for name in THOUGHT_COLUMNS if row.get(name))
         if thought := next(filter(clean, thoughts), ""):
