@@ -378,9 +378,9 @@ def open_model(
     located = locate(name)
     model = located.model
     if precision:
-        model = replace(model, precision=precision)
+        model = model.model_copy(update={"precision": precision})
     if quantize:
-        model = replace(model, quantize=quantize, head="16bit")
+        model = model.model_copy(update={"quantize": quantize, "head": "16bit"})
     assembly = assemble(
         located.base(),
         model,

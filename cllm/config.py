@@ -5,18 +5,23 @@ Each field's comment is its documentation; `cllm.toml` shows all of them with th
 compares the two).
 """
 
-from __future__ import annotations
-
-import dataclasses
+# No `from __future__ import annotations`: Pydantic evaluates the annotations.
 import difflib
-import math
 import re
 import sys
-import types
-import typing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from cllm.messages import UserError, file_name, say, to_json
 
@@ -30,14 +35,18 @@ PRESETS = Path(__file__).parent / "assets" / "presets"
 
 Quantize = Literal["none", "nf4"]
 PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
+BOUNDS = {"greater_than": ">", "greater_than_equal": "≥", "less_than_equal": "≤"}
+TYPES = {"model": "table", "tuple": "string or [[tables]]"}  # where Pydantic's name is not TOML's
+RowTokens = Annotated[int, Field(ge=8)]
 
 
-def _at_least(low: float, default: Any, at_most: float = math.inf) -> Any:
-    return field(default=default, metadata={"limits": (low, at_most)})
+class Section(BaseModel):
+    """A table of the file. No value is converted from another type, but int to float."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(Section):
     """[model]: the frozen base."""
 
     path: str = "tiny-zh"
@@ -58,49 +67,54 @@ class ModelConfig:
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraConfig:
+class LoraConfig(Section):
     """[lora]: the adapter."""
 
-    rank: int = _at_least(1, 16)
-    alpha: float = _at_least(0, 32.0)
+    rank: PositiveInt = 16
+    alpha: NonNegativeFloat = 32.0
     """Scale: the update is alpha / rank * B A."""
-    dropout: float = _at_least(0, 0.0, at_most=0.99)
+    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     targets: str | list[str] = "all-linear"
     """`all-linear` (all but the head), or module names and globs."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     dora: bool = False
     """Learn the magnitude of each output row too."""
-    plus_ratio: float = _at_least(0, 1.0)
+    plus_ratio: NonNegativeFloat = 1.0
     """LoRA+: the learning rate of B over that of A."""
     init_from: str = ""
     """A run (or adapter directory) to continue from; rank, alpha and targets are then its own."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class Source(Section):
     """[[data.train]]: one file (or folder) of a mixture."""
 
     path: str = ""
-    weight: float = _at_least(0, 1.0)
+    weight: NonNegativeFloat = 1.0
     """How often each conversation is seen per epoch; 0.5: every second one."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = {}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+def _tables(value: Any) -> Any:
+    """data.train as a tuple of tables, where it is the name of a file or a list of such."""
+    rows = [value] if isinstance(value, str) else value
+    if not isinstance(rows, list):
+        return value
+    return tuple({"path": row} if isinstance(row, str) else row for row in rows)
+
+
+class DataConfig(Section):
     """[data]: what is learned from."""
 
-    train: tuple[Source, ...] = (Source(path="demo"),)
+    train: Annotated[tuple[Source, ...], BeforeValidator(_tables)] = (Source(path="demo"),)
     """A file, a folder, the built-in `demo`, or [[data.train]] tables with path, weight,
     columns.
     """
     eval: str = ""
     """Held-out file; empty: `held_out` of the training conversations are split off."""
-    held_out: float = _at_least(0, 0.05, at_most=0.9)
+    held_out: Annotated[float, Field(ge=0, le=0.9)] = 0.05
     """Fraction split off by content hash when `eval` is empty; 0: no evaluation."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = {}
     """Where the file's own names need help: user, assistant, system, history = a column (name or
     number) or "{A} … {B}".
     """
@@ -124,63 +138,60 @@ class DataConfig:
     """E-mail addresses, ID card and phone numbers become [EMAIL], [ID], [PHONE]."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(Section):
     """[train]: the loop."""
 
-    epochs: float = _at_least(0, 3.0)
-    steps: int = _at_least(0, 0)
+    epochs: NonNegativeFloat = 3.0
+    steps: NonNegativeInt = 0
     """Optimizer steps; 0: as many as `epochs` needs."""
-    row_tokens: int = _at_least(8, 2048)
+    row_tokens: RowTokens = 2048
     """Length of a packed row = the micro-batch; also the longest sample."""
-    tokens_per_step: int = _at_least(8, 8192)
+    tokens_per_step: RowTokens = 8192
     """Tokens of one optimizer step, accumulated over rows."""
-    learning_rate: float = _at_least(0, 2e-4)
+    learning_rate: NonNegativeFloat = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = _at_least(0, 0.03, at_most=1)
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Share of the steps with a rising rate."""
-    weight_decay: float = _at_least(0, 0.0)
-    max_norm: float = _at_least(0, 1.0)
+    weight_decay: NonNegativeFloat = 0.0
+    max_norm: NonNegativeFloat = 1.0
     """Gradient clipping; 0: off."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit`: AdamW's two moments in 8 bits, a quarter of their memory."""
-    seed: int = _at_least(0, 42)
+    seed: NonNegativeInt = 42
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
+class EvalConfig(Section):
     """[eval]: the held-out set, during and after training."""
 
-    every: int = _at_least(0, 0)
+    every: NonNegativeInt = 0
     """Steps between evaluations; 0: five times a run."""
-    patience: int = _at_least(0, 0)
+    patience: NonNegativeInt = 0
     """Stop after so many evaluations without a lower loss; 0: never."""
-    samples: int = _at_least(0, 200)
+    samples: NonNegativeInt = 200
     """Held-out conversations answered for the table at the end; 0: no generation."""
-    shots: int = _at_least(0, 0)
+    shots: NonNegativeInt = 0
     """Also answer with the base given so many training examples in the prompt."""
-    max_new_tokens: int = _at_least(1, 256)
+    max_new_tokens: PositiveInt = 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryConfig:
+class MemoryConfig(Section):
     """[memory]: what may be used."""
 
-    budget_gib: float = _at_least(0, 0.0)
+    budget_gib: NonNegativeFloat = 0.0
     """GPU memory that the run may take; 0: what the card has free."""
-    checkpoint_layers: int = _at_least(-1, -1)
+    checkpoint_layers: Annotated[int, Field(ge=-1)] = -1
     """Decoder layers recomputed in the backward: -1 as few as the budget allows (all without one),
     0 none (fastest).
     """
-    chunk_mib: int = _at_least(1, 128)
+    chunk_mib: PositiveInt = 128
     """Logits alive at once in the loss."""
     offload_inputs: bool = False
     """Inputs of recomputed layers wait in host memory."""
-    stream_layers: int = _at_least(0, 0)
+    stream_layers: NonNegativeInt = 0
     """Decoder layers whose frozen weights live in host memory and pass through two slots on the
     device; each is recomputed.
     """
-    mlp_tile_tokens: int = _at_least(0, 0)
+    mlp_tile_tokens: NonNegativeInt = 0
     """The MLP runs in tiles of so many tokens, recomputed once more; 0: whole rows."""
     embedding: Literal["auto", "device", "cpu"] = "auto"
     """Where the input embedding lives; `auto`: in host memory beside a 4-bit base on a GPU, unless
@@ -188,29 +199,26 @@ class MemoryConfig:
     """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogConfig:
+class LogConfig(Section):
     """[log]"""
 
     tracker: Literal["none", "tensorboard", "swanlab"] = "none"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(Section):
     """[run]: where results go."""
 
     dir: str = "runs/demo"
     """If it exists, -2, -3, … is appended; nothing is overwritten."""
-    snapshot_every: int = _at_least(0, 0)
+    snapshot_every: NonNegativeInt = 0
     """Steps between snapshots for --resume; 0: at every evaluation."""
-    snapshot_minutes: float = _at_least(0, 10.0)
+    snapshot_minutes: NonNegativeFloat = 10.0
     """Minutes after which a snapshot is due in any case; 0: never."""
-    keep: int = _at_least(1, 2)
+    keep: PositiveInt = 2
     """Snapshots kept."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(Section):
     """The whole file. Programs hand each room its own section, never this."""
 
     model: ModelConfig = ModelConfig()
@@ -240,26 +248,23 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         key, value = _override(override, problems)
         if key:
             section, _, name = key.partition(".")
-            tree[section] = {
-                **(tree[section] if isinstance(tree.get(section), dict) else {}),
-                name: value,
-            }
+            if not isinstance(tree.get(section), dict):
+                tree[section] = {}
+            tree[section][name] = value
             where[key] = override
-    config: Config = _section(
-        Config,
-        tree,
-        "",
-        lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file,
-        problems,
-    )
-    if not problems and config.train.tokens_per_step < config.train.row_tokens:
-        problems.append(
-            say(
-                "config.row",
-                where=where.get("train.tokens_per_step", file),
-                row=config.train.row_tokens,
-            )
-        )
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        told = {}  # by key, because each alternative of a type has an error of its own
+        for problem in error.errors():
+            names = (part for part in problem["loc"] if isinstance(part, str))
+            key = ".".join(name for name in names if name not in ("str", "list[str]"))
+            place = where.get(key) or where.get(key.rpartition(".")[0]) or file
+            told[key] = _told(place, key, problem)
+        problems += told.values()
+    if not problems and config.train.tokens_per_step < (row := config.train.row_tokens):
+        place = where.get("train.tokens_per_step", file)
+        problems.append(say("config.row", where=place, row=row))
     if problems:
         raise UserError("config.invalid", count=len(problems), problems="\n  ".join(problems))
     return config
@@ -269,19 +274,15 @@ def _read(path: str) -> tuple[str, str]:
     if path.startswith("preset:"):
         file = PRESETS / f"{path[7:]}.toml"
         if not file.is_file():
-            raise UserError(
-                "config.preset",
-                name=path[7:],
-                known=", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))),
-            )
+            known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
+            raise UserError("config.preset", name=path[7:], known=known)
     else:
         file = Path(path)
     try:
         return path, file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "config.unreadable", path=path, detail=getattr(error, "strerror", None) or error
-        ) from error
+        detail = getattr(error, "strerror", None) or error
+        raise UserError("config.unreadable", path=path, detail=detail) from error
 
 
 def _key_lines(text: str) -> dict[str, int]:
@@ -309,110 +310,41 @@ def _override(text: str, problems: list[str]) -> tuple[str, Any]:
         return key.strip(), value  # an unquoted string
 
 
-def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]) -> Any:
-    """Build dataclass `kind` from a table; appends to `problems` and goes on."""
-    if not isinstance(tree, dict):
-        problems.append(
-            say("config.type", where=where(prefix), key=prefix, expected="table", found=repr(tree))
-        )
-        return kind()
-    hints = typing.get_type_hints(kind)
-    known = {item.name: item for item in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}.{name}" if prefix else name
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = (
-                say("config.nearest", name=near[0])
-                if near
-                else say("config.known", names=", ".join(known))
-            )
-            problems.append(say("config.unknown", where=where(key), key=key, hint=hint))
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _section(typing.cast(type, hints[name]), value, key, where, problems)
-        else:
-            built = _value(hints[name], value, key, where, problems)
-            low, high = known[name].metadata.get("limits", (-math.inf, math.inf))
-            if isinstance(built, int | float) and not low <= built <= high:
-                problems.append(
-                    say(
-                        "config.range",
-                        where=where(key),
-                        key=key,
-                        value=built,
-                        bounds=f"{low} … {high}",
-                    )
-                )
-            values[name] = built
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> Any:
-    if hint == tuple[Source, ...]:
-        rows = [{"path": value}] if isinstance(value, str) else value
-        if not isinstance(rows, list):
-            problems.append(
-                say(
-                    "config.type",
-                    where=where(key),
-                    key=key,
-                    expected="string or [[tables]]",
-                    found=repr(value),
-                )
-            )
-            return ()
-        tables = [{"path": row} if isinstance(row, str) else row for row in rows]
-        return tuple(_section(Source, row, key, where, problems) for row in tables)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-    fits = value in choices if choices else _fits(hint, value)
-    if not fits:
-        expected = (
-            " | ".join(map(repr, choices)) if choices else getattr(hint, "__name__", str(hint))
-        )
-        problems.append(
-            say("config.type", where=where(key), key=key, expected=expected, found=repr(value))
-        )
-    return value
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(option, value) for option in typing.get_args(hint))
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            isinstance(k, str) and isinstance(v, str) for k, v in value.items()
-        )
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+def _told(where: str, key: str, problem: Any) -> str:
+    """One of Pydantic's errors in our words."""
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        tables = {"": Config(), **dict(Config()), "data.train": Source()}
+        table, _, name = key.rpartition(".")
+        known = [part for part, _ in tables[table]]
+        near = difflib.get_close_matches(name, known, 1, 0.5)
+        names = ", ".join(known)
+        hint = say("config.nearest", name=near[0]) if near else say("config.known", names=names)
+        return say("config.unknown", where=where, key=key, hint=hint)
+    if kind in BOUNDS:
+        bounds = f"{BOUNDS[kind]} {next(iter(context.values()))}"
+        return say("config.range", where=where, key=key, value=value, bounds=bounds)
+    kind = kind.removesuffix("_type")
+    expected = context.get("expected") or TYPES.get(kind, kind)
+    return say("config.type", where=where, key=key, expected=expected, found=repr(value))
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:
     """`section.key` -> "old -> new" for every setting that differs."""
-    old, new = dataclasses.asdict(before), dataclasses.asdict(after)
     return {
-        f"{s}.{k}": f"{old[s][k]!r} -> {value!r}"
-        for s in new
-        for k, value in new[s].items()
-        if old[s][k] != value
+        f"{name}.{key}": f"{old!r} -> {new!r}"
+        for name, section in after
+        for key, new in section
+        if (old := getattr(getattr(before, name), key)) != new
     }
 
 
 def to_toml(config: Config) -> str:
     """The effective configuration as TOML that `load_config` reads back to an equal value."""
-    parts = []
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        lines = [
-            f"{item.name} = {_toml(getattr(values, item.name))}"
-            for item in dataclasses.fields(values)
-        ]
-        parts.append("\n".join([f"[{section.name}]", *lines, ""]))
-    return "\n".join(parts)
+    lines = []
+    for name, section in config:
+        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in section), ""]
+    return "\n".join(lines)
 
 
 def _toml(value: Any) -> str:
@@ -420,13 +352,10 @@ def _toml(value: Any) -> str:
         # the one character that only TOML escapes
         return to_json(value).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
-        return (
-            "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"
-            if value
-            else "{}"
-        )
+        pairs = ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, Source):
-        return _toml({k: v for k, v in dataclasses.asdict(value).items() if v not in ("", {})})
-    return repr(value)
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return (
+        _toml(value.model_dump(exclude_defaults=True)) if isinstance(value, Source) else repr(value)
+    )

@@ -12,13 +12,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # a worker for each core: more threads would only wait for each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["CLLM_DATA_CACHE"] = ""  # tests that are about the cache set their own
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # one for all workers and the programs they start; tests that are about the cache set their own
+    os.environ["CLLM_DATA_CACHE"] = tempfile.mkdtemp(prefix="cllm-tests-")
+    atexit.register(shutil.rmtree, os.environ["CLLM_DATA_CACHE"], ignore_errors=True)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cllm.messages import UserError
-from cllm.model.checkpoint import alibi_slopes, convert_checkpoint, load_model
+from cllm.model.checkpoint import alibi_slopes, load_model
 from cllm.model.nf4 import NF4Linear
 from cllm.model.shards import stored_tensors, write_safetensors
 
@@ -241,7 +241,9 @@ def test_quantized_while_streaming(name: str) -> None:
 
 # --- Written as a native checkpoint
 @pytest.mark.parametrize("name", ["chatglm3", "baichuan2_7b", "baichuan2_13b"])
-def test_converted_once(name: str, tmp_path: Path) -> None:
+def test_converted_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    from convert import convert_checkpoint
     from transformers import AutoModelForCausalLM
 
     convert_checkpoint(LOCAL / name, tmp_path / "native")

@@ -14,11 +14,37 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cllm.messages import UserError
 from cllm.model import load_tokenizer, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+
+def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the native checkpoint (config.json, one model.safetensors) into the new directory
+    `out`, tensor by tensor.
+
+    dtype: of floating-point tensors; None keeps what is stored (GGUF and NormHead become float32).
+    Raises UserError if `out` exists, and as `load_model`.
+    """
+    from cllm.model.checkpoint import converted, open_native, write_config
+    from cllm.model.shards import with_dtype, write_safetensors
+
+    if out.exists():
+        raise UserError("model.exists", path=out)
+    checkpoint, model, layout = open_native(path)
+    if dtype:
+        layout = with_dtype(layout, dtype)
+    out.mkdir(parents=True)
+    part = out / "model.safetensors.incomplete"
+    write_safetensors(part, layout, converted(checkpoint, layout))
+    write_config(checkpoint, model, out)
+    part.rename(out / "model.safetensors")
 
 
 def main(argv: list[str]) -> int:
@@ -38,8 +64,6 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
 
     import torch
-
-    from cllm.model.checkpoint import convert_checkpoint
 
     path = resolve(options.model)
     convert_checkpoint(path, options.out, getattr(torch, options.dtype) if options.dtype else None)

@@ -28,15 +28,7 @@ from cllm.model.families import Family, shape_of
 from cllm.model.int8 import Int8Linear
 from cllm.model.nf4 import NF4Linear
 from cllm.model.offload import decoder_layers
-from cllm.model.shards import (
-    Layout,
-    WeightFiles,
-    finite,
-    weight_files,
-    with_dtype,
-    write_json,
-    write_safetensors,
-)
+from cllm.model.shards import Layout, WeightFiles, finite, weight_files, write_json
 
 _RANDOM = 2**24  # random weights made at a time
 
@@ -452,22 +444,3 @@ def write_config(
     if dtype:
         config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
-
-
-def convert_checkpoint(path: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the native checkpoint (config.json, one model.safetensors) into the new directory
-    `out`, tensor by tensor.
-
-    dtype: of floating-point tensors; None keeps what is stored (GGUF and NormHead become float32).
-    Raises UserError if `out` exists, and as `load_model`.
-    """
-    if out.exists():
-        raise UserError("model.exists", path=out)
-    checkpoint, model, layout = open_native(path)
-    if dtype:
-        layout = with_dtype(layout, dtype)
-    out.mkdir(parents=True)
-    part = out / "model.safetensors.incomplete"
-    write_safetensors(part, layout, converted(checkpoint, layout))
-    write_config(checkpoint, model, out)
-    part.rename(out / "model.safetensors")
