@@ -61,6 +61,7 @@ LAYER_2 = {
     "model.gguf",
     "learn",
     "learn.loss",
+    "learn.preference",
     "learn.optim",
     "learn.dist",
     "learn.ladder",
