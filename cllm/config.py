@@ -26,6 +26,8 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "assets" / "presets"
+# What a preference loss takes: whole answers, and two passes that agree.
+_WITH_PAIRS = {"data.kind": "chat", "data.truncate": "drop", "lora.dropout": 0.0}
 
 
 Quantize = Literal["none", "nf4"]
@@ -148,6 +150,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PreferenceConfig:
+    """[preference]: learning from pairs of answers, or from votes on single ones."""
+
+    loss: Literal["none", "dpo", "ipo", "robust", "hinge", "orpo", "simpo", "apo_zero_unpaired"] = (
+        "none"
+    )
+    """`none`: answers are learned (of a pair the chosen one). `apo_zero_unpaired` takes votes on
+    single answers too; `cllm.learn.preference_loss` has the formulas.
+    """
+    beta: float = _at_least(1e-6, 0.1)
+    """How much a log-probability counts; of DPO: how near the model stays to what it was."""
+    label_smoothing: float = _at_least(0, 0.0, at_most=0.49)
+    """`dpo`, `robust`: the share of pairs that may be the wrong way round."""
+    sft: float = _at_least(0, 0.0)
+    """Weight of the chosen answers' loss per token beside it; ORPO's own is 1."""
+    ld_alpha: float = _at_least(0, 1.0, at_most=1)
+    """What tokens beyond the shorter answer's length count; under 1 against ever longer answers."""
+    gamma: float = _at_least(0, 0.5)
+    """`simpo`: the margin that is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """[eval]: the held-out set, during and after training."""
 
@@ -217,6 +241,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     eval: EvalConfig = EvalConfig()
     memory: MemoryConfig = MemoryConfig()
     log: LogConfig = LogConfig()
@@ -260,6 +285,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
                 row=config.train.row_tokens,
             )
         )
+    if config.preference.loss != "none":
+        for key, value in _WITH_PAIRS.items():
+            section, _, name = key.partition(".")
+            if getattr(getattr(config, section), name) != value:
+                place, needed = where.get(key, file), to_json(value)
+                problems.append(say("config.pairs", where=place, key=key, value=needed))
+    if config.preference.loss == "orpo" and not config.preference.sft:
+        problems.append(say("config.orpo", where=where.get("preference.loss", file)))
     if problems:
         raise UserError("config.invalid", count=len(problems), problems="\n  ".join(problems))
     return config
