@@ -32,6 +32,7 @@ LAYER_1 = {
     "data.fields",
     "data.schema",
     "data.turns",
+    "data.pairs",
     "data.quality",
     "data.text",
     "data.encoding",
