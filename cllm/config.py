@@ -9,6 +9,7 @@ compares the two).
 import difflib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
 )
@@ -31,6 +33,8 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "assets" / "presets"
+# What a preference loss takes: whole answers, and two passes that agree.
+_WITH_PAIRS = {"data.kind": "chat", "data.truncate": "drop", "lora.dropout": 0.0}
 
 
 Quantize = Literal["none", "nf4"]
@@ -160,6 +164,27 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 42
 
 
+class PreferenceConfig(Section):
+    """[preference]: learning from pairs of answers, or from votes on single ones."""
+
+    loss: Literal["none", "dpo", "ipo", "robust", "hinge", "orpo", "simpo", "apo_zero_unpaired"] = (
+        "none"
+    )
+    """`none`: answers are learned (of a pair the chosen one). `apo_zero_unpaired` takes votes on
+    single answers too; `cllm.learn.preference_loss` has the formulas.
+    """
+    beta: PositiveFloat = 0.1
+    """How much a log-probability counts; of DPO: how near the model stays to what it was."""
+    label_smoothing: Annotated[float, Field(ge=0, le=0.49)] = 0.0
+    """`dpo`, `robust`: the share of pairs that may be the wrong way round."""
+    sft: NonNegativeFloat = 0.0
+    """Weight of the chosen answers' loss per token beside it; ORPO's own is 1."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """What tokens beyond the shorter answer's length count; under 1 against ever longer answers."""
+    gamma: NonNegativeFloat = 0.5
+    """`simpo`: the margin that is asked for."""
+
+
 class EvalConfig(Section):
     """[eval]: the held-out set, during and after training."""
 
@@ -225,6 +250,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     eval: EvalConfig = EvalConfig()
     memory: MemoryConfig = MemoryConfig()
     log: LogConfig = LogConfig()
@@ -262,12 +288,27 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             place = where.get(key) or where.get(key.rpartition(".")[0]) or file
             told[key] = _told(place, key, problem)
         problems += told.values()
-    if not problems and config.train.tokens_per_step < (row := config.train.row_tokens):
-        place = where.get("train.tokens_per_step", file)
-        problems.append(say("config.row", where=place, row=row))
+    if not problems:
+        problems = _clashes(config, lambda key: where.get(key, file))
     if problems:
         raise UserError("config.invalid", count=len(problems), problems="\n  ".join(problems))
     return config
+
+
+def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
+    """What is wrong about settings that do not go together."""
+    row = config.train.row_tokens
+    problems: list[str] = []
+    if config.train.tokens_per_step < row:
+        problems.append(say("config.row", where=where("train.tokens_per_step"), row=row))
+    if config.preference.loss != "none":
+        for key, value in _WITH_PAIRS.items():
+            section, _, name = key.partition(".")
+            if getattr(getattr(config, section), name) != value:
+                problems.append(say("config.pairs", where=where(key), key=key, value=to_json(value)))
+    if config.preference.loss == "orpo" and not config.preference.sft:
+        problems.append(say("config.orpo", where=where("preference.loss")))
+    return problems
 
 
 def _read(path: str) -> tuple[str, str]:

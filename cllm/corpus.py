@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, DataConfig, TrainConfig
+from cllm.data.pairs import REJECTED_KEYS, dialogue, sides
 from cllm.data.schema import Conversation
 from cllm.data.sources import Data, prepare, unread_names
 from cllm.messages import UserError, note
 
 if TYPE_CHECKING:
+    from cllm.data.cache import Slices
     from cllm.data.packing import PackedBatch, PackedRows
     from cllm.model.tokenizer import Tokenizer
 
 MAX_REJECTED = 0.2
+VOTES = "apo_zero_unpaired"
+"""The loss that takes conversations with one answer, too."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,17 @@ class Encoded:
     """The conversations that are in `held_rows`."""
     sha256: str
     """Of all examples that are trained on."""
+    held_answers: list[PackedBatch]
+    """With a preference loss: both answers of each of `held_out`."""
+    answers: int
+    """How many numbers the answers in `rows` and after them those in `held_answers` have."""
 
 
-def read_corpus(data: DataConfig, *, accept_rejects: bool) -> Data:
+def read_corpus(data: DataConfig, *, accept_rejects: bool, pairs: bool = False) -> Data:
     """`prepare` for a training. Raises UserError if nothing is left, or if over a fifth was
     rejected and that is not accepted.
     """
-    corpus = prepare(data)
+    corpus = prepare(data, pairs=pairs)
     rejected = len(corpus.rejects)
     shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in corpus.rejects[:3]]
     located = "\n  ".join([str(rejected), *shown])
@@ -49,6 +58,8 @@ def read_corpus(data: DataConfig, *, accept_rejects: bool) -> Data:
         raise UserError("train.rejects", share=share, count=rejected, examples=located)
     if corpus.unread:
         note("data.unread", names=unread_names(corpus.unread))
+    if any(not names.keys().isdisjoint(REJECTED_KEYS) for names in corpus.unread.values()):
+        note("train.chosen_only")
     if corpus.duplicates or corpus.leaked:
         note("train.repeated", duplicates=corpus.duplicates, leaked=corpus.leaked)
     return corpus
@@ -70,18 +81,60 @@ def encode_corpus(
     *,
     row_tokens: int,
     single: bool = False,
+    loss: str = "none",
 ) -> Encoded:
-    """Conversations -> examples -> packed rows of `row_tokens`; `single`: one sequence a row.
+    """Conversations -> examples -> packed rows of `row_tokens`; `single`: one sequence a row;
+    `loss`: [preference]'s, with which every answer of a conversation is a sequence.
 
     Raises UserError when nothing, or never an end token, would be trained.
     """
-    from cllm.data.encode import encode_set
     from cllm.data.packing import PackedRows
 
-    (examples, trained, refused), (held_examples, held_out, _) = (
-        encode_set(side, tokenizer, kind=data.kind, max_tokens=row_tokens, truncate=data.truncate)
+    (examples, trained, numbers, refused), (held_examples, held_out, held_numbers, _) = (
+        _encode_side(side, tokenizer, data, row_tokens, loss)
         for side in (corpus.train, corpus.held_out)
     )
+    _check_trained(corpus, tokenizer, examples, refused, row_tokens)
+    tokens = sum(examples.sizes)
+    tokens_per_row = tokens // len(examples) if single else row_tokens
+    rows_per_step = max(1, train.tokens_per_step // tokens_per_row)
+    rows = PackedRows(
+        examples,
+        row_tokens,
+        seed=train.seed,
+        single=single,
+        numbers=numbers,
+        step_rows=rows_per_step,
+    )
+    after = [2 * len(corpus.train) + number for number in held_numbers]
+    answers = PackedRows(held_examples, row_tokens, single=single, numbers=after)
+    held_examples, held_out = _chosen(held_numbers, held_examples, held_out)
+    held = PackedRows(held_examples, row_tokens, single=single)
+    note(
+        "train.data",
+        train=len({number // 2 for number in numbers}) or len(examples),
+        held_out=len(held_out),
+        tokens=f"{tokens:,}",
+        rows=len(rows),
+        rejects=len(corpus.rejects),
+        left_out=", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0",
+    )
+    return Encoded(
+        rows,
+        rows_per_step,
+        held.take(len(held)),
+        _chosen(numbers, examples, trained)[1],
+        held_out,
+        examples.digest(),
+        answers.take(len(answers)) if held_numbers else [],
+        2 * (len(corpus.train) + len(corpus.held_out)),
+    )
+
+
+def _check_trained(
+    corpus: Data, tokenizer: Tokenizer, examples: Any, refused: Counter[str], row_tokens: int
+) -> None:
+    """Raises UserError when nothing, or never an end token, would be trained."""
     if not examples:
         raise UserError(
             "train.unsupervised"
@@ -94,24 +147,63 @@ def encode_corpus(
         )
     if not any(tokenizer.stop_ids.intersection(example.labels) for example in examples):
         raise UserError("train.no_end", template=tokenizer.template.name)
-    rows = PackedRows(examples, row_tokens, seed=train.seed, single=single)
-    held = PackedRows(held_examples, row_tokens, single=single)
-    tokens = sum(examples.sizes)
-    tokens_per_row = tokens // len(rows) if single else row_tokens
-    note(
-        "train.data",
-        train=len(examples),
-        held_out=len(held_out),
-        tokens=f"{tokens:,}",
-        rows=len(rows),
-        rejects=len(corpus.rejects),
-        left_out=", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0",
+
+
+def _encode_side(
+    conversations: Any, tokenizer: Tokenizer, data: DataConfig, row_tokens: int, loss: str
+) -> tuple[Any, Any, list[int], Counter[str]]:
+    """(examples, their conversations or dialogues, with a preference loss their numbers, what gave
+    none by reason); a conversation of which an answer does not fit gives none.
+    """
+    from cllm.data.encode import encode_set
+
+    pairs = loss != "none"
+    given = _answers(conversations, votes=loss == VOTES) if pairs else conversations
+    if pairs and conversations and not given:
+        raise UserError("train.unpaired", count=len(conversations), loss=loss)
+    dialogues: Any
+    examples, dialogues, refused = encode_set(
+        given, tokenizer, kind=data.kind, max_tokens=row_tokens, truncate=data.truncate
     )
-    return Encoded(
-        rows,
-        max(1, train.tokens_per_step // tokens_per_row),
-        held.take(len(held)),
-        trained,
-        held_out,
-        examples.digest(),
+    if not pairs:
+        return examples, dialogues, [], refused
+    numbers = dialogues.arrays[0][dialogues.starts].tolist()
+    fit = set(numbers)
+    places = [
+        place
+        for place, number in enumerate(numbers)
+        if fit.issuperset(number // 2 * 2 + side for side in sides(conversations[number // 2]))
+    ]
+    return examples.pick(places), dialogues.pick(places), [numbers[i] for i in places], refused
+
+
+def _chosen(numbers: list[int], examples: Any, dialogues: Any) -> tuple[Any, Any]:
+    """Of answers the chosen ones; all examples and conversations without a preference loss."""
+    if not numbers:
+        return examples, dialogues
+    places = [place for place, number in enumerate(numbers) if number % 2 == 0]
+    return examples.pick(places), dialogues.pick(places)
+
+
+def _answers(conversations: Any, *, votes: bool) -> Slices[Conversation]:
+    """Every answer as a dialogue of its own; `votes`: those of conversations with one only, too.
+    Item i's number, twice its conversation's and one more for the rejected one, is `arrays[0][i]`.
+    """
+    import numpy as np
+
+    from cllm.data.cache import Slices
+
+    numbers = [
+        2 * number + side
+        for number, item in enumerate(conversations)
+        for side in sides(item)
+        if votes or len(sides(item)) == 2
+    ]
+    places = np.arange(len(numbers))
+    return Slices(
+        lambda part: dialogue(conversations[int(part[0]) // 2], int(part[0]) % 2),
+        places,
+        places + 1,
+        np.array(numbers, np.int64),
+        key=f"{conversations.key} answers {votes}" if conversations.key else "",
     )

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cllm.assembly import assemble
 from cllm.config import Config
 from cllm.corpus import Encoded, encode_corpus, tokenizer_of
+from cllm.data import cache
+from cllm.data.packing import PackedBatch
 from cllm.data.sources import Data
 from cllm.learn.dist import World
 from cllm.learn.ladder import Ladder
-from cllm.learn.loss import sft_loss
+from cllm.learn.loss import row_nll, sft_loss
 from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
+from cllm.learn.preference import Preference
+from cllm.learn.snapshot import adapter_fingerprint, capture, restore
 from cllm.messages import note
 from cllm.model.adapter import adapter_tensors, save_adapter
 from cllm.model.device import choose_device, release_memory
@@ -24,7 +31,7 @@ from cllm.model.nf4 import QuantizedLinear
 from cllm.model.offload import checkpoint_layers, embedding_on_cpu
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer
-from cllm.runs import replace_files, writing
+from cllm.runs import base_fingerprint, replace_files, writing
 
 
 class Learner:
@@ -105,7 +112,73 @@ class Learner:
             config.train,
             row_tokens=row_tokens,
             single=self.single,
+            loss=config.preference.loss,
         )
+
+    def refer_to(self, reference: Tensor | None) -> None:
+        """With a preference loss: learn against these log-probabilities by PackedBatch.numbers;
+        None: the policy's as it is, from the cache where it was measured before.
+        """
+        settings = self.config.preference
+        if settings.loss == "none":
+            return
+        # measured without a reference of its own
+        self.trainee = replace(
+            self.trainee, preference=Preference(settings, torch.empty(0), self._token_nll)
+        )
+        if reference is None:
+            facts = (self.encoded.sha256, adapter_fingerprint(self.model), self.assembly.settings)
+            names = (base_fingerprint(self.base), settings.ld_alpha, len(self.encoded.held_answers))
+            # ranks on machines of their own may not have the same entries
+            key = cache.key_of("reference", facts, names) if self.world.size == 1 else ""
+            arrays, _ = cache.recall(key, lambda: ({"nats": self._answer_nats()}, None))
+            reference = -torch.from_numpy(arrays["nats"].copy())
+        preference = Preference(settings, reference, self._token_nll)
+        self.trainee = replace(self.trainee, preference=preference)
+
+    def _token_nll(self, model: Any, batch: PackedBatch) -> Tensor:
+        return row_nll(model, batch, self.chunk_bytes)
+
+    def _answer_nats(self) -> Any:
+        encoded, stored = self.encoded, self.encoded.rows
+        rows = [*stored.take(len(stored)), *encoded.held_answers]
+        stored.seek(0, 0)
+        nats = torch.zeros(encoded.answers, dtype=torch.float64)
+        numbers = [row.numbers for row in rows if row.numbers is not None]
+        nats[torch.cat(numbers)] = self._measured(rows, self.world)[0]
+        return nats.numpy()
+
+    def _measured(self, rows: Sequence[PackedBatch], world: World) -> Tensor:
+        """`Preference.nats` of all ranks, in host memory."""
+        assert self.trainee.preference is not None
+        autocast, micro = self.assembly.precision.autocast, self.ladder.micro_tokens
+        nats = self.trainee.preference.nats(self.model, rows, autocast, world, micro)
+        world.sum_([nats])
+        return nats.cpu()
+
+    def held_out(self) -> tuple[float, dict[str, float]]:
+        """The held-out loss, and with a preference loss what else its answers tell."""
+        from cllm.evaluate.answers import held_out_loss
+
+        encoded = self.encoded
+        if preference := self.trainee.preference:
+            nats = self._measured(encoded.held_answers, World())
+            weighed = preference.weighed(encoded.held_answers, nats)
+            return weighed.loss, {f"eval_{k}": value for k, value in weighed.figures.items()}
+        rows, precision = encoded.held_rows, self.assembly.precision
+        return held_out_loss(self.model, rows, precision, self.chunk_bytes), {}
+
+    def capture(self) -> dict[str, Tensor]:
+        """What a snapshot keeps as tensors."""
+        tensors = capture(self.model, self.trainee.optimizer)
+        preference = self.trainee.preference
+        return tensors | ({"reference": preference.reference} if preference else {})
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `capture`. Raises UserError as `cllm.learn.snapshot.restore`."""
+        reference = tensors.pop("reference", None)
+        restore(self.model, self.trainee.optimizer, tensors)
+        self.refer_to(reference)
 
     def _introduce(self) -> None:
         """One line about the model and its adapter."""

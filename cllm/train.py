@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cllm.learn.optim import StepStats
 
 MAX_BAD_STEPS = 20
-STATE_SECTIONS = ("model", "lora", "data", "train")
+STATE_SECTIONS = ("model", "lora", "data", "train", "preference")
 """Settings that decide what the next step does: a resumed run must agree on them."""
 
 
@@ -71,7 +71,8 @@ class Training:
         self.progress = Progress()
         self.interrupted = False
         self.saved_at = time.monotonic()
-        corpus = read_corpus(config.data, accept_rejects=accept_rejects)
+        self.pairs = config.preference.loss != "none"
+        corpus = read_corpus(config.data, accept_rejects=accept_rejects, pairs=self.pairs)
         # Here, because torch takes seconds to load: mistakes in the data are said before.
         from cllm.learner import Learner
 
@@ -85,7 +86,7 @@ class Training:
 
     def _plan_steps(self) -> None:
         train, encoded = self.config.train, self.learner.encoded
-        per_epoch = len(encoded.rows) / encoded.rows_per_step
+        per_epoch = encoded.rows.steps(encoded.rows_per_step)
         self.total = train.steps or max(1, round(train.epochs * per_epoch))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every
@@ -116,6 +117,7 @@ class Training:
             self._restore()
             note("train.resumed", run=self.run, step=self.progress.step, total=self.total)
         else:
+            self.learner.refer_to(None)
             self._snapshot()
 
     def _write_manifest(self, hashes: dict[str, str], *, resumed: bool) -> None:
@@ -151,7 +153,7 @@ class Training:
         """Back to the newest whole snapshot, on every rank rank 0's."""
         from safetensors.torch import load
 
-        from cllm.learn.snapshot import load_snapshot, restore
+        from cllm.learn.snapshot import load_snapshot
         from cllm.runs import replace_file
 
         files = load_snapshot(self.run) if self.learner.world.rank == 0 else (b"", b"", b"")
@@ -174,7 +176,7 @@ class Training:
         ) as error:
             problem = f"{type(error).__name__}: {error}"
             raise UserError("snapshot.foreign", count=1, problems=problem) from error
-        restore(self.learner.model, self.learner.trainee.optimizer, load(tensors))
+        self.learner.restore(load(tensors))
         if self.learner.world.rank == 0:
             replace_file(self.run / "metrics.jsonl", metrics)
 
@@ -191,7 +193,7 @@ class Training:
         if self.learner.world.rank == 0:
             tracker = open_tracker(self.config.log.tracker, self.run)
             self.log = RunLog(self.run, self.total, tracker)
-        self.learner.model.train()
+        self.learner.model.train(not self.pairs)  # dropout would make two passes differ
         if self.learner.assembly.budget:
             self._prove()
         start = time.perf_counter()
@@ -210,7 +212,7 @@ class Training:
                     row = {
                         "step": self.progress.step,
                         "lr": self.rate,
-                        **stats._asdict(),
+                        **stats.figures(),
                         "tokens_per_second": stats.tokens / (time.perf_counter() - began),
                         "peak_memory_bytes": peak_memory_bytes(self.learner.assembly.device),
                         "seconds": time.perf_counter() - start,
@@ -280,7 +282,7 @@ class Training:
             hopeless = progress.bad >= MAX_BAD_STEPS or not self.learner.trainee.scaler.is_enabled()
             if stats.skipped and hopeless:
                 self._refuse_nonfinite(batches)
-            if stats.loss == 0.0:
+            if stats.loss == 0.0 and not self.pairs:
                 raise UserError("train.zero_loss", step=progress.step)
             return stats
         rows.state = position
@@ -331,7 +333,7 @@ class Training:
         )
 
     def _snapshot(self) -> None:
-        from cllm.learn.snapshot import capture, save_snapshot
+        from cllm.learn.snapshot import save_snapshot
 
         self.saved_at = time.monotonic()
         if self.learner.world.rank:
@@ -342,19 +344,15 @@ class Training:
             "ladder": asdict(self.learner.ladder),
             **asdict(self.progress),
         }
-        tensors = capture(self.learner.model, self.learner.trainee.optimizer)
-        save_snapshot(self.run, self.progress.step, tensors, state, keep=self.config.run.keep)
+        tensors, keep = self.learner.capture(), self.config.run.keep
+        save_snapshot(self.run, self.progress.step, tensors, state, keep=keep)
 
     def _evaluate(self) -> None:
         """Held-out loss (on rank 0, for all), the best adapter so far, one answer to look at."""
-        from cllm.evaluate.answers import held_out_loss
         from cllm.runs import writing
 
         learner, progress = self.learner, self.progress
-        measured = 0.0
-        if learner.world.rank == 0:
-            precision, held_rows = learner.assembly.precision, learner.encoded.held_rows
-            measured = held_out_loss(learner.model, held_rows, precision, learner.chunk_bytes)
+        measured, figures = learner.held_out() if learner.world.rank == 0 else (0.0, {})
         loss = float(learner.world.share(repr(measured).encode()))
         improved = progress.best is None or loss < progress.best
         progress.evaluated = progress.step
@@ -366,7 +364,7 @@ class Training:
             learner.save(self.run)
         self.log.break_line()
         with writing(self.log.path):
-            self.log.write({"step": progress.step, "eval_loss": loss, "best": improved})
+            self.log.write({"step": progress.step, "eval_loss": loss, "best": improved, **figures})
         note("train.eval_loss", step=progress.step, loss=f"{loss:.3f}{' *' * improved}")
         if self.config.data.kind == "chat":
             self._show_an_answer()

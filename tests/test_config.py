@@ -81,3 +81,15 @@ def test_unreadable_and_broken_files_are_one_line(tmp_path: Path) -> None:
         load_config("preset:qwen9")
     with pytest.raises(UserError, match=r"tokens_per_step must be at least train\.row_tokens"):
         load_config(ROOT / "cllm.toml", ["train.row_tokens=4096", "train.tokens_per_step=1024"])
+
+
+def test_what_no_preference_loss_goes_with_is_said_at_once() -> None:
+    overrides = 'preference.loss="orpo" data.truncate="prompt" lora.dropout=0.1 data.kind="text"'
+    with pytest.raises(UserError) as refused:
+        load_config(ROOT / "cllm.toml", overrides.split())
+    text = str(refused.value)
+    for key in ("data.truncate", "lora.dropout", "data.kind", "preference.sft = 1"):
+        assert key in text, key
+    for wrong in ("beta=0", "label_smoothing=0.5", "ld_alpha=1.5", "sft=-1", 'loss="sigmoid"'):
+        with pytest.raises(UserError, match=wrong.split("=")[0]):
+            load_config(ROOT / "cllm.toml", [f"preference.{wrong}"])

@@ -58,7 +58,7 @@ class Slices(Sequence[T]):
         start, end = self.starts[index], self.ends[index]
         return self.make(*(array[start:end] for array in self.arrays))
 
-    def pick(self, indices: Array) -> Slices[T]:
+    def pick(self, indices: Array | list[int]) -> Slices[T]:
         """The items at these indices, as lazy as these."""
         return Slices(self.make, self.starts[indices], self.ends[indices], *self.arrays)
 

@@ -47,6 +47,12 @@ class PackedBatch:
     """(N+1,) int32, always in host memory: the attention reads its bounds there."""
     device_seqlens: Tensor | None = None
     """The same on the device, for kernels that take all sequences at once."""
+    numbers: Tensor | None = None
+    """(N,) int64 of preference data, always in host memory: which answer each sequence is, twice
+    its conversation's number, and one more for the rejected one.
+    """
+    weights: Tensor | None = None
+    """(T,) float32: what each position counts in the loss; None: 1."""
 
     @property
     def weight(self) -> int:
@@ -61,6 +67,7 @@ class PackedBatch:
             position_ids=without_waiting(self.position_ids, device),
             supervised=without_waiting(self.supervised, device),
             device_seqlens=without_waiting(self.cu_seqlens, device),
+            weights=None if self.weights is None else without_waiting(self.weights, device),
         )
 
     def split(self, tokens: int) -> list[PackedBatch]:
@@ -83,6 +90,10 @@ class PackedBatch:
                     position_ids=self.position_ids[low:high],
                     supervised=supervised[(supervised >= low) & (supervised < high)] - low,
                     cu_seqlens=bounds[(bounds >= low) & (bounds <= high)] - low,
+                    numbers=self.numbers
+                    if self.numbers is None
+                    else self.numbers[(bounds[:-1] >= low) & (bounds[:-1] < high)],
+                    weights=None if self.weights is None else self.weights[low:high],
                 )
             )
         return parts
@@ -151,11 +162,19 @@ class PackedRows:
 
     `state` is (epoch, row) of the next row: set it, or `seek`, to continue exactly there. `single`
     puts each sequence in a row of its own (architectures whose recurrent state would leak across a
-    packed row).
+    packed row). `numbers` (PackedBatch.numbers of the examples) keeps a conversation's answers
+    within `step_rows` rows that are taken together, or within two.
     """
 
     def __init__(
-        self, examples: Sequence[Example], row_tokens: int, *, seed: int = 0, single: bool = False
+        self,
+        examples: Sequence[Example],
+        row_tokens: int,
+        *,
+        seed: int = 0,
+        single: bool = False,
+        numbers: Sequence[int] = (),
+        step_rows: int = 1,
     ) -> None:
         self.examples, self.row_tokens, self.seed, self.single = examples, row_tokens, seed, single
         self.sizes = (
@@ -163,39 +182,75 @@ class PackedRows:
             if isinstance(examples, Slices)
             else [len(example.input_ids) for example in examples]
         )
+        self.numbers, self.step_rows = numbers, step_rows
         self.state = (0, 0)
-        self._rows = functools.lru_cache(2)(self._order)  # of the epoch that runs and the first
+        self._epoch = functools.lru_cache(2)(self._order)  # of the one that runs and the first
 
     def __len__(self) -> int:
         """Rows in the first epoch."""
-        return len(self._rows(0))
+        return len(self._epoch(0)[0])
 
-    def _order(self, epoch: int) -> list[list[int]]:
+    def steps(self, count: int) -> float:
+        """How often `take(count)` can be called in the first epoch."""
+        return len(self._epoch(0)[1]) - 1 if self.numbers else len(self) / count
+
+    def _order(self, epoch: int) -> tuple[list[list[int]], Sequence[int]]:
+        """(rows, where those begin that are taken together, and the end)."""
         shuffle = random.Random(f"{self.seed}/{epoch}")
+        rows: list[list[int]] = []
+        if self.numbers:
+            together: dict[int, list[int]] = {}
+            for index, number in enumerate(self.numbers):
+                together.setdefault(number // 2, []).append(index)
+            bounds = [0]
+            conversations = list(together.values())
+            shuffle.shuffle(conversations)
+            window: list[int] = []
+            for answers in conversations:
+                if window and len(self._packed([*window, *answers])) > self.step_rows:
+                    rows += self._packed(window)
+                    bounds.append(len(rows))
+                    window = []
+                window = window + answers
+            rows += self._packed(window)
+            return rows, [*bounds, len(rows)]
         order = list(range(len(self.examples)))
         shuffle.shuffle(order)
-        rows: list[list[int]] = []
         for start in range(0, len(order), _WINDOW):
-            window = order[start : start + _WINDOW]
-            sizes = [self.row_tokens if self.single else self.sizes[i] for i in window]
-            rows += [[window[i] for i in group] for group in best_fit(sizes, self.row_tokens)]
+            rows += self._packed(order[start : start + _WINDOW])
         shuffle.shuffle(rows)
-        return rows
+        return rows, range(len(rows) + 1)
+
+    def _packed(self, window: list[int]) -> list[list[int]]:
+        sizes = [self.row_tokens if self.single else self.sizes[i] for i in window]
+        return [[window[i] for i in group] for group in best_fit(sizes, self.row_tokens)]
+
+    def _collated(self, row: list[int]) -> PackedBatch:
+        batch = collate([self.examples[i] for i in row])
+        if self.numbers:
+            batch.numbers = torch.tensor([self.numbers[i] for i in row])
+        return batch
 
     def take(self, count: int) -> list[PackedBatch]:
-        """The next `count` rows, running on into the next epoch."""
-        batches = []
+        """The next `count` rows, running on into the next epoch; of preference data as many as
+        hold both answers of each conversation.
+        """
+        batches: list[PackedBatch] = []
         epoch, row = self.state
-        for _ in range(count):
-            rows = self._rows(epoch)
-            batches.append(collate([self.examples[i] for i in rows[row]]))
-            epoch, row = (epoch, row + 1) if row + 1 < len(rows) else (epoch + 1, 0)
+        while len(batches) < count:
+            rows, bounds = self._epoch(epoch)
+            unit = bisect.bisect_right(bounds, row)
+            taken = rows[bounds[unit - 1] : bounds[unit]]
+            if batches and len(batches) + len(taken) > count:
+                break
+            batches += map(self._collated, taken)
+            epoch, row = (epoch, bounds[unit]) if bounds[unit] < len(rows) else (epoch + 1, 0)
         self.state = (epoch, row)
         return batches
 
     def seek(self, epoch: int, row: int) -> None:
         """Go on at that row of that epoch. Raises IndexError if the epoch has no such row."""
-        if not 0 <= row < len(self._rows(epoch)):
+        if not 0 <= row < len(self._epoch(epoch)[0]):
             raise IndexError(f"epoch {epoch} has no row {row}")
         self.state = (epoch, row)
 
@@ -203,5 +258,5 @@ class PackedRows:
         """What the memory plan is proven on, of the first epoch: the row with the most tokens, or
         with `max` the row of the longest sequence, whose attention may take more.
         """
-        row = max(self._rows(0), key=lambda row: measure(self.sizes[i] for i in row))
-        return collate([self.examples[i] for i in row])
+        rows, _ = self._epoch(0)
+        return self._collated(max(rows, key=lambda row: measure(self.sizes[i] for i in row)))

@@ -49,9 +49,9 @@ BOILERPLATE = re.compile(
 
 def deduplicate(conversations: Iterable[Conversation]) -> list[Conversation]:
     """The conversations without exact duplicates, in order; of equal ones the first is kept."""
-    first: dict[tuple[tuple[Message, ...], str], Conversation] = {}
-    for conversation in conversations:
-        first.setdefault((conversation.messages, conversation.tools), conversation)
+    first: dict[tuple[tuple[Message, ...], tuple[Message, ...], str], Conversation] = {}
+    for item in conversations:
+        first.setdefault((item.messages, item.rejected, item.tools), item)
     return list(first.values())
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
 from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, once, whole
+from cllm.data.pairs import PairNormalizer
 from cllm.data.schema import Conversation, Normalizer, Reject, to_row
 from cllm.data.text import VERBATIM, RowError, TextOptions, printable
 from cllm.data.turns import SCHEMA_KEYS
@@ -57,11 +58,11 @@ def iter_conversations(
 
     columns: user, assistant, system, history, category -> a column's name, its index where there is
     no header ("0"), or a template ("{Question}\\nA. {A}"); None detects the schema of each row.
-    kind: "chat", or "text" for {"text": …} pre-training rows; unread: where fields that held text
-    and were not read are counted, per file. Raises UserError for a missing or
+    kind: "chat", "text" for {"text": …} pre-training rows, or "pairs" of preference; unread: where
+    fields that held text and were not read are counted, per file. Raises UserError for a missing or
     unreadable file and for a wrong mapping, when the first row is asked for; never for bad data.
     """
-    normalize = Normalizer(columns, kind, options)
+    normalize = (PairNormalizer if kind == "pairs" else Normalizer)(columns, kind, options)
     for file in list_files(path):
         name = file_name(file)
         count = before = 0

@@ -51,7 +51,8 @@ from cllm.messages import UserError, say
 
 REASONS = tuple(
     "empty_user empty_assistant no_assistant empty_turn role_order unknown_role unknown_schema "
-    "not_an_object parse_error decode_error invalid_text negative_label".split()
+    "not_an_object parse_error decode_error invalid_text negative_label no_rejected no_winner "
+    "identical_pair no_common_prompt".split()
 )
 FOLLOWS = {  # what may come after what; several tools may answer one call
     "": ("system", "user"),
@@ -83,7 +84,8 @@ class Conversation:
     """Messages in order, plus where they came from.
 
     category: the row's own `task` / `category` / `class` string, for scores per category; tools:
-    the tool list as JSON, verbatim.
+    the tool list as JSON, verbatim; rejected: the whole dialogue with the answer that was not
+    chosen (`cllm.data.pairs`). A vote against a single answer ends with the question.
     """
 
     messages: tuple[Message, ...]
@@ -91,6 +93,7 @@ class Conversation:
     tools: str = ""
     file: str = ""
     line: int = 0
+    rejected: tuple[Message, ...] = ()
 
     def __iter__(self) -> Iterator[Message]:
         return iter(self.messages)

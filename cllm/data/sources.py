@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from cllm.config import DataConfig
 from cllm.data.message import restored_message
+from cllm.data.pairs import joined_votes
 from cllm.data.quality import deduplicate, repeated_questions, split_held_out
 from cllm.data.reader import Unread, list_files, read_conversations, uncollected
 from cllm.data.schema import Conversation, Reject
@@ -40,23 +41,36 @@ class Data(NamedTuple):
 
 
 def read_file(
-    data: DataConfig, path: str, columns: dict[str, str], unread: Unread | None = None
+    data: DataConfig,
+    path: str,
+    columns: dict[str, str],
+    unread: Unread | None = None,
+    *,
+    pairs: bool = False,
 ) -> tuple[list[Conversation], list[Reject]]:
-    """One file, folder or built-in set, with the options of [data]. Raises UserError if it is
-    missing or unreadable.
+    """One file, folder or built-in set, with the options of [data]; `pairs`: of preference. Raises
+    UserError if it is missing or unreadable.
     """
     options = TextOptions(
         **{field.name: getattr(data, field.name) for field in fields(TextOptions)}
     )
     source, mapping = BUILT_IN.get(path, path), columns or data.columns or None
-    return read_conversations(source, mapping, data.kind, options, unread)
+    if not pairs:
+        return read_conversations(source, mapping, data.kind, options, unread)
+    conversations, rejects = read_conversations(source, mapping, "pairs", options, unread)
+    joined, contradicted = joined_votes(conversations)
+    return joined, rejects + contradicted
 
 
-def read_sources(data: DataConfig, unread: Unread) -> tuple[list[list[Conversation]], list[Reject]]:
+def read_sources(
+    data: DataConfig, unread: Unread, *, pairs: bool = False
+) -> tuple[list[list[Conversation]], list[Reject]]:
     """(conversations of each source as they stand in its files, every reject); fields that were
     not read are counted in `unread`.
     """
-    read = [read_file(data, source.path, source.columns, unread) for source in data.train]
+    read = [
+        read_file(data, source.path, source.columns, unread, pairs=pairs) for source in data.train
+    ]
     return [found for found, _ in read], [reject for _, rejects in read for reject in rejects]
 
 
@@ -95,9 +109,9 @@ def divide(
     return train, held_out, len(everything) - len(kept)
 
 
-def prepare(data: DataConfig) -> Data:
-    """The data that [data] names, from the cache if nothing has changed. Raises UserError as
-    `read_file`, and for an empty eval file.
+def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
+    """The data that [data] names (`pairs`: of preference), from the cache if nothing has changed.
+    Raises UserError as `read_file`, and for an empty eval file.
     """
     warn_of_demo(data)
     import numpy as np
@@ -107,8 +121,11 @@ def prepare(data: DataConfig) -> Data:
     @uncollected()
     def make() -> cache.Entry:
         unread: Unread = {}
-        groups, rejects = read_sources(data, unread)
-        given, refused = read_file(data, data.eval, {}, unread) if data.eval else ([], [])
+        groups, rejects = read_sources(data, unread, pairs=pairs)
+        given: list[Conversation] = []
+        refused: list[Reject] = []
+        if data.eval:
+            given, refused = read_file(data, data.eval, {}, unread, pairs=pairs)
         if data.eval and not given:
             raise UserError("data.empty", path=data.eval, rejects=len(refused))
         train, held_out, dropped = divide(data, groups, given)
@@ -131,6 +148,7 @@ def prepare(data: DataConfig) -> Data:
     paths = [source.path for source in data.train] + [data.eval] * bool(data.eval)
     key = cache.key_of(
         data,
+        pairs,
         language(),
         files=[file for path in paths for file in list_files(BUILT_IN.get(path, path))],
     )
@@ -146,11 +164,11 @@ def prepare(data: DataConfig) -> Data:
 def _stored(item: Conversation) -> bytes:
     """Fields parted by NUL, which no message holds; the tools, which may, come last."""
     fields = (
-        str(3 * len(item.messages)),
+        f"{3 * len(item.messages)} {3 * len(item.rejected)}",
         item.category,
         item.file,
         str(item.line),
-        *chain.from_iterable((m.role, m.content, m.parts) for m in item),
+        *chain.from_iterable((m.role, m.content, m.parts) for m in chain(item, item.rejected)),
         item.tools,
     )
     return "\x00".join(fields).encode("utf-8", "surrogatepass")
@@ -158,6 +176,8 @@ def _stored(item: Conversation) -> bytes:
 
 def _restored(text: Any) -> Conversation:
     count, rest = text.tobytes().decode("utf-8", "surrogatepass").split("\x00", 1)
-    category, file, line, *said, tools = rest.split("\x00", 3 + int(count))
+    size, others = map(int, count.split())
+    category, file, line, *said, tools = rest.split("\x00", 3 + size + others)
     messages = tuple(map(restored_message, said[::3], said[1::3], said[2::3]))
-    return Conversation(messages, category, tools, file, int(line))
+    rejected = messages[size // 3 :]
+    return Conversation(messages[: size // 3], category, tools, file, int(line), rejected)

@@ -152,7 +152,8 @@ def row_nll(model: Any, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> T
 
 
 def sft_loss(model: nn.Module, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """Summed nats over the row's supervised tokens (scalar float32); divide by `batch.weight` for
-    the mean.
+    """Summed nats over the row's supervised tokens (scalar float32), each times its weight if the
+    row has any; divide by `batch.weight` for the mean.
     """
-    return row_nll(model, batch, chunk_bytes).sum()
+    nll = row_nll(model, batch, chunk_bytes)
+    return (nll if batch.weights is None else nll * batch.weights).sum()

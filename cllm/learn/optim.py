@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from cllm.data.packing import PackedBatch
 from cllm.learn.dist import World
+from cllm.learn.preference import Preference, Weighed
 from cllm.messages import UserError
 from cllm.model.device import Precision, out_of_memory
 
@@ -33,7 +35,7 @@ class StepStats(NamedTuple):
     """What one optimizer step did."""
 
     loss: float
-    """Mean nats per supervised token of the whole step."""
+    """Mean nats per supervised token of the whole step, or its mean preference loss."""
     grad_norm: float
     """Euclidean norm of the adapter gradients before clipping."""
     tokens: int
@@ -42,6 +44,14 @@ class StepStats(NamedTuple):
     """The loss or the gradient was not finite: nothing was updated (and an enabled scaler lowered
     its scale).
     """
+    preference: Mapping[str, float] = MappingProxyType({})
+    """`Weighed.figures` of a step on preference data."""
+
+    def figures(self) -> dict[str, Any]:
+        """Everything by its name."""
+        values: dict[str, Any] = self._asdict()
+        values |= values.pop("preference")
+        return values
 
 
 def learning_rate(
@@ -186,6 +196,8 @@ class Trainee:
     precision: Precision
     scaler: torch.amp.GradScaler
     max_norm: float = 1.0
+    preference: Preference | None = None
+    """With it a step takes two passes: `cllm.learn.preference`."""
 
     def step(
         self,
@@ -208,17 +220,21 @@ class Trainee:
         scaler = self.scaler
         trained = parameters_of(self.optimizer)
         weight = sum(batch.weight for batch in rows)
+        measured = self._measured(rows, world, micro_tokens)
+        weighed, divisor = (measured.rows, 1) if measured else (rows, max(1, weight))
         total = torch.zeros((), device=trained[0].device)
 
         def gradients() -> None:
             for index in range(world.rank, len(rows), world.size):
                 if seed:
                     torch.manual_seed(random.Random(f"{seed}/{index}").getrandbits(63))
-                for part in rows[index].split(micro_tokens):
+                for part in weighed[index].split(micro_tokens):
                     with self.precision.autocast():
-                        loss = self.objective(self.model, part.to(total.device)) / max(1, weight)
+                        loss = self.objective(self.model, part.to(total.device)) / divisor
                     scaler.scale(loss).backward()
                     total.add_(loss.detach())
+            if measured:  # pass 2 has its gradient, not its value
+                total.fill_(0.0 if world.rank else measured.loss)
 
         def update() -> tuple[float, float, bool]:
             scaler.unscale_(self.optimizer)
@@ -241,7 +257,23 @@ class Trainee:
             mean, grad_norm, skipped = _in_memory(update, world, altered=True)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        return StepStats(mean, grad_norm, sum(len(b.input_ids) for b in rows), weight, skipped)
+        tokens, figures = sum(len(b.input_ids) for b in rows), measured.figures if measured else {}
+        return StepStats(mean, grad_norm, tokens, weight, skipped, figures)
+
+    def _measured(
+        self, rows: Sequence[PackedBatch], world: World, micro_tokens: int
+    ) -> Weighed | None:
+        """Pass 1 of a step on preference data."""
+        preference, autocast = self.preference, self.precision.autocast
+        if preference is None:
+            return None
+
+        def measure() -> Tensor:
+            return preference.nats(self.model, rows, autocast, world, micro_tokens)
+
+        nats = _in_memory(measure, world, altered=False)
+        world.sum_([nats])
+        return preference.weighed(rows, nats.cpu())
 
 
 def _in_memory(work: Callable[[], Result], world: World, *, altered: bool) -> Result:

@@ -1,0 +1,298 @@
+"""Preference tuning in the one loop: two passes equal one, a pair in two rows, SFT's peak, exact
+resume, ranks, memory that runs out, and bad input in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import demo_rows, write_config
+from safetensors.torch import load_file
+from test_learn_dist import assert_same, start
+from test_learn_loss import FP32, adapted, gradients
+from test_train import adapter_bytes, metrics
+
+from cllm.__main__ import run
+from cllm.config import PreferenceConfig
+from cllm.data.encode import Example
+from cllm.data.packing import PackedBatch, PackedRows
+from cllm.learn import preference_loss, row_nll, sft_loss
+from cllm.learn.dist import World
+from cllm.learn.optim import Trainee, make_optimizer
+from cllm.learn.preference import LOSSES, Preference
+from cllm.learn.proof import peak_bytes
+
+
+def pair_examples(count: int, seed: int = 0) -> list[Example]:
+    """Two answers to each of `count` prompts: chosen, rejected, chosen, …"""
+    draw = random.Random(seed)
+    listed = []
+    for _ in range(count):
+        prompt = [draw.randrange(3, 96) for _ in range(draw.randrange(3, 8))]
+        for _ in range(2):
+            answer = [draw.randrange(3, 96) for _ in range(draw.randrange(1, 14))]
+            labels = [-100] * len(prompt) + answer
+            listed.append(Example(prompt + answer, labels))
+    return listed
+
+
+def step_rows(examples: list[Example], row_tokens: int, **options: Any) -> list[PackedBatch]:
+    rows = PackedRows(
+        examples, row_tokens, numbers=list(range(len(examples))), step_rows=99, **options
+    )
+    return rows.take(len(rows))
+
+
+def trainee(model: Any, settings: PreferenceConfig, reference: torch.Tensor) -> Trainee:
+    return Trainee(
+        model,
+        sft_loss,
+        make_optimizer(model, 1e-3),
+        FP32,
+        FP32.scaler(),
+        0.0,
+        Preference(settings, reference, row_nll),
+    )
+
+
+def step_gradients(model: Any, work: Trainee, rows: list[PackedBatch], **options: Any) -> Any:
+    """(loss, gradients) of a step; the optimizer's own change is kept from happening."""
+    kept: list[torch.Tensor] = []
+    work.optimizer.step = lambda *_, **__: kept.append(gradients(model))  # type: ignore[method-assign]
+    stats = work.step(rows, **options)
+    return stats, kept[0]
+
+
+def one_pass(
+    model: Any, examples: list[Example], settings: PreferenceConfig, reference: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """Every answer alone with a graph of its own: the formula, without anything of the step."""
+    tempered, plain, tokens = [], [], []
+    for place, example in enumerate(examples):
+        (row,) = PackedRows([example], 99).take(1)
+        (other,) = PackedRows([examples[place ^ 1]], 99).take(1)
+        nll = row_nll(model, row)[row.supervised]
+        shared = min(len(nll), other.weight)
+        tempered.append(-(nll[:shared].sum() + settings.ld_alpha * nll[shared:].sum()))
+        plain.append(nll.sum())
+        tokens.append(len(nll))
+    sums, counts = torch.stack(tempered).double(), torch.tensor(tokens)
+    losses = preference_loss(
+        sums[::2],
+        sums[1::2],
+        reference[::2],
+        reference[1::2],
+        counts[::2],
+        counts[1::2],
+        loss=settings.loss,
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        gamma=settings.gamma,
+    )
+    loss = losses.mean() + settings.sft * torch.stack(plain[::2]).sum() / counts[::2].sum()
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize("ld_alpha", [1.0, 0.4])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_passes_over_packed_rows_equal_one_over_single_answers(
+    loss: str, ld_alpha: float
+) -> None:
+    examples = pair_examples(5)
+    settings = PreferenceConfig(
+        loss=loss,  # type: ignore[arg-type]
+        beta=0.3,
+        label_smoothing=0.1,
+        sft=0.5,
+        ld_alpha=ld_alpha,
+    )
+    model = adapted()
+    reference = (
+        torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 40
+    )
+    value, truth = one_pass(model, examples, settings, reference)
+    model.zero_grad()
+    for row_tokens, micro in ((200, 10**6), (24, 10**6), (64, 20)):
+        rows = step_rows(examples, row_tokens)
+        stats, ours = step_gradients(
+            model, trainee(model, settings, reference), rows, micro_tokens=micro
+        )
+        assert stats.loss == pytest.approx(value, rel=1e-5)
+        assert (ours - truth).norm() < 1e-5 * truth.norm(), row_tokens
+    rows = step_rows(examples, 24)
+    assert any(
+        len({int(n) // 2 for n in row.numbers}) > len(row.numbers) / 2  # type: ignore[union-attr]
+        for row in rows
+    )  # a pair lay in two rows
+
+
+def test_a_vote_is_its_half_and_says_nothing_of_the_other() -> None:
+    examples = pair_examples(2)
+    model = adapted()
+    settings = PreferenceConfig(loss="apo_zero_unpaired", beta=0.3)
+    reference = torch.full((8,), -30.0, dtype=torch.float64)
+    rows = PackedRows([examples[0], examples[3]], 99, numbers=[0, 3], step_rows=9).take(1)
+    stats, ours = step_gradients(model, trainee(model, settings, reference), rows)
+    (good,), (bad,) = (PackedRows([examples[i]], 99).take(1) for i in (0, 3))
+    model.zero_grad()
+    a, b = (-row_nll(model, row).sum() + 30 for row in (good, bad))
+    loss = (1 - torch.sigmoid(0.3 * a) + torch.sigmoid(0.3 * b)) / 2
+    loss.backward()
+    assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
+    truth = gradients(model)
+    assert (ours - truth).norm() < 1e-5 * truth.norm()
+
+
+def test_both_answers_are_in_one_step_and_every_pair_once_an_epoch() -> None:
+    examples = pair_examples(40)
+    for step, row_tokens, single in ((1, 24, False), (3, 40, False), (4, 40, True)):
+        rows = PackedRows(
+            examples, row_tokens, numbers=list(range(80)), step_rows=step, single=single, seed=3
+        )
+        seen: list[int] = []
+        steps = int(rows.steps(step))
+        while len(seen) < 80:
+            batch = rows.take(step)
+            numbers = torch.cat([row.numbers for row in batch]).tolist()  # type: ignore[misc]
+            assert len(batch) <= max(step, 2) and {n ^ 1 for n in numbers} == set(numbers)
+            seen += numbers
+            steps -= 1
+        assert sorted(seen) == list(range(80)) and rows.state == (1, 0) and steps >= 0
+        rows.seek(0, len(rows) - 1)
+        assert rows.take(step)
+
+
+def test_the_peak_is_sfts() -> None:
+    examples = pair_examples(60)
+    rows = step_rows(examples, 256)
+    peaks = {}
+    for name in ("none", "dpo"):
+        model = adapted()
+        settings = PreferenceConfig(loss="dpo", sft=0.1, ld_alpha=0.5)
+        work = trainee(model, settings, torch.empty(0))
+        measure = partial(work.preference.nats, model, rows, FP32.autocast, World())  # type: ignore[union-attr]
+        nats = measure()
+        numbers = torch.cat([row.numbers for row in rows])  # type: ignore[misc]
+        reference = torch.zeros(120, dtype=torch.float64).index_copy(0, numbers, -nats[0])
+        work = trainee(model, settings, reference)
+        if name == "none":
+            work = Trainee(model, sft_loss, work.optimizer, FP32, FP32.scaler())
+        work.step(rows)
+        peaks[name] = peak_bytes(lambda: work.step(rows), model, work.optimizer)  # noqa: B023
+        if name == "dpo":
+            peaks["reference"] = peak_bytes(measure, model, work.optimizer)
+    assert peaks["dpo"] <= 1.02 * peaks["none"] and peaks["reference"] <= peaks["none"]
+
+
+# ---------------------------------------------------------------------- the program
+
+
+@pytest.fixture()
+def pairs(tmp_path: Path, checkpoint: Path) -> Path:
+    """`config` with pairs: the same questions, and another row's answer rejected."""
+    return pairs_config(tmp_path, checkpoint)
+
+
+def pairs_config(folder: Path, checkpoint: Path) -> Path:
+    listed = demo_rows()
+    keys = list(listed[0])
+    path = write_config(folder, checkpoint, listed)
+    answer = next(key for key in ("output", "response", "answer") if key in keys)
+    rows = []
+    for place, row in enumerate(listed):
+        other = listed[(place + 1) % len(listed)][answer]
+        ask = {key: value for key, value in row.items() if key != answer}
+        rows.append({**ask, "chosen": row[answer], "rejected": f"{other}{place}"})
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "data.jsonl").write_text(text, encoding="utf-8")
+    settings = '[preference]\nloss = "dpo"\n'
+    text = path.read_text(encoding="utf-8").replace("dropout = 0.1", "dropout = 0.0")
+    path.write_text(text + settings, encoding="utf-8")
+    return path
+
+
+def test_a_run_on_pairs_from_file_to_adapter(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", [str(pairs)]) == 0
+    summary = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    directory = tmp_path / "runs" / "a"
+    assert summary["steps"] == 6
+    rows = metrics(directory)
+    steps = [row for row in rows if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the policy is its reference
+    assert abs(steps[0]["margin"]) < 1e-4 and steps[-1]["margin"] > 1e-3
+    figures = "accuracy chosen_logp rejected_logp chosen_tokens rejected_tokens kl".split()
+    assert {*figures} <= set(steps[0]) and steps[-1]["kl"] > 0
+    held = [row for row in rows if "eval_loss" in row]
+    assert held[-1]["eval_loss"] < held[0]["eval_loss"] and "eval_accuracy" in held[-1]
+    assert summary["eval"]["adapter"]["loss"] > 0
+    reference = load_file(directory / "snapshots" / "step-000006" / "state.safetensors")
+    assert reference["reference"].isfinite().all()
+
+
+def test_resume_is_bit_exact_and_against_the_same_reference(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("train", [str(pairs), "eval.samples=0"]) == 0
+    whole = tmp_path / "runs" / "a"
+    import cllm.train
+
+    step = cllm.train.Training._step
+
+    def interrupted(self: Any) -> Any:
+        stats = step(self)
+        if self.progress.step == 4:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        return stats
+
+    monkeypatch.setattr(cllm.train.Training, "_step", interrupted)
+    options = [str(pairs), "eval.samples=0", f"run.dir={tmp_path / 'runs' / 'b'}"]
+    options.append("run.snapshot_every=2")
+    assert run("train", options) == 130
+    monkeypatch.setattr(cllm.train.Training, "_step", step)
+    assert run("train", [*options, "--resume"]) == 0
+    assert adapter_bytes(tmp_path / "runs" / "b") == adapter_bytes(whole)
+    assert metrics(tmp_path / "runs" / "b") == metrics(whole)
+
+
+def test_the_reference_is_measured_once_and_kept(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cllm.learner import Learner
+
+    monkeypatch.setenv("CLLM_DATA_CACHE", str(tmp_path / "cache"))
+    options = [str(pairs), "eval.samples=0", "train.steps=2"]
+    assert run("train", options) == 0
+    measured = Learner._answer_nats
+    monkeypatch.setattr(Learner, "_answer_nats", lambda _: pytest.fail("measured again"))
+    assert run("train", options) == 0
+    assert metrics(tmp_path / "runs" / "a") == metrics(tmp_path / "runs" / "a-2")
+    monkeypatch.setattr(Learner, "_answer_nats", measured)
+    init = f"lora.init_from={tmp_path / 'runs' / 'a'}"
+    assert run("train", [*options, init]) == 0  # another policy at step 0, another reference
+    first, third = (
+        load_file(tmp_path / "runs" / name / "snapshots" / "step-000000" / "state.safetensors")
+        for name in ("a", "a-3")
+    )
+    assert not torch.equal(first["reference"], third["reference"])
+    (start, *_) = metrics(tmp_path / "runs" / "a-3")
+    assert start["eval_margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_two_ranks_follow_one(pairs: Path, tmp_path: Path) -> None:
+    options = [str(pairs), "train.tokens_per_step=384", "eval.samples=0"]
+    assert run("train", options) == 0
+    twice = tmp_path / "runs" / "twice"
+    ranks = start([*options, f"run.dir={twice}"])
+    told = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert_same(twice, tmp_path / "runs" / "a")
