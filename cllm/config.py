@@ -305,7 +305,9 @@ def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
         for key, value in _WITH_PAIRS.items():
             section, _, name = key.partition(".")
             if getattr(getattr(config, section), name) != value:
-                problems.append(say("config.pairs", where=where(key), key=key, value=to_json(value)))
+                problems.append(
+                    say("config.pairs", where=where(key), key=key, value=to_json(value))
+                )
     if config.preference.loss == "orpo" and not config.preference.sft:
         problems.append(say("config.orpo", where=where("preference.loss")))
     return problems
