@@ -76,6 +76,9 @@ def spoken(segments: Any, *, trained: bool = True) -> str:
         (sharegpt(("human", Q), ("function_call", f"看看\n{TEXT}")), "看看"),
         (sharegpt(("human", Q), ("gpt", "看看"), ("function_call", TEXT)), "看看"),
         (sharegpt(("human", Q), ("tool_call", json.dumps(WIRE))), ""),
+        (sharegpt(("human", Q), ("function-call", TEXT)), ""),
+        (sharegpt(("human", Q), ("tool_calls", [CALL])), ""),
+        (sharegpt(("human", Q), ("gpt", f"看看 <functioncall>{TEXT}</functioncall>")), "看看"),
         (sharegpt(("human", Q), ("gpt", TEXT), tools=TOOLS), ""),
         ({"query": Q, "answers": json.dumps([CALL]), "tools": json.dumps(TOOLS)}, ""),
         (sharegpt(("human", Q), ("gpt", f"看看<tool_call>\n{TEXT}\n</tool_call>")), "看看"),
@@ -109,6 +112,7 @@ def test_several_calls_stay_in_order_and_their_results_are_turns() -> None:
         [("function_call", [CALL, clock]), ("observation", "21"), ("observation", {"t": 8})],
         [("function_call", TEXT), ("function_call", clock), ("tool", "21"), ("function", {"t": 8})],
         [("gpt", tagged), ("tool", results)],
+        [("gpt", tagged), ("user", results)],
     ):
         assert list(read(sharegpt(("human", Q), *said, ("gpt", A)))) == expected
     uses = [
@@ -174,6 +178,9 @@ def test_text_about_calls_stays_text() -> None:
         {"instruction": Q, "output": A, "reasoning_content": "想"},
         {"question": Q, "answer": A, "Complex_CoT": "想"},
         {"prompt": Q, "response": A, "cot": "想"},
+        {"Question": Q, "Complex_CoT": "想", "Response": A},
+        {"question": Q, "answer": A, "chain_of_thought": "想"},
+        answering(content=A, think="想"),
     ],
 )
 def test_reasoning_is_a_part_wherever_it_stands(row: Any) -> None:
