@@ -36,6 +36,7 @@ def turns(row: Any) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in result]
 
 
+PASSAGE = "祁门红茶产于安徽祁门一带，是红茶中的名品，香气似花似果，又有人说像蜜糖，人称祁门香。"
 LISTED = "A. 祁红\nB. 龙井"
 
 
@@ -79,6 +80,11 @@ def test_an_answer_that_names_a_column_or_a_place_names_the_letter() -> None:
     assert turns({"question": Q, "opa": "祁红", "opb": "龙井", "answer": "opb"})[1][1] == "B"
     assert turns({"question": Q, "choices": ["祁红", "龙井"], "answer": 1})[1][1] == "B"
     assert turns({"question": "几个？", "answer": 1})[1][1] == "1"
+    assert read({"question": Q, "choices": ["祁红", "龙井"], "answer": "1"})[1] == set()
+    assert turns({"question": Q, "choices": ["祁红", "龙井"], "answer": "1"})[1][1] == "B"
+    assert turns({"question": Q, "choices": ["1", "2"], "answer": "2"})[1][1] == "2"
+    beyond, _ = read({"question": Q, "choices": ["祁红", "龙井"], "answer": 2})
+    assert isinstance(beyond, Reject)  # of a file that counts from 1
     words = "祁红和龙井，哪个是红茶？"  # without letters, an answer in letters says nothing
     row = {"question": words, "options": ["祁红", "龙井"]}
     assert turns(row | {"answer": "A"})[0][1] == f"{words}\n{LISTED}"
@@ -117,6 +123,12 @@ def test_a_passage_that_is_the_question_or_the_answer_is_none() -> None:
         {"question": Q, "answer": A, "video": {"path": "a.mp4"}},
         {"question": Q, "answer": A, "Audios": ["a.wav"]},
         {"question": "<image>\n这是什么？", "answer": A},
+        {"question": Q, "answer": A, "image_paths": ["a.jpg"]},
+        {"question": Q, "answer": A, "img": "a.jpg"},
+        {"messages": [TURNS[0] | {"images": ["a.jpg"]}, TURNS[1]]},
+        {"question": "<ImageHere>这是什么？", "answer": A},
+        {"question": "Picture 1: <img>image.jpg</img>这是什么？", "answer": A},
+        {"question": "<|image_pad|>这是什么？", "answer": A},
         {"instruction": "这个 <image> 里有什么？", "output": A},
         {
             "conversations": [
@@ -129,7 +141,10 @@ def test_a_passage_that_is_the_question_or_the_answer_is_none() -> None:
 def test_what_cannot_be_seen_or_heard_rejects_the_row_by_name(row: dict[str, Any]) -> None:
     result, _ = read(row)
     assert isinstance(result, Reject) and result.reason == "invalid_text"
-    assert any(word in result.detail.lower() for word in ("image", "video", "audios"))
+    assert any(word in result.detail.lower() for word in ("image", "img", "video", "audios"))
+    if "question" in row and "Audios" not in row:  # a mapping is by the names in the file
+        mapped, _ = read(row, {"user": "question", "assistant": "answer"})
+        assert isinstance(mapped, Reject) and mapped.detail == result.detail
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], float("nan")])
@@ -143,9 +158,13 @@ def test_negative_labels(label: Any) -> None:
     result, _ = read({"prompt": Q, "completion": A, "label": label})
     assert isinstance(result, Reject) and result.reason == "negative_label"
     assert isinstance(read({"prompt": Q, "completion": A, "label": 1})[0], Conversation)
+    tagged, _ = read({"prompt": Q, "completion": A, "kto_tag": label})
+    assert isinstance(tagged, Reject) and "kto_tag" in tagged.detail
 
 
-@pytest.mark.parametrize("key", ["system_prompt", "sys", "meta_instruction", "System"])
+@pytest.mark.parametrize(
+    "key", ["system_prompt", "sys", "meta_instruction", "System", "System Prompt", "system-message"]
+)
 def test_the_system_message_has_several_names(key: str) -> None:
     for row in ({"instruction": Q, "output": A}, {"messages": TURNS}, {"prompt": Q, "response": A}):
         assert turns(row | {key: "短答"}) == [("system", "短答"), *QA]
@@ -183,6 +202,8 @@ def test_the_system_message_has_several_names(key: str) -> None:
         {"dialogue": TURNS},
         {"turns": json.dumps(TURNS)},
         {"data": [{"question": Q, "answer": A}]},
+        {"Question": Q, "Response": A},
+        {"messages": [{"role": "user", "text": Q}, {"role": "model", "text": A}]},
     ],
 )
 def test_messages_and_rows_are_read_wherever_they_stand(row: dict[str, Any]) -> None:
@@ -213,13 +234,14 @@ def test_messages_in_a_place_for_text_are_never_joined() -> None:
         [{"human": "在吗", "gpt": "在。"}],
         [{"role": "user", "content": "在吗"}, {"role": "assistant", "content": "在。"}],
         [[{"role": "user", "content": "在吗"}, {"role": "assistant", "content": "在。"}]],
+        [["user", "在吗"], ["assistant", "在。"]],
         "Human: 在吗\nAssistant: 在。",
         '[{"query": "在吗", "response": "在。"}]',
     ],
 )
 def test_history_may_be_pairs_of_any_kind(history: Any) -> None:
     assert turns({"instruction": Q, "output": A, "history": history}) == [*BEFORE, *QA]
-    if isinstance(history, list) and len(history) == 1:
+    if isinstance(history, list) and len(history) == 1 and history[0] != "user":
         mixed = [*history, ["贵吗", "不贵。"]]
         more = [("user", "贵吗"), ("assistant", "不贵。")]
         assert turns({"query": Q, "response": A, "history": mixed}) == [*BEFORE, *more, *QA]
@@ -245,6 +267,11 @@ def test_a_word_that_is_no_tag_stays(text: str) -> None:
     ("row", "names"),
     [
         ({"instruction": Q, "output": A, "note": "别忘了"}, {"note"}),
+        (
+            {"instruction": Q, "output": A, "source": PASSAGE, "url": f"https://a/{'b' * 50}"},
+            {"source"},
+        ),
+        ({"messages": [TURNS[0] | {"meta": {"note": PASSAGE}}, TURNS[1]]}, {"messages.note"}),
         ({"instruction": Q, "output": A, "notes": ["", {"deep": [" 深 "]}]}, {"notes"}),
         ({"instruction": Q, "output": A, "note": " ", "score": 3, "flag": True, "x": []}, set()),
         (
@@ -374,7 +401,7 @@ def test_no_text_of_ten_thousand_damaged_rows_is_lost() -> None:
         "lose_nothing"
     ]
     seen = lose_nothing(10_000)
-    assert seen["rows"] == 10_000 and seen["valid"] > 4000 and seen["with_unread"] > 1000
+    assert seen["rows"] == 10_000 and seen["valid"] > 4000 and seen["with_unread"] > 800
 
 
 def test_metadata_names_are_no_fields() -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import chain
 from string import ascii_uppercase
 from typing import Any
 
@@ -21,7 +22,12 @@ OPTIONS = ("options", "option", "choices")
 _BESIDE = (*PASSAGES, *OPTIONS, "A")
 LETTERS = ascii_uppercase
 LONG = 40  # characters of a text that is looked for as a whole, not word by word
-MEDIA = frozenset("image images image_path image_url video videos audio audios".split())
+MEDIA = frozenset(
+    f"{noun}{plural}{tail}"
+    for noun in ("image", "img", "picture", "photo", "video", "audio")
+    for plural in ("", "s")
+    for tail in ("", "_path", "_paths", "_url", "_urls", "_file", "_files")
+)
 ALIASES = {
     "指令": "instruction",
     "输入": "input",
@@ -37,6 +43,8 @@ ALIASES = {
     "answer_key": "answer",
     "sys": "system",
     "system_prompt": "system",
+    "systemprompt": "system",
+    "system_message": "system",
     "meta_instruction": "system",
     "functions": "tools",
 }
@@ -55,12 +63,20 @@ METADATA = frozenset(
 )
 # words of markup that is taken away, and of fields that say "nothing"
 _UNSAID = frozenset(ALIASES).union(
+    map(str, range(len(LETTERS))),  # the place of an option
     "human user assistant bot client gpt moss inner thoughts commands results eoh eom eot eoc eor"
+    " system think tool_call tool_response functioncall function response endoftext name arguments"
     " none nan null n a noinput"
-    " 用户 助手 客户 律师 患者 医生 无 无输入 没有输入 无需输入 不适用".split()
+    " 用户 助手 客户 律师 患者 医生 无 无输入 没有输入 无需输入 不适用".split(),
 )
 _MARKED = re.compile(r"\(?([A-Z])[.、:：)）．]\s*")
-_PLACE = re.compile(r"<image>|\A\s*<(?:video|audio)>")  # both others are HTML's, too
+# the last two are HTML's, too
+PLACE = re.compile(
+    r"<(?i:image)(?:_?\d+|Here)?>|<\|(?:image|vision|video|audio)_\w+\|>|<img>[^<]*</img>"
+    r"|\A\s*<(?:video|audio)>"
+)
+# several words, or a sentence of Chinese
+_PROSE = re.compile(r"[，。？！；]|\S\s+\S+\s+\S+\s+\S")
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
@@ -80,7 +96,7 @@ def refuse_media(row: Row, turns: Iterable[Any]) -> None:
         if row[key] and row[key] == row[key]:
             raise RowError("row.media", "invalid_text", name=key)
     for turn in turns:
-        if turn.role == "user" and "<" in turn.content and (place := _PLACE.search(turn.content)):
+        if turn.role == "user" and "<" in turn.content and (place := PLACE.search(turn.content)):
             raise RowError("row.media", "invalid_text", name=place.group())
 
 
@@ -92,8 +108,11 @@ def with_fields(row: Row, ask: str, reply: Any, used: tuple[str, ...]) -> tuple[
         return ask, reply
     options = _options(row)
     labels = [label for label, _ in options]
-    if type(reply) is int and options and 0 <= reply < len(options):  # MMLU counts from 0
-        reply = labels[reply]
+    place = str(reply).strip() if type(reply) in (int, str) else ""
+    if any(labels) and place.isdecimal() and place not in chain(*options):  # MMLU counts from 0
+        if int(place) >= len(options):
+            raise RowError("row.option", "invalid_text", found=place, last=len(options) - 1)
+        reply = labels[int(place)]
     elif isinstance(reply, str) and ALIASES.get(reply.strip().lower()) in labels:
         reply = ALIASES[reply.strip().lower()]
     held = all(
@@ -155,9 +174,16 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def holds_text(value: Any) -> bool:
-    """Whether `value` is a text with something in it, or holds one."""
-    return next(_texts(value), None) is not None
+def holds_text(value: Any, prose: bool = False) -> bool:
+    """Whether `value` is a text with something in it, or holds one; `prose`: one that is longer
+    than what says where a row is from.
+    """
+    if isinstance(value, str) and (len(value) <= LONG if prose else value.strip()):
+        return not prose
+    texts = (
+        text for text in _texts(value) if not prose or (len(text) > LONG and _PROSE.search(text))
+    )
+    return next(texts, None) is not None
 
 
 def is_metadata(name: str) -> bool:
@@ -167,8 +193,9 @@ def is_metadata(name: str) -> bool:
 
 
 @lru_cache(10_000)
-def _fields(keys: tuple[Any, ...]) -> list[Any]:
-    return [key for key in keys if not is_metadata(str(key))]
+def with_kinds(keys: tuple[Any, ...]) -> list[tuple[Any, bool]]:
+    """(key, whether it is metadata)."""
+    return [(key, is_metadata(str(key))) for key in keys]
 
 
 def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> set[str]:
@@ -204,8 +231,10 @@ def _unsaid(value: Any, name: str, said: str) -> list[tuple[str, str]]:
     left: list[tuple[str, str]] = []
     if isinstance(value, dict):
         outer = name.partition(".")[0]
-        for key in _fields(tuple(value)):
+        for key, metadata in with_kinds(tuple(value)):
             inner = value[key]
+            if metadata and not holds_text(inner, prose=True):
+                continue
             if type(inner) is not str or inner not in said:
                 left += _unsaid(inner, f"{outer}.{key}" if outer else str(key), said)
     elif isinstance(value, (list, tuple)):

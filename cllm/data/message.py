@@ -16,20 +16,29 @@ from cllm.data.text import RowError, clean, json_text, text_of
 from cllm.messages import to_json
 
 _ROLE_WORDS = {
-    "system": "system",
+    "system": "system developer",
     "user": "human user client usr 用户",
-    "assistant": "gpt assistant bot counselor 助手 function_call tool_call",
-    "tool": "tool observation function tool_response ipython",
+    "assistant": "gpt assistant bot ai model counselor 助手 function_call tool_call tool_calls",
+    "tool": "tool observation function function_response tool_response tool_result ipython",
 }
 ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
-_CALLING = ("function_call", "tool_call")  # roles whose messages are nothing but calls
-FLAGS = ("loss", "weight", "train")  # of Swift, OpenAI and axolotl
+_CALLING = (
+    "function_call",
+    "tool_call",
+    "tool_calls",
+)  # roles whose messages are nothing but calls
+# of Swift, its later versions, OpenAI and axolotl
+FLAGS = ("loss", "loss_scale", "loss_weight", "weight", "train")
 # What was thought before an answer: beside a message's content, and as a column of a row.
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-THOUGHT_COLUMNS = (*THOUGHTS, "Complex_CoT", "inner_thought", "cot")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "think")
+THOUGHT_COLUMNS = (*THOUGHTS, "complex_cot", "inner_thought", "cot", "chain_of_thought")
 _BLOCK = re.compile(r"\s*<think>(.*?)</think>\n*", re.S)
 # Hermes's calls, several of them, and glaive's, one at the end
-_TAGGED = re.compile(r"<tool_call>\s*([{\[].*?)</tool_call>|<functioncall>\s*(\{.*\})\s*\Z", re.S)
+_TAGGED = re.compile(
+    r"<tool_call>\s*([{\[].*?)</tool_call>|<functioncall>\s*(\{.*\})"
+    r"(?:\s*</functioncall>)?\s*\Z",
+    re.S,
+)
 _JSON_START = re.compile(r"^[ \t]*[\[{]", re.M)
 _QUOTED = re.compile(r"""\{\s*"name":\s*"([^"]+)",\s*"arguments":\s*'(.*)'\s*\}""", re.S)
 _RESPONSES = re.compile(r"<tool_response>(.*?)</tool_response>", re.S)
@@ -233,8 +242,11 @@ def read_message(word: str, message: Mapping[str, Any]) -> list[Message]:
     """What a message says whose role is this word of `ROLES`: mostly one, or several where results
     of tools stand among its parts.
     """
-    role, key = ROLES[word], "content" if "content" in message else "value"
+    role = ROLES[word]
+    key = next((key for key in ("content", "value", "text") if key in message), "content")
     value = message.get(key)
+    if isinstance(value, str) and role == "user" and _RESPONSES.match(value.strip()):
+        role = "tool" if not clean(_RESPONSES.sub("", value)) else role  # Hermes's and Qwen's
     if len(message) == 2 and type(value) is str and role != "tool" and word not in _CALLING:
         return [Message(role, value)]  # most messages there are
     parts = value if isinstance(value, list) and any(isinstance(p, dict) for p in value) else []

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from cllm.data.fields import MEDIA, Row, holds_text, is_metadata, refuse_media, unread
+from cllm.data.fields import (
+    MEDIA,
+    PLACE,
+    Row,
+    holds_text,
+    is_metadata,
+    refuse_media,
+    unread,
+    with_kinds,
+)
 from cllm.data.message import ROLES, Call, Message, block_of, with_calls
 from cllm.data.text import (
     SURROGATE,
@@ -242,17 +251,18 @@ class _Plan(NamedTuple):
     reply: str
     system: str
     history: str
-    unread: list[str]
+    unread: list[tuple[str, bool]]
     categorized: bool
 
 
 @lru_cache(1000)
-def _speech(keys: tuple[str, ...]) -> tuple[str, str] | None:
-    """The keys of role and text of a message that has no other but metadata."""
+def _speech(keys: tuple[str, ...]) -> tuple[str, str, list[str]] | None:
+    """The keys of role and text of a message that has no other but metadata, and those."""
     pairs = (("role", "content"), ("from", "value"))
     pair = next((pair for pair in pairs if {*pair} <= {*keys}), ("", ""))
-    rest = {*keys} - {*pair}
-    return pair if pair[0] and "role" not in rest and all(map(is_metadata, rest)) else None
+    rest = [key for key in keys if key not in pair]
+    plain = pair[0] and "role" not in rest and all(map(is_metadata, rest))
+    return (*pair, rest) if plain else None
 
 
 def _plain_turns(elements: object, paired: bool = False) -> list[Message] | None:
@@ -266,9 +276,12 @@ def _plain_turns(elements: object, paired: bool = False) -> list[Message] | None
         said: Iterable[tuple[Any, Any]]
         if names := _speech(keys):
             said = ((element[names[0]], element[names[1]]),)
+            for key in names[2]:
+                if holds_text(element[key], prose=True):
+                    return None
         elif sides := _PLAIN_SIDES.get(keys):
             said = zip(sides, element.values(), strict=True)
-        elif paired and type(element) is list and len(element) == 2:
+        elif paired and type(element) is list and len(element) == 2 and element[0] not in [*ROLES]:
             said = zip(("user", "assistant"), element, strict=True)
         else:
             return None
@@ -278,7 +291,7 @@ def _plain_turns(elements: object, paired: bool = False) -> list[Message] | None
             role, text = _PLAIN_ROLES.get(word, ""), clean(text)
             if role not in FOLLOWS[before] or not text or text.startswith(("<", "SYSTEM: ")):
                 return None
-            if "<image>" in text or "call>" in text:
+            if "<" in text and ("call>" in text or PLACE.search(text)):
                 return None
             messages.append(Message(role, text))
             before = role
@@ -361,7 +374,9 @@ class Normalizer:
             if not type(ask) is type(reply) is type(extra) is str:
                 return None
             ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-            if not ask or not reply or reply[0] in "<[【" or "<image>" in ask or "call>" in reply:
+            if not ask or not reply or reply[0] in "<[【" or "call>" in reply:
+                return None
+            if "<" in ask and PLACE.search(ask):
                 return None
             if ask[0] in "<[【hHuU用" and TAG_START.match(ask):
                 return None
@@ -372,8 +387,8 @@ class Normalizer:
             if type(system) is not str or turns[0].role == "system":
                 return None
             turns = with_system(system, turns)
-        for name in unread if turns else ():
-            if holds_text(row[name]):
+        for name, metadata in unread if turns else ():
+            if (value := row[name]) and holds_text(value, metadata):
                 self.unread[name] += 1
         return turns
 
@@ -398,7 +413,7 @@ class Normalizer:
                 return None
             places = {name: written[name] for name in beside}
             places |= {"user": written[pair[0]], "assistant": written[pair[1]]}
-        unread = [key for key in keys if key not in places.values() and not is_metadata(str(key))]
+        unread = [pair for pair in with_kinds(keys) if pair[0] not in places.values()]
         categorized = "category" in places or not {*_CATEGORIES}.isdisjoint(keys)
         place = defaultdict(str, places)
         return _Plan(
@@ -422,9 +437,9 @@ class Normalizer:
         else:
             fields = row if "user" in self.columns else named(row)
             turns = _mapped_turns(row, fields, self.columns) if self.columns else row_turns(fields)
-            answered = "user" in self.columns or "label" not in fields
-            if not answered and str(label := fields["label"]).strip().lower() in NEGATIVE:
-                raise RowError("row.label", "negative_label", found=repr(label))
+            for name in () if "user" in self.columns else ("label", "kto_tag"):
+                if str(label := fields.get(name)).strip().lower() in NEGATIVE:
+                    raise RowError("row.label", "negative_label", name=name, found=repr(label))
             tools = _tools(fields)
             messages = _ordered(turns, self.rewrite, tools=bool(tools))
         category = self._category(row)

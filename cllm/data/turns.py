@@ -37,7 +37,7 @@ TURN_KEYS = ("conversations", "messages", "conversation")
 PAIRS = {  # question key -> answer keys
     "prompt": ("response", "completion"),
     "query": ("response", "answers"),
-    "question": ("answer", "std_answer", "reference"),
+    "question": ("answer", "response", "std_answer", "reference"),
     "input": ("target",),
     "content": ("summary",),
     "context": ("target",),
@@ -54,7 +54,7 @@ _OTHERS = "instruction rejected instances paragraph text history system".split()
 SCHEMA_KEYS = _ANSWERS.union(PAIRS, _OTHERS)
 # Whatever else a row has is not read: a key that `_recognized` looks at must be among these.
 SPECIAL_KEYS = SCHEMA_KEYS.union(
-    ("label", "tools"), OPTIONS, PASSAGES, MEDIA, LETTERS, THOUGHT_COLUMNS
+    ("label", "kto_tag", "tools"), OPTIONS, PASSAGES, MEDIA, LETTERS, THOUGHT_COLUMNS
 )
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手)|(?-i:(FUNCTION RESPONSE)))[ \t]*[:：]"
@@ -195,7 +195,8 @@ def _turns(elements: object, name: str) -> Turns:
         if not isinstance(element, dict):
             raise RowError("row.turn", "unknown_schema", number=number, found=f"{element!r:.30}")
         if key := next((key for key in ("role", "from") if key in element), ""):
-            role = str(element[key]).strip().lower()
+            role = str(element[key]).strip().lower().replace("-", "_")
+            refuse_media(element, ())
             if role == "sys":  # CrossWOZ's assistant, where the user is "usr"
                 others = (other for other in elements if isinstance(other, dict))
                 assists = any("usr" in (other.get("role"), other.get("from")) for other in others)
@@ -251,18 +252,22 @@ def history_turns(value: object) -> Turns:
     """
     value = unpacked(value)
     value = [value] if value and isinstance(value, dict) else value
-    if not value or value != value or (isinstance(value, str) and not clean(value)):
+    if not value or value != value:
+        return []
+    if isinstance(value, str) and clean(value) in ("", "null", *NO_INPUT):
         return []
     if not isinstance(value, list):
         return _turns(value, "history")
     parts: list[Any] = []
+    said = all(isinstance(p, list) and len(p) == 2 and p[0] in [*ROLES] for p in value)
     for part in value:
         if not isinstance(part, (list, tuple)) or len(part) != 2:
             parts.append(part)
         elif all(map(is_turn, part)):
             parts += part
         else:
-            parts.append(dict(zip(EXCHANGES[0], part, strict=True)))
+            names = ("role", "content") if said else EXCHANGES[0]
+            parts.append(dict(zip(names, part, strict=True)))
     return _turns(parts, "history")
 
 
@@ -406,7 +411,7 @@ def known_names(keys: tuple[Any, ...]) -> tuple[dict[Any, str], bool]:
     """
     names: dict[Any, str] = {}
     for key in keys:
-        folded = str(key).strip().lower()
+        folded = re.sub(r"[\s-]+", "_", str(key).strip().lower())
         name = ALIASES.get(folded, folded)
         # the letters of options are no "Q" and "A"
         letter = len(folded) == 1 and ("B" in keys or "Q" not in keys)
