@@ -17,6 +17,7 @@ from cllm.messages import UserError, note
 from cllm.model.adapter import CONFIG_FILE, adapter_config, load_adapter, load_beside
 from cllm.model.attention import packs
 from cllm.model.checkpoint import (
+    Placement,
     load_model,
     open_checkpoint,
     original_config,
@@ -181,12 +182,14 @@ def _load(
     read: Any = random_model if isinstance(source, dict) else load_model
     model = read(
         source,
-        dtype=precision.weights,
-        device=device,
-        quantize=None if settings.quantize == "none" else settings.quantize,
-        head=settings.head,
-        stream_layers=settings.stream_layers,
-        embedding=settings.embedding,
+        Placement(
+            precision.weights,
+            device,
+            settings.quantize,
+            settings.head,
+            settings.stream_layers,
+            settings.embedding,
+        ),
     )
     if adapter is not None:
         _add_adapter(model, adapter, source)
