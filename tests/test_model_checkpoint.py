@@ -532,8 +532,7 @@ def test_truncated_shards(tmp_path: Path) -> None:
     whole = (LOCAL / "qwen" / "model.safetensors").read_bytes()
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(whole[:-10])
-    last = list(stored_tensors(LOCAL / "qwen" / "model.safetensors"))[-1].name
-    with pytest.raises(UserError, match=rf"model\.safetensors is cut short: tensor {last}"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged .*not fully covered"):
         load_model(tmp_path)
     shard.write_bytes(whole[:100])
     with pytest.raises(UserError, match="header"):
@@ -683,8 +682,8 @@ def test_no_quantization_is_none(entry: object, whole: tuple[Path, dict[str, Ten
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "shape and bytes differ: a"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "shape and bytes differ: a"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "header"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "header"),
         ({"dtype": "F9", "shape": [2], "data_offsets": [0, 8]}, "F9"),
         ({"dtype": "F32", "shape": [2]}, "data_offsets"),
         (7, "header"),
