@@ -264,11 +264,6 @@ class Loaded:
         """Name of every adapter, and of the base, and the number that the engine knows it by."""
         return {**{name: i for i, name in enumerate(self.adapters, 1)}, "base": 0}
 
-    @property
-    def adapter_name(self) -> str | None:
-        """The first adapter's."""
-        return next(iter(self.adapters), None)
-
     def engine(self) -> Engine:
         """The engine for this model, with its stop ids and its number format."""
         return self.assembly.engine()
