@@ -27,7 +27,7 @@ import torch
 from cllm.bench import random_row
 from cllm.learn.loss import sft_loss
 from cllm.learn.proof import peak_storage_bytes
-from cllm.model.checkpoint import random_model
+from cllm.model.checkpoint import Placement, random_model
 from cllm.model.lora import LoraLinear, inject_lora
 from cllm.model.offload import checkpoint_layers
 
@@ -50,7 +50,7 @@ def measure(
     quantize: str | None, recomputed: int, rounds: int, device: torch.device
 ) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model: Any = random_model(CONFIG, dtype=dtype, device=device, quantize=quantize)
+    model: Any = random_model(CONFIG, Placement(dtype, device, quantize or "none"))
     inject_lora(model, rank=RANK, alpha=2.0 * RANK)
     checkpoint_layers(model.train(), recomputed)
     row = random_row(TOKENS, CONFIG["vocab_size"]).to(device)  # type: ignore[call-overload]

@@ -105,14 +105,14 @@ def run_cllm(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
     from cllm.learn.optim import Trainee, make_optimizer
     from cllm.learn.proof import peak_bytes
     from cllm.model.adapter import load_adapter
-    from cllm.model.checkpoint import load_model
+    from cllm.model.checkpoint import Placement, load_model
     from cllm.model.device import Precision
     from cllm.model.offload import checkpoint_layers
 
     examples = samples(model_path)
     precision = Precision.choose("fp32", "cpu")
     model = load_model(
-        model_path, dtype=torch.float32, quantize="nf4" if "qlora" in side else None
+        model_path, Placement(dtype=torch.float32, quantize="nf4" if "qlora" in side else "none")
     ).train()
     load_adapter(model, adapter)
     checkpoint_layers(model, -1 if "checkpointing" in side else 0)
@@ -142,10 +142,10 @@ def run_peft(side: str, model_path: Path, adapter: Path) -> dict[str, Any]:
 
     from bench.peft_step import Clock
     from cllm.learn.proof import peak_storage_bytes, storage_bytes
-    from cllm.model.checkpoint import load_model
+    from cllm.model.checkpoint import Placement, load_model
 
     examples = samples(model_path)
-    base: Any = load_model(model_path, dtype=torch.float32).train()
+    base: Any = load_model(model_path, Placement(dtype=torch.float32)).train()
     base.set_attn_implementation("sdpa")
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
 
@@ -239,12 +239,12 @@ def main() -> int:
     import torch
 
     from cllm.data.packing import collate
-    from cllm.model.checkpoint import load_model
+    from cllm.model.checkpoint import Placement, load_model
 
     examples = samples(options.model)
     sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        start_adapter(Path(folder), load_model(options.model, dtype=torch.float32))
+        start_adapter(Path(folder), load_model(options.model, Placement(dtype=torch.float32)))
         for side in SIDES:
             command = [
                 sys.executable,

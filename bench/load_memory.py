@@ -158,12 +158,13 @@ def measure(folder: Path) -> dict[str, float]:
     import transformers
 
     from cllm.learn.proof import storage_bytes
-    from cllm.model.checkpoint import load_model
+    from cllm.model.checkpoint import Placement, load_model
 
     transformers.AutoModelForCausalLM, transformers.GlmForCausalLM  # noqa: B018
     loaded: list[torch.nn.Module] = []
     found = sampled(
-        lambda: loaded.append(load_model(folder, dtype=torch.bfloat16, quantize="nf4")), 0.005
+        lambda: loaded.append(load_model(folder, Placement(dtype=torch.bfloat16, quantize="nf4"))),
+        0.005,
     )
     return {"loaded_bytes": storage_bytes([*loaded[0].parameters(), *loaded[0].buffers()]), **found}
 

@@ -58,9 +58,9 @@ def four_bit(original: dict[str, Any]) -> Any:
     from bitsandbytes.nn import Linear4bit, Params4bit
     from torch import nn
 
-    from cllm.model.checkpoint import random_model
+    from cllm.model.checkpoint import Placement, random_model
 
-    model: Any = random_model(original, dtype=torch.bfloat16, device="meta")
+    model: Any = random_model(original, Placement(dtype=torch.bfloat16, device="meta"))
     model.set_attn_implementation("sdpa")
     head = model.get_output_embeddings()
     for name, linear in list(model.named_modules()):
@@ -241,7 +241,7 @@ def check() -> None:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from cllm.model.checkpoint import random_model
+    from cllm.model.checkpoint import Placement, random_model
     from cllm.shapes import find_config
 
     small = {
@@ -252,7 +252,7 @@ def check() -> None:
     }
     original = find_config("Qwen3-8B")[1] | small
     with tempfile.TemporaryDirectory() as folder:
-        random_model(original, dtype=torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
+        random_model(original, Placement(dtype=torch.bfloat16)).save_pretrained(folder)  # type: ignore[operator]
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

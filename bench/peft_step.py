@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cllm.bench import ROWS_PER_STEP, random_row
 from cllm.learn.proof import peak_storage_bytes, storage_bytes
-from cllm.model.checkpoint import random_model
+from cllm.model.checkpoint import Placement, random_model
 from cllm.model.device import Precision
 
 
@@ -69,7 +69,7 @@ def build(spec: dict[str, Any], device: str, checkpointing: bool) -> Any:
     """The model as PEFT's own guides prepare it."""
     torch.manual_seed(spec["train"]["seed"])
     dtype = Precision.choose(spec["model"]["precision"], torch.device(device).type).weights
-    model: Any = random_model(spec["original"], dtype=dtype, device=device)
+    model: Any = random_model(spec["original"], Placement(dtype=dtype, device=device))
     model.set_attn_implementation("sdpa")
     if spec["model"]["quantize"] == "nf4":
         from bitsandbytes.nn import Linear4bit, Params4bit

@@ -24,6 +24,7 @@ from cllm.model.adapter import (
 )
 from cllm.model.attention import packs
 from cllm.model.checkpoint import (
+    Placement,
     load_model,
     open_checkpoint,
     original_config,
@@ -217,12 +218,14 @@ def _load(
     read: Any = random_model if isinstance(source, dict) else load_model
     model = read(
         source,
-        dtype=precision.weights,
-        device=device,
-        quantize=None if settings.quantize == "none" else settings.quantize,
-        head=settings.head,
-        stream_layers=settings.stream_layers,
-        embedding=settings.embedding,
+        Placement(
+            precision.weights,
+            device,
+            settings.quantize,
+            settings.head,
+            settings.stream_layers,
+            settings.embedding,
+        ),
     )
     if adapter.lora:
         _add_adapter(model, adapter, adapter.lora)
@@ -290,11 +293,6 @@ class Loaded:
     def models(self) -> dict[str, int]:
         """Name of every adapter, and of the base, and the number that the engine knows it by."""
         return {**{name: i for i, name in enumerate(self.adapters, 1)}, "base": 0}
-
-    @property
-    def adapter_name(self) -> str | None:
-        """The first adapter's."""
-        return next(iter(self.adapters), None)
 
     def engine(self) -> Engine:
         """The engine for this model, with its stop ids and its number format."""

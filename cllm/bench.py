@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import shapes
-from cllm.config import Config, load_config
+from cllm.config import Config, is_config, load_config
 from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
 from cllm.memory import GIB, MIB
 from cllm.messages import UserError, note, say, table, to_json
@@ -210,15 +210,11 @@ def _work(config: Config, original: Record, rate: float) -> Workload | None:
 
 
 # --- The program
-def _is_config(name: str) -> bool:
-    return name.startswith("preset:") or name.endswith(".toml")
-
-
 def config_of(name: str, overrides: list[str]) -> Config:
     """The config named, or the defaults for a model's name or directory: NF4, as on a small
     card.
     """
-    if _is_config(name):
+    if is_config(name):
         return load_config(name, overrides)
     path = f"model.path={json.dumps(name, ensure_ascii=False)}"
     return load_config(os.devnull, [path, "model.quantize=nf4", *overrides])
@@ -317,7 +313,7 @@ def main(argv: list[str]) -> int:
         plans = []
         for name, config in configs.items():
             known, original = published(config, arguments.layers)
-            work = _work(config, original, rate) if _is_config(name) else None
+            work = _work(config, original, rate) if is_config(name) else None
             plans.append(show_plan(config, known, original, work, rate))
         print(to_json({"plans": plans}))
         return 0

@@ -63,7 +63,11 @@ class Terminal:
             case "reset":
                 pass
             case "base" | "adapter":
-                name = "base" if word == "base" else rest.strip() or self.loaded.adapter_name
+                name = (
+                    "base"
+                    if word == "base"
+                    else rest.strip() or next(iter(self.loaded.adapters), "")
+                )
                 if name not in self.loaded.models:
                     known = ", ".join(self.loaded.adapters) or "-"
                     raise UserError("chat.no_adapter", model=self.loaded.base_name, known=known)

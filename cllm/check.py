@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.config import Config, load_config
+from cllm.config import Config, is_config, load_config
 from cllm.corpus import tokenizer_of
 from cllm.data.quality import NEAR_LIMIT, counts, deduplicate, histogram, leaks, quality
 from cllm.data.reader import Unread, sample_rows, write_conversations
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         kept = deduplicate(conversations) if config.data.dedup else conversations
         account["written"] = write_conversations(kept, options.write, config.data.kind)
     if options.init:
-        chosen = _is_config(options.target) or config.model != load_config(TRIAL).model
+        chosen = is_config(options.target) or config.model != load_config(TRIAL).model
         proposal = (config, config.train.row_tokens, "chosen") if chosen else _recommended(config)
         proposed = _new_config(config, account, options.init, *proposal)
         options.init.write_text(proposed, encoding="utf-8")
@@ -88,13 +88,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _is_config(target: str) -> bool:
-    return target.startswith("preset:") or target.endswith(".toml")
-
-
 def _config(target: str, overrides: list[str]) -> Config:
     """The config `target`, or the defaults with the data file `target`."""
-    if _is_config(target):
+    if is_config(target):
         return load_config(target, overrides)
     given = [
         f"data.train={to_json(file_name(target))}",

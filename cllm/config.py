@@ -257,6 +257,11 @@ class Config(Section):
     run: RunConfig = RunConfig()
 
 
+def is_config(name: str) -> bool:
+    """Whether a command line names a config, not a model or a data file."""
+    return name.startswith("preset:") or name.endswith(".toml")
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read `path` (a file or `preset:NAME`), apply `section.key=value` overrides, check everything.
 

@@ -31,7 +31,7 @@ from cllm.memory import SEGMENTS_GROW, Settings
 from cllm.messages import UserError, to_json
 from cllm.model import attention
 from cllm.model.attention import Card
-from cllm.model.checkpoint import random_model
+from cllm.model.checkpoint import Placement, random_model
 from cllm.model.device import Precision
 from cllm.model.lora import inject_lora, linear_shape
 from cllm.model.offload import checkpoint_layers, decoder_layers, layer_pieces, tile_mlp
@@ -188,10 +188,9 @@ def _built(config: str, settings: Settings) -> tuple[Weights, Any, list[int]]:
     precision = Precision.choose(settings.precision, META)
     model: Any = random_model(
         json.loads(config),
-        dtype=precision.weights,
-        device=META,
-        quantize=None if settings.quantize == "none" else settings.quantize,
-        head=settings.head,
+        Placement(
+            dtype=precision.weights, device=META, quantize=settings.quantize, head=settings.head
+        ),
     )
     if settings.rank:
         targets = settings.targets

@@ -16,7 +16,7 @@ from cllm.assembly import assemble, open_model
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig
 from cllm.memory import GIB
 from cllm.messages import UserError
-from cllm.model.checkpoint import load_model
+from cllm.model.checkpoint import Placement, load_model
 from cllm.model.device import cap_allocator, choose_device, free_bytes
 from cllm.model.offload import decoder_layers
 
@@ -127,7 +127,7 @@ def test_what_waits_in_host_memory_never_visits_the_device(tmp_path: Path) -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", watched)
-        model: Any = load_model(base, device="meta", embedding="cpu", stream_layers=1)
+        model: Any = load_model(base, Placement(device="meta", embedding="cpu", stream_layers=1))
     assert model.get_input_embeddings().weight.device == CPU
     assert model.get_output_embeddings().weight.device.type == "meta"
     assert visited.count(embedding) == 1  # the head, which has the same shape and computes there
@@ -144,8 +144,8 @@ def test_out_of_memory_while_loading_moves_layers_to_the_host(
 ) -> None:
     base, load = byte_checkpoint(tmp_path / "base"), assembly.load_model
 
-    def full_card(*args: Any, stream_layers: int, **kwargs: Any) -> Any:
-        return load(*args, stream_layers=stream_layers, **kwargs) if stream_layers else boom()
+    def full_card(path: Path, placement: Placement) -> Any:
+        return load(path, placement) if placement.stream_layers else boom()
 
     monkeypatch.setattr(assembly, "load_model", full_card)
     model, memory = ModelConfig(device="cpu"), MemoryConfig()

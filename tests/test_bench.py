@@ -19,7 +19,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 
 def test_plan_ends_with_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--plan", "Qwen/Qwen3-0.6B", "memory.budget_gib=2"]) == 0
+    assert bench.main(["--plan", "Qwen/Qwen3-0.6B", "memory.budget_gib=1"]) == 0
     said = capsys.readouterr().out
     plan = json.loads(said.splitlines()[-1])["plans"][0]
     assert plan["model"] == "Qwen/Qwen3-0.6B" and plan["quantize"] == "nf4"
@@ -41,7 +41,7 @@ def test_plan_of_a_config_follows_its_settings(
                 "--plan",
                 str(file),
                 "model.quantize=nf4",
-                "memory.budget_gib=5",
+                "memory.budget_gib=4",
                 "train.tokens_per_step=4096",
             ]
         )
@@ -54,8 +54,8 @@ def test_plan_of_a_config_follows_its_settings(
         plan["quantize"],
         plan["budget_gib"],
         plan["fits"],
-    ) == (4, 4096, "nf4", 5.0, False)
-    assert plan["ladder"][-1]["total"] <= 5 * 2**30
+    ) == (4, 4096, "nf4", 4.0, False)
+    assert plan["ladder"][-1]["total"] <= 4 * 2**30
 
 
 def test_plan_of_a_preset_needs_no_data(
@@ -101,7 +101,7 @@ def test_plan_tells_time_from_the_data(tmp_path: Path, capsys: pytest.CaptureFix
     assert time["measured"] and time["exact_tokens"] and time["hours"] > 0
     assert time["tokens"] / 128 <= time["steps"] <= 1.5 * time["tokens"] / 128
     assert (
-        bench.main(["--plan", str(file), "model.path=Qwen/Qwen3-0.6B", "memory.budget_gib=2"]) == 0
+        bench.main(["--plan", str(file), "model.path=Qwen/Qwen3-0.6B", "memory.budget_gib=1"]) == 0
     )
     guess = last_json(capsys)["plans"][0]["time"]  # type: ignore[index]
     assert (

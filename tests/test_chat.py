@@ -150,10 +150,10 @@ def test_open_model_names_what_is_missing(loaded: Loaded, tmp_path: Path) -> Non
         open_model(tmp_path)
     assert loaded.home is not None
     bare = open_model(loaded.base_name, device="cpu")
-    assert bare.adapter_name is None and bare.home is None
+    assert not bare.adapters and bare.home is None
     alone = open_model(loaded.home / "adapter", device="cpu")
     assert (
-        alone.adapter_name == loaded.adapter_name == "demo"
+        list(alone.adapters) == list(loaded.adapters) == ["demo"]
         and alone.tokenizer.template == loaded.tokenizer.template
     )
 

@@ -161,7 +161,7 @@ def test_streamed_offloaded_and_on_the_cpu_equal_resident_bit_for_bit() -> None:
     from cllm.bench import random_row
     from cllm.learn.loss import sft_loss
     from cllm.model.adapter import adapter_tensors
-    from cllm.model.checkpoint import random_model
+    from cllm.model.checkpoint import Placement, random_model
     from cllm.model.lora import inject_lora
     from cllm.model.offload import checkpoint_layers, embedding_on_cpu, stream_layers
 
@@ -171,10 +171,9 @@ def test_streamed_offloaded_and_on_the_cpu_equal_resident_bit_for_bit() -> None:
         torch.manual_seed(0)
         model: Any = random_model(
             CONFIG,
-            dtype=torch.float16,
-            device="cuda",
-            quantize="nf4",
-            stream_layers=4 if hosted else 0,
+            Placement(
+                dtype=torch.float16, device="cuda", quantize="nf4", stream_layers=4 if hosted else 0
+            ),
         ).train()
         inject_lora(model, rank=8, alpha=16)
         checkpoint_layers(model, offload=hosted)

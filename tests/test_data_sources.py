@@ -213,9 +213,10 @@ def test_a_second_start_reads_and_tokenizes_nothing(
     )
     fresh = Fitted()
     assert started(data, fresh) == cold and fresh.encoded == 0
-    monkeypatch.setenv("CLLM_DATA_CACHE", "")
-    with pytest.raises(pytest.fail.Exception):
-        started(data, fresh)
+    for nothing in ("", "none"):  # Windows has no empty variables
+        monkeypatch.setenv("CLLM_DATA_CACHE", nothing)
+        with pytest.raises(pytest.fail.Exception):
+            started(data, fresh)
 
 
 def test_whatever_decides_the_result_makes_it_anew(write: Write, folder: Path) -> None:

@@ -46,6 +46,26 @@ def test_it_runs_before_anything_is_installed() -> None:
     )
 
 
+def test_python_310_needs_no_tomli_of_its_own() -> None:
+    """Simulated: this Python's tomllib is hidden, and there is no tomli but pip's."""
+    hidden = (
+        "import sys; sys.version_info = (3, 10, 12, 'final', 0); sys.path.insert(0, 'tools'); "
+        "sys.modules['tomllib'] = sys.modules['tomli'] = None; "
+    )
+    plain, with_pips = (
+        subprocess.run(
+            [sys.executable, "-c", f"{hidden}import {module}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        for module in ("cllm.messages", "doctor")
+    )
+    assert plain.returncode and "tomli" in plain.stderr
+    assert with_pips.returncode == 0, with_pips.stderr
+    assert json.loads(with_pips.stdout.splitlines()[-1])["findings"]
+
+
 def test_here_nothing_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     findings = {f.topic: f for f in doctor.examine()}
     assert (

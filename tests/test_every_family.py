@@ -23,7 +23,7 @@ from cllm.learn.loss import row_nll, sft_loss
 from cllm.learn.optim import Trainee, make_optimizer
 from cllm.learn.snapshot import capture, load_snapshot, restore, save_snapshot
 from cllm.model.attention import packs
-from cllm.model.checkpoint import load_model
+from cllm.model.checkpoint import Placement, load_model
 from cllm.model.device import Precision
 from cllm.model.lora import inject_lora, merge_lora
 from cllm.model.offload import checkpoint_layers
@@ -92,7 +92,7 @@ def glm4(path: Path) -> Path:
 
 def adapted(path: Path, quantize: str | None, *, filled: bool = False) -> Any:
     """The model with LoRA on every linear; filled: with adapters that do something."""
-    model = load_model(path, quantize=quantize)
+    model = load_model(path, Placement(quantize=quantize or "none"))
     linears = sum(type(m).__name__ in ("Linear", "NF4Linear", "Conv1D") for m in model.modules())
     torch.manual_seed(1)
     layers = inject_lora(model, rank=2, alpha=4.0)
@@ -114,7 +114,7 @@ def test_fp16_with_a_float32_residual_stream_follows_float32(name: str, home: Pa
     losses: dict[str, float] = {}
     for kind in ("fp32", "fp16"):
         precision = Precision.choose(kind, "cpu")
-        model = load_model(find(name, home), dtype=precision.weights)
+        model = load_model(find(name, home), Placement(dtype=precision.weights))
         inject_lora(model, rank=2, alpha=4.0)
         precision.prepare(model)
         optimizer = make_optimizer(model, 1e-3)

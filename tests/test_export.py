@@ -28,7 +28,7 @@ from cllm.data.message import Message
 from cllm.data.template import TEMPLATES, render
 from cllm.messages import UserError
 from cllm.model.adapter import CONFIG_FILE, load_adapter, save_adapter, write_adapter
-from cllm.model.checkpoint import load_model, open_checkpoint, split_rows
+from cllm.model.checkpoint import Placement, load_model, open_checkpoint, split_rows
 from cllm.model.lora import LoraSettings, inject_lora, merge_into
 from cllm.model.merge import open_merge, write_merged
 from cllm.model.tokenizer import load_tokenizer
@@ -124,7 +124,7 @@ def test_merged_into_the_weights_that_qlora_trained_on(tmp_path: Path) -> None:
     is further away.
     """
     path = LOCAL / "qwen"
-    trained = adapted(load_model(path, quantize="nf4"), tmp_path / "adapter")
+    trained = adapted(load_model(path, Placement(quantize="nf4")), tmp_path / "adapter")
     plain = merged(path, tmp_path / "adapter", tmp_path / "plain")
     exact = merged(path, tmp_path / "adapter", tmp_path / "nf4", nf4=True)
     assert next(exact.parameters()).dtype == torch.bfloat16

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cllm.messages import UserError
-from cllm.model.checkpoint import alibi_slopes, load_model
+from cllm.model.checkpoint import Placement, alibi_slopes, load_model
 from cllm.model.nf4 import NF4Linear
 from cllm.model.shards import stored_tensors, write_safetensors
 
@@ -147,7 +147,7 @@ def test_dtype_and_base_prefix(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = t.AutoModelForCausalLM.from_config(tiny_config("llama-tied")).to(torch.bfloat16)
     model.model.save_pretrained(tmp_path)
-    ours = load_model(tmp_path, dtype=torch.bfloat16)
+    ours = load_model(tmp_path, Placement(dtype=torch.bfloat16))
     ids = torch.randint(3, 96, (1, 9))
     assert ours.dtype == torch.bfloat16 and ours.model.rotary_emb.inv_freq.dtype == torch.float32
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
@@ -229,7 +229,7 @@ def test_alibi_slopes() -> None:
 # --- NF4
 @pytest.mark.parametrize("name", ["chatglm3", "qwen"])
 def test_quantized_while_streaming(name: str) -> None:
-    ours, dense = load_model(LOCAL / name, quantize="nf4"), load_model(LOCAL / name)
+    ours, dense = load_model(LOCAL / name, Placement(quantize="nf4")), load_model(LOCAL / name)
     for path, module in list(dense.named_modules()):
         if type(module) is nn.Linear and module is not dense.get_output_embeddings():
             dense.set_submodule(path, NF4Linear(module.weight, module.bias))
@@ -532,8 +532,7 @@ def test_truncated_shards(tmp_path: Path) -> None:
     whole = (LOCAL / "qwen" / "model.safetensors").read_bytes()
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(whole[:-10])
-    last = list(stored_tensors(LOCAL / "qwen" / "model.safetensors"))[-1].name
-    with pytest.raises(UserError, match=rf"model\.safetensors is cut short: tensor {last}"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged .*not fully covered"):
         load_model(tmp_path)
     shard.write_bytes(whole[:100])
     with pytest.raises(UserError, match="header"):
@@ -608,7 +607,7 @@ def test_the_index_decides_and_a_name_without_entry_stands_once(
     del index[names[0]]
     shard(folder, first, {**second, names[0]: tensors[names[0]] + 1}, index=index)
     with pytest.raises(UserError, match=f"twice {names[0]}"):
-        load_model(folder, dtype=torch.float32)
+        load_model(folder, Placement(dtype=torch.float32))
     shard(folder, first, second, index=index)
     assert same(folder, tensors)
 
@@ -645,7 +644,7 @@ def test_weights_that_are_not_finite_are_refused(
     save_file(tensors, folder / "model.safetensors")
     for quantize in (None, "nf4"):
         with pytest.raises(UserError, match=f"tensor {name} holds") as caught:
-            load_model(folder, quantize=quantize)
+            load_model(folder, Placement(quantize=quantize or "none"))
         assert caught.value.code == "model.not_finite"
     # the largest numbers of the type are numbers
     tensors[name].view(-1)[-1] = torch.finfo(dtype).max
@@ -683,8 +682,8 @@ def test_no_quantization_is_none(entry: object, whole: tuple[Path, dict[str, Ten
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "shape and bytes differ: a"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "shape and bytes differ: a"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "header"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "header"),
         ({"dtype": "F9", "shape": [2], "data_offsets": [0, 8]}, "F9"),
         ({"dtype": "F32", "shape": [2]}, "data_offsets"),
         (7, "header"),

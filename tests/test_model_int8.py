@@ -13,7 +13,7 @@ from torch import nn
 from cllm.config import load_config
 from cllm.messages import UserError
 from cllm.model import int8
-from cllm.model.checkpoint import load_model
+from cllm.model.checkpoint import Placement, load_model
 from cllm.model.int8 import Int8Linear
 
 
@@ -72,7 +72,7 @@ def test_a_checkpoint_with_nan_is_refused_in_one_line(
             tensors[name][0, 0] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.not_finite"):
-        load_model(file.parent, **how)  # type: ignore[arg-type]
+        load_model(file.parent, Placement(**how))  # type: ignore[arg-type]
 
 
 def test_a_head_in_four_bits_is_no_setting(config: Path) -> None:
@@ -80,4 +80,4 @@ def test_a_head_in_four_bits_is_no_setting(config: Path) -> None:
     with pytest.raises(UserError, match="head"):
         load_config(config, ["model.head=nf4"])
     with pytest.raises(ValueError, match="head = 'nf4'"):
-        load_model(config, head="nf4")
+        load_model(config, Placement(head="nf4"))

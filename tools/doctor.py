@@ -4,11 +4,16 @@ is installed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+if sys.version_info < (3, 11) and not importlib.util.find_spec("tomli"):
+    from pip._vendor import tomli  # before anything is installed, pip has one
+
+    sys.modules["tomli"] = tomli
 
 from cllm.doctor import examine
 

@@ -4,7 +4,7 @@ nothing.
 An entry is one safetensors file of arrays: nothing in it can run. Its name is the hash of all that
 decides what is in it, it carries a checksum, and it is renamed into place when it is whole; an
 entry that is missing, cut or altered is made again. Entries stand in `$CLLM_DATA_CACHE`, else
-~/.cache/cllm/data (set it to the empty string for none); the latest used MAX_BYTES stay.
+~/.cache/cllm/data ("none", or empty, keeps nothing); the latest used MAX_BYTES stay.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def recall(key: str, make: Callable[[], Entry]) -> Entry:
     kept.
     """
     folder = os.environ.get("CLLM_DATA_CACHE", "~/.cache/cllm/data")
-    if not (key and folder):
+    if not key or folder in ("", "none"):
         return make()
     path = Path(folder).expanduser() / f"{key}.safetensors"
     entry = _load(path)

@@ -205,7 +205,7 @@ class Placement:
     dtype: torch.dtype = torch.float32
     """Of the floating-point weights; rotary frequencies stay float32."""
     device: torch.device | str = "cpu"
-    quantize: str | None = None
+    quantize: str = "none"
     """"nf4": every Linear but the head becomes `cllm.model.nf4.NF4Linear`."""
     head: str = "16bit"
     """"int8": the head becomes `cllm.model.int8.Int8Linear`; a tied embedding stays."""
@@ -217,7 +217,7 @@ class Placement:
     """
 
     def __post_init__(self) -> None:
-        if self.quantize not in (None, "nf4") or self.head not in ("16bit", "int8"):
+        if self.quantize not in ("none", "nf4") or self.head not in ("16bit", "int8"):
             raise ValueError(f"quantize = {self.quantize!r}, head = {self.head!r}")
 
     def embedding_waits(self, *, tied: bool) -> bool:
@@ -227,45 +227,26 @@ class Placement:
         return self.embedding == "cpu" or (self.embedding == "auto" and automatic)
 
 
-def load_model(
-    path: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    quantize: str | None = None,
-    head: str = "16bit",
-    stream_layers: int = 0,
-    embedding: str = "device",
-) -> nn.Module:
+def load_model(path: str | Path, placement: Placement = Placement()) -> nn.Module:
     """The native Transformers causal LM of a checkpoint directory or `.gguf` file, in evaluation
-    mode, attention "cllm"; the keywords are those of `Placement`.
+    mode, attention "cllm".
 
     Weights are converted and quantized while they stream: a 16-bit copy of a quantized model never
     exists, and what is to live in host memory never visits the device. Call the result like the
     native class: `model(input_ids=...).logits`. Raises UserError as `open_checkpoint`, `check` and
     `cllm.model.shards` say.
     """
-    placement = Placement(dtype, device, quantize, head, stream_layers, embedding)
-    checkpoint, model, layout = open_native(Path(path), dtype)
+    checkpoint, model, layout = open_native(Path(path), placement.dtype)
     _fill(model, checkpoint, layout, converted(checkpoint, layout), placement)
     model.name_or_path = str(path)
     return model  # type: ignore[no-any-return]
 
 
-def random_model(
-    config: dict[str, Any],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    quantize: str | None = None,
-    head: str = "16bit",
-    stream_layers: int = 0,
-    embedding: str = "device",
-) -> nn.Module:
+def random_model(config: dict[str, Any], placement: Placement = Placement()) -> nn.Module:
     """As `load_model`, from the sizes in a config.json (original or native) and random weights:
     what a card does, without a download.
     """
-    placement = Placement(dtype, device, quantize, head, stream_layers, embedding)
+    dtype, device = placement.dtype, torch.device(placement.device)
     family = families.family_of(config) or families.NATIVE
     file = Path("config.json")
     checkpoint = Checkpoint(file, family, _native_config(file, family, config), WeightFiles([], {}))
@@ -275,7 +256,7 @@ def random_model(
     empty = {name: tensor for name, tensor in named if name in stored}
     layout: Layout = {name: (tuple(tensor.shape), dtype) for name, tensor in empty.items()}
     # The largest matrices may have to stay in host memory, so they never visit the device whole.
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu = device.type == "cuda"
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
 
     def random() -> Iterator[tuple[str, Tensor]]:
@@ -319,7 +300,7 @@ def _fill(
         # Without values there is nothing to wait with.
         home = torch.device("cpu") if id(module) in waiting and not tensor.is_meta else device
         linear = leaf == "weight" and type(module) is nn.Linear and module is not output
-        if placement.quantize and linear:
+        if placement.quantize == "nf4" and linear:
             model.set_submodule(owner, _quantized(module, tensor, device, home))
         else:
             _place(module, leaf, tensor.to(home))

@@ -2,12 +2,11 @@
 code in a file is run.
 
 Shapes are known before any data is read, so that a whole checkpoint is checked first; then each
-`read()` returns one tensor in memory of its own, and nothing of the file stays mapped.
+`read()` returns one tensor, and nothing of the file stays mapped once that is gone.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -18,6 +17,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cllm.messages import UserError, read_json, to_json
@@ -133,40 +133,21 @@ def stored_tensors(file: Path) -> Iterator[Stored]:
 
 
 def _safetensors(file: Path) -> Iterator[Stored]:
-    """u64 header length, JSON {name: {dtype, shape, data_offsets}}, data. Source: the safetensors
-    format description.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as data:
-        prefix = data.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise UserError("model.truncated", path=file, tensor="(header)")
-        header = data.read(length)
     try:
-        entries: dict[str, Any] = json.loads(header)
-        entries.pop("__metadata__", None)
-        for name, entry in entries.items():
-            _refuse_packed(file, name, entry["dtype"], DTYPES)
-        stored = [
-            (*entry["data_offsets"], name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            for name, entry in entries.items()
-        ]
-        wrong = [
-            name
-            for begin, end, name, shape, dtype in stored
-            if begin < 0 or end - begin != dtype.itemsize * torch.Size(shape).numel()
-        ]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError("model.damaged", path=file, detail=f"header: {error!r}") from error
-    if wrong:
-        raise UserError(
-            "model.damaged", path=file, detail=f"shape and bytes differ: {', '.join(wrong)}"
-        )
-    for begin, end, name, shape, dtype in sorted(stored, key=lambda item: item[:2]):
-        if 8 + length + end > size:
-            raise UserError("model.truncated", path=file, tensor=name)
-        yield Stored(name, shape, dtype, partial(_read, file, 8 + length + begin, shape, dtype))
+        with safe_open(file, "pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            stored = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+    except SafetensorError as error:
+        raise UserError("model.damaged", path=file, detail=error) from error
+    for name, shape, kind in stored:
+        _refuse_packed(file, name, kind, DTYPES)
+        yield Stored(name, shape, DTYPES[kind], partial(_read, file, name))
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def _refuse_packed(file: Path, name: str, dtype: object, known: Iterable[object]) -> None:
@@ -183,15 +164,6 @@ def finite(tensor: Tensor, file: Path, name: str) -> Tensor:
     floating = tensor.is_floating_point() and tensor.numel()
     if floating and not all(map(math.isfinite, tensor.aminmax())):
         raise UserError("model.not_finite", path=file, tensor=name)
-    return tensor
-
-
-def _read(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.numel():
-        with file.open("rb") as data:
-            data.seek(offset)
-            data.readinto(_bytes(tensor))
     return tensor
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import json
 import re
 import struct
@@ -35,11 +34,6 @@ QWEN_TOKENS = (
     "<|im_end|>",
     *(f"<|extra_{i}|>" for i in range(205)),
 )
-# GPT-2's printable stand-in for each byte, as code points: itself where printable, else the next
-# letter from U+0100.
-_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_NEXT = itertools.count(0x100)
-_BYTE_LETTERS = {byte: byte if byte in _PRINTABLE else next(_NEXT) for byte in range(0x100)}
 
 
 def from_ranks(text: bytes, pattern: str, added: Added, *, nfc: bool) -> Bpe:
@@ -47,11 +41,14 @@ def from_ranks(text: bytes, pattern: str, added: Added, *, nfc: bool) -> Bpe:
     whole; else it merges any neighbours whose union is a token, lowest rank first: every split of a
     token into two tokens is a merge.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
     pairs = sorted(
         (int(rank), base64.b64decode(token))
         for token, rank in (line.split() for line in text.splitlines() if line)
     )
-    vocabulary = {token.decode("latin-1").translate(_BYTE_LETTERS): rank for rank, token in pairs}
+    vocabulary = {token.decode("latin-1").translate(letters): rank for rank, token in pairs}
     return byte_level(
         vocabulary, merges_of(vocabulary, vocabulary), (pattern,), added, nfc=nfc, whole=True
     )
