@@ -170,6 +170,11 @@ class PreferenceConfig:
     gamma: float = _at_least(0, 0.5)
     """`simpo`: the margin that is asked for."""
 
+    @property
+    def active(self) -> bool:
+        """Whether pairs or votes are learned from, and not answers."""
+        return self.loss != "none"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
@@ -285,7 +290,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
                 row=config.train.row_tokens,
             )
         )
-    if config.preference.loss != "none":
+    if config.preference.active:
         for key, value in _WITH_PAIRS.items():
             section, _, name = key.partition(".")
             if getattr(getattr(config, section), name) != value:
