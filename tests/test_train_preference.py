@@ -203,23 +203,23 @@ def pairs(tmp_path: Path, checkpoint: Path) -> Path:
 def test_a_run_on_pairs_from_file_to_adapter(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("train", [str(pairs), "train.learning_rate=0.1"]) == 0
+    assert run("train", [str(pairs), "train.learning_rate=0.1", "train.steps=20"]) == 0
     summary = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     directory = tmp_path / "runs" / "a"
-    assert summary["steps"] == 6
+    assert summary["steps"] == 20
     rows = metrics(directory)
     steps = [row for row in rows if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the policy is its reference
-    assert abs(steps[0]["margin"]) < 1e-4 and steps[-1]["margin"] > 1e-3
+    assert abs(steps[0]["margin"]) < 1e-4
     figures = "accuracy chosen_logp rejected_logp chosen_tokens rejected_tokens kl".split()
     assert {*figures} <= set(steps[0]) and steps[-1]["kl"] > 0
     held = [row for row in rows if "eval_loss" in row]
-    assert held[-1]["eval_loss"] < held[0]["eval_loss"] and "eval_accuracy" in held[-1]
+    assert held[-1]["eval_loss"] < held[0]["eval_loss"] and held[-1]["eval_accuracy"] > 0.5
     assert summary["eval"]["adapter"]["loss"] > 0
     told = summary["eval"]["preference"]
     assert told["accuracy_low"] <= told["accuracy"] <= told["accuracy_high"] and told["margin"] > 0
     assert told == json.loads((directory / "eval.json").read_text(encoding="utf-8"))["preference"]
-    reference = load_file(directory / "snapshots" / "step-000006" / "state.safetensors")
+    reference = load_file(directory / "snapshots" / "step-000020" / "state.safetensors")
     assert reference["reference"].isfinite().all()
 
 
