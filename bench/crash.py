@@ -36,13 +36,12 @@ os.environ["CLLM_LANG"] = "en"
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
-from conftest import byte_checkpoint, demo_rows, write_config  # noqa: E402
+from conftest import byte_checkpoint, demo_rows, pairs_config, write_config  # noqa: E402
 
 from cllm.__main__ import run  # noqa: E402
 from cllm.learn.log import CLOCK_FIELDS, read_metrics  # noqa: E402
 
-# texts: no time goes into answering questions
-SETTINGS = ("data.kind=text", "eval.samples=0", "train.steps=12", "run.snapshot_every=1")
+SETTINGS = ("eval.samples=0", "train.steps=12", "run.snapshot_every=1")
 TMPFS_BYTES = 2 * 2**20
 
 
@@ -249,13 +248,19 @@ def main() -> int:
     parser.add_argument("--disk", type=int, default=10)
     parser.add_argument("--flips", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preference", action="store_true", help="a run on pairs")
     parser.add_argument("--out", type=Path, help="a JSON list; the report is appended")
     arguments = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = [{"text": row["instruction"] + row["output"]} for row in demo_rows()]
-        config = write_config(folder, byte_checkpoint(folder / "bytes"), texts)
+        if arguments.preference:
+            config = pairs_config(folder, byte_checkpoint(folder / "bytes"))
+        else:  # texts: no time goes into answering questions
+            texts = [{"text": row["instruction"] + row["output"]} for row in demo_rows()]
+            config = write_config(folder, byte_checkpoint(folder / "bytes"), texts)
+            settings = config.read_text(encoding="utf-8")
+            config.write_text(settings.replace("[data]", '[data]\nkind = "text"'), encoding="utf-8")
         # imports what comes late
         run(
             "train",

@@ -181,14 +181,16 @@ def _work(config: Config, original: Record, rate: float) -> Workload | None:
     are timed on this device, too, unless that would take long. None: the data are not there yet.
     """
     try:
-        corpus = read_corpus(config.data, accept_rejects=True)
+        corpus = read_corpus(config, accept_rejects=True)
     except UserError as error:
         if error.code != "data.missing_file":
             raise
         note("bench.no_data", reason=error.args[0])
         return None
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
-        characters = sum(len(message.content) for c in corpus.train for message in c.messages)
+        characters = sum(
+            len(message.content) for c in corpus.train for message in (*c, *c.rejected)
+        )
         return Workload(round(TOKENS_PER_CHARACTER * characters))
     import torch
 
@@ -197,7 +199,7 @@ def _work(config: Config, original: Record, rate: float) -> Workload | None:
 
     length = config.train.row_tokens
     tokenizer = tokenizer_of(config, resolve(config.model.path))
-    rows = encode_corpus(corpus, tokenizer, config.data, config.train, row_tokens=length).rows
+    rows = encode_corpus(corpus, tokenizer, config, row_tokens=length).rows
     tokens = sum(rows.sizes)
     work = Workload(tokens, tokens / (len(rows) * length))
     on_cpu = estimate_vram(original, settings_of(config, "fp32", "cpu")).flops / rate

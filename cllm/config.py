@@ -184,6 +184,11 @@ class PreferenceConfig(Section):
     gamma: NonNegativeFloat = 0.5
     """`simpo`: the margin that is asked for."""
 
+    @property
+    def active(self) -> bool:
+        """Whether pairs or votes are learned from, and not answers."""
+        return self.loss != "none"
+
 
 class EvalConfig(Section):
     """[eval]: the held-out set, during and after training."""
@@ -306,7 +311,7 @@ def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
     problems: list[str] = []
     if config.train.tokens_per_step < row:
         problems.append(say("config.row", where=where("train.tokens_per_step"), row=row))
-    if config.preference.loss != "none":
+    if config.preference.active:
         for key, value in _WITH_PAIRS.items():
             section, _, name = key.partition(".")
             if getattr(getattr(config, section), name) != value:

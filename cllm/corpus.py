@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.config import Config, DataConfig, TrainConfig
+from cllm.config import Config
 from cllm.data.pairs import REJECTED_KEYS, dialogue, sides
 from cllm.data.schema import Conversation
 from cllm.data.sources import Data, prepare, unread_names
@@ -43,11 +43,12 @@ class Encoded:
     """How many numbers the answers in `rows` and after them those in `held_answers` have."""
 
 
-def read_corpus(data: DataConfig, *, accept_rejects: bool, pairs: bool = False) -> Data:
+def read_corpus(config: Config, *, accept_rejects: bool) -> Data:
     """`prepare` for a training. Raises UserError if nothing is left, or if over a fifth was
     rejected and that is not accepted.
     """
-    corpus = prepare(data, pairs=pairs)
+    data = config.data
+    corpus = prepare(data, pairs=config.preference.active)
     rejected = len(corpus.rejects)
     shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in corpus.rejects[:3]]
     located = "\n  ".join([str(rejected), *shown])
@@ -74,34 +75,27 @@ def tokenizer_of(config: Config, base: Path) -> Tokenizer:
 
 
 def encode_corpus(
-    corpus: Data,
-    tokenizer: Tokenizer,
-    data: DataConfig,
-    train: TrainConfig,
-    *,
-    row_tokens: int,
-    single: bool = False,
-    loss: str = "none",
+    corpus: Data, tokenizer: Tokenizer, config: Config, *, row_tokens: int, single: bool = False
 ) -> Encoded:
-    """Conversations -> examples -> packed rows of `row_tokens`; `single`: one sequence a row;
-    `loss`: [preference]'s, with which every answer of a conversation is a sequence.
+    """Conversations -> examples -> packed rows of `row_tokens`, with a preference loss one example
+    an answer; `single`: one sequence a row.
 
     Raises UserError when nothing, or never an end token, would be trained.
     """
     from cllm.data.packing import PackedRows
 
     (examples, trained, numbers, refused), (held_examples, held_out, held_numbers, _) = (
-        _encode_side(side, tokenizer, data, row_tokens, loss)
+        _encode_side(side, tokenizer, config, row_tokens)
         for side in (corpus.train, corpus.held_out)
     )
     _check_trained(corpus, tokenizer, examples, refused, row_tokens)
     tokens = sum(examples.sizes)
     tokens_per_row = tokens // len(examples) if single else row_tokens
-    rows_per_step = max(1, train.tokens_per_step // tokens_per_row)
+    rows_per_step = max(1, config.train.tokens_per_step // tokens_per_row)
     rows = PackedRows(
         examples,
         row_tokens,
-        seed=train.seed,
+        seed=config.train.seed,
         single=single,
         numbers=numbers,
         step_rows=rows_per_step,
@@ -150,14 +144,14 @@ def _check_trained(
 
 
 def _encode_side(
-    conversations: Any, tokenizer: Tokenizer, data: DataConfig, row_tokens: int, loss: str
+    conversations: Any, tokenizer: Tokenizer, config: Config, row_tokens: int
 ) -> tuple[Any, Any, list[int], Counter[str]]:
     """(examples, their conversations or dialogues, with a preference loss their numbers, what gave
     none by reason); a conversation of which an answer does not fit gives none.
     """
     from cllm.data.encode import encode_set
 
-    pairs = loss != "none"
+    data, loss, pairs = config.data, config.preference.loss, config.preference.active
     given = _answers(conversations, votes=loss == VOTES) if pairs else conversations
     if pairs and conversations and not given:
         raise UserError("train.unpaired", count=len(conversations), loss=loss)

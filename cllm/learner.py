@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
 from cllm.learn.preference import Preference
 from cllm.learn.snapshot import adapter_fingerprint, capture, restore
 from cllm.messages import note
+from cllm.metrics import wilson_interval
 from cllm.model.adapter import adapter_tensors, save_adapter
-from cllm.model.device import choose_device, release_memory
+from cllm.model.device import choose_device, out_of_memory, release_memory
 from cllm.model.lora import lora_layers
 from cllm.model.nf4 import QuantizedLinear
 from cllm.model.offload import checkpoint_layers, embedding_on_cpu
@@ -104,15 +106,9 @@ class Learner:
         )
 
     def _encode(self, tokenizer: Tokenizer) -> Encoded:
-        config, row_tokens = self.config, self.ladder.row_tokens
+        row_tokens = self.ladder.row_tokens
         return encode_corpus(
-            self.corpus,
-            tokenizer,
-            config.data,
-            config.train,
-            row_tokens=row_tokens,
-            single=self.single,
-            loss=config.preference.loss,
+            self.corpus, tokenizer, self.config, row_tokens=row_tokens, single=self.single
         )
 
     def refer_to(self, reference: Tensor | None) -> None:
@@ -120,7 +116,7 @@ class Learner:
         None: the policy's as it is, from the cache where it was measured before.
         """
         settings = self.config.preference
-        if settings.loss == "none":
+        if not settings.active:
             return
         # measured without a reference of its own
         self.trainee = replace(
@@ -151,8 +147,18 @@ class Learner:
     def _measured(self, rows: Sequence[PackedBatch], world: World) -> Tensor:
         """`Preference.nats` of all ranks, in host memory."""
         assert self.trainee.preference is not None
-        autocast, micro = self.assembly.precision.autocast, self.ladder.micro_tokens
-        nats = self.trainee.preference.nats(self.model, rows, autocast, world, micro)
+        measure = partial(
+            self.trainee.preference.nats, self.model, rows, self.assembly.precision.autocast, world
+        )
+        try:
+            nats = measure(self.ladder.micro_tokens)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            nats = None
+        if nats is None:  # here, not in the handler: the traceback holds on to the failed tensors
+            release_memory()
+            nats = measure(1)
         world.sum_([nats])
         return nats.cpu()
 
@@ -164,7 +170,10 @@ class Learner:
         if preference := self.trainee.preference:
             nats = self._measured(encoded.held_answers, World())
             weighed = preference.weighed(encoded.held_answers, nats)
-            return weighed.loss, {f"eval_{k}": value for k, value in weighed.figures.items()}
+            right = round(weighed.figures["accuracy"] * weighed.conversations)
+            rate = wilson_interval(right, weighed.conversations)
+            bounds = {"accuracy_low": rate.low, "accuracy_high": rate.high}
+            return weighed.loss, dict(weighed.figures) | bounds
         rows, precision = encoded.held_rows, self.assembly.precision
         return held_out_loss(self.model, rows, precision, self.chunk_bytes), {}
 

@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cllm.learn.optim import StepStats
 
 MAX_BAD_STEPS = 20
+FOREIGN = (LookupError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError)
+"""What reading another program's state raises."""
 STATE_SECTIONS = ("model", "lora", "data", "train", "preference")
 """Settings that decide what the next step does: a resumed run must agree on them."""
 
@@ -71,8 +73,7 @@ class Training:
         self.progress = Progress()
         self.interrupted = False
         self.saved_at = time.monotonic()
-        self.pairs = config.preference.loss != "none"
-        corpus = read_corpus(config.data, accept_rejects=accept_rejects, pairs=self.pairs)
+        corpus = read_corpus(config, accept_rejects=accept_rejects)
         # Here, because torch takes seconds to load: mistakes in the data are said before.
         from cllm.learner import Learner
 
@@ -166,14 +167,7 @@ class Training:
             self.learner.restore_scaler(state["scaler"])
             self.learner.apply(type(self.learner.ladder).restored(stored))
             self.learner.encoded.rows.seek(epoch, row)
-        except (
-            LookupError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            OverflowError,
-            AttributeError,
-        ) as error:
+        except FOREIGN as error:
             problem = f"{type(error).__name__}: {error}"
             raise UserError("snapshot.foreign", count=1, problems=problem) from error
         self.learner.restore(load(tensors))
@@ -193,7 +187,9 @@ class Training:
         if self.learner.world.rank == 0:
             tracker = open_tracker(self.config.log.tracker, self.run)
             self.log = RunLog(self.run, self.total, tracker)
-        self.learner.model.train(not self.pairs)  # dropout would make two passes differ
+        self.learner.model.train(
+            not self.config.preference.active
+        )  # dropout would make two passes differ
         if self.learner.assembly.budget:
             self._prove()
         start = time.perf_counter()
@@ -282,7 +278,7 @@ class Training:
             hopeless = progress.bad >= MAX_BAD_STEPS or not self.learner.trainee.scaler.is_enabled()
             if stats.skipped and hopeless:
                 self._refuse_nonfinite(batches)
-            if stats.loss == 0.0 and not self.pairs:
+            if stats.loss == 0.0 and not stats.preference:
                 raise UserError("train.zero_loss", step=progress.step)
             return stats
         rows.state = position
@@ -344,8 +340,8 @@ class Training:
             "ladder": asdict(self.learner.ladder),
             **asdict(self.progress),
         }
-        tensors, keep = self.learner.capture(), self.config.run.keep
-        save_snapshot(self.run, self.progress.step, tensors, state, keep=keep)
+        tensors = self.learner.capture()
+        save_snapshot(self.run, self.progress.step, tensors, state, keep=self.config.run.keep)
 
     def _evaluate(self) -> None:
         """Held-out loss (on rank 0, for all), the best adapter so far, one answer to look at."""
@@ -353,6 +349,7 @@ class Training:
 
         learner, progress = self.learner, self.progress
         measured, figures = learner.held_out() if learner.world.rank == 0 else (0.0, {})
+        held = {f"eval_{name}": value for name, value in figures.items()}
         loss = float(learner.world.share(repr(measured).encode()))
         improved = progress.best is None or loss < progress.best
         progress.evaluated = progress.step
@@ -364,7 +361,7 @@ class Training:
             learner.save(self.run)
         self.log.break_line()
         with writing(self.log.path):
-            self.log.write({"step": progress.step, "eval_loss": loss, "best": improved, **figures})
+            self.log.write({"step": progress.step, "eval_loss": loss, "best": improved, **held})
         note("train.eval_loss", step=progress.step, loss=f"{loss:.3f}{' *' * improved}")
         if self.config.data.kind == "chat":
             self._show_an_answer()
@@ -408,7 +405,7 @@ class Training:
 
     def _final_scores(self) -> dict[str, Any]:
         from cllm.evaluate.answers import Asking, evaluate, sequence_nll
-        from cllm.evaluate.report import AnswerCount, summary, write_results
+        from cllm.evaluate.report import AnswerCount, summary, warn_of_length, write_results
         from cllm.evaluate.results import document
         from cllm.runs import writing
 
@@ -434,6 +431,8 @@ class Training:
                 AnswerCount(),
             ),
         )
+        results = replace(results, preference=learner.held_out()[1])
+        warn_of_length(results)
         with writing(self.run / "eval.json"):
             write_results(self.run, results)
         print(summary(results))

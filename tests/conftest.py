@@ -222,9 +222,30 @@ def demo_rows(count: int = 40) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, checkpoint: Path) -> Path:
-    """A config over 40 rows that trains six steps in about a second."""
-    return write_config(tmp_path, checkpoint, demo_rows())
+def config(tmp_path: Path, checkpoint: Path, request: pytest.FixtureRequest) -> Path:
+    """A config over 40 rows that trains six steps in about a second; under `BOTH_KINDS` also one
+    over 40 pairs with a preference loss.
+    """
+    if getattr(request, "param", "sft") == "sft":
+        return write_config(tmp_path, checkpoint, demo_rows())
+    return pairs_config(tmp_path, checkpoint)
+
+
+BOTH_KINDS = pytest.mark.parametrize("config", ["sft", "preference"], indirect=True)
+
+
+def pairs_config(folder: Path, checkpoint: Path) -> Path:
+    """`write_config` with pairs: the same questions, and another row's answer rejected."""
+    asked = demo_rows()
+    pairs = []
+    for number, row in enumerate(asked):
+        wrong = f"{asked[number - 1]['output']}{number}"
+        pairs.append({**row, "chosen": row["output"], "rejected": wrong})
+        del pairs[-1]["output"]
+    path = write_config(folder, checkpoint, pairs)
+    text = path.read_text(encoding="utf-8").replace("dropout = 0.1", "dropout = 0.0")
+    path.write_text(text + '[preference]\nloss = "dpo"\n', encoding="utf-8")
+    return path
 
 
 def write_config(folder: Path, checkpoint: Path, rows: list[dict[str, str]]) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_data_encode import Characters
 
-from cllm.config import DataConfig, Source
+from cllm.config import Config, DataConfig, Source
 from cllm.corpus import read_corpus
 from cllm.data import cache, sources
 from cllm.data.encode import Ids, encode_set
@@ -314,7 +314,7 @@ def test_fields_that_are_not_read_are_said_at_every_start(
     one, two = write("one.jsonl", noted), write("two.jsonl", [{**noted[0], "hint": "想想"}])
     data = config(one, eval=two)
     for _ in range(2):  # the second time from the cache
-        found = read_corpus(data, accept_rejects=False)
+        found = read_corpus(Config(data=data), accept_rejects=False)
         assert found.unread == {one: {"note": 12}, two: {"note": 1, "hint": 1}}
         assert "note (13), hint (1)" in capsys.readouterr().err
     assert len(list(folder.iterdir())) == 1

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import BOTH_KINDS
 from safetensors.torch import load_file
 
 from cllm.__main__ import run
@@ -68,6 +69,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
 
 
+@BOTH_KINDS
 def test_two_ranks_follow_one_and_their_snapshot_goes_on_with_one(
     config: Path, tmp_path: Path
 ) -> None:

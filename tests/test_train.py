@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BOTH_KINDS
 from conftest import demo_rows as rows
 from safetensors.torch import load_file, save_file
 
@@ -107,6 +108,7 @@ def test_the_adapter_directory_renders_the_trained_token_ids(config: Path) -> No
     assert reloaded.stop_ids == training.learner.tokenizer.stop_ids
 
 
+@BOTH_KINDS
 def test_resume_is_bit_exact(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("train", [str(config), "eval.samples=0"]) == 0
     interrupted = f"run.dir={tmp_path / 'runs' / 'b'}"
@@ -514,8 +516,10 @@ def test_a_jump_of_the_loss_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the proof forks")
-def test_killed_runs_end_as_if_nothing_had_happened() -> None:
-    command = [sys.executable, "bench/crash.py", "--kills", "2", "--flips", "1", "--disk", "0"]
+@pytest.mark.parametrize("kind", [[], ["--preference"]], ids=["sft", "preference"])
+def test_killed_runs_end_as_if_nothing_had_happened(kind: list[str]) -> None:
+    counts = ["--kills", "2", "--flips", "1", "--disk", "0"]
+    command = [sys.executable, "bench/crash.py", *counts, *kind]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import BOTH_KINDS
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -116,6 +117,7 @@ def until(rung: str) -> Callable[[Training], None]:
     return disturb
 
 
+@BOTH_KINDS
 def test_every_place_ends_in_the_same_adapter(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +169,7 @@ def test_every_place_ends_in_the_same_adapter(
         assert ladder["embedding_on_cpu"] == (place == "embedding") and ladder["row_tokens"] == 128
 
 
+@BOTH_KINDS
 def test_shorter_rows_need_leave_and_what_never_fits_ends_in_one_line(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

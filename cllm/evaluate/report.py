@@ -14,12 +14,13 @@ from jinja2 import Environment
 from cllm.evaluate.answers import METRICS
 from cllm.evaluate.results import Evaluation, Exam, Gap, Sample, SystemScores, document
 from cllm.learn.log import LiveLine, draw_curve, duration
-from cllm.messages import language, say, table, to_json
+from cllm.messages import language, note, say, table, to_json
 from cllm.metrics import BLEU, ROUGE
 from cllm.plots import draw_scores
 
 COLUMNS = ("loss", "general-ppl", "bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
 SHOWN = 20  # samples at either end
+LONGER = 1.2  # times the chosen answers' length that is worth a word
 _PAGE = Path(__file__).parents[1] / "assets" / "report.html"
 Table = list[list[str]]
 
@@ -87,8 +88,13 @@ def tables(results: Evaluation | Exam) -> list[Table]:
     systems = results.systems
     scores = {name: system.scores for name, system in systems.items()}
     gaps = systems["adapter"].versus_base if "adapter" in systems else {}
+    pairs = [
+        ["", *results.preference],
+        [say("eval.pairs"), *map(number, results.preference.values())],
+    ]
     shown = (
         score_table(scores, gaps),
+        pairs if results.preference else [],
         group_table(systems, "by_category", "exact"),
         group_table(systems, "by_length", "rouge-l-char"),
     )
@@ -98,6 +104,16 @@ def tables(results: Evaluation | Exam) -> list[Table]:
 def summary(results: Evaluation | Exam) -> str:
     """The tables for the terminal."""
     return "\n\n".join(table(rows) for rows in tables(results))
+
+
+def warn_of_length(results: Evaluation) -> None:
+    """Say so if a preference run made answers longer than the chosen ones are."""
+    adapter, base, chosen = (
+        sum(len(sample.answers.get(name, sample.reference)) for sample in results.samples)
+        for name in ("adapter", "base", "")
+    )
+    if results.preference and adapter > LONGER * max(base, chosen):
+        note("train.longer", times=f"{adapter / max(1, chosen):.1f}")
 
 
 def write_results(folder: Path, results: Evaluation | Exam) -> None:

@@ -7,7 +7,7 @@ object a question, of `Sample` or `ExamSample`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cllm.data.message import Message
@@ -76,6 +76,8 @@ class Evaluation:
 
     systems: dict[str, SystemScores]
     samples: list[Sample]
+    preference: dict[str, float] = field(default_factory=dict)
+    """What the held-out pairs tell of a preference run."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def document(results: Evaluation | Exam) -> dict[str, Any]:
     """The content of eval.json: a system's or a group's scores stand beside its other fields, and
     what is empty is left out.
     """
-    return {name: _flat(asdict(system)) for name, system in results.systems.items()}
+    systems = {name: _flat(asdict(system)) for name, system in results.systems.items()}
+    preference = results.preference if isinstance(results, Evaluation) else {}
+    return systems | ({"preference": preference} if preference else {})
 
 
 def _flat(value: Any) -> Any:

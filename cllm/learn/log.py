@@ -19,6 +19,8 @@ from cllm.plots import draw_loss
 if TYPE_CHECKING:
     import torch
 
+WATCHED = 20
+"""Preference steps in a row that a warning takes."""
 LOGGED_SECONDS = 30
 """A log file that is no terminal gets a line at least this often."""
 CLOCK_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
@@ -99,6 +101,8 @@ class RunLog:
         self._recent = deque((loss for _, loss in losses(read_metrics(self.path))), maxlen=50)
         # seconds of the last steps; evaluations do not count
         self._paces: deque[float] = deque(maxlen=50)
+        self._warned: set[str] = set()
+        self._watched: deque[dict[str, Any]] = deque(maxlen=WATCHED)
         self._line = LiveLine()
         self.break_line = self._line.leave
 
@@ -116,6 +120,8 @@ class RunLog:
             f"grad {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
             f"peak {peak:.2f} GiB  eta {duration(remaining)}"
         )
+        if "margin" in values:
+            line += f"  margin {values['margin']:.3f}  accuracy {values['accuracy']:.0%}"
         due = step % max(1, self.total // 20) == 0 or step in (1, self.total)
         self._line.show(line, due=due, last=step == self.total)
         if len(self._recent) >= 10 and loss > 1.5 * max(self._recent) + 0.1:
@@ -124,6 +130,23 @@ class RunLog:
             note("log.spike", step=step, loss=f"{loss:.3f}", count=len(self._recent), most=most)
         if math.isfinite(loss):
             self._recent.append(loss)
+        if "margin" in values:
+            self._watch(values)
+
+    def _watch(self, values: dict[str, Any]) -> None:
+        """Say what goes wrong in a preference run, once each."""
+        self._watched.append(values)
+        if len(self._watched) < WATCHED:
+            return
+        falls = all(row.get("chosen_reward", 0.0) < 0 < row["margin"] for row in self._watched)
+        for code, true in (
+            ("log.overfit", all(row["accuracy"] == 1 for row in self._watched)),
+            ("log.chosen_falls", falls),
+        ):
+            if true and code not in self._warned:
+                self._warned.add(code)
+                self.break_line()
+                note(code, step=values["step"], count=WATCHED)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one object at once, so that a crash loses nothing and the page can follow."""

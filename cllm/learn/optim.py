@@ -221,19 +221,19 @@ class Trainee:
         trained = parameters_of(self.optimizer)
         weight = sum(batch.weight for batch in rows)
         measured = self._measured(rows, world, micro_tokens)
-        weighed, divisor = (measured.rows, 1) if measured else (rows, max(1, weight))
+        divisor = 1 if self.preference else max(1, weight)
         total = torch.zeros((), device=trained[0].device)
 
         def gradients() -> None:
             for index in range(world.rank, len(rows), world.size):
                 if seed:
                     torch.manual_seed(random.Random(f"{seed}/{index}").getrandbits(63))
-                for part in weighed[index].split(micro_tokens):
+                for part in measured.rows[index].split(micro_tokens):
                     with self.precision.autocast():
                         loss = self.objective(self.model, part.to(total.device)) / divisor
                     scaler.scale(loss).backward()
                     total.add_(loss.detach())
-            if measured:  # pass 2 has its gradient, not its value
+            if self.preference:  # pass 2 has its gradient, not its value
                 total.fill_(0.0 if world.rank else measured.loss)
 
         def update() -> tuple[float, float, bool]:
@@ -257,16 +257,14 @@ class Trainee:
             mean, grad_norm, skipped = _in_memory(update, world, altered=True)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        tokens, figures = sum(len(b.input_ids) for b in rows), measured.figures if measured else {}
-        return StepStats(mean, grad_norm, tokens, weight, skipped, figures)
+        tokens = sum(len(batch.input_ids) for batch in rows)
+        return StepStats(mean, grad_norm, tokens, weight, skipped, measured.figures)
 
-    def _measured(
-        self, rows: Sequence[PackedBatch], world: World, micro_tokens: int
-    ) -> Weighed | None:
-        """Pass 1 of a step on preference data."""
+    def _measured(self, rows: Sequence[PackedBatch], world: World, micro_tokens: int) -> Weighed:
+        """Pass 1 of a step on preference data; any others' rows as they are."""
         preference, autocast = self.preference, self.precision.autocast
         if preference is None:
-            return None
+            return Weighed(rows, 0.0, {})
 
         def measure() -> Tensor:
             return preference.nats(self.model, rows, autocast, world, micro_tokens)

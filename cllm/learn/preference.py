@@ -92,9 +92,10 @@ def _log_odds(mean: Tensor) -> Tensor:
 class Weighed:
     """A step's rows for pass 2, and what pass 1 has seen."""
 
-    rows: list[PackedBatch]
+    rows: Sequence[PackedBatch]
     loss: float
     figures: dict[str, float]
+    conversations: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Preference:
         # the half of a vote that was not cast says 1/2 and has no gradient
         loss = losses.detach().mean() - (lengths == 0).sum() / 2 / len(losses)
         loss += sft * nats[1][chosen].sum()
-        return Weighed(weighed, float(loss), self._figures(policy, reference, lengths))
+        return Weighed(weighed, float(loss), self._figures(policy, reference, lengths), len(losses))
 
     def _figures(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> dict[str, float]:
         """What is logged of (conversations, 2) tables: log-probabilities in nats, lengths in
@@ -202,7 +203,7 @@ class Preference:
         d = -(gone / per_token)[present]
         means = {
             f"{side}_{name}": values[:, column][present[:, column]].mean()
-            for name, values in (("logp", policy), ("tokens", lengths))
+            for name, values in (("logp", policy), ("reward", rewards), ("tokens", lengths))
             for column, side in enumerate(("chosen", "rejected"))
             if present[:, column].any()
         }
