@@ -134,20 +134,15 @@ def stored_tensors(file: Path) -> Iterator[Stored]:
 
 def _safetensors(file: Path) -> Iterator[Stored]:
     try:
-        with safe_open(file, "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
-            stored = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+        # Opened once, as every opening reads the whole header.
+        opened: Any = safe_open(file, "pt")  # type: ignore[no-untyped-call]
+        slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+        stored = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except SafetensorError as error:
         raise UserError("model.damaged", path=file, detail=error) from error
     for name, shape, kind in stored:
         _refuse_packed(file, name, kind, DTYPES)
-        yield Stored(name, shape, DTYPES[kind], partial(_read, file, name))
-
-
-def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-        return tensor
+        yield Stored(name, shape, DTYPES[kind], partial(opened.get_tensor, name))
 
 
 def _refuse_packed(file: Path, name: str, dtype: object, known: Iterable[object]) -> None:
