@@ -259,7 +259,9 @@ def history_turns(value: object) -> Turns:
     if not isinstance(value, list):
         return _turns(value, "history")
     parts: list[Any] = []
-    said = all(isinstance(p, list) and len(p) == 2 and p[0] in [*ROLES] for p in value)
+    said = len(value) > 1 and all(
+        isinstance(p, list) and len(p) == 2 and p[0] in [*ROLES] for p in value
+    )
     for part in value:
         if not isinstance(part, (list, tuple)) or len(part) != 2:
             parts.append(part)
