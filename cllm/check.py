@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, is_config, load_config
 from cllm.corpus import tokenizer_of
+from cllm.data.pairs import dialogue, sides
 from cllm.data.quality import NEAR_LIMIT, counts, deduplicate, histogram, leaks, quality
 from cllm.data.reader import Unread, sample_rows, write_conversations
 from cllm.data.schema import Conversation, Reject
@@ -61,19 +63,27 @@ def main(argv: list[str]) -> int:
     config = _config(options.target, options.overrides)
     warn_of_demo(config.data)
     unread: Unread = {}
-    groups, rejects = read_sources(config.data, unread)
+    pairs = config.preference.active
+    groups, rejects = read_sources(config.data, unread, pairs=pairs)
     tokenizer = _tokenizer(config)
     account, lengths = _account(config, groups, rejects, unread, tokenizer)
     conversations = list(chain(*groups))
+    if pairs and conversations:
+        account["pairs"] = _length_bias(conversations, tokenizer)
     lines = _summary(account)
-    if tokenizer:
+    if tokenizer and pairs:
+        both = [item for item in conversations if len(sides(item)) == 2][:1]
+        for side in sides(both[0]) if both else []:
+            lines += _sample([dialogue(both[0], side)], tokenizer)
+    elif tokenizer:
         lines += _sample(conversations, tokenizer)
     text = "\n".join(lines)
     green = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if green else text)
     if options.write:
         kept = deduplicate(conversations) if config.data.dedup else conversations
-        account["written"] = write_conversations(kept, options.write, config.data.kind)
+        kind = "pairs" if pairs else config.data.kind
+        account["written"] = write_conversations(kept, options.write, kind)
     if options.init:
         chosen = is_config(options.target) or config.model != load_config(TRIAL).model
         proposal = (config, config.train.row_tokens, "chosen") if chosen else _recommended(config)
@@ -135,6 +145,8 @@ def _account(
     from cllm.data.encode import IGNORE_INDEX, Ids, batches, rendered
 
     conversations = list(chain(*groups))
+    if config.preference.active:  # of a pair the chosen answer is looked at
+        conversations = [dialogue(item, sides(item)[0]) for item in conversations]
     encoded: list[Ids] = []
     if tokenizer:
         said: list[Conversation] = []
@@ -149,7 +161,9 @@ def _account(
     account = quality(conversations, rejects, counted, config.train.row_tokens)
     tested: list[Conversation] = []
     if config.data.eval:
-        tested, refused = read_file(config.data, config.data.eval, {}, unread)
+        tested, refused = read_file(
+            config.data, config.data.eval, {}, unread, pairs=config.preference.active
+        )
         account["eval"] = counts(tested, refused)
     train, held_out, _ = divide(config.data, groups, tested)
     account["unread"] = unread
@@ -164,6 +178,46 @@ def _account(
     return account, counted or [
         sum(len(turn.content) + len(turn.parts) for turn in item) for item in conversations
     ]
+
+
+def _length_bias(
+    conversations: list[Conversation], tokenizer: Tokenizer | None
+) -> dict[str, float]:
+    """What the answers' lengths (in trained tokens, or characters without a tokenizer) tell of
+    being chosen: both means, the share of pairs with a longer chosen answer, and the correlation
+    of a length with being chosen, 0 for none.
+    """
+    from cllm.data.encode import IGNORE_INDEX, rendered
+
+    def length(item: Conversation) -> int:
+        if not tokenizer:
+            return len(item.messages[-1].words)
+        segments = rendered(item, tokenizer)
+        labels = [] if isinstance(segments, Reject) else tokenizer.encode_segments(segments)[1]
+        return len(labels) - labels.count(IGNORE_INDEX)
+
+    lengths: tuple[list[int], list[int]] = ([], [])
+    longer = pairs = 0
+    for item in conversations:
+        measured = {side: length(dialogue(item, side)) for side in sides(item)}
+        for side, size in measured.items():
+            lengths[side].append(size)
+        if len(measured) == 2:
+            pairs += 1
+            longer += measured[0] > measured[1]
+    sizes = [*lengths[0], *lengths[1]]
+    counts, means = [len(side) for side in lengths], [mean(side or [0]) for side in lengths]
+    spread = pstdev(sizes) * len(sizes)
+    apart = (means[0] - means[1]) * (counts[0] * counts[1]) ** 0.5
+    return {
+        "pairs": pairs,
+        "chosen": counts[0] - pairs,
+        "rejected": counts[1] - pairs,
+        "chosen_length": round(means[0], 1),
+        "rejected_length": round(means[1], 1),
+        "longer_chosen": round(longer / max(1, pairs), 3),
+        "correlation": round(apart / spread, 3) if spread and all(counts) else 0.0,
+    }
 
 
 def _summary(account: dict[str, Any]) -> list[str]:
@@ -188,6 +242,8 @@ def _summary(account: dict[str, Any]) -> list[str]:
     for unit in filter(account.get, ("characters", "tokens")):
         numbers = _listed(account[unit])
         lines.append(say("check.lengths", unit=say(f"check.unit.{unit}"), numbers=numbers))
+    if "pairs" in account:
+        lines.append(say("check.pairs", **account["pairs"]))
     if over := account.get("over_limit"):
         share = f"{over / account['valid']:.1%}"
         lines.append(say("check.over", count=over, share=share, limit=account["limit"]))

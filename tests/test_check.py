@@ -307,3 +307,32 @@ def test_a_quiet_account_is_ten_lines(
     path.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     text, _ = account(capsys, path, f"model.path={base}", "model.template=chatml")
     assert len(text.split("\n")) <= 10
+
+
+def test_pairs_show_length_bias_and_both_answers_token_by_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"怎样煮第{i}碗面？", "chosen": "先烧水，再下面。" * 3, "rejected": "不知道。"}
+        for i in range(8)
+    ]
+    rows += [
+        {"prompt": "几点？", "chosen": "好。", "rejected": "现在不能告诉你。" * 4},
+        {"prompt": "几点？", "completion": "三点。", "label": True},
+        {"prompt": "去哪？", "chosen": "去", "rejected": "去。"},
+    ]
+    file, kept = tmp_path / "pairs.jsonl", tmp_path / "kept.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = [str(file), "preference.loss=dpo", "--write", str(kept)]
+    assert run("check", options) == 0
+    text = capsys.readouterr().out
+    found = json.loads(text.strip().split("\n")[-1])
+    told = found["pairs"]
+    assert (told["pairs"], told["chosen"], told["rejected"]) == (9, 1, 0)
+    assert told["longer_chosen"] == pytest.approx(8 / 9, abs=1e-3)
+    assert told["chosen_length"] > told["rejected_length"] and told["correlation"] > 0
+    assert found["rejects"]["identical_pair"]["count"] == 1 and found["written"] == 10
+    assert text.count("pairs.jsonl:1") >= 2 and "知" in text  # both answers of the first pair
+    assert run("check", [str(kept), "preference.loss=dpo"]) == 0
+    again = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    assert again["pairs"] == told and again["rejected"] == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cllm.config import DataConfig, Source
 from cllm.data.message import Message
-from cllm.data.pairs import PairNormalizer, dialogue, joined_votes, prompt_size, sides
+from cllm.data.pairs import PairNormalizer, dialogue, joined_votes, pair_row, prompt_size, sides
 from cllm.data.schema import REASONS, Conversation, Reject
 from cllm.data.sources import prepare, read_file
 
@@ -165,6 +165,7 @@ def test_no_row_raises(row: dict[str, Any]) -> None:
             assert one.messages[-1].role == "assistant" and one.messages[-1].content
             assert {m.role for m in one} >= {"user"}
         assert sides(result)
+        assert read(pair_row(result)) == result
 
 
 def test_the_cache_keeps_both_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cllm.data.fields import Row
 from cllm.data.message import Message
-from cllm.data.schema import NEGATIVE, Conversation, Normalizer, Reject
+from cllm.data.schema import NEGATIVE, Conversation, Normalizer, Reject, to_row
 from cllm.data.text import RowError
 from cllm.data.turns import named, row_turns
 
@@ -146,3 +146,15 @@ def dialogue(conversation: Conversation, side: int) -> Conversation:
     messages = (conversation.messages, conversation.rejected)[side]
     prompt = (m._replace(trained=m.trained and m.role != "assistant") for m in messages[:size])
     return replace(conversation, messages=(*prompt, *messages[size:]), rejected=())
+
+
+def pair_row(conversation: Conversation) -> Row:
+    """The JSON object that `PairNormalizer` reads back as the same conversation."""
+    dialogues = [
+        to_row(replace(conversation, messages=messages))
+        for messages in (conversation.messages, conversation.rejected)
+    ]
+    if len(present := sides(conversation)) == 1:
+        return {**dialogues[present[0]], "label": present == [0]}
+    chosen, rejected = (row.pop("messages") for row in dialogues)
+    return {"chosen": chosen, "rejected": rejected, **dialogues[0]}

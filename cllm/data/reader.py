@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
 from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, once, whole
-from cllm.data.pairs import PairNormalizer
+from cllm.data.pairs import PairNormalizer, pair_row
 from cllm.data.schema import Conversation, Normalizer, Reject, to_row
 from cllm.data.text import VERBATIM, RowError, TextOptions, printable
 from cllm.data.turns import SCHEMA_KEYS
@@ -123,7 +123,8 @@ def write_conversations(
     count = 0
     with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
         for conversation in conversations:
-            stream.write(to_json(to_row(conversation, kind)) + "\n")
+            row = pair_row(conversation) if kind == "pairs" else to_row(conversation, kind)
+            stream.write(to_json(row) + "\n")
             count += 1
     return count
 
