@@ -135,7 +135,7 @@ def stored_tensors(file: Path) -> Iterator[Stored]:
 def _safetensors(file: Path) -> Iterator[Stored]:
     try:
         # Opened once, as every opening reads the whole header.
-        opened: Any = safe_open(file, "pt")  # type: ignore[no-untyped-call]
+        opened: Any = safe_open(file, "pt")
         slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
         stored = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except SafetensorError as error:
