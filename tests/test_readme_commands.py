@@ -48,6 +48,7 @@ def test_the_commands_work_in_their_order(
     if name.endswith(".en.md"):
         return  # the same commands
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cllm.fit.LONGEST_ROW", 4096)  # longer rows take minutes to trace
     for file, count in (("my.jsonl", 40), ("test.jsonl", 4)):
         rows = [
             {"instruction": f"第{i}号仓库在哪里？", "output": f"第{i}号仓库在河东{i + 1}街。"}
@@ -60,8 +61,6 @@ def test_the_commands_work_in_their_order(
         program = module.removeprefix("cllm.")
         if program == "train":
             arguments += SMALL
-        if "--plan" in arguments:  # shorter rows are traced in less time
-            arguments.append("memory.budget_gib=2")
         if program == "chat":
             if "--terminal" not in arguments:
                 continue  # serves until it is stopped
