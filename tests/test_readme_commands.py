@@ -17,6 +17,11 @@ from cllm.__main__ import run
 ROOT = Path(__file__).parents[1]
 # a hub, an exam's files, votes, a server, this very test
 ELSEWHERE = ("CMMLU", "--votes", "--host", "-m pytest", "cllm.toml")
+PAGES = [
+    f"{page}{language}"
+    for page in ("README", "docs/guide", "docs/preference")
+    for language in (".md", ".en.md")
+]
 SMALL = (
     "model.path=tiny-zh train.steps=2 train.row_tokens=128 train.tokens_per_step=128 "
     "eval.samples=2 eval.max_new_tokens=4"
@@ -39,7 +44,21 @@ def commands(name: str) -> list[list[str]]:
     return [shlex.split(line)[2:] for line in ours]
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.en.md", "docs/guide.md", "docs/guide.en.md"])
+def write_votes(path: Path) -> None:
+    """Votes as the page writes them."""
+    from cllm.assembly import open_model
+    from cllm.serve.sampling import Sampling
+    from cllm.serve.ui import Duel, _append_vote
+
+    loaded = open_model(path.parent)
+    for number in range(24):
+        duel = Duel(
+            f"第{number}号仓库？", ["base", "my"], ["不知道。", f"河东{number}街。"], Sampling()
+        )
+        _append_vote("tie" if number % 8 == 0 else "b", "", duel, loaded)
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_the_commands_work_in_their_order(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +78,8 @@ def test_the_commands_work_in_their_order(
         )
     for module, *arguments in named:
         program = module.removeprefix("cllm.")
+        if program == "check" and "votes.jsonl" in arguments[0]:
+            write_votes(tmp_path / arguments[0])
         if program == "train":
             arguments += SMALL
         if program == "chat":
