@@ -376,9 +376,9 @@ def open_model(
     located = locate(name)
     model = located.model
     if precision:
-        model = model.model_copy(update={"precision": precision})
+        model = replace(model, precision=precision)
     if quantize:
-        model = model.model_copy(update={"quantize": quantize, "head": "16bit"})
+        model = replace(model, quantize=quantize, head="16bit")
     assembly = assemble(
         located.base(),
         model,

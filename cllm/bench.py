@@ -347,7 +347,7 @@ def _measure(config: Config, arguments: argparse.Namespace, report: Record) -> N
         original = published(config, arguments.layers)[1]
         for i, tokens in enumerate(rows):
             request = {"original": original, "row_tokens": tokens, "steps": arguments.steps}
-            peers[i] = run_script(PEFT, [to_json({**config.model_dump(), **request})])
+            peers[i] = run_script(PEFT, [to_json({**asdict(config), **request})])
     model = bench_model(config, arguments, min(rows))
     report |= _machine(model.assembly.device)
     for tokens, peer in zip(rows, peers, strict=True):

@@ -5,25 +5,19 @@ Each field's comment is its documentation; `cllm.toml` shows all of them with th
 compares the two).
 """
 
-# No `from __future__ import annotations`: Pydantic evaluates the annotations.
+from __future__ import annotations
+
+import dataclasses
 import difflib
+import math
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from typing import Any, Literal
 
 from cllm.messages import UserError, file_name, say, to_json
 
@@ -39,18 +33,14 @@ _WITH_PAIRS = {"data.kind": "chat", "data.truncate": "drop", "lora.dropout": 0.0
 
 Quantize = Literal["none", "nf4"]
 PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
-BOUNDS = {"greater_than": ">", "greater_than_equal": "≥", "less_than_equal": "≤"}
-TYPES = {"model": "table", "tuple": "string or [[tables]]"}  # where Pydantic's name is not TOML's
-RowTokens = Annotated[int, Field(ge=8)]
 
 
-class Section(BaseModel):
-    """A table of the file. No value is converted from another type, but int to float."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+def _at_least(low: float, default: Any, at_most: float = math.inf) -> Any:
+    return field(default=default, metadata={"limits": (low, at_most)})
 
 
-class ModelConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
     """[model]: the frozen base."""
 
     path: str = "tiny-zh"
@@ -71,54 +61,49 @@ class ModelConfig(Section):
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
 
 
-class LoraConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
     """[lora]: the adapter."""
 
-    rank: PositiveInt = 16
-    alpha: NonNegativeFloat = 32.0
+    rank: int = _at_least(1, 16)
+    alpha: float = _at_least(0, 32.0)
     """Scale: the update is alpha / rank * B A."""
-    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
+    dropout: float = _at_least(0, 0.0, at_most=0.99)
     targets: str | list[str] = "all-linear"
     """`all-linear` (all but the head), or module names and globs."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     dora: bool = False
     """Learn the magnitude of each output row too."""
-    plus_ratio: NonNegativeFloat = 1.0
+    plus_ratio: float = _at_least(0, 1.0)
     """LoRA+: the learning rate of B over that of A."""
     init_from: str = ""
     """A run (or adapter directory) to continue from; rank, alpha and targets are then its own."""
 
 
-class Source(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
     """[[data.train]]: one file (or folder) of a mixture."""
 
     path: str = ""
-    weight: NonNegativeFloat = 1.0
+    weight: float = _at_least(0, 1.0)
     """How often each conversation is seen per epoch; 0.5: every second one."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = field(default_factory=dict)
 
 
-def _tables(value: Any) -> Any:
-    """data.train as a tuple of tables, where it is the name of a file or a list of such."""
-    rows = [value] if isinstance(value, str) else value
-    if not isinstance(rows, list):
-        return value
-    return tuple({"path": row} if isinstance(row, str) else row for row in rows)
-
-
-class DataConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
     """[data]: what is learned from."""
 
-    train: Annotated[tuple[Source, ...], BeforeValidator(_tables)] = (Source(path="demo"),)
+    train: tuple[Source, ...] = (Source(path="demo"),)
     """A file, a folder, the built-in `demo`, or [[data.train]] tables with path, weight,
     columns.
     """
     eval: str = ""
     """Held-out file; empty: `held_out` of the training conversations are split off."""
-    held_out: Annotated[float, Field(ge=0, le=0.9)] = 0.05
+    held_out: float = _at_least(0, 0.05, at_most=0.9)
     """Fraction split off by content hash when `eval` is empty; 0: no evaluation."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = field(default_factory=dict)
     """Where the file's own names need help: user, assistant, system, history = a column (name or
     number) or "{A} … {B}".
     """
@@ -142,29 +127,31 @@ class DataConfig(Section):
     """E-mail addresses, ID card and phone numbers become [EMAIL], [ID], [PHONE]."""
 
 
-class TrainConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
     """[train]: the loop."""
 
-    epochs: NonNegativeFloat = 3.0
-    steps: NonNegativeInt = 0
+    epochs: float = _at_least(0, 3.0)
+    steps: int = _at_least(0, 0)
     """Optimizer steps; 0: as many as `epochs` needs."""
-    row_tokens: RowTokens = 2048
+    row_tokens: int = _at_least(8, 2048)
     """Length of a packed row = the micro-batch; also the longest sample."""
-    tokens_per_step: RowTokens = 8192
+    tokens_per_step: int = _at_least(8, 8192)
     """Tokens of one optimizer step, accumulated over rows."""
-    learning_rate: NonNegativeFloat = 2e-4
+    learning_rate: float = _at_least(0, 2e-4)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
+    warmup: float = _at_least(0, 0.03, at_most=1)
     """Share of the steps with a rising rate."""
-    weight_decay: NonNegativeFloat = 0.0
-    max_norm: NonNegativeFloat = 1.0
+    weight_decay: float = _at_least(0, 0.0)
+    max_norm: float = _at_least(0, 1.0)
     """Gradient clipping; 0: off."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit`: AdamW's two moments in 8 bits, a quarter of their memory."""
-    seed: NonNegativeInt = 42
+    seed: int = _at_least(0, 42)
 
 
-class PreferenceConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferenceConfig:
     """[preference]: learning from pairs of answers, or from votes on single ones."""
 
     loss: Literal["none", "dpo", "ipo", "robust", "hinge", "orpo", "simpo", "apo_zero_unpaired"] = (
@@ -173,15 +160,15 @@ class PreferenceConfig(Section):
     """`none`: answers are learned (of a pair the chosen one). `apo_zero_unpaired` takes votes on
     single answers too; `cllm.learn.preference_loss` has the formulas.
     """
-    beta: PositiveFloat = 0.1
+    beta: float = _at_least(1e-6, 0.1)
     """How much a log-probability counts; of DPO: how near the model stays to what it was."""
-    label_smoothing: Annotated[float, Field(ge=0, le=0.49)] = 0.0
+    label_smoothing: float = _at_least(0, 0.0, at_most=0.49)
     """`dpo`, `robust`: the share of pairs that may be the wrong way round."""
-    sft: NonNegativeFloat = 0.0
+    sft: float = _at_least(0, 0.0)
     """Weight of the chosen answers' loss per token beside it; ORPO's own is 1."""
-    ld_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    ld_alpha: float = _at_least(0, 1.0, at_most=1)
     """What tokens beyond the shorter answer's length count; under 1 against ever longer answers."""
-    gamma: NonNegativeFloat = 0.5
+    gamma: float = _at_least(0, 0.5)
     """`simpo`: the margin that is asked for."""
 
     @property
@@ -190,38 +177,40 @@ class PreferenceConfig(Section):
         return self.loss != "none"
 
 
-class EvalConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
     """[eval]: the held-out set, during and after training."""
 
-    every: NonNegativeInt = 0
+    every: int = _at_least(0, 0)
     """Steps between evaluations; 0: five times a run."""
-    patience: NonNegativeInt = 0
+    patience: int = _at_least(0, 0)
     """Stop after so many evaluations without a lower loss; 0: never."""
-    samples: NonNegativeInt = 200
+    samples: int = _at_least(0, 200)
     """Held-out conversations answered for the table at the end; 0: no generation."""
-    shots: NonNegativeInt = 0
+    shots: int = _at_least(0, 0)
     """Also answer with the base given so many training examples in the prompt."""
-    max_new_tokens: PositiveInt = 256
+    max_new_tokens: int = _at_least(1, 256)
 
 
-class MemoryConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
     """[memory]: what may be used."""
 
-    budget_gib: NonNegativeFloat = 0.0
+    budget_gib: float = _at_least(0, 0.0)
     """GPU memory that the run may take; 0: what the card has free."""
-    checkpoint_layers: Annotated[int, Field(ge=-1)] = -1
+    checkpoint_layers: int = _at_least(-1, -1)
     """Decoder layers recomputed in the backward: -1 as few as the budget allows (all without one),
     0 none (fastest).
     """
-    chunk_mib: PositiveInt = 128
+    chunk_mib: int = _at_least(1, 128)
     """Logits alive at once in the loss."""
     offload_inputs: bool = False
     """Inputs of recomputed layers wait in host memory."""
-    stream_layers: NonNegativeInt = 0
+    stream_layers: int = _at_least(0, 0)
     """Decoder layers whose frozen weights live in host memory and pass through two slots on the
     device; each is recomputed.
     """
-    mlp_tile_tokens: NonNegativeInt = 0
+    mlp_tile_tokens: int = _at_least(0, 0)
     """The MLP runs in tiles of so many tokens, recomputed once more; 0: whole rows."""
     embedding: Literal["auto", "device", "cpu"] = "auto"
     """Where the input embedding lives; `auto`: in host memory beside a 4-bit base on a GPU, unless
@@ -229,26 +218,29 @@ class MemoryConfig(Section):
     """
 
 
-class LogConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
     """[log]"""
 
     tracker: Literal["none", "tensorboard", "swanlab"] = "none"
 
 
-class RunConfig(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
     """[run]: where results go."""
 
     dir: str = "runs/demo"
     """If it exists, -2, -3, … is appended; nothing is overwritten."""
-    snapshot_every: NonNegativeInt = 0
+    snapshot_every: int = _at_least(0, 0)
     """Steps between snapshots for --resume; 0: at every evaluation."""
-    snapshot_minutes: NonNegativeFloat = 10.0
+    snapshot_minutes: float = _at_least(0, 10.0)
     """Minutes after which a snapshot is due in any case; 0: never."""
-    keep: PositiveInt = 2
+    keep: int = _at_least(1, 2)
     """Snapshots kept."""
 
 
-class Config(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
     """The whole file. Programs hand each room its own section, never this."""
 
     model: ModelConfig = ModelConfig()
@@ -260,11 +252,6 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()
-
-
-def is_config(name: str) -> bool:
-    """Whether a command line names a config, not a model or a data file."""
-    return name.startswith("preset:") or name.endswith(".toml")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -284,20 +271,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         key, value = _override(override, problems)
         if key:
             section, _, name = key.partition(".")
-            if not isinstance(tree.get(section), dict):
-                tree[section] = {}
-            tree[section][name] = value
+            tree[section] = {
+                **(tree[section] if isinstance(tree.get(section), dict) else {}),
+                name: value,
+            }
             where[key] = override
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        told = {}  # by key, because each alternative of a type has an error of its own
-        for problem in error.errors():
-            names = (part for part in problem["loc"] if isinstance(part, str))
-            key = ".".join(name for name in names if name not in ("str", "list[str]"))
-            place = where.get(key) or where.get(key.rpartition(".")[0]) or file
-            told[key] = _told(place, key, problem)
-        problems += told.values()
+    config: Config = _section(
+        Config,
+        tree,
+        "",
+        lambda key: where.get(key) or where.get(key.rpartition(".")[0]) or file,
+        problems,
+    )
     if not problems:
         problems = _clashes(config, lambda key: where.get(key, file))
     if problems:
@@ -315,27 +300,35 @@ def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
         for key, value in _WITH_PAIRS.items():
             section, _, name = key.partition(".")
             if getattr(getattr(config, section), name) != value:
-                problems.append(
-                    say("config.pairs", where=where(key), key=key, value=to_json(value))
-                )
+                needed = to_json(value)
+                problems.append(say("config.pairs", where=where(key), key=key, value=needed))
     if config.preference.loss == "orpo" and not config.preference.sft:
         problems.append(say("config.orpo", where=where("preference.loss")))
     return problems
+
+
+def is_config(name: str) -> bool:
+    """Whether a command line names a config, not a model or a data file."""
+    return name.startswith("preset:") or name.endswith(".toml")
 
 
 def _read(path: str) -> tuple[str, str]:
     if path.startswith("preset:"):
         file = PRESETS / f"{path[7:]}.toml"
         if not file.is_file():
-            known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
-            raise UserError("config.preset", name=path[7:], known=known)
+            raise UserError(
+                "config.preset",
+                name=path[7:],
+                known=", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))),
+            )
     else:
         file = Path(path)
     try:
         return path, file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        detail = getattr(error, "strerror", None) or error
-        raise UserError("config.unreadable", path=path, detail=detail) from error
+        raise UserError(
+            "config.unreadable", path=path, detail=getattr(error, "strerror", None) or error
+        ) from error
 
 
 def _key_lines(text: str) -> dict[str, int]:
@@ -363,41 +356,110 @@ def _override(text: str, problems: list[str]) -> tuple[str, Any]:
         return key.strip(), value  # an unquoted string
 
 
-def _told(where: str, key: str, problem: Any) -> str:
-    """One of Pydantic's errors in our words."""
-    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        tables = {"": Config(), **dict(Config()), "data.train": Source()}
-        table, _, name = key.rpartition(".")
-        known = [part for part, _ in tables[table]]
-        near = difflib.get_close_matches(name, known, 1, 0.5)
-        names = ", ".join(known)
-        hint = say("config.nearest", name=near[0]) if near else say("config.known", names=names)
-        return say("config.unknown", where=where, key=key, hint=hint)
-    if kind in BOUNDS:
-        bounds = f"{BOUNDS[kind]} {next(iter(context.values()))}"
-        return say("config.range", where=where, key=key, value=value, bounds=bounds)
-    kind = kind.removesuffix("_type")
-    expected = context.get("expected") or TYPES.get(kind, kind)
-    return say("config.type", where=where, key=key, expected=expected, found=repr(value))
+def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]) -> Any:
+    """Build dataclass `kind` from a table; appends to `problems` and goes on."""
+    if not isinstance(tree, dict):
+        problems.append(
+            say("config.type", where=where(prefix), key=prefix, expected="table", found=repr(tree))
+        )
+        return kind()
+    hints = typing.get_type_hints(kind)
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = (
+                say("config.nearest", name=near[0])
+                if near
+                else say("config.known", names=", ".join(known))
+            )
+            problems.append(say("config.unknown", where=where(key), key=key, hint=hint))
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = _section(typing.cast(type, hints[name]), value, key, where, problems)
+        else:
+            built = _value(hints[name], value, key, where, problems)
+            low, high = known[name].metadata.get("limits", (-math.inf, math.inf))
+            if isinstance(built, int | float) and not low <= built <= high:
+                problems.append(
+                    say(
+                        "config.range",
+                        where=where(key),
+                        key=key,
+                        value=built,
+                        bounds=f"{low} … {high}",
+                    )
+                )
+            values[name] = built
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> Any:
+    if hint == tuple[Source, ...]:
+        rows = [{"path": value}] if isinstance(value, str) else value
+        if not isinstance(rows, list):
+            problems.append(
+                say(
+                    "config.type",
+                    where=where(key),
+                    key=key,
+                    expected="string or [[tables]]",
+                    found=repr(value),
+                )
+            )
+            return ()
+        tables = [{"path": row} if isinstance(row, str) else row for row in rows]
+        return tuple(_section(Source, row, key, where, problems) for row in tables)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    fits = value in choices if choices else _fits(hint, value)
+    if not fits:
+        expected = (
+            " | ".join(map(repr, choices)) if choices else getattr(hint, "__name__", str(hint))
+        )
+        problems.append(
+            say("config.type", where=where(key), key=key, expected=expected, found=repr(value))
+        )
+    return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(option, value) for option in typing.get_args(hint))
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+        )
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:
     """`section.key` -> "old -> new" for every setting that differs."""
+    old, new = dataclasses.asdict(before), dataclasses.asdict(after)
     return {
-        f"{name}.{key}": f"{old!r} -> {new!r}"
-        for name, section in after
-        for key, new in section
-        if (old := getattr(getattr(before, name), key)) != new
+        f"{s}.{k}": f"{old[s][k]!r} -> {value!r}"
+        for s in new
+        for k, value in new[s].items()
+        if old[s][k] != value
     }
 
 
 def to_toml(config: Config) -> str:
     """The effective configuration as TOML that `load_config` reads back to an equal value."""
-    lines = []
-    for name, section in config:
-        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in section), ""]
-    return "\n".join(lines)
+    parts = []
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        lines = [
+            f"{item.name} = {_toml(getattr(values, item.name))}"
+            for item in dataclasses.fields(values)
+        ]
+        parts.append("\n".join([f"[{section.name}]", *lines, ""]))
+    return "\n".join(parts)
 
 
 def _toml(value: Any) -> str:
@@ -405,10 +467,13 @@ def _toml(value: Any) -> str:
         # the one character that only TOML escapes
         return to_json(value).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
-        pairs = ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items())
-        return f"{{ {pairs} }}" if pairs else "{}"
+        return (
+            "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+            if value
+            else "{}"
+        )
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return (
-        _toml(value.model_dump(exclude_defaults=True)) if isinstance(value, Source) else repr(value)
-    )
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, Source):
+        return _toml({k: v for k, v in dataclasses.asdict(value).items() if v not in ("", {})})
+    return repr(value)
