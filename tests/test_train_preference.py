@@ -353,9 +353,16 @@ def test_bad_input_is_one_clear_line_before_weights_are_loaded(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("form", ["text", "messages"])
 def test_sft_on_pairs_learns_the_chosen_answers_and_says_so(
-    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if form == "messages":
+        file = tmp_path / "data.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            row["rejected"] = [{"role": "assistant", "content": row["rejected"]}]
+        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     options = [str(pairs), "preference.loss=none", "eval.samples=0", "train.steps=2"]
     assert run("train", options) == 0
     assert "chosen answers are learned" in capsys.readouterr().err
