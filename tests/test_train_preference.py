@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from conftest import demo_rows, pairs_config
 from safetensors.torch import load_file
 from test_learn_loss import FP32, adapted, gradients
-from test_train import metrics
+from test_train import ROOT, metrics
 
 from cllm.__main__ import run
 from cllm.config import PreferenceConfig
@@ -384,3 +386,12 @@ def test_votes_on_single_answers_train_with_the_loss_that_takes_them(
     rows = metrics(tmp_path / "runs" / "a")
     held = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert held[0] == pytest.approx(0.5, abs=1e-4) and held[-1] < held[0]
+
+
+def test_a_score_of_scripted_votes_makes_the_liked_answer_common() -> None:
+    command = [sys.executable, "bench/preference_votes.py", "--votes", "20", "--held", "20"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, report
+    assert report["short_after"] >= report["short_before"] + 0.2
+    assert report["votes"]["a"] + report["votes"]["b"] == 20
