@@ -394,6 +394,7 @@ def _new_config(
         longest=account[unit].get("p99", 0),
         unit=say(f"check.unit.{unit}"),
         step=max(8192, row),
+        loss=to_json(config.preference.loss),
         run=to_json(f"runs/{path.stem}"),
     )
 

@@ -59,7 +59,8 @@ def read_corpus(config: Config, *, accept_rejects: bool) -> Data:
         raise UserError("train.rejects", share=share, count=rejected, examples=located)
     if corpus.unread:
         note("data.unread", names=unread_names(corpus.unread))
-    if any(not names.keys().isdisjoint(REJECTED_KEYS) for names in corpus.unread.values()):
+    names = {name.partition(".")[0] for unread in corpus.unread.values() for name in unread}
+    if not names.isdisjoint(REJECTED_KEYS):
         note("train.chosen_only")
     if corpus.duplicates or corpus.leaked:
         note("train.repeated", duplicates=corpus.duplicates, leaked=corpus.leaked)

@@ -151,7 +151,8 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
 ) -> None:
     path = tmp_path / "my.csv"
     path.write_text(
-        "question,answer\n" + "".join(f"{n},这是第{n}个回答\n" for n in range(5)), encoding="utf-8"
+        "question,answer,rejected\n" + "".join(f"{n},这是第{n}个回答,不\n" for n in range(5)),
+        encoding="utf-8",
     )
     preset = load_config(f"preset:{name}", [f"data.train={path}"])
     assert preset.data.train[0].path == str(path)
@@ -165,6 +166,7 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
     )
     copied = load_config(tmp_path / "my.toml")
     assert found["valid"] == 5 and copied.data.train == preset.data.train
+    assert copied.preference.loss == preset.preference.loss
     assert (copied.model.path, copied.model.quantize) == (preset.model.path, preset.model.quantize)
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from conftest import demo_rows, pairs_config
 from safetensors.torch import load_file
 from test_learn_loss import FP32, adapted, gradients
-from test_train import metrics
+from test_train import ROOT, metrics
 
 from cllm.__main__ import run
 from cllm.config import PreferenceConfig
@@ -353,9 +355,16 @@ def test_bad_input_is_one_clear_line_before_weights_are_loaded(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("form", ["text", "messages"])
 def test_sft_on_pairs_learns_the_chosen_answers_and_says_so(
-    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if form == "messages":
+        file = tmp_path / "data.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            row["rejected"] = [{"role": "assistant", "content": row["rejected"]}]
+        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     options = [str(pairs), "preference.loss=none", "eval.samples=0", "train.steps=2"]
     assert run("train", options) == 0
     assert "chosen answers are learned" in capsys.readouterr().err
@@ -377,3 +386,12 @@ def test_votes_on_single_answers_train_with_the_loss_that_takes_them(
     rows = metrics(tmp_path / "runs" / "a")
     held = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert held[0] == pytest.approx(0.5, abs=1e-4) and held[-1] < held[0]
+
+
+def test_a_score_of_scripted_votes_makes_the_liked_answer_common() -> None:
+    command = [sys.executable, "bench/preference_votes.py", "--votes", "20", "--held", "20"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, report
+    assert report["short_after"] >= report["short_before"] + 0.2
+    assert report["votes"]["a"] + report["votes"]["b"] == 20
