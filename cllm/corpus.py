@@ -162,6 +162,8 @@ def _encode_side(
     )
     if not pairs:
         return examples, dialogues, [], refused
+    if alone := len(conversations) - len({number // 2 for number in given.arrays[0].tolist()}):
+        refused["single_answer"] = alone
     numbers = dialogues.arrays[0][dialogues.starts].tolist()
     fit = set(numbers)
     places = [

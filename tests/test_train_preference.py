@@ -388,6 +388,17 @@ def test_votes_on_single_answers_train_with_the_loss_that_takes_them(
     assert held[0] == pytest.approx(0.5, abs=1e-4) and held[-1] < held[0]
 
 
+def test_single_votes_that_a_loss_on_pairs_leaves_out_are_counted(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    votes = [{"prompt": f"第{n}个问题", "completion": "好", "label": n} for n in (0, 1, 1)]
+    with (tmp_path / "data.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**vote, "n": n}) + "\n" for n, vote in enumerate(votes))
+    options = ["data.held_out=0", "data.dedup=false", "train.steps=1", "eval.samples=0"]
+    assert run("train", [str(pairs), *options]) == 0
+    assert "single_answer 3" in capsys.readouterr().err
+
+
 def test_a_score_of_scripted_votes_makes_the_liked_answer_common() -> None:
     command = [sys.executable, "bench/preference_votes.py", "--votes", "20", "--held", "20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
