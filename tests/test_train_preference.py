@@ -281,6 +281,7 @@ def test_what_is_measured_goes_one_by_one_where_memory_is_short(
 ) -> None:
     from cllm.learner import Learner
 
+    monkeypatch.setenv("CLLM_DATA_CACHE", "none")  # or the second run finds the first's reference
     options = [str(pairs), "eval.samples=0", "train.steps=2"]
     assert run("train", options) == 0
     whole, refused = Learner._token_nll, []
