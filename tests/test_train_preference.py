@@ -389,6 +389,16 @@ def test_votes_on_single_answers_train_with_the_loss_that_takes_them(
     assert held[0] == pytest.approx(0.5, abs=1e-4) and held[-1] < held[0]
 
 
+def test_the_demos_test_set_has_no_pairs_so_a_share_is_held_out(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """cllm.toml evaluates on it, and a user sets no more than data.train and the loss."""
+    options = ["data.eval=demo-test", "data.held_out=0.2", "train.steps=1", "eval.samples=0"]
+    assert run("train", [str(pairs), *options]) == 0
+    assert "demo-test has no pairs" in capsys.readouterr().err
+    assert [row for row in metrics(tmp_path / "runs" / "a") if "eval_loss" in row]
+
+
 def test_single_votes_that_a_loss_on_pairs_leaves_out_are_counted(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +113,9 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
     """The data that [data] names (`pairs`: of preference), from the cache if nothing has changed.
     Raises UserError as `read_file`, and for an empty eval file.
     """
+    if pairs and data.eval in BUILT_IN:
+        note("data.demo_pairs", eval=data.eval)
+        data = replace(data, eval="")
     warn_of_demo(data)
     import numpy as np
 
