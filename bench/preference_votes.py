@@ -74,7 +74,7 @@ def vote(folder: Path, asked: list[str], count: int) -> dict[str, int]:
     """`count` votes with a winner, written by the page's own function; ties are written too."""
     loaded = open_model(folder)
     engine, votes = loaded.engine(), {"a": 0, "b": 0, "tie": 0}
-    names = [loaded.adapter_name or ""] * 2
+    names = [next(iter(loaded.adapters))] * 2
     for number in range(50 * count):
         ask = asked[number % len(asked)]
         pair = [answers(loaded, engine, [ask], 10 * number + side)[0] for side in (0, 1)]
