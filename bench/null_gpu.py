@@ -314,10 +314,20 @@ def programs(folder: Path, base: Path) -> dict[str, list[str]]:
         *("eval.samples=2", "eval.max_new_tokens=2", "eval.shots=0", "run.keep=9"),
         *("memory.offload_inputs=true", "memory.stream_layers=3", f"run.dir={run}"),
     ]
+    pairs = folder / "pairs.jsonl"
+    beside = [
+        {"rejected": "No.", "chosen": row["output"], "prompt": row["instruction"]} for row in rows
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in beside), encoding="utf-8")
+    prefer = [
+        *(*train, "train.steps=6", f"data.train={pairs}", "lora.dropout=0", "preference.loss=dpo"),
+        *(f"lora.init_from={run}", f"run.dir={folder / 'prefer'}"),
+    ]
     bench = ["bench", str(base), "model.device=cuda", "--rows", "64", "--steps", "1"]
     commands = {
         "train": [*train, "train.steps=6"],
         "resume": [*train, "train.steps=7", "--resume", "--allow-changes"],
+        "prefer": prefer,
         "eval": ["eval", str(run), "--data", str(data), "--limit", "2", "--max-new-tokens", "2"],
         "chat": ["chat", str(run), "--terminal"],
         "export peft": ["export", str(run), str(folder / "peft"), "--to", "peft"],

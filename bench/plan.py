@@ -140,7 +140,8 @@ def main() -> int:
         "seconds": round(time.perf_counter() - start),
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    report = {"command": "python bench/plan.py --formulas CHECKOUT", **versions, **summary}
+    command = "python bench/plan.py" + " --formulas CHECKOUT" * bool(options.formulas)
+    report = {"command": command, **versions, **summary}
     report |= {"censuses": on_cpu, "allocator_runs": on_null}
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary))

@@ -187,9 +187,8 @@ class Training:
         if self.learner.world.rank == 0:
             tracker = open_tracker(self.config.log.tracker, self.run)
             self.log = RunLog(self.run, self.total, tracker)
-        self.learner.model.train(
-            not self.config.preference.active
-        )  # dropout would make two passes differ
+        # Dropout would make the two passes of a preference step differ.
+        self.learner.model.train(not self.config.preference.active)
         if self.learner.assembly.budget:
             self._prove()
         start = time.perf_counter()

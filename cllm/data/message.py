@@ -22,11 +22,7 @@ _ROLE_WORDS = {
     "tool": "tool observation function function_response tool_response tool_result ipython",
 }
 ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
-_CALLING = (
-    "function_call",
-    "tool_call",
-    "tool_calls",
-)  # roles whose messages are nothing but calls
+_CALLING = ("function_call", "tool_call", "tool_calls")  # messages that are nothing but calls
 # of Swift, its later versions, OpenAI and axolotl
 FLAGS = ("loss", "loss_scale", "loss_weight", "weight", "train")
 # What was thought before an answer: beside a message's content, and as a column of a row.
