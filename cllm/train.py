@@ -430,8 +430,9 @@ class Training:
                 AnswerCount(),
             ),
         )
-        results = replace(results, preference=learner.held_out()[1])
-        warn_of_length(results)
+        if self.config.preference.active:
+            results = replace(results, preference=learner.held_out()[1])
+            warn_of_length(results)
         with writing(self.run / "eval.json"):
             write_results(self.run, results)
         print(summary(results))

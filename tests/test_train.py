@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -286,6 +287,23 @@ def test_early_stop_keeps_the_best_adapter(
     assert result["adapter"]["loss"] == pytest.approx(min(losses[1:]), rel=1e-5) and losses[
         -1
     ] > min(losses[1:])
+
+
+def test_held_out_rows_are_measured_once_an_evaluation(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cllm.evaluate import answers
+
+    plain, calls = answers.held_out_loss, []
+
+    def counted(*arguments: Any) -> float:
+        calls.append(arguments)
+        return plain(*arguments)
+
+    monkeypatch.setattr(answers, "held_out_loss", counted)
+    assert run("train", [str(config), "eval.samples=0"]) == 0
+    told = [row for row in metrics(tmp_path / "runs" / "a") if "eval_loss" in row]
+    assert len(calls) == len(told) > 0
 
 
 def test_init_from_continues_an_adapter(config: Path, tmp_path: Path) -> None:

@@ -107,12 +107,12 @@ def summary(results: Evaluation | Exam) -> str:
 
 
 def warn_of_length(results: Evaluation) -> None:
-    """Say so if a preference run made answers longer than the chosen ones are."""
+    """Of a preference run: say so if it made answers longer than the chosen ones are."""
     adapter, base, chosen = (
         sum(len(sample.answers.get(name, sample.reference)) for sample in results.samples)
         for name in ("adapter", "base", "")
     )
-    if results.preference and adapter > LONGER * max(base, chosen):
+    if adapter > LONGER * max(base, chosen):
         note("train.longer", times=f"{adapter / max(1, chosen):.1f}")
 
 
