@@ -23,6 +23,8 @@ from cllm.__main__ import run
 from cllm.config import PreferenceConfig
 from cllm.data.encode import Example
 from cllm.data.packing import PackedBatch, PackedRows
+from cllm.evaluate.report import warn_of_length
+from cllm.evaluate.results import Evaluation, Sample
 from cllm.learn import preference_loss, row_nll, sft_loss
 from cllm.learn.dist import World
 from cllm.learn.log import RunLog
@@ -397,6 +399,15 @@ def test_the_demos_test_set_has_no_pairs_so_a_share_is_held_out(
     assert run("train", [str(pairs), *options]) == 0
     assert "demo-test has no pairs" in capsys.readouterr().err
     assert [row for row in metrics(tmp_path / "runs" / "a") if "eval_loss" in row]
+
+
+@pytest.mark.parametrize(("answer", "said"), [("好好好好好好", True), ("好好", False)])
+def test_answers_that_grow_longer_than_the_chosen_ones_are_said(
+    answer: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = Sample("", [], "好好", {"base": "好", "adapter": answer}, {})
+    warn_of_length(Evaluation({}, [sample]))
+    assert ("3.0 times" in capsys.readouterr().err) is said
 
 
 def test_single_votes_that_a_loss_on_pairs_leaves_out_are_counted(
