@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -123,11 +124,18 @@ class Learner:
             self.trainee, preference=Preference(settings, torch.empty(0), self._token_nll)
         )
         if reference is None:
-            facts = (self.encoded.sha256, adapter_fingerprint(self.model), self.assembly.settings)
-            names = (base_fingerprint(self.base), settings.ld_alpha, len(self.encoded.held_answers))
+            stored = self.encoded.rows
+            rows = [*stored.take(len(stored)), *self.encoded.held_answers]
+            stored.seek(0, 0)
+            answers = hashlib.sha256()
+            for row in rows:  # which of them, and under which numbers
+                parts = (row.numbers, row.cu_seqlens, row.input_ids, row.labels)
+                answers.update(b"".join(t.numpy().tobytes() for t in parts if t is not None))
+            policy = (base_fingerprint(self.base), adapter_fingerprint(self.model))
+            facts = (answers.hexdigest(), *policy, self.assembly.settings, settings.ld_alpha)
             # ranks on machines of their own may not have the same entries
-            key = cache.key_of("reference", facts, names) if self.world.size == 1 else ""
-            arrays, _ = cache.recall(key, lambda: ({"nats": self._answer_nats()}, None))
+            key = cache.key_of("reference", facts) if self.world.size == 1 else ""
+            arrays, _ = cache.recall(key, lambda: ({"nats": self._answer_nats(rows)}, None))
             reference = -torch.from_numpy(arrays["nats"].copy())
         preference = Preference(settings, reference, self._token_nll)
         self.trainee = replace(self.trainee, preference=preference)
@@ -135,11 +143,8 @@ class Learner:
     def _token_nll(self, model: Any, batch: PackedBatch) -> Tensor:
         return row_nll(model, batch, self.chunk_bytes)
 
-    def _answer_nats(self) -> Any:
-        encoded, stored = self.encoded, self.encoded.rows
-        rows = [*stored.take(len(stored)), *encoded.held_answers]
-        stored.seek(0, 0)
-        nats = torch.zeros(encoded.answers, dtype=torch.float64)
+    def _answer_nats(self, rows: Sequence[PackedBatch]) -> Any:
+        nats = torch.zeros(self.encoded.answers, dtype=torch.float64)
         numbers = [row.numbers for row in rows if row.numbers is not None]
         nats[torch.cat(numbers)] = self._measured(rows, self.world)[0]
         return nats.numpy()

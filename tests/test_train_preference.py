@@ -410,6 +410,34 @@ def test_answers_that_grow_longer_than_the_chosen_ones_are_said(
     assert ("3.0 times" in capsys.readouterr().err) is said
 
 
+def test_a_reference_is_of_the_very_answers(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others held out, or others numbered, are measured anew: at step 0 the policy is its
+    reference, which makes every loss ln 2.
+    """
+    monkeypatch.setenv("CLLM_DATA_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data.jsonl"
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    for name, held in (("one", rows[:4]), ("other", rows[4:8])):
+        told = [{**row, "instruction": f"{name}: {row['instruction']}"} for row in held]
+        text = "".join(json.dumps(row) + "\n" for row in told)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    options = [str(pairs), "train.steps=1", "eval.samples=0"]
+    assert run("train", [*options, f"data.eval={json.dumps(str(tmp_path / 'one.jsonl'))}"]) == 0
+    other = f"data.eval={json.dumps(str(tmp_path / 'other.jsonl'))}"
+    assert run("train", [*options, other]) == 0
+    long = {**rows[0], "instruction": "long " * 400}  # dropped, and all after it move up
+    text = "".join(json.dumps(row) + "\n" for row in [long, *rows])
+    data.write_text(text, encoding="utf-8")
+    assert run("train", [*options, other]) == 0
+    for name in ("a", "a-2", "a-3"):
+        told = metrics(tmp_path / "runs" / name)
+        assert told[0]["eval_loss"] == pytest.approx(0.6931, abs=1e-3), name
+        (step,) = [row for row in told if "loss" in row]
+        assert step["loss"] == pytest.approx(0.6931, abs=1e-3), name
+
+
 def test_single_votes_that_a_loss_on_pairs_leaves_out_are_counted(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
