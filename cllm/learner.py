@@ -25,7 +25,7 @@ from cllm.learn.loss import row_nll, sft_loss
 from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
 from cllm.learn.preference import Preference
 from cllm.learn.snapshot import adapter_fingerprint, capture, restore
-from cllm.messages import note
+from cllm.messages import UserError, note
 from cllm.metrics import wilson_interval
 from cllm.model.adapter import adapter_tensors, save_adapter
 from cllm.model.device import choose_device, out_of_memory, release_memory
@@ -191,6 +191,9 @@ class Learner:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `capture`. Raises UserError as `cllm.learn.snapshot.restore`."""
         reference = tensors.pop("reference", None)
+        if reference is not None and len(reference) != self.encoded.answers:
+            problem = f"reference of {len(reference)} answers, the data have {self.encoded.answers}"
+            raise UserError("snapshot.foreign", count=1, problems=problem)
         restore(self.model, self.trainee.optimizer, tensors)
         self.refer_to(reference)
 

@@ -438,6 +438,18 @@ def test_a_reference_is_of_the_very_answers(
         assert step["loss"] == pytest.approx(0.6931, abs=1e-3), name
 
 
+def test_a_run_is_not_resumed_on_other_answers(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(pairs), "eval.samples=0"]
+    assert run("train", [*options, "train.steps=2"]) == 0
+    data = tmp_path / "data.jsonl"
+    more = '{"prompt": "新问题", "chosen": "好", "rejected": "坏"}\n'
+    data.write_text(more + data.read_text(encoding="utf-8"), encoding="utf-8")
+    assert run("train", [*options, "train.steps=3", "--resume", "--allow-changes"]) == 2
+    assert "answers" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_single_votes_that_a_loss_on_pairs_leaves_out_are_counted(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
