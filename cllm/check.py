@@ -355,7 +355,7 @@ def _recommended(config: Config) -> tuple[Config, int, str]:
     from cllm.memory import GIB, Settings
     from cllm.shapes import find_config
 
-    preset = load_config(RECOMMENDED)
+    preset = load_config(RECOMMENDED, [f"preference.loss={config.preference.loss}"])
     if torch.cuda.is_available():
         settings = Settings(quantize=preset.model.quantize, rank=preset.lora.rank)
         free_gib = torch.cuda.mem_get_info()[0] / GIB
@@ -394,6 +394,8 @@ def _new_config(
         longest=account[unit].get("p99", 0),
         unit=say(f"check.unit.{unit}"),
         step=max(8192, row),
+        epochs=preset.train.epochs,
+        rate=preset.train.learning_rate,
         loss=to_json(config.preference.loss),
         run=to_json(f"runs/{path.stem}"),
     )

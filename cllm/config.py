@@ -29,6 +29,8 @@ else:
 PRESETS = Path(__file__).parent / "assets" / "presets"
 # What a preference loss takes: whole answers, and two passes that agree.
 _WITH_PAIRS = {"data.kind": "chat", "data.truncate": "drop", "lora.dropout": 0.0}
+# [train] where a preference loss is set and the file says nothing: SFT's rate would ruin the model.
+_TRAIN_ON_PAIRS = {"epochs": 1.0, "learning_rate": 5e-6, "warmup": 0.1}
 
 
 Quantize = Literal["none", "nf4"]
@@ -129,7 +131,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """[train]: the loop."""
+    """[train]: the loop. With a preference loss the defaults are 1 epoch, rate 5e-6, warmup 0.1."""
 
     epochs: float = _at_least(0, 3.0)
     steps: int = _at_least(0, 0)
@@ -276,6 +278,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
                 name: value,
             }
             where[key] = override
+    train, preference = (tree.get(name, {}) for name in ("train", "preference"))
+    tables = isinstance(train, dict) and isinstance(preference, dict)
+    if tables and preference.get("loss", "none") != "none":
+        tree["train"] = _TRAIN_ON_PAIRS | train
     config: Config = _section(
         Config,
         tree,

@@ -167,6 +167,8 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
     copied = load_config(tmp_path / "my.toml")
     assert found["valid"] == 5 and copied.data.train == preset.data.train
     assert copied.preference.loss == preset.preference.loss
+    for setting in ("epochs", "learning_rate"):
+        assert getattr(copied.train, setting) == getattr(preset.train, setting), setting
     assert (copied.model.path, copied.model.quantize) == (preset.model.path, preset.model.quantize)
 
 

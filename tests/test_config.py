@@ -84,6 +84,21 @@ def test_unreadable_and_broken_files_are_one_line(tmp_path: Path) -> None:
         load_config(ROOT / "cllm.toml", ["train.row_tokens=4096", "train.tokens_per_step=1024"])
 
 
+def test_a_preference_loss_brings_its_own_rate_where_none_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "short.toml"
+    file.write_text('[preference]\nloss = "dpo"\n', encoding="utf-8")
+    plain, train = load_config(file, ["preference.loss=none"]).train, load_config(file).train
+    assert (plain.learning_rate, plain.epochs, plain.warmup) == (2e-4, 3.0, 0.03)
+    assert (train.learning_rate, train.epochs, train.warmup) == (5e-6, 1.0, 0.1)
+    assert load_config("preset:qwen3-4b", ["preference.loss=dpo"]).train.learning_rate == 5e-6
+    written = load_config(file, ["train.epochs=2", "train.learning_rate=1e-5"]).train
+    assert (written.learning_rate, written.epochs, written.warmup) == (1e-5, 2.0, 0.1)
+    for wrong in ("train=1", "preference=1"):
+        file.write_text(f"{wrong}\n", encoding="utf-8")
+        with pytest.raises(UserError, match=wrong[:5]):
+            load_config(file, ["preference.loss=dpo"] if wrong == "train=1" else [])
+
+
 def test_what_no_preference_loss_goes_with_is_said_at_once() -> None:
     overrides = 'preference.loss="orpo" data.truncate="prompt" lora.dropout=0.1 data.kind="text"'
     with pytest.raises(UserError) as refused:
