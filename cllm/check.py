@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import correlation, mean
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, is_config, load_config
@@ -196,27 +196,21 @@ def _length_bias(
         labels = [] if isinstance(segments, Reject) else tokenizer.encode_segments(segments)[1]
         return len(labels) - labels.count(IGNORE_INDEX)
 
-    lengths: tuple[list[int], list[int]] = ([], [])
-    longer = pairs = 0
-    for item in conversations:
-        measured = {side: length(dialogue(item, side)) for side in sides(item)}
-        for side, size in measured.items():
-            lengths[side].append(size)
-        if len(measured) == 2:
-            pairs += 1
-            longer += measured[0] > measured[1]
-    sizes = [*lengths[0], *lengths[1]]
-    counts, means = [len(side) for side in lengths], [mean(side or [0]) for side in lengths]
-    spread = pstdev(sizes) * len(sizes)
-    apart = (means[0] - means[1]) * (counts[0] * counts[1]) ** 0.5
+    measured = [
+        {side: length(dialogue(item, side)) for side in sides(item)} for item in conversations
+    ]
+    chosen, rejected = ([sizes[side] for sizes in measured if side in sizes] for side in (0, 1))
+    longer = [sizes[0] > sizes[1] for sizes in measured if len(sizes) == 2]
+    sizes, was_chosen = chosen + rejected, [1] * len(chosen) + [0] * len(rejected)
+    known = len({*sizes}) > 1 and chosen and rejected
     return {
-        "pairs": pairs,
-        "chosen": counts[0] - pairs,
-        "rejected": counts[1] - pairs,
-        "chosen_length": round(means[0], 1),
-        "rejected_length": round(means[1], 1),
-        "longer_chosen": round(longer / max(1, pairs), 3),
-        "correlation": round(apart / spread, 3) if spread and all(counts) else 0.0,
+        "pairs": len(longer),
+        "chosen": len(chosen) - len(longer),
+        "rejected": len(rejected) - len(longer),
+        "chosen_length": round(mean(chosen or [0]), 1),
+        "rejected_length": round(mean(rejected or [0]), 1),
+        "longer_chosen": round(mean(longer or [0]), 3),
+        "correlation": round(correlation(sizes, was_chosen), 3) if known else 0.0,
     }
 
 

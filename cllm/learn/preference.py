@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from cllm.data.packing import PackedBatch
 from cllm.learn.dist import World
 from cllm.model.device import device_of
 
-LOSSES = ("dpo", "ipo", "robust", "hinge", "orpo", "simpo", "apo_zero_unpaired")
+LOSSES = get_args(get_type_hints(PreferenceConfig)["loss"])[1:]  # all but "none"
 REFERENCE_FREE = ("orpo", "simpo")
 
 
