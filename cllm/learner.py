@@ -226,9 +226,10 @@ class Learner:
             embedding_on_cpu(self.model, self.assembly.device)
         if ladder.row_tokens != before.row_tokens:
             rows = self.encoded.rows
-            epoch, row = rows.state
+            epoch, unit = rows.state
             self.encoded = self._encode(self.tokenizer)
-            self.encoded.rows.seek(epoch, row * len(self.encoded.rows) // len(rows))
+            reached = unit * self.encoded.rows.steps(1) // rows.steps(1)
+            self.encoded.rows.seek(epoch, int(reached))
         release_memory()
 
     def restore_scaler(self, state: dict[str, Any]) -> None:

@@ -244,6 +244,7 @@ def pairs_config(folder: Path, checkpoint: Path) -> Path:
         del pairs[-1]["output"]
     path = write_config(folder, checkpoint, pairs)
     text = path.read_text(encoding="utf-8").replace("dropout = 0.1", "dropout = 0.0")
+    text = text.replace("[train]", "[train]\nepochs = 3.0\nwarmup = 0.03")  # as SFT's
     path.write_text(text + '[preference]\nloss = "dpo"\n', encoding="utf-8")
     return path
 

@@ -169,7 +169,7 @@ def test_both_answers_are_in_one_step_and_every_pair_once_an_epoch() -> None:
             seen += numbers
             steps -= 1
         assert sorted(seen) == list(range(80)) and rows.state == (1, 0) and steps >= 0
-        rows.seek(0, len(rows) - 1)
+        rows.seek(0, int(rows.steps(step)) - 1)
         assert rows.take(step)
 
 

@@ -160,10 +160,11 @@ class PackedRows:
     """An endless, seeded stream of packed rows over `examples`; epoch e's order depends only on
     (seed, e).
 
-    `state` is (epoch, row) of the next row: set it, or `seek`, to continue exactly there. `single`
-    puts each sequence in a row of its own (architectures whose recurrent state would leak across a
-    packed row). `numbers` (PackedBatch.numbers of the examples) keeps a conversation's answers
-    within `step_rows` rows that are taken together, or within two.
+    `state` is (epoch, unit) of what comes next: set it, or `seek`, to continue exactly there; a
+    unit is a row. `single` puts each sequence in a row of its own (architectures whose recurrent
+    state would leak across a packed row). With `numbers` (PackedBatch.numbers of the examples) a
+    unit is the rows of a step, at most `step_rows` or two, that hold all answers of their
+    conversations.
     """
 
     def __init__(
@@ -188,38 +189,36 @@ class PackedRows:
 
     def __len__(self) -> int:
         """Rows in the first epoch."""
-        return len(self._epoch(0)[0])
+        return sum(map(len, self._epoch(0)))
 
     def steps(self, count: int) -> float:
         """How often `take(count)` can be called in the first epoch."""
-        return len(self._epoch(0)[1]) - 1 if self.numbers else len(self) / count
+        return len(self._epoch(0)) / (1 if self.numbers else count)
 
-    def _order(self, epoch: int) -> tuple[list[list[int]], Sequence[int]]:
-        """(rows, where those begin that are taken together, and the end)."""
+    def _order(self, epoch: int) -> list[list[list[int]]]:
+        """Units of rows of indices."""
         shuffle = random.Random(f"{self.seed}/{epoch}")
-        rows: list[list[int]] = []
         if self.numbers:
             together: dict[int, list[int]] = {}
             for index, number in enumerate(self.numbers):
                 together.setdefault(number // 2, []).append(index)
-            bounds = [0]
             conversations = list(together.values())
             shuffle.shuffle(conversations)
+            units: list[list[list[int]]] = []
             window: list[int] = []
             for answers in conversations:
                 if window and len(self._packed([*window, *answers])) > self.step_rows:
-                    rows += self._packed(window)
-                    bounds.append(len(rows))
+                    units.append(self._packed(window))
                     window = []
                 window = window + answers
-            rows += self._packed(window)
-            return rows, [*bounds, len(rows)]
+            return [*units, self._packed(window)]
         order = list(range(len(self.examples)))
         shuffle.shuffle(order)
+        rows: list[list[int]] = []
         for start in range(0, len(order), _WINDOW):
             rows += self._packed(order[start : start + _WINDOW])
         shuffle.shuffle(rows)
-        return rows, range(len(rows) + 1)
+        return [[row] for row in rows]
 
     def _packed(self, window: list[int]) -> list[list[int]]:
         sizes = [self.row_tokens if self.single else self.sizes[i] for i in window]
@@ -236,27 +235,25 @@ class PackedRows:
         hold both answers of each conversation.
         """
         batches: list[PackedBatch] = []
-        epoch, row = self.state
+        epoch, unit = self.state
         while len(batches) < count:
-            rows, bounds = self._epoch(epoch)
-            unit = bisect.bisect_right(bounds, row)
-            taken = rows[bounds[unit - 1] : bounds[unit]]
-            if batches and len(batches) + len(taken) > count:
+            units = self._epoch(epoch)
+            if batches and len(batches) + len(units[unit]) > count:
                 break
-            batches += map(self._collated, taken)
-            epoch, row = (epoch, bounds[unit]) if bounds[unit] < len(rows) else (epoch + 1, 0)
-        self.state = (epoch, row)
+            batches += map(self._collated, units[unit])
+            epoch, unit = (epoch, unit + 1) if unit + 1 < len(units) else (epoch + 1, 0)
+        self.state = (epoch, unit)
         return batches
 
-    def seek(self, epoch: int, row: int) -> None:
-        """Go on at that row of that epoch. Raises IndexError if the epoch has no such row."""
-        if not 0 <= row < len(self._epoch(epoch)[0]):
-            raise IndexError(f"epoch {epoch} has no row {row}")
-        self.state = (epoch, row)
+    def seek(self, epoch: int, unit: int) -> None:
+        """Go on at that unit of that epoch. Raises IndexError if the epoch has no such unit."""
+        if not 0 <= unit < len(self._epoch(epoch)):
+            raise IndexError(f"epoch {epoch} has no unit {unit}")
+        self.state = (epoch, unit)
 
     def longest(self, measure: Callable[[Iterable[int]], int] = sum) -> PackedBatch:
         """What the memory plan is proven on, of the first epoch: the row with the most tokens, or
         with `max` the row of the longest sequence, whose attention may take more.
         """
-        rows, _ = self._epoch(0)
+        rows = itertools.chain.from_iterable(self._epoch(0))
         return self._collated(max(rows, key=lambda row: measure(self.sizes[i] for i in row)))
