@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Encoded:
     """With a preference loss: both answers of each of `held_out`."""
     answers: int
     """How many numbers the answers in `rows` and after them those in `held_answers` have."""
+    answers_sha256: str
+    """Of these answers and their numbers."""
 
 
 def read_corpus(config: Config, *, accept_rejects: bool) -> Data:
@@ -102,6 +105,7 @@ def encode_corpus(
         step_rows=rows_per_step,
     )
     after = [2 * len(corpus.train) + number for number in held_numbers]
+    facts = repr((numbers, examples.digest(), after, held_examples.digest()))
     answers = PackedRows(held_examples, row_tokens, single=single, numbers=after)
     held_examples, held_out = _chosen(held_numbers, held_examples, held_out)
     held = PackedRows(held_examples, row_tokens, single=single)
@@ -123,6 +127,7 @@ def encode_corpus(
         examples.digest(),
         answers.take(len(answers)) if held_numbers else [],
         2 * (len(corpus.train) + len(corpus.held_out)),
+        hashlib.sha256(facts.encode()).hexdigest(),
     )
 
 

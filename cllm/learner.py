@@ -25,7 +25,7 @@ from cllm.learn.loss import row_nll, sft_loss
 from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
 from cllm.learn.preference import Preference
 from cllm.learn.snapshot import adapter_fingerprint, capture, restore
-from cllm.messages import UserError, note
+from cllm.messages import note
 from cllm.metrics import wilson_interval
 from cllm.model.adapter import adapter_tensors, save_adapter
 from cllm.model.device import choose_device, out_of_memory, release_memory
@@ -125,20 +125,23 @@ class Learner:
         )
         if reference is None:
             stored = self.encoded.rows
-            rows = [*stored.take(len(stored)), *self.encoded.held_answers]
+            position = stored.state
             stored.seek(0, 0)
-            answers = hashlib.sha256()
-            for row in rows:  # which of them, and under which numbers
-                parts = (row.numbers, row.cu_seqlens, row.input_ids, row.labels)
-                answers.update(b"".join(t.numpy().tobytes() for t in parts if t is not None))
+            rows = [*stored.take(len(stored)), *self.encoded.held_answers]
+            stored.seek(*position)
             policy = (base_fingerprint(self.base), adapter_fingerprint(self.model))
-            facts = (answers.hexdigest(), *policy, self.assembly.settings, settings.ld_alpha)
+            facts = (self._reference_of().tolist(), *policy, self.assembly.settings)
             # ranks on machines of their own may not have the same entries
             key = cache.key_of("reference", facts) if self.world.size == 1 else ""
             arrays, _ = cache.recall(key, lambda: ({"nats": self._answer_nats(rows)}, None))
             reference = -torch.from_numpy(arrays["nats"].copy())
         preference = Preference(settings, reference, self._token_nll)
         self.trainee = replace(self.trainee, preference=preference)
+
+    def _reference_of(self) -> Tensor:
+        """SHA-256 of what decides a reference beside the policy, (32,) uint8."""
+        facts = f"{self.encoded.answers_sha256} {self.config.preference.ld_alpha}".encode()
+        return torch.tensor(list(hashlib.sha256(facts).digest()), dtype=torch.uint8)
 
     def _token_nll(self, model: Any, batch: PackedBatch) -> Tensor:
         return row_nll(model, batch, self.chunk_bytes)
@@ -185,17 +188,19 @@ class Learner:
     def capture(self) -> dict[str, Tensor]:
         """What a snapshot keeps as tensors."""
         tensors = capture(self.model, self.trainee.optimizer)
-        preference = self.trainee.preference
-        return tensors | ({"reference": preference.reference} if preference else {})
+        if preference := self.trainee.preference:
+            tensors |= {"reference": preference.reference, "reference_of": self._reference_of()}
+        return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `capture`. Raises UserError as `cllm.learn.snapshot.restore`."""
+        """The inverse of `capture`; the reference of other answers is measured anew. Raises
+        UserError as `cllm.learn.snapshot.restore`.
+        """
         reference = tensors.pop("reference", None)
-        if reference is not None and len(reference) != self.encoded.answers:
-            problem = f"reference of {len(reference)} answers, the data have {self.encoded.answers}"
-            raise UserError("snapshot.foreign", count=1, problems=problem)
+        kept_of = tensors.pop("reference_of", torch.empty(0))
+        same = kept_of.equal(self._reference_of())
+        self.refer_to(reference if same else None)  # the policy is still that of step 0
         restore(self.model, self.trainee.optimizer, tensors)
-        self.refer_to(reference)
 
     def _introduce(self) -> None:
         """One line about the model and its adapter."""

@@ -438,16 +438,29 @@ def test_a_reference_is_of_the_very_answers(
         assert step["loss"] == pytest.approx(0.6931, abs=1e-3), name
 
 
-def test_a_run_is_not_resumed_on_other_answers(
-    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("changed", ["answers", "number", "ld_alpha"])
+def test_a_resumed_run_has_the_reference_of_its_very_answers(
+    changed: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [str(pairs), "eval.samples=0"]
+    monkeypatch.setenv("CLLM_DATA_CACHE", "none")
+    options = [str(pairs), "eval.samples=0", "train.learning_rate=0.05"]
     assert run("train", [*options, "train.steps=2"]) == 0
     data = tmp_path / "data.jsonl"
-    more = '{"prompt": "新问题", "chosen": "好", "rejected": "坏"}\n'
-    data.write_text(more + data.read_text(encoding="utf-8"), encoding="utf-8")
-    assert run("train", [*options, "train.steps=3", "--resume", "--allow-changes"]) == 2
-    assert "answers" in capsys.readouterr().err.strip().splitlines()[-1]
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    if changed == "answers":
+        rows = [{**row, "rejected": f"{row['rejected']}错"} for row in rows]
+    elif changed == "number":
+        rows = [{"prompt": "新问题", "chosen": "好", "rejected": "坏"}, *rows]
+    else:
+        options.append("preference.ld_alpha=0.5")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert run("train", [*options, "train.steps=3", "--resume", "--allow-changes"]) == 0
+    assert run("train", [*options, "train.steps=0", "train.epochs=1"]) == 0  # from step 0
+    resumed, fresh = (
+        load_file(max((tmp_path / "runs" / name / "snapshots").iterdir()) / "state.safetensors")
+        for name in ("a", "a-2")
+    )
+    assert torch.equal(resumed["reference"], fresh["reference"])
 
 
 def test_single_votes_that_a_loss_on_pairs_leaves_out_are_counted(
