@@ -144,9 +144,9 @@ def _account(
     """(account, lengths in tokens, or in characters without a tokenizer)."""
     from cllm.data.encode import IGNORE_INDEX, Ids, batches, rendered
 
-    conversations = list(chain(*groups))
+    conversations = everything = list(chain(*groups))
     if config.preference.active:  # of a pair the chosen answer is looked at
-        conversations = [dialogue(item, sides(item)[0]) for item in conversations]
+        conversations = [dialogue(item, sides(item)[0]) for item in everything]
     encoded: list[Ids] = []
     if tokenizer:
         said: list[Conversation] = []
@@ -159,6 +159,7 @@ def _account(
         conversations = said
     counted = [len(ids) for ids, _ in encoded]
     account = quality(conversations, rejects, counted, config.train.row_tokens)
+    account["duplicates"]["exact"] = len(everything) - len(deduplicate(everything))
     tested: list[Conversation] = []
     if config.data.eval:
         tested, refused = read_file(

@@ -106,8 +106,8 @@ class DataConfig:
     held_out: float = _at_least(0, 0.05, at_most=0.9)
     """Fraction split off by content hash when `eval` is empty; 0: no evaluation."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Where the file's own names need help: user, assistant, system, history = a column (name or
-    number) or "{A} … {B}".
+    """Where the file's own names need help: user, assistant, rejected, system, history = a column
+    (name or number) or "{A} … {B}".
     """
     kind: Literal["chat", "text"] = "chat"
     """`text`: continued pre-training on {"text": …} rows."""

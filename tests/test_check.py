@@ -313,6 +313,17 @@ def test_a_quiet_account_is_ten_lines(
     assert len(text.split("\n")) <= 10
 
 
+def test_a_pair_with_another_rejected_answer_is_no_duplicate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "几点？", "chosen": "三点整", "rejected": bad} for bad in ("甲", "乙", "甲")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert run("check", [str(file), "preference.loss=dpo"]) == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found["duplicates"]["exact"] == 1
+
+
 def test_pairs_show_length_bias_and_both_answers_token_by_token(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

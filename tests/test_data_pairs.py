@@ -19,6 +19,7 @@ from cllm.data.message import Message
 from cllm.data.pairs import PairNormalizer, dialogue, joined_votes, pair_row, prompt_size, sides
 from cllm.data.schema import REASONS, Conversation, Reject
 from cllm.data.sources import prepare, read_file
+from cllm.messages import UserError
 
 Q, GOOD, BAD = "怎样煮面？", "先烧水，再下面。", "不知道。"
 ASK = {"role": "user", "content": Q}
@@ -69,6 +70,46 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 def read(row: object) -> Any:
     return PairNormalizer(kind="pairs")(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (
+            {"问题": Q, "好答案": GOOD, "坏答案": BAD},
+            {"user": "问题", "assistant": "好答案", "rejected": "坏答案"},
+        ),
+        ({"0": Q, "1": BAD, "2": GOOD}, {"user": "0", "assistant": "2", "rejected": "1"}),
+        ({"题": Q, "好": GOOD, "rejected": BAD}, {"user": "题", "assistant": "好"}),
+        ({"prompt": Q, "chosen": GOOD, "坏": BAD}, {"rejected": "坏"}),
+        ({"instruction": Q, "output": GOOD, "坏": BAD}, {"rejected": "坏"}),
+        (
+            {"题": Q, "甲": GOOD, "乙": BAD},
+            {"user": "{题}", "assistant": "{甲}", "rejected": "{乙}"},
+        ),
+    ],
+)
+def test_columns_name_both_answers(row: dict[str, str], columns: dict[str, str]) -> None:
+    normalize = PairNormalizer(columns, "pairs")
+    pair = normalize(row)
+    assert isinstance(pair, Conversation), pair
+    ask = Message("user", Q)
+    assert pair.messages == (ask, Message("assistant", GOOD))
+    assert pair.rejected == (ask, Message("assistant", BAD))
+    assert not normalize.unread
+
+
+def test_a_column_that_a_row_has_not_rejects_the_row_and_half_a_mapping_is_refused() -> None:
+    row = PairNormalizer({"rejected": "坏"}, "pairs")({"prompt": Q, "chosen": GOOD})
+    assert isinstance(row, Reject) and row.reason == "unknown_schema" and "坏" in row.detail
+    with pytest.raises(UserError, match=r"data\.columns_half"):
+        PairNormalizer({"user": "题"}, "pairs")
+
+
+def test_what_the_page_writes_beside_a_pair_is_not_called_unread() -> None:
+    normalize = PairNormalizer(kind="pairs")
+    sampling = {"time": "2026-11-29", "base": "tiny-zh", "sampling": {"temperature": 0.7}}
+    assert isinstance(normalize(PAIRS["vote"] | sampling), Conversation) and not normalize.unread
 
 
 @pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)

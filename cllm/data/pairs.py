@@ -12,12 +12,13 @@ from typing import Any
 
 from cllm.data.fields import Row
 from cllm.data.message import Message
-from cllm.data.schema import NEGATIVE, Conversation, Normalizer, Reject, to_row
+from cllm.data.schema import NEGATIVE, Conversation, Normalizer, Reject, mapped, to_row
 from cllm.data.text import RowError
 from cllm.data.turns import named, row_turns
 
 REJECTED_KEYS = ("rejected", "rejected_response", "rejected_messages")
 _LABELS = ("label", "kto_tag")
+_VOTED = ("vote", "answers", "models", "base")  # in the page's votes beside the pair
 _POSITIVE = ("true", "1", "1.0")
 _RANKED = ("output", "chosen", "response", "responses")  # of several answers the best is first
 
@@ -32,7 +33,12 @@ class PairNormalizer(Normalizer):
         names: list[set[str]] = []
         dialogues: list[tuple[Message, ...]] = []
         read = Conversation(())
-        for side in _sides(named(row)):
+        fields = row if "user" in self.columns else named(row)
+        answer = self.columns.get("assistant", "chosen")
+        for role, name in (("assistant", answer), ("rejected", "rejected")):
+            if source := self.columns.get(role):
+                fields = {**fields, name: mapped(row, source)}
+        for side in _sides(fields, answer):
             self.unread = Counter()
             item = super()._conversation(side, file, line) if side else None
             dialogues.append(item.messages if item else ())
@@ -46,15 +52,16 @@ class PairNormalizer(Normalizer):
         return pair
 
 
-def _sides(row: Row) -> tuple[Row, Row]:
-    """The row with nothing but its chosen answer, and with nothing but its rejected one; {} where
-    it has none.
+def _sides(row: Row, answer: str) -> tuple[Row, Row]:
+    """The row with nothing but its chosen answer, which stands in `answer` or under one of the
+    known names, and with nothing but its rejected one; {} where it has none.
     """
     key = next((key for key in REJECTED_KEYS if row.get(key)), "")
     label = next((str(row[key]).strip().lower() for key in _LABELS if key in row), "")
-    alone = {name: value for name, value in row.items() if name not in _LABELS}
-    if key and row.get("chosen"):
-        return alone, {**alone, "chosen": row[key]}
+    beside = _LABELS + _VOTED if "vote" in row else _LABELS
+    alone = {name: value for name, value in row.items() if name not in beside}
+    if key and row.get(answer):
+        return alone, {**alone, answer: row[key]}
     if "vote" in row:
         raise RowError("row.no_winner", "no_winner", found=repr(row["vote"]))
     if key:

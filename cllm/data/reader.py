@@ -56,8 +56,9 @@ def iter_conversations(
     """Every row of the file or directory `path`, as a Conversation or a Reject, in constant
     memory; of a JSON array or object, with its text.
 
-    columns: user, assistant, system, history, category -> a column's name, its index where there is
-    no header ("0"), or a template ("{Question}\\nA. {A}"); None detects the schema of each row.
+    columns: user, assistant, rejected, system, history, category -> a column's name, its index
+    where there is no header ("0"), or a template ("{Question}\\nA. {A}"); None detects the schema
+    of each row.
     kind: "chat", "text" for {"text": …} pre-training rows, or "pairs" of preference; unread: where
     fields that held text and were not read are counted, per file. Raises UserError for a missing or
     unreadable file and for a wrong mapping, when the first row is asked for; never for bad data.

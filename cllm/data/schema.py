@@ -71,7 +71,7 @@ FOLLOWS = {  # what may come after what; several tools may answer one call
     "tool": ("assistant", "tool", "user"),
 }
 NEGATIVE = ("false", "0", "0.0")  # what KTO's label calls an answer that is not to be learnt
-COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
+COLUMN_KEYS = ("system", "user", "assistant", "rejected", "history", "category")
 _CATEGORIES = ("task", "category", "class")
 _LISTED = [*zip(TURN_KEYS, TURN_KEYS, strict=True)]
 _PLAIN = [("instruction", "output"), *_LISTED]
@@ -119,7 +119,7 @@ class Reject(NamedTuple):
     detail: str
 
 
-def _mapped(row: Row, source: str) -> object:
+def mapped(row: Row, source: str) -> object:
     """The value of a mapped column: a name, an index into header-less cells, or a template such as
     "{Question}\\nA. {A}".
     """
@@ -136,7 +136,7 @@ def _mapped(row: Row, source: str) -> object:
 
 
 def _mapped_text(row: Row, source: str) -> str:
-    return text_of(_mapped(row, source), source)
+    return text_of(mapped(row, source), source)
 
 
 def _mapped_turns(row: Row, fields: Row, columns: Mapping[str, str]) -> Turns:
@@ -146,8 +146,8 @@ def _mapped_turns(row: Row, fields: Row, columns: Mapping[str, str]) -> Turns:
     else:
         turns = row_turns(fields)
     if "history" in columns:
-        turns = history_turns(_mapped(row, columns["history"])) + turns
-    return with_system(_mapped(row, columns["system"]), turns) if "system" in columns else turns
+        turns = history_turns(mapped(row, columns["history"])) + turns
+    return with_system(mapped(row, columns["system"]), turns) if "system" in columns else turns
 
 
 def _tools(row: Row) -> str:
@@ -318,7 +318,7 @@ class Normalizer:
                 "data.columns_unknown", keys=", ".join(unknown), known=", ".join(COLUMN_KEYS)
             )
         sides = [role for role in ("user", "assistant") if role in self.columns]
-        if kind == "chat" and len(sides) == 1:
+        if kind != "text" and len(sides) == 1:
             raise UserError("data.columns_half", have=sides[0])
         self.kind, self.rewrite = kind, rewriter(options)
         self.headless = bool(self.columns) and all(map(str.isdigit, self.columns.values()))
