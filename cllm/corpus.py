@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,10 @@ def read_corpus(config: Config, *, accept_rejects: bool) -> Data:
     if corpus.unread:
         note("data.unread", names=unread_names(corpus.unread))
     names = {name.partition(".")[0] for unread in corpus.unread.values() for name in unread}
-    if not names.isdisjoint(REJECTED_KEYS):
+    columns = chain.from_iterable(source.columns or data.columns for source in data.train)
+    if not names.isdisjoint(REJECTED_KEYS) or (
+        "rejected" in columns and not config.preference.active
+    ):
         note("train.chosen_only")
     if corpus.duplicates or corpus.leaked:
         note("train.repeated", duplicates=corpus.duplicates, leaked=corpus.leaked)

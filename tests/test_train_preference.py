@@ -31,6 +31,7 @@ from cllm.learn.log import RunLog
 from cllm.learn.optim import Trainee, make_optimizer
 from cllm.learn.preference import LOSSES, Preference
 from cllm.learn.proof import peak_bytes
+from cllm.messages import say
 
 
 def pair_examples(count: int, seed: int = 0) -> list[Example]:
@@ -461,6 +462,20 @@ def test_a_resumed_run_has_the_reference_of_its_very_answers(
         for name in ("a", "a-2")
     )
     assert torch.equal(resumed["reference"], fresh["reference"])
+
+
+def test_sft_on_a_mapped_rejected_column_says_what_is_learned(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "named.jsonl"
+    rows = [{"题": f"第{n}问", "好": "对", "坏": "错"} for n in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = "data.columns={user='题', assistant='好', rejected='坏'}"
+    options = [f"data.train={json.dumps(str(path))}", columns, "train.steps=1", "eval.samples=0"]
+    for loss in ("none", "dpo"):
+        assert run("train", [str(pairs), *options, f"preference.loss={loss}"]) == 0
+        said = capsys.readouterr().err
+        assert (say("train.chosen_only") in said) == (loss == "none")
 
 
 def test_single_votes_that_a_loss_on_pairs_leaves_out_are_counted(
