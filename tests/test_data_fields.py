@@ -272,7 +272,7 @@ def test_a_word_that_is_no_tag_stays(text: str) -> None:
             {"source"},
         ),
         ({"messages": [TURNS[0] | {"meta": {"note": PASSAGE}}, TURNS[1]]}, {"messages.note"}),
-        ({"instruction": Q, "output": A, "notes": ["", {"deep": [" 深 "]}]}, {"notes"}),
+        ({"instruction": Q, "output": A, "notes": ["", {"deep": [" 深 "]}]}, {"notes.deep"}),
         ({"instruction": Q, "output": A, "note": " ", "score": 3, "flag": True, "x": []}, set()),
         (
             {"instruction": Q, "output": A, "id": "a1", "question_type": "知识", "sourceUrl": "x"},

@@ -77,6 +77,7 @@ PLACE = re.compile(
 )
 # several words, or a sentence of Chinese
 _PROSE = re.compile(r"[，。？！；]|\S\s+\S+\s+\S+\s+\S")
+_WORD = re.compile(r"\w+")
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
@@ -116,14 +117,15 @@ def with_fields(row: Row, ask: str, reply: Any, used: tuple[str, ...]) -> tuple[
     elif isinstance(reply, str) and ALIASES.get(reply.strip().lower()) in labels:
         reply = ALIASES[reply.strip().lower()]
     held = all(
-        re.search(rf"{re.escape(label)}\W*" * (reply in labels) + re.escape(text), ask)
+        text in ask
+        and re.search(rf"{re.escape(label)}\W*" * (reply in labels) + re.escape(text), ask)
         for label, text in options
     )
     if not held:
         lines = [f"{label}. {text}" if label else text for label, text in options]
         ask = "\n".join((ask, *lines))
     for key in PASSAGES:
-        passage = "" if key in used else _passage(row.get(key))
+        passage = _passage(row[key]) if key in row and key not in used else ""
         if passage and passage not in ask:
             heading = "参考资料：" if _HAN.search(passage) else "Reference:"
             ask = f"{heading}\n{passage}\n\n{ask}"
@@ -193,9 +195,10 @@ def is_metadata(name: str) -> bool:
 
 
 @lru_cache(10_000)
-def with_kinds(keys: tuple[Any, ...]) -> list[tuple[Any, bool]]:
-    """(key, whether it is metadata)."""
-    return [(key, is_metadata(str(key))) for key in keys]
+def with_kinds(keys: tuple[Any, ...], name: str = "") -> list[tuple[Any, str, bool]]:
+    """(key, what it is called inside the field `name`, whether it is metadata)."""
+    dotted = name and name.partition(".")[0] + "."
+    return [(key, f"{dotted}{key}", is_metadata(str(key))) for key in keys]
 
 
 def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> set[str]:
@@ -203,41 +206,43 @@ def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> s
     message and no tool has: what was not read of the row.
     """
     names: set[str] = set()
-    said = "\n".join([message.content for message in messages])
-    if left := _unsaid(row, "", said):
-        said = "\n".join([said, tools, *[f"{m.reasoning}{m.parts}" for m in messages]])
-    while left:
-        name, text = left.pop()
-        if text in said or name in names:
-            continue
+    read: set[str] = set()
+    contents = [message.content for message in messages]
+    parts = [f"{m.reasoning}{m.calls}" for m in messages if m.reasoning or m.calls]
+    said = "\n".join([*contents, tools, *parts])
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner_name, metadata in with_kinds(tuple(value), name):
+                inner = value[key]
+                if metadata and not holds_text(inner, prose=True):
+                    continue
+                if type(inner) is not str:
+                    look(inner, inner_name)
+                elif inner_name not in names and inner not in said:
+                    judge(inner, inner_name)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                look(part, name)
+        elif isinstance(value, str) and name not in names and value not in said:
+            judge(value, name)
+
+    def judge(text: str, name: str) -> None:
         if (inner := unpacked(text)) is not text:
-            left += _unsaid(inner, name, said)
-            continue
+            look(inner, name)
+        if inner is not text or text in read:
+            return
+        rest = text
+        for content in contents:
+            if LONG < len(content) <= len(rest):
+                rest = rest.replace(content, " ")
         with suppress(RowError):
-            text = rewrite(text)
-        for message in messages:
-            if len(message.content) > LONG:
-                text = text.replace(message.content, " ")
-        words = re.findall(r"\w+", text)
-        if any(word not in said and word.lower() not in _UNSAID for word in words):
+            rest = rewrite(rest)
+        words = (word.group() for word in _WORD.finditer(rest))
+        if any(word.lower() not in _UNSAID and word not in said for word in words):
             names.add(name)
+        else:
+            read.add(text)
+
+    look(row, "")
     return names
-
-
-def _unsaid(value: Any, name: str, said: str) -> list[tuple[str, str]]:
-    """(name of its field, text) of the texts in `value` that do not stand in `said`."""
-    if isinstance(value, str):
-        return [] if value in said else [(name, value)]
-    left: list[tuple[str, str]] = []
-    if isinstance(value, dict):
-        outer = name.partition(".")[0]
-        for key, metadata in with_kinds(tuple(value)):
-            inner = value[key]
-            if metadata and not holds_text(inner, prose=True):
-                continue
-            if type(inner) is not str or inner not in said:
-                left += _unsaid(inner, f"{outer}.{key}" if outer else str(key), said)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            left += _unsaid(part, name, said)
-    return left

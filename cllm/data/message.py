@@ -24,7 +24,7 @@ _ROLE_WORDS = {
 ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
 _CALLING = ("function_call", "tool_call", "tool_calls")  # messages that are nothing but calls
 # of Swift, its later versions, OpenAI and axolotl
-FLAGS = ("loss", "loss_scale", "loss_weight", "weight", "train")
+FLAGS = frozenset(("loss", "loss_scale", "loss_weight", "weight", "train"))
 # What was thought before an answer: beside a message's content, and as a column of a row.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "think")
 THOUGHT_COLUMNS = (*THOUGHTS, "complex_cot", "inner_thought", "cot", "chain_of_thought")
@@ -35,6 +35,7 @@ _TAGGED = re.compile(
     r"(?:\s*</functioncall>)?\s*\Z",
     re.S,
 )
+_LENIENT = json.JSONDecoder(strict=False)
 _JSON_START = re.compile(r"^[ \t]*[\[{]", re.M)
 _QUOTED = re.compile(r"""\{\s*"name":\s*"([^"]+)",\s*"arguments":\s*'(.*)'\s*\}""", re.S)
 _RESPONSES = re.compile(r"<tool_response>(.*?)</tool_response>", re.S)
@@ -123,7 +124,7 @@ def _parsed(text: str) -> object:
     """
     text = clean(text)
     with suppress(ValueError):
-        return json.loads(text, strict=False)
+        return _LENIENT.decode(text)
     if quoted := _QUOTED.fullmatch(text):
         return {"name": quoted.group(1), "arguments": quoted.group(2)}
     with suppress(ValueError, SyntaxError, MemoryError):
@@ -185,8 +186,8 @@ def with_calls(message: Message, *, listed: bool) -> Message:
 # --- A message with a role
 def is_trained(message: Mapping[str, Any]) -> bool:
     """Whether an answer is learned, by the flags that files put on messages."""
-    for name in FLAGS:
-        value = message.get(name)
+    for name in FLAGS.intersection(message):
+        value = message[name]
         word = "" if value is None or value != value else str(value).strip().lower()
         if word in ("0", "0.0", "false"):
             return False
@@ -239,7 +240,7 @@ def read_message(word: str, message: Mapping[str, Any]) -> list[Message]:
     of tools stand among its parts.
     """
     role = ROLES[word]
-    key = next((key for key in ("content", "value", "text") if key in message), "content")
+    key = "content" if "content" in message else "value" if "value" in message else "text"
     value = message.get(key)
     if isinstance(value, str) and role == "user" and _RESPONSES.match(value.strip()):
         role = "tool" if not clean(_RESPONSES.sub("", value)) else role  # Hermes's and Qwen's

@@ -75,10 +75,12 @@ COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
 _CATEGORIES = ("task", "category", "class")
 _LISTED = [*zip(TURN_KEYS, TURN_KEYS, strict=True)]
 _PLAIN = [("instruction", "output"), *_LISTED]
-_PLAIN += [(ask, reply) for ask, replies in PAIRS.items() for reply in replies if ask != "ask"]
+_PLAIN += [(ask, reply) for ask, replies in PAIRS.items() for reply in replies]
 # who speaks in an element that says two turns and nothing else
 _PLAIN_SIDES = {
-    (*system, *pair): (*system, "user", "assistant")
+    frozenset((*system, *pair)): tuple(
+        zip((*system, "user", "assistant"), (*system, *pair), strict=True)
+    )
     for pair in EXCHANGES
     for system in ((), ("system",))
 }
@@ -242,8 +244,8 @@ def _ordered(
 
 
 class _Plan(NamedTuple):
-    """Where rows of the same keys have what is said, "" for what they have not; which keys hold
-    texts that nobody reads; whether a row may have a category.
+    """Where rows of the same keys have what is said, "" for what they have not; which other keys
+    may hold texts; whether a row may have a category.
     """
 
     ask: str
@@ -251,7 +253,7 @@ class _Plan(NamedTuple):
     reply: str
     system: str
     history: str
-    unread: list[tuple[str, bool]]
+    others: list[tuple[str, str, bool]]
     categorized: bool
 
 
@@ -279,8 +281,8 @@ def _plain_turns(elements: object, paired: bool = False) -> list[Message] | None
             for key in names[2]:
                 if holds_text(element[key], prose=True):
                     return None
-        elif sides := _PLAIN_SIDES.get(keys):
-            said = zip(sides, element.values(), strict=True)
+        elif sides := _PLAIN_SIDES.get(frozenset(keys)):
+            said = [(role, element[key]) for role, key in sides]
         elif paired and type(element) is list and len(element) == 2 and element[0] not in [*ROLES]:
             said = zip(("user", "assistant"), element, strict=True)
         else:
@@ -363,7 +365,7 @@ class Normalizer:
         """The short way for most rows there are, of clean texts and lists of messages of one role
         and one text each: what `_conversation` gives, in a third of the time.
         """
-        ask_key, extra_key, reply_key, system_key, history_key, unread, _ = plan
+        ask_key, extra_key, reply_key, system_key, history_key, others, _ = plan
         turns: list[Message] | None
         if ask_key == reply_key:
             turns = _plain_turns(row[ask_key])
@@ -374,7 +376,7 @@ class Normalizer:
             if not type(ask) is type(reply) is type(extra) is str:
                 return None
             ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-            if not ask or not reply or reply[0] in "<[【" or "call>" in reply:
+            if ask in ("", "无") or not reply or reply[0] in "<[【" or "call>" in reply:
                 return None
             if "<" in ask and PLACE.search(ask):
                 return None
@@ -387,9 +389,9 @@ class Normalizer:
             if type(system) is not str or turns[0].role == "system":
                 return None
             turns = with_system(system, turns)
-        for name, metadata in unread if turns else ():
-            if (value := row[name]) and holds_text(value, metadata):
-                self.unread[name] += 1
+        beside = [name for name, _, metadata in others if holds_text(row[name], metadata)]
+        if turns and beside:
+            self.unread.update(unread(row, turns, "", clean))
         return turns
 
     def _plan(self, keys: tuple[str, ...]) -> _Plan | None:
@@ -413,7 +415,7 @@ class Normalizer:
                 return None
             places = {name: written[name] for name in beside}
             places |= {"user": written[pair[0]], "assistant": written[pair[1]]}
-        unread = [pair for pair in with_kinds(keys) if pair[0] not in places.values()]
+        others = [field for field in with_kinds(keys) if field[0] not in places.values()]
         categorized = "category" in places or not {*_CATEGORIES}.isdisjoint(keys)
         place = defaultdict(str, places)
         return _Plan(
@@ -422,7 +424,7 @@ class Normalizer:
             place["assistant"],
             place["system"],
             place["history"],
-            unread,
+            others,
             categorized,
         )
 

@@ -59,7 +59,7 @@ def clean(text: str) -> str:
     Raises RowError: decode_error for bytes that no encoding explained (U+DC80-DCFF), invalid_text
     for half a surrogate pair.
     """
-    if _DIRT.search(text):
+    if not text.isprintable() and _DIRT.search(text):
         if bad := SURROGATE.search(text):
             code = ord(bad.group())
             if 0xDC80 <= code <= 0xDCFF:

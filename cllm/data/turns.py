@@ -194,7 +194,7 @@ def _turns(elements: object, name: str) -> Turns:
     for number, element in enumerate(elements, 1):
         if not isinstance(element, dict):
             raise RowError("row.turn", "unknown_schema", number=number, found=f"{element!r:.30}")
-        if key := next((key for key in ("role", "from") if key in element), ""):
+        if (key := "role" if "role" in element else "from") in element:
             role = str(element[key]).strip().lower().replace("-", "_")
             refuse_media(element, ())
             if role == "sys":  # CrossWOZ's assistant, where the user is "usr"
