@@ -19,14 +19,15 @@ Row = dict[str, Any]
 Rewrite = Callable[[str], str]
 PASSAGES = "context contexts passage passages reference references document documents".split()
 OPTIONS = ("options", "option", "choices")
-_BESIDE = (*PASSAGES, *OPTIONS, "A")
+NUMBERED = [f"option_{number}" for number in range(1, 10)]
+_BESIDE = (*PASSAGES, *OPTIONS, "option_1", "A")
 LETTERS = ascii_uppercase
 LONG = 40  # characters of a text that is looked for as a whole, not word by word
 MEDIA = frozenset(
     f"{noun}{plural}{tail}"
     for noun in ("image", "img", "picture", "photo", "video", "audio")
     for plural in ("", "s")
-    for tail in ("", "_path", "_paths", "_url", "_urls", "_file", "_files")
+    for tail in ("", "_path", "_paths", "_url", "_urls", "_file", "_files", "_base64", "_bytes")
 )
 ALIASES = {
     "指令": "instruction",
@@ -47,12 +48,13 @@ ALIASES = {
     "system_message": "system",
     "meta_instruction": "system",
     "functions": "tools",
+    "contents": "messages",
+    "systeminstruction": "system",
+    "system_instruction": "system",
 }
-ALIASES |= {
-    form.format(letter.lower()): letter
-    for letter in LETTERS[:8]
-    for form in ("op{}", "option{}", "option_{}", "choice_{}", "选项{}")
-}
+_FORMS = ("op{}", "option{}", "option_{}", "choice{}", "choice_{}", "选项{}")
+ALIASES |= {form.format(letter.lower()): letter for letter in LETTERS[:8] for form in _FORMS}
+ALIASES |= {form.format(name[-1]): name for name in NUMBERED for form in _FORMS}
 # a name, or the last word of one, that says where a row is from and not what it says
 METADATA = frozenset(
     "id ids uuid uid guid idx index no number md5 hash source sources src_url dataset category"
@@ -93,7 +95,7 @@ def refuse_media(row: Row, turns: Iterable[Any]) -> None:
     """Raises RowError for a row that shows pictures or plays sounds, in a field or at a place of
     what the user says in `turns`: a text model cannot learn from it.
     """
-    for key in MEDIA.intersection(row):
+    for key in sorted(MEDIA.intersection(row)):
         if row[key] and row[key] == row[key]:
             raise RowError("row.media", "invalid_text", name=key)
     for turn in turns:
@@ -143,7 +145,8 @@ def _passage(value: Any) -> str:
 
 def _options(row: Row) -> list[tuple[str, str]]:
     """(letter, text) of the options that a row has, in columns of their own or in one."""
-    value = unpacked(next((row[key] for key in OPTIONS if row.get(key)), None))
+    numbered = {name[-1]: row[name] for name in NUMBERED if name in row}
+    value = unpacked(next((row[key] for key in OPTIONS if row.get(key)), numbered))
     if "A" in row and "B" in row:
         value = {letter: row[letter] for letter in LETTERS if letter in row}
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC, CommonsenseQA
@@ -182,10 +185,7 @@ def holds_text(value: Any, prose: bool = False) -> bool:
     """
     if isinstance(value, str) and (len(value) <= LONG if prose else value.strip()):
         return not prose
-    texts = (
-        text for text in _texts(value) if not prose or (len(text) > LONG and _PROSE.search(text))
-    )
-    return next(texts, None) is not None
+    return any(not prose or (len(text) > LONG and _PROSE.search(text)) for text in _texts(value))
 
 
 def is_metadata(name: str) -> bool:

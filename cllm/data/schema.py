@@ -25,7 +25,7 @@ from cllm.data.fields import (
     unread,
     with_kinds,
 )
-from cllm.data.message import ROLES, Call, Message, block_of, with_calls
+from cllm.data.message import FLAGS, ROLES, Call, Message, block_of, with_calls
 from cllm.data.text import (
     SURROGATE,
     VERBATIM,
@@ -40,8 +40,10 @@ from cllm.data.text import (
 from cllm.data.tools import read_tools
 from cllm.data.turns import (
     EXCHANGES,
+    LABELS,
     PAIRS,
     SPECIAL_KEYS,
+    SPOKEN,
     TAG_START,
     TURN_KEYS,
     Turns,
@@ -70,7 +72,9 @@ FOLLOWS = {  # what may come after what; several tools may answer one call
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool", "user"),
 }
-NEGATIVE = ("false", "0", "0.0")  # what KTO's label calls an answer that is not to be learnt
+# what KTO's label calls an answer that is not to be learnt, and one that is
+NEGATIVE = ("false", "0", "0.0", "-1", "-1.0")
+POSITIVE = ("true", "1", "1.0")
 COLUMN_KEYS = ("system", "user", "assistant", "history", "category")
 _CATEGORIES = ("task", "category", "class")
 _LISTED = [*zip(TURN_KEYS, TURN_KEYS, strict=True)]
@@ -260,8 +264,7 @@ class _Plan(NamedTuple):
 @lru_cache(1000)
 def _speech(keys: tuple[str, ...]) -> tuple[str, str, list[str]] | None:
     """The keys of role and text of a message that has no other but metadata, and those."""
-    pairs = (("role", "content"), ("from", "value"))
-    pair = next((pair for pair in pairs if {*pair} <= {*keys}), ("", ""))
+    pair = next((pair for pair in SPOKEN if {*pair} <= {*keys}), ("", ""))
     rest = [key for key in keys if key not in pair]
     plain = pair[0] and "role" not in rest and all(map(is_metadata, rest))
     return (*pair, rest) if plain else None
@@ -439,9 +442,12 @@ class Normalizer:
         else:
             fields = row if "user" in self.columns else named(row)
             turns = _mapped_turns(row, fields, self.columns) if self.columns else row_turns(fields)
-            for name in () if "user" in self.columns else ("label", "kto_tag"):
-                if str(label := fields.get(name)).strip().lower() in NEGATIVE:
-                    raise RowError("row.label", "negative_label", name=name, found=repr(label))
+            for name in () if "user" in self.columns else fields.keys() & (*LABELS, *FLAGS):
+                word = str(mark := fields[name]).strip().lower()
+                if word in NEGATIVE:
+                    raise RowError("row.label", "negative_label", name=name, found=repr(mark))
+                if name in FLAGS and word not in (*POSITIVE, "", "none", "nan"):
+                    self.unread[name] += 1  # a weight that is not used, or a loss once measured
             tools = _tools(fields)
             messages = _ordered(turns, self.rewrite, tools=bool(tools))
         category = self._category(row)

@@ -120,7 +120,11 @@ def text_of(value: object, name: str) -> str:
     if isinstance(value, dict):
         if value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}:
             raise RowError("row.message", "invalid_text", name=name)
-        keys = [key for key in dict.fromkeys((name, "text", "content", "value")) if key in value]
+        keys = [
+            key
+            for key in dict.fromkeys((name, "text", "content", "value", "parts"))
+            if key in value
+        ]
         if not keys:
             found = ", ".join(map(str, list(value)[:6])) or "nothing"
             raise RowError("row.object", "invalid_text", name=name, found=found)

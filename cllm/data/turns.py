@@ -18,6 +18,7 @@ from cllm.data.fields import (
     ALIASES,
     LETTERS,
     MEDIA,
+    NUMBERED,
     OPTIONS,
     PASSAGES,
     Row,
@@ -26,7 +27,15 @@ from cllm.data.fields import (
     unpacked,
     with_fields,
 )
-from cllm.data.message import ROLES, THOUGHT_COLUMNS, Message, is_trained, joined, read_message
+from cllm.data.message import (
+    FLAGS,
+    ROLES,
+    THOUGHT_COLUMNS,
+    Message,
+    is_trained,
+    joined,
+    read_message,
+)
 from cllm.data.text import RowError, clean, text_of
 from cllm.messages import say
 
@@ -34,12 +43,13 @@ NO_INPUT = frozenset(
     "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
 )
 TURN_KEYS = ("conversations", "messages", "conversation")
+LABELS = ("label", "kto_tag")
 PAIRS = {  # question key -> answer keys
     "prompt": ("response", "completion"),
     "query": ("response", "answers"),
     "question": ("answer", "response", "std_answer", "reference"),
-    "input": ("target",),
     "content": ("summary",),
+    "input": ("target", "content"),
     "context": ("target",),
     "riddle": ("answer",),
     "ask": ("answer",),
@@ -48,13 +58,14 @@ PAIRS = {  # question key -> answer keys
     "q": ("a",),
 }
 # one element of a list that is two turns
+SPOKEN = (("role", "content"), ("from", "value"), ("role", "parts"))  # the last is Gemini's
 EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
 _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.values())))
 _OTHERS = "instruction rejected instances paragraph text history system".split()
 SCHEMA_KEYS = _ANSWERS.union(PAIRS, _OTHERS)
 # Whatever else a row has is not read: a key that `_recognized` looks at must be among these.
 SPECIAL_KEYS = SCHEMA_KEYS.union(
-    ("label", "kto_tag", "tools"), OPTIONS, PASSAGES, MEDIA, LETTERS, THOUGHT_COLUMNS
+    ("tools",), LABELS, FLAGS, OPTIONS, NUMBERED, PASSAGES, MEDIA, LETTERS, THOUGHT_COLUMNS
 )
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手)|(?-i:(FUNCTION RESPONSE)))[ \t]*[:：]"
@@ -140,7 +151,7 @@ def is_turn(value: object) -> bool:
     return (
         isinstance(value, dict)
         and "messages" not in value
-        and any(value.keys() >= pair for pair in ({"role", "content"}, {"from", "value"}))
+        and any(value.keys() >= {*pair} for pair in SPOKEN)
     )
 
 
