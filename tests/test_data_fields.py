@@ -339,6 +339,8 @@ def test_names_given_twice_are_reported(tmp_path: Path) -> None:
     assert counted("b.jsonl", twice.replace("甲", "乙"))[1] == {}
     inner = '{"messages": [{"role": "user", "content": "甲", "content": "乙"}, %s]}'
     assert counted("c.jsonl", inner % json.dumps(TURNS[1]))[1] == {"messages.content (1)": 1}
+    cell = (inner % json.dumps(TURNS[1])).removeprefix('{"messages": ').removesuffix("}")
+    assert counted("e.jsonl", json.dumps({"messages": cell}))[1] == {"messages.content (1)": 1}
     quoted = json.dumps({"question": '说 {"a": 1, "a": 2}', "answer": "好"}, ensure_ascii=False)
     assert counted("d.jsonl", quoted)[1] == {}
     table = "question,answer,answer\n甲,乙,丙\n丁,,戊\n"

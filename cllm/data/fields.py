@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, count
 from string import ascii_uppercase
 from typing import Any
 
@@ -83,11 +83,29 @@ _WORD = re.compile(r"\w+")
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
+def once(pairs: list[tuple[str, Any]]) -> Row:
+    """A row of these members. Of a name that is given twice the last counts, as for every reader
+    of JSON; an earlier value that differs is kept as `name (1)`, so that it is said not to be read.
+    """
+    if len(row := dict(pairs)) == len(pairs):
+        return row
+    row = {}
+    for name, value in pairs:
+        if name in row and row[name] != value:
+            row[next(n for i in count(1) if (n := f"{name} ({i})") not in row)] = row[name]
+        row[name] = value
+    return row
+
+
+# raw tabs and newlines inside strings are common, and harmless
+DECODER = json.JSONDecoder(strict=False, object_pairs_hook=once)
+
+
 def unpacked(value: Any) -> Any:
     """The list or object that a text holds as JSON; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(ValueError, RecursionError):
-            return json.loads(value)
+            return DECODER.decode(value)
     return value
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 from cllm.data.encoding import split_lines
-from cllm.data.fields import Row
+from cllm.data.fields import DECODER, Row, once
 from cllm.data.text import RowError
 from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, is_turn, unboxed
 from cllm.messages import ESCAPED, say
@@ -28,24 +28,6 @@ WRAPPERS = frozenset(
 BLANK = " \t\r\n\ufeff\x00\x1a"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BLOCK_CHARS = 1 << 18
-
-
-def once(pairs: list[tuple[str, Any]]) -> Row:
-    """A row of these members. Of a name that is given twice the last counts, as for every reader
-    of JSON; an earlier value that differs is kept as `name (1)`, so that it is said not to be read.
-    """
-    if len(row := dict(pairs)) == len(pairs):
-        return row
-    row = {}
-    for name, value in pairs:
-        if name in row and row[name] != value:
-            row[next(n for i in count(1) if (n := f"{name} ({i})") not in row)] = row[name]
-        row[name] = value
-    return row
-
-
-# raw tabs and newlines inside strings are common, and harmless
-_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=once)
 
 
 def whole(line: str) -> int:
@@ -68,7 +50,7 @@ def json_lines(pieces: Iterable[str]) -> Iterator[NumberedRow]:
         if not (bare := line.strip(BLANK)):
             continue
         try:
-            value, end = _DECODER.raw_decode(bare)
+            value, end = DECODER.raw_decode(bare)
             if end < len(bare):
                 raise json.JSONDecodeError("Extra data", bare, end)
         except (ValueError, RecursionError) as error:
@@ -136,7 +118,7 @@ class _Document:
         """The next JSON value. Raises ValueError or RecursionError and then stays where the value
         starts.
         """
-        value, self.at = _DECODER.raw_decode(self.text, self.at)
+        value, self.at = DECODER.raw_decode(self.text, self.at)
         return value
 
     def fault(self, error: Exception) -> RowError:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
-from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, once, whole
+from cllm.data.fields import once
+from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, whole
 from cllm.data.pairs import PairNormalizer, pair_row
 from cllm.data.schema import Conversation, Normalizer, Reject, to_row
 from cllm.data.text import VERBATIM, RowError, TextOptions, printable
