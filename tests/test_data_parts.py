@@ -183,6 +183,14 @@ def test_what_is_no_call_no_tool_and_no_flag_rejects_the_row(row: Any) -> None:
     assert isinstance(result, Reject) and (result.line, result.reason) == (7, "invalid_text")
 
 
+@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+def test_parts_of_mixed_types_never_raise(role: str) -> None:
+    parts = [2.5, {"type": "text", "text": "多云"}, None, "转晴", {"text": "。"}]
+    row = {"messages": [{"role": "user", "content": Q}, {"role": role, "content": parts}]}
+    row["messages"] += [{"role": "assistant", "content": A}] * (role == "tool")
+    assert isinstance(Normalizer()(row, "x.json", 7), Conversation | Reject)
+
+
 def test_text_about_calls_stays_text() -> None:
     for text in (
         "用 <tool_call> 和 </tool_call> 标签",

@@ -255,7 +255,7 @@ def read_message(word: str, message: Mapping[str, Any]) -> list[Message]:
     if len(message) == 2 and type(value) is str and role != "tool" and word not in _CALLING:
         return [Message(role, value)]  # most messages there are
     parts = value if isinstance(value, list) and any(isinstance(p, dict) for p in value) else []
-    typed = key == "parts" or any("type" in part for part in parts)
+    typed = any("type" in part or key == "parts" for part in parts if isinstance(part, dict))
     if role == "tool" and isinstance(value, dict | list) and not typed:
         return [Message(role, json_text(value))]
     if role == "tool" and isinstance(value, str) and not clean(_RESPONSES.sub("", value)):

@@ -392,8 +392,7 @@ class Normalizer:
             if type(system) is not str or turns[0].role == "system":
                 return None
             turns = with_system(system, turns)
-        beside = [name for name, _, metadata in others if holds_text(row[name], metadata)]
-        if turns and beside:
+        if turns and any(holds_text(row[name], metadata) for name, _, metadata in others):
             self.unread.update(unread(row, turns, "", clean))
         return turns
 
