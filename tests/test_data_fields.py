@@ -183,12 +183,6 @@ def test_numbered_options_keep_their_numbers() -> None:
         assert said == [("user", f"{Q}\n1. 祁红\n2. 龙井"), ("assistant", "2")]
 
 
-def test_an_input_may_have_its_answer_in_content() -> None:
-    result, _ = read({"input": Q, "reasoning_content": "想想", "content": A})
-    assert isinstance(result, Conversation) and result.messages[1].reasoning == "想想"
-    assert turns({"input": "略", "content": Q, "summary": A}) == QA
-
-
 @pytest.mark.parametrize(
     "key", ["system_prompt", "sys", "meta_instruction", "System", "System Prompt", "system-message"]
 )
