@@ -5,8 +5,8 @@ row, the fewest recomputed layers, what to save on, and what that costs in opera
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, compress, pairwise
 from typing import Any, NamedTuple
 
 from cllm.memory import (
@@ -22,7 +22,7 @@ from cllm.memory import (
     streamed_layers,
 )
 from cllm.messages import UserError, note
-from cllm.trace import Layer, Pass, Weights, traced, weighed
+from cllm.trace import traced, weighed
 
 ROW_STEP = 128  # tokens: granularity of the longest row
 LONGEST_ROW = 2**20
@@ -32,62 +32,11 @@ Config = Mapping[str, Any]
 """A config.json, original or native."""
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A traced step, its layers kept, recomputed and streamed as settings say."""
-
-    weights: Weights
-    recomputed: list[bool]
-    layers: list[Layer]
-    loss: Pass
-    """The pass whose last layer is this one's."""
-    largest: int
-    streamed: list[int]
-    inputs: int
-    """How many layer inputs wait in host memory."""
-    layer_input: int
-
-    @classmethod
-    def of(cls, config: Config, s: Settings) -> _Step:
-        """Traces what these settings need."""
-        weights = weighed(config, s)
-        count = len(weights.linears)
-        streamed = streamed_layers(count, s.stream_layers)
-        first = count if s.checkpoint_layers < 0 else s.checkpoint_layers
-        recomputed = [index < first or index in streamed for index in range(count)]
-        passes = {again: traced(config, s, again) for again in {*recomputed, s.offload_inputs}}
-        layers = [passes[again].layers[index] for index, again in enumerate(recomputed)]
-        return cls(
-            weights,
-            recomputed,
-            layers,
-            passes[recomputed[-1]],
-            max(passes[again].largest for again in recomputed),
-            streamed,
-            sum(recomputed) if s.offload_inputs else 0,
-            passes[True].layers[-1].left if s.offload_inputs else 0,
-        )
-
-    @property
-    def flops(self) -> int:
-        """Operations of one row."""
-        return sum(layer.flops for layer in self.layers) + self.loss.flops
-
-    def moments(self) -> dict[str, int]:
-        """Moment -> bytes alive then beyond weights and gradients: in the loss, and in the forward
-        or backward of a kept or of a recomputed layer.
-        """
-        # At most two offloaded inputs are on the device beside the one in use.
-        here = min(2, self.inputs) * self.layer_input
-        pairs = [*zip(self.layers, self.recomputed, strict=True)]
-        left = [layer.left - (again and self.layer_input) for layer, again in pairs]
-        below = [here + alive for alive in accumulate(left, initial=0)]
-        moments = {"loss": below[-1] + self.loss.loss}
-        for (layer, again), before, after in zip(pairs, below, below[1:], strict=False):
-            name = "recomputed_layer" if again else "kept_layer"
-            peak = max(before + layer.forward, after + layer.backward)
-            moments[name] = max(peak, moments.get(name, 0))
-        return moments
+def recomputed_layers(settings: Settings, layers: int) -> list[bool]:
+    """Whether each layer is recomputed in the backward; streamed ones are."""
+    first = layers if settings.checkpoint_layers < 0 else settings.checkpoint_layers
+    streamed = streamed_layers(layers, settings.stream_layers)
+    return [index < first or index in streamed for index in range(layers)]
 
 
 def _moment_bytes(optimizer: str, count: int) -> int:
@@ -105,24 +54,35 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
     CUDA context, cuBLAS's workspace, and what the allocator loses to fragments, which is more where
     its segments cannot grow.
     """
-    s, step = settings, _Step.of(config, settings)
-    weights, cuda = step.weights, s.device.startswith("cuda")
-    moments = step.moments()
-    moment = max(moments, key=lambda name: moments[name])
+    s, weights, cuda = settings, weighed(config, settings), settings.device.startswith("cuda")
     shared = not weights.head
     away = s.embedding == "cpu" or (
         s.embedding == "auto" and cuda and s.quantize == "nf4" and not shared
     )
-    inputs = step.layer_input * min(2, step.inputs) + sum(
-        layer.left - step.layer_input
-        for layer, again in zip(step.layers, step.recomputed, strict=True)
-        if again
-    )
-    packed = [weights.packed[index] for index in step.streamed]
+    count = len(weights.linears)
+    recomputed = recomputed_layers(s, count)
+    # The loss is as the last layer.
+    passes = [traced(config, s, again) for again in (False, True)]
+    layers = [passes[again][i] for i, again in enumerate([*recomputed, recomputed[-1]])]
+    # A recomputed layer leaves its input. At most two offloaded ones are on the device beside the
+    # one in use.
+    moved = passes[True][-2].left * s.offload_inputs
+    pairs = zip(layers, [*recomputed, False], strict=True)
+    left = [layer.left - moved * again for layer, again in pairs]
+    here = moved * min(2, sum(recomputed))
+    inputs = here + sum(compress(left, recomputed))
+    alive = accumulate(left, initial=here)
+    peaks = [
+        max(before + layer.forward, after + layer.backward)
+        for (before, after), layer in zip(pairwise(alive), layers, strict=True)
+    ]
+    moments = [*("recomputed_layer" if again else "kept_layer" for again in recomputed), "loss"]
+    streamed = streamed_layers(count, s.stream_layers)
+    packed = [weights.packed[index] for index in streamed]
     lora = 4 * sum(weights.trained)
     items = {
         "linears": sum(weights.linears)
-        - sum(weights.linears[index] for index in step.streamed)
+        - sum(weights.linears[index] for index in streamed)
         + max(packed, default=0) * min(2, len(packed)),
         "embedding": 0 if away else weights.embedding,
         # The device keeps a tied matrix for the head.
@@ -132,21 +92,24 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
         "gradients": lora,
         "optimizer": sum(_moment_bytes(s.optimizer, count) for count in weights.trained),
         "layer_inputs": inputs,
-        "activations": moments[moment] - inputs,
+        "activations": max(peaks) - inputs,
         "workspaces": WORKSPACE_BYTES * cuda,
         "context": CONTEXT_BYTES * cuda,
         "fragmentation": cuda
-        * max(step.largest, FRAGMENTATION_BYTES if SEGMENTS_GROW else WHOLE_SEGMENTS_BYTES),
+        * max(
+            FRAGMENTATION_BYTES if SEGMENTS_GROW else WHOLE_SEGMENTS_BYTES,
+            *(layer.largest for layer in layers),
+        ),
     }
     # Streamed weights and offloaded layer inputs.
-    waiting = sum(packed) + step.inputs * step.layer_input
+    waiting = sum(packed) + moved * sum(recomputed)
     return VramEstimate(
         items,
-        moment,
+        moments[peaks.index(max(peaks))],
         waiting + away * weights.embedding,
         weights.largest + CONVERSION_BYTES,
         2 * waiting,
-        step.flops,
+        sum(layer.flops for layer in layers),
     )
 
 
@@ -158,7 +121,7 @@ def estimate_answering(config: Config, settings: Settings) -> VramEstimate:
     # A bare model is traced with the smallest adapter there is.
     settings = replace(settings, rank=max(1, settings.rank))
     trained = estimate_vram(config, settings)
-    layers = traced(config, settings, True).layers
+    *layers, _loss = traced(config, settings, True)
     width = 4 if settings.precision == "fp32" else 2
     items = {
         **trained.items,
@@ -348,7 +311,7 @@ def plan_training(
     """What a training is to use: `fit` with a line about it."""
     settings = fit(config, name, settings, budget)
     estimate = estimate_vram(config, settings)
-    recomputed = _Step.of(config, settings).recomputed
+    recomputed = recomputed_layers(settings, len(weighed(config, settings).linears))
     note(
         "memory.plan",
         total=f"{estimate.total / GIB:.2f}",
