@@ -87,12 +87,12 @@ def traced(config: Mapping[str, Any], settings: Settings, recompute: bool) -> li
     What is only a place or a choice of layers is left to `cllm.fit`. Raises UserError for a model
     whose code does not run without values.
     """
-    text, settings = _text(config), _neutral(settings)
+    text, settings = to_json(dict(config)), _neutral(settings)
     least = max(LONG, 8 * settings.mlp_tile_tokens)
     if settings.row_tokens <= 4 * least:
-        return _layers(text, settings, recompute)
+        return [Layer(*layer) for layer in _facts(text, settings, recompute)]
     lengths = [least, 2 * least, 4 * least]
-    passes = [_layers(text, replace(settings, row_tokens=n), recompute) for n in lengths]
+    passes = [_facts(text, replace(settings, row_tokens=n), recompute) for n in lengths]
     curves = np.polyfit(lengths, np.reshape(passes, (len(lengths), -1)), 2)
     numbers = np.rint(np.polyval(curves, settings.row_tokens)).astype(int)
     return [Layer(*layer) for layer in numbers.reshape(-1, len(Layer._fields)).tolist()]
@@ -100,11 +100,7 @@ def traced(config: Mapping[str, Any], settings: Settings, recompute: bool) -> li
 
 def weighed(config: Mapping[str, Any], settings: Settings) -> Weights:
     """What the model weighs with its adapter, as it is held for training."""
-    return _weights(_text(config), replace(_neutral(settings), **_OF_A_ROW))
-
-
-def _text(config: Mapping[str, Any]) -> str:
-    return to_json(dict(config))
+    return Weights(*_facts(to_json(dict(config)), replace(_neutral(settings), **_OF_A_ROW)))
 
 
 def _neutral(settings: Settings) -> Settings:
@@ -119,25 +115,18 @@ def _neutral(settings: Settings) -> Settings:
     )
 
 
-# Both are kept in the data cache, too, so that a second start traces nothing.
 @lru_cache(512)
-def _layers(config: str, settings: Settings, recompute: bool) -> list[Layer]:
+def _facts(config: str, settings: Settings, recompute: bool | None = None) -> Any:
+    """The weights, or a pass with all layers kept or recomputed; in the data cache, too, so that a
+    second start traces nothing.
+    """
+
     def make() -> cache.Entry:
-        _, model, alike = _built(config, replace(settings, **_OF_A_ROW))
-        return {}, _trace(model, alike, settings, recompute)
+        weights, model, alike = _built(config, replace(settings, **_OF_A_ROW))
+        return {}, weights if recompute is None else _trace(model, alike, settings, recompute)
 
-    _, layers = cache.recall(_key(config, settings, recompute), make)
-    return [Layer(*layer) for layer in layers]
-
-
-@lru_cache(64)
-def _weights(config: str, settings: Settings) -> Weights:
-    _, facts = cache.recall(_key(config, settings), lambda: ({}, _built(config, settings)[0]))
-    return Weights(*facts)
-
-
-def _key(*facts: object) -> str:
-    return cache.key_of(*facts, torch.__version__, transformers.__version__, sys.platform)
+    versions = (torch.__version__, transformers.__version__, sys.platform)
+    return cache.recall(cache.key_of(config, settings, recompute, *versions), make)[1]
 
 
 _OF_A_ROW: dict[str, Any] = {"row_tokens": 0, "chunk_bytes": 0, "mlp_tile_tokens": 0}
@@ -170,13 +159,12 @@ def _built(config: str, settings: Settings) -> tuple[Weights, Any, list[int]]:
         ),
     )
     if settings.rank:
-        targets = settings.targets
         inject_lora(
             model,
             rank=settings.rank,
             alpha=1,
             dropout=0.1 * settings.dropout,
-            targets=targets if isinstance(targets, str) else list(targets),
+            targets=settings.targets,
             dora=settings.dora,
         )
     precision.prepare(model)
