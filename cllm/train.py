@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,11 +161,10 @@ class Training:
         state_json, tensors, metrics = map(self.learner.world.share, files)
         try:
             state = json.loads(state_json)
-            stored = {f.name: state["ladder"][f.name] for f in fields(self.learner.ladder)}
             self.progress = Progress.restored(state)
             epoch, row = map(int, state["rows"])
             self.learner.restore_scaler(state["scaler"])
-            self.learner.apply(type(self.learner.ladder).restored(stored))
+            self.learner.apply(type(self.learner.ladder).restored(state["ladder"]))
             self.learner.encoded.rows.seek(epoch, row)
         except FOREIGN as error:
             problem = f"{type(error).__name__}: {error}"

@@ -108,12 +108,9 @@ def choose_device(name: torch.device | str) -> torch.device:
     way, that is said. Raises UserError for a GPU that is asked for and cannot be used.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            if not torch.backends.cuda.is_built() and _nvidia_driver():
-                note("memory.cpu_build", torch=torch.__version__)
-            name = "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and not torch.backends.cuda.is_built() and _nvidia_driver():
+            note("memory.cpu_build", torch=torch.__version__)
     try:
         device = torch.device(name)
         if device.type != "cuda":
