@@ -26,7 +26,7 @@ from cllm import shapes
 from cllm.config import Config, is_config, load_config
 from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
 from cllm.memory import GIB
-from cllm.messages import UserError, note, say, table, to_json
+from cllm.messages import CommandLine, UserError, note, say, table, to_json
 from cllm.plan import Workload, settings_of, show_plan
 
 if TYPE_CHECKING:
@@ -250,26 +250,15 @@ def run_script(name: str, arguments: list[str]) -> Any:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; `models` are its configs and models, `overrides` the rest."""
-    parser = argparse.ArgumentParser(prog="cllm.bench", description=say("bench.help"))
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="CONFIG|preset:NAME|MODEL|section.key=value",
-        help=say("bench.help.models"),
-    )
-    for switch in ("plan", "random_init", "generate", "doctor"):
-        name = f"--{switch.replace('_', '-')}"
-        parser.add_argument(name, action="store_true", help=say(f"bench.help.{switch}"))
-    parser.add_argument("--layers", type=int, default=0, help=say("bench.help.layers"))
-    parser.add_argument(
-        "--rows",
-        type=lambda text: [int(n) for n in text.split(",")],
-        metavar="N,N",
-        help=say("bench.help.rows"),
-    )
-    parser.add_argument("--steps", type=int, default=5, help=say("bench.help.steps"))
-    parser.add_argument("--out", type=Path, help=say("bench.help.out"))
-    parser.add_argument("--against", choices=["peft"], help=say("bench.help.against"))
+    parser = CommandLine("bench")
+    parser.take("words", nargs="*", metavar="CONFIG|preset:NAME|MODEL|section.key=value")
+    for switch in ("--plan", "--random-init", "--generate", "--doctor"):
+        parser.take(switch, action="store_true")
+    parser.take("--layers", type=int, default=0)
+    parser.take("--rows", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N")
+    parser.take("--steps", type=int, default=5)
+    parser.take("--out", type=Path)
+    parser.take("--against", choices=["peft"])
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = [word for word in arguments.words if "=" in word]
     arguments.models = [word for word in arguments.words if "=" not in word] or ["tiny-zh"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, differences, load_config, to_toml
 from cllm.corpus import read_corpus
-from cllm.messages import UserError, note, say, to_json
+from cllm.messages import CommandLine, UserError, note, to_json
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
@@ -439,18 +439,12 @@ class Training:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cllm.train", description=say("train.help"))
-    parser.add_argument("config", metavar="CONFIG|preset:NAME", help=say("train.help.config"))
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help=say("train.help.overrides")
-    )
-    parser.add_argument("--resume", action="store_true", help=say("train.help.resume"))
-    parser.add_argument(
-        "--accept-rejects", action="store_true", help=say("train.help.accept_rejects")
-    )
-    parser.add_argument(
-        "--allow-changes", action="store_true", help=say("train.help.allow_changes")
-    )
+    parser = CommandLine("train")
+    parser.take("config", metavar="CONFIG|preset:NAME")
+    parser.take("overrides", nargs="*", metavar="section.key=value")
+    parser.take("--resume", action="store_true")
+    parser.take("--accept-rejects", action="store_true")
+    parser.take("--allow-changes", action="store_true")
     return parser.parse_intermixed_args(argv)
 
 
