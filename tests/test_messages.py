@@ -38,7 +38,7 @@ def used_codes() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        if "CommandLine(" in text:
+        if 'CommandLine("' in text:
             options = re.findall(r'\.take\(\s*"-*([\w-]+)"|"--([\w-]+)"', text)
             names = ["", *(f".{''.join(option).replace('-', '_')}" for option in options)]
             helps = {f"{path.stem}.help{name}": set[str]() for name in names}
