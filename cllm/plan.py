@@ -60,16 +60,15 @@ def show_plan(
     settings = settings_of(config, precision, "cuda")
     asked, *changes = ladder(original, settings, limit)
     estimate, fits = asked.estimate, asked.total <= limit
-    heading = {"row": settings.row_tokens, "quantize": settings.quantize, "rank": settings.rank}
-    print(say("bench.plan", name=name, precision=precision, **heading))
+    print(say("bench.plan", name=name, **asdict(settings)))
     print(estimate.table())
-    host, conversion = f"{estimate.host / GIB:.2f}", f"{estimate.conversion / GIB:.2f}"
-    print(say("bench.host", host=host, conversion=conversion))
+    host, reading = f"{estimate.host / GIB:.2f}", f"{estimate.conversion / GIB:.2f}"
+    print(say("bench.host", host=host, conversion=reading))
     grid = _grid(original, settings, budget)
     longest = longest_row(original, settings, budget)
     fewest = fewest_recomputed(original, settings, limit)
-    summary = {"longest": longest, "fewest": fewest}
-    print(say("bench.fits" if fits else "bench.too_big", budget=f"{budget:g}", **summary))
+    state = "bench.fits" if fits else "bench.too_big"
+    print(say(state, budget=f"{budget:g}", longest=longest, fewest=fewest))
     for step in changes:
         print(
             say("bench.rung", total=f"{step.total / GIB:6.2f}", **_price(step), change=step.change)

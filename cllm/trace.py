@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from cllm.data import cache
@@ -244,34 +245,32 @@ def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) ->
     tile_mlp(model, settings.mlp_tile_tokens)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    layers = {*decoder_layers(model)}
     census = Census("meta")
     forward: list[Section] = []
     backward: list[Section] = []
 
-    def ended(_layer: nn.Module, _inputs: object, output: Any) -> None:
+    def ended(module: nn.Module, _inputs: object, output: Any) -> None:
+        if module not in layers:
+            return
         forward.append(census.section())
         # When its gradient is there, the backward of this layer begins.
         first = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
         if first.requires_grad:
             first.register_hook(lambda _gradient: backward.append(census.section()))
 
-    hooks = [layer.register_forward_hook(ended) for layer in decoder_layers(model)]
     precision = Precision.choose(settings.precision, META)
-    try:
-        with census:
-            with precision.autocast():
-                loss = sft_loss(model, row, settings.chunk_bytes)
-            loss.backward()
-            backward.append(census.section())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with census, register_module_forward_hook(ended):
+        with precision.autocast():
+            loss = sft_loss(model, row, settings.chunk_bytes)
+        loss.backward()
+        backward.append(census.section())
     head = backward[0]
     # Below the first adapter nothing has a backward.
     backward += [Section(0, 0, 0, 0)] * (1 + len(forward) - len(backward))
     # What waits for a backward is what is there when it begins and not when the one below does.
     alive = [section.alive for section in reversed(backward[:-1])]
-    layers = [
+    measured = [
         Layer(
             after - before,
             ahead.peak - before,
@@ -284,4 +283,4 @@ def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) ->
         )
     ]
     loss = Layer(0, head.peak - alive[-1], 0, head.flops, head.largest)
-    return [*(layers[index] for index in alike), loss]
+    return [*(measured[index] for index in alike), loss]
