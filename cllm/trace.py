@@ -282,5 +282,5 @@ def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) ->
             [0, *alive], alive, forward, reversed(backward[1:]), strict=False
         )
     ]
-    loss = Layer(0, head.peak - alive[-1], 0, head.flops, head.largest)
-    return [*(measured[index] for index in alike), loss]
+    end = Layer(0, head.peak - alive[-1], 0, head.flops, head.largest)
+    return [*(measured[index] for index in alike), end]
