@@ -31,7 +31,7 @@ ARGUMENTS = [
     "--disable-dev-shm-usage",
     "--disable-background-networking",
 ]
-SECONDS = 300  # for anything to appear: a busy machine with one slow core
+SECONDS = 60  # for anything to appear: a busy machine with one slow core
 SCRIPT = (
     "<img src=data:image/png;base64,AAAA onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     "[x](javascript:document.title='owned')"
@@ -116,7 +116,7 @@ def desktop(page: Page, images: Path, question: str) -> dict[str, Any]:
     while not buttons.first.is_enabled() and time.monotonic() < deadline:
         time.sleep(0.2)
     buttons.first.click()
-    page.get_by_text(re.compile(r"^A .* · B ")).wait_for()
+    page.get_by_text(re.compile(r"刚才 A .* · B ")).wait_for()
     page.screenshot(path=images / "compare.png")
     page.get_by_role("tab", name="训练").click()
     page.locator("svg[viewBox='0 0 400 176']:visible").first.wait_for()
@@ -147,7 +147,9 @@ def changing(page: Page, question: str) -> dict[str, str]:
     users = page.locator(".user.message:visible, .message.user:visible").all_inner_texts()
     assert [text.strip() for text in users] == [question + "！"], users
     cost = page.locator(".cost:visible").first.inner_text()
-    assert re.fullmatch(r"first token [\d.]+ s · \d+ tok/s · \d+ \+ \d+ tokens", cost.strip()), cost
+    assert re.fullmatch(
+        r"first token [\d.]+ s · \d+ tok/s · [\d,]+ / [\d,]+ tokens", cost.strip()
+    ), cost
     return {"again": again, "edited": edited, "cost": cost.strip()}
 
 
@@ -188,10 +190,89 @@ def stopping(page: Page, question: str) -> str:
     return text
 
 
+def questions(page: Page) -> int:
+    """How many are shown in the chat."""
+    return page.locator(".user.message:visible, .message.user:visible").count()
+
+
+def keeping(page: Page, question: str) -> dict[str, Any]:
+    """Nothing typed is lost: a question that is too long comes back, a long conversation goes on, a
+    follow-up waits, a reload keeps the conversation; Retry after the settings were opened differs.
+    """
+    box, cost = page.locator("textarea:visible").first, page.locator(".cost:visible").first
+    ask(page, question)
+    answer(page)
+    context = int(re.sub(r".*?([\d,]+) [^\d]*$", r"\1", cost.inner_text()).replace(",", ""))
+    too_long = "字" * (3 * context)
+    ask(page, too_long)
+    page.get_by_text(str(context), exact=False).first.wait_for()
+    page.wait_for_timeout(3000)
+    assert box.input_value() == too_long and questions(page) == 1
+    rounds = 30
+    for number in range(1, rounds):
+        ask(page, f"{number}：{question}" * 2)
+        answer(page)
+    assert questions(page) == rounds and "略去" in cost.inner_text(), cost.inner_text()
+    ask(page, "   ")
+    page.wait_for_timeout(2000)
+    assert questions(page) == rounds
+    page.get_by_role("button", name="新对话").click()
+    page.wait_for_timeout(1000)
+    ask(page, r"$E=mc^2$ \(a+b\) \[c^2\] $$d$$")
+    answer(page)
+    assert page.locator(".user .katex, .katex").count() >= 4
+    page.get_by_text("设置").click()
+    page.get_by_label("base").first.check()
+    for label, value in {"温度": "2", "top-p（核采样）": "1", "top-k（候选数）": "200"}.items():
+        page.get_by_label(label).first.fill(value)
+    assert page.get_by_label("随机种子（空：随机）").input_value() == ""
+    said = [answer(page)]
+    for _ in range(2):
+        page.locator("button[aria-label=Retry], button[title=Retry]").last.click()
+        page.wait_for_timeout(500)
+        said.append(answer(page))
+    assert len({*said}) == 3, said
+    ask(page, question)
+    page.wait_for_timeout(300)
+    box.fill("后来的问题")
+    page.keyboard.press("Enter")
+    answer(page)
+    assert box.input_value() == "后来的问题"
+    box.fill("")
+    page.reload()
+    page.get_by_label("以前的对话").first.click()
+    page.get_by_role("option").nth(1).click()
+    page.wait_for_timeout(1500)
+    assert questions(page) == rounds
+    return {"context": context, "rounds": rounds}
+
+
+def voting(page: Page, count: int) -> dict[str, Any]:
+    """Listed questions, votes by the keys 1 to 4, one taken back, and the tally."""
+    page.get_by_role("tab", name="对比").click()
+    page.get_by_role("button", name="下一个问题").click()
+    told = page.get_by_text(re.compile("刚才"))
+    for number in range(count):
+        ready = page.locator(".vote:visible:enabled").first
+        ready.wait_for()
+        page.locator("body").click(position={"x": 3, "y": 3})
+        page.keyboard.press(str(number % 4 + 1))
+        page.get_by_text(
+            f" {number + 1} 票" if number >= 19 else f"已投 {number + 1} 票"
+        ).wait_for()
+    tally = told.inner_text()
+    page.get_by_role("button", name="撤销投票").click()
+    page.wait_for_timeout(1000)
+    return {"tally": tally}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
     parser.add_argument("--question", default="你好，你是谁？")
+    parser.add_argument(
+        "--votes", type=int, default=0, help="votes by keyboard, of the held-out list"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
@@ -228,6 +309,10 @@ def main() -> None:
             english = open_page(browser, url, problems, locale="en-US", width=1100, height=800)
             result |= changing(english, arguments.question)
             result["stopped"] = stopping(english, arguments.question)
+            chinese = open_page(browser, url, problems, locale="zh-CN", width=1440, height=900)
+            result |= keeping(chinese, arguments.question)
+            if arguments.votes:
+                result |= voting(chinese, arguments.votes)
             phone = open_page(browser, url, problems, locale="zh-CN", width=390, height=844)
             on_a_phone(phone, arguments.images, arguments.question)
             browser.close()

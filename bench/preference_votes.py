@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 from cllm.__main__ import run  # noqa: E402
 from cllm.assembly import Loaded, open_model  # noqa: E402
 from cllm.data.message import Message  # noqa: E402
+from cllm.serve.compare import Duel, append_vote  # noqa: E402
 from cllm.serve.sampling import Sampling  # noqa: E402
-from cllm.serve.ui import Duel, _append_vote  # noqa: E402
 
 LONG, SHORT = ("麻烦您", "，谢谢。"), ("请您", "。")
 ROWS = "train.row_tokens=512 train.tokens_per_step=1024 eval.samples=0".split()
@@ -80,7 +80,8 @@ def vote(folder: Path, asked: list[str], count: int) -> dict[str, int]:
         pair = [answers(loaded, engine, [ask], 10 * number + side)[0] for side in (0, 1)]
         liked = [is_short(text) for text in pair]
         choice = "tie" if liked[0] == liked[1] else "ab"[liked[1]]
-        _append_vote(choice, "", Duel(ask, names, pair, Sampling(temperature=1.0)), loaded)
+        duel = Duel([Message("user", ask)], names, pair, Sampling(temperature=1.0))
+        append_vote(choice, duel, loaded)
         votes[choice] += 1
         if votes["a"] + votes["b"] == count:
             break

@@ -37,6 +37,7 @@ from cllm.model.lora import inject_lora
 from cllm.model.offload import place
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end, within
+from cllm.runs import find_runs
 from cllm.serve.engine import Engine
 
 PREFILL_TOKENS = 2048
@@ -340,6 +341,10 @@ def locate(name: str | Path) -> Located:
     if is_run and folder is None:
         raise UserError("run.no_adapter", run=run)
     if folder is None:
+        others = [] if run.exists() or run.parent == Path() else find_runs(run.parent)
+        if others:  # a mistyped run is not asked of hubs
+            known = ", ".join(map(str, others[:5]))
+            raise UserError("run.missing", run=run, known=known)
         return Located(model, memory, None, str(name))
     base_name = adapter_config(folder).get("base_model_name_or_path") or ""
     if not base_name:

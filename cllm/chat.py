@@ -7,13 +7,16 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cllm.data.message import Message
 from cllm.messages import CommandLine, UserError, note, say, to_json
+
+ANY = ("0.0.0.0", "::")
 
 if TYPE_CHECKING:
     from cllm.assembly import Loaded
@@ -94,7 +97,11 @@ class Terminal:
         asked = Message("user", words)
         messages = [*self.context(), asked]
         adapter = self.loaded.models[self.name]
-        answer = Answer(self.engine, self.loaded.tokenizer, messages, chat_sampling(), adapter)
+        answer = Answer(
+            self.engine, self.loaded.tokenizer, messages, chat_sampling(), adapter, shorten=True
+        )
+        if answer.left_out:
+            self.write(say("ui.left_out", rounds=answer.left_out) + "\n")
         try:
             for piece in answer:
                 self.write(piece)
@@ -110,21 +117,48 @@ class Terminal:
         self.write(f"\n{say('chat.cost', **answer.cost())}\n")
 
 
-def serve(loaded: Loaded, engine: Engine, host: str, port: int) -> None:
-    """The page and the API on one port until Ctrl-C. On a host that others reach, a key guards all
-    but /health.
+def serve(
+    loaded: Loaded, engine: Engine, host: str, port: int, questions: Sequence[Sequence[Message]]
+) -> None:
+    """The page, which has `questions` to compare with, and the API on one port until Ctrl-C. On a
+    host that others reach, a key guards all but /health.
     """
     import uvicorn
 
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read where Gradio is imported
     from cllm.serve.api import LOOPBACK, Guard, build_app
     from cllm.serve.ui import mount_page
 
     key = os.environ.get("CLLM_KEY", "") or ("" if host in LOOPBACK else secrets.token_urlsafe(24))
-    app = Guard(mount_page(build_app(loaded, engine), loaded, engine), key)
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::", *LOOPBACK) else host
+    app = Guard(mount_page(build_app(loaded, engine), loaded, engine, questions), key)
+    shown = "127.0.0.1" if host in LOOPBACK else _network_address() if host in ANY else host
     url = f"http://{shown}:{port}/" + (f"?key={key}" if key else "")
     note("chat.serving", url=url, api=f"http://{shown}:{port}/v1")
     uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+
+
+def _network_address() -> str:
+    """This machine's address in the local network: where a packet to another one would leave from;
+    none is sent.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 80))  # an address of documentation (RFC 5737)
+        except OSError:  # no network
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises UserError for an address that cannot be listened on, before a model is loaded."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+            probe.bind(address)
+    except OSError as error:
+        detail = error.strerror or error
+        raise UserError("chat.port", host=host, port=port, detail=detail, other=port + 1) from error
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -133,7 +167,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.take("--terminal", action="store_true")
     parser.take("--host", default="127.0.0.1", metavar="H")
     parser.take("--port", type=int, default=7860, metavar="P")
+    parser.take("--questions", metavar="FILE")
     return parser.parse_args(argv)
+
+
+def _questions(file: str | None, loaded: Loaded) -> list[list[Message]]:
+    """What Compare asks: the questions of a data file, else those that the run has held out."""
+    from cllm.config import DataConfig
+    from cllm.data.sources import read_file
+    from cllm.serve.compare import held_out_questions
+
+    if not file:
+        return held_out_questions(loaded.home) if loaded.home else []
+    conversations, rejects = read_file(DataConfig(), file, {})
+    if not conversations:
+        raise UserError("data.empty", path=file, rejects=len(rejects))
+    return [[*item.messages[:-1]] for item in conversations]
 
 
 def main(argv: list[str]) -> int:
@@ -142,6 +191,8 @@ def main(argv: list[str]) -> int:
     from cllm.assembly import open_beside, open_model
     from cllm.runs import newest_run
 
+    if not arguments.terminal:
+        _check_port(arguments.host, arguments.port)
     name, *more = arguments.models or [newest_run()]
     note("chat.loading", model=name)
     loaded = open_model(name)
@@ -151,7 +202,8 @@ def main(argv: list[str]) -> int:
     engine = loaded.engine()
     try:
         if not arguments.terminal:
-            serve(loaded, engine, arguments.host, arguments.port)
+            questions = _questions(arguments.questions, loaded)
+            serve(loaded, engine, arguments.host, arguments.port, questions)
             return 0
         terminal = Terminal(loaded, engine)
         terminal.run()

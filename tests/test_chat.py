@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import open_tiny
+from serving import open_tiny, tiny_run
 
 from cllm.assembly import Loaded, open_model
 from cllm.chat import Terminal
@@ -270,3 +270,56 @@ def test_the_adapters_files_are_what_vllm_documents(tmp_path: Path) -> None:
             "input_ids"
         ]
         assert ids == tokenizer.encode_chat([Message(*turn) for turn in turns])
+
+
+def test_a_taken_port_is_said_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from cllm.__main__ import run
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run("chat", [str(tmp_path / "none"), "--port", str(port)]) == 2
+    told = capsys.readouterr().err
+    assert str(port) in told and f"--port {port + 1}" in told and "none" not in told
+
+
+def test_a_mistyped_run_is_told_the_runs_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cllm.__main__ import run
+    from cllm.model import source
+
+    tiny_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(source, "_download", lambda *_: pytest.fail("a hub was asked"))
+    assert run("chat", ["runs/dem", "--terminal"]) == 2
+    assert str(Path("runs/demo")) in capsys.readouterr().err
+
+
+def test_others_are_told_an_address_they_can_reach(
+    loaded: Loaded,
+    engine: Engine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import uvicorn
+
+    from cllm import chat
+
+    monkeypatch.setattr(uvicorn, "run", lambda *_, **__: None)
+    monkeypatch.setattr(chat, "_network_address", lambda: "192.168.1.7")
+    chat.serve(loaded, engine, "0.0.0.0", 7860, [])
+    assert "http://192.168.1.7:7860/?key=" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert re.fullmatch(r"\d+\.\d+\.\d+\.\d+", chat._network_address())
+
+
+def test_a_long_conversation_goes_on_in_the_terminal(
+    loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"{n}" * 400 for n in (1, 2, 3, 4)]
+    terminal, out = talk(loaded, engine, *lines, monkeypatch=monkeypatch)
+    assert terminal.turns == 4 and "oldest rounds are left out" in out

@@ -47,15 +47,15 @@ def commands(name: str) -> list[list[str]]:
 def write_votes(path: Path) -> None:
     """Votes as the page writes them."""
     from cllm.assembly import open_model
+    from cllm.data.message import Message
+    from cllm.serve.compare import Duel, append_vote
     from cllm.serve.sampling import Sampling
-    from cllm.serve.ui import Duel, _append_vote
 
     loaded = open_model(path.parent)
     for number in range(24):
-        duel = Duel(
-            f"第{number}号仓库？", ["base", "my"], ["不知道。", f"河东{number}街。"], Sampling()
-        )
-        _append_vote("tie" if number % 8 == 0 else "b", "", duel, loaded)
+        asked = [Message("user", f"第{number}号仓库？")]
+        duel = Duel(asked, ["base", "my"], ["不知道。", f"河东{number}街。"], Sampling())
+        append_vote("tie" if number % 8 == 0 else "b", duel, loaded)
 
 
 @pytest.mark.parametrize("name", PAGES)

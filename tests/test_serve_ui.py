@@ -24,9 +24,10 @@ from cllm.data.message import Message
 from cllm.data.template import TEMPLATES
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
+from cllm.serve.compare import VOTES, Duel
 from cllm.serve.monitor import chart
 from cllm.serve.sampling import Sampling
-from cllm.serve.ui import Duel, build_page, mount_page
+from cllm.serve.ui import build_page, mount_page
 
 GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order
 
@@ -36,10 +37,10 @@ class Page:
     value.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, questions: Any = ()) -> None:
         self.loaded, self.engine = loaded, loaded.engine()
-        self.app = mount_page(build_app(loaded, self.engine), loaded, self.engine)
-        self.blocks = build_page(str, loaded, self.engine)
+        self.app = mount_page(build_app(loaded, self.engine), loaded, self.engine, questions)
+        self.blocks = build_page(str, loaded, self.engine, questions)
 
     def handlers(self, name: str) -> list[Any]:
         return [
@@ -51,6 +52,25 @@ class Page:
     def call(self, name: str, *arguments: Any, index: int = 0) -> Any:
         result = self.handlers(name)[index](*arguments)
         return asyncio.run(last(result)) if hasattr(result, "__anext__") else result
+
+    def respond(
+        self, request: Any, history: Any, name: str = "demo", system: str = "", seed: Any = None
+    ) -> tuple[Any, Any]:
+        """The conversation and the line below it, as they are shown at last."""
+        seen: dict[str, Any] = {}
+
+        async def watch() -> None:
+            generator = self.handlers("respond")[0](
+                request, "k", history, name, system, *GREEDY[:-1], seed
+            )
+            async for update in generator:
+                for component, value in update.items():
+                    kind = type(component).__name__
+                    seen[kind] = value
+
+        asyncio.run(watch())
+        self.box = seen.get("Textbox")
+        return seen.get("Chatbot"), seen.get("Markdown")
 
     def greedy(self, words: str, *, adapter: int, system: str = "") -> str:
         messages = [Message("system", system)] * bool(system) + [Message("user", words)]
@@ -80,13 +100,11 @@ def test_chat_answers_with_the_chosen_model_and_says_its_cost(page: Page) -> Non
     said = [{"role": "user", "content": [{"type": "text", "text": "你好"}]}]
     for name, adapter in (("demo", 1), ("other", 2), ("base", 0)):
         for language, text in (
-            ("zh-CN,zh;q=0.9", r"首词元 \d+\.\d\d 秒 · \d+ 词元/秒 · 输入 \d+ \+ 输出 \d+ 词元"),
+            ("zh-CN,zh;q=0.9", r"首词元 \d+\.\d\d 秒 · \d+ 词元/秒 · \d+ / 1,024 词元"),
             ("en-US", r"first token .* tok/s .*"),
         ):
-            history, cost = page.call(
-                "respond", browser(language), [dict(said[0])], name, " 你是助手 ", *GREEDY
-            )
-            assert history[-1] == {
+            shown, cost = page.respond(browser(language), [dict(said[0])], name, " 你是助手 ")
+            assert shown[-1] == {
                 "role": "assistant",
                 "content": page.greedy("你好", adapter=adapter, system="你是助手"),
             }
@@ -112,10 +130,7 @@ def test_reasoning_is_folded_and_not_said_again(page: Page) -> None:
         {"role": role, "content": words}
         for role, words in (("user", "你好"), ("assistant", "二"), ("user", "再来"))
     ]
-    assert (
-        page.call("respond", browser(), again, "demo", "", *GREEDY)[0][-1]
-        == page.call("respond", browser(), plain, "demo", "", *GREEDY)[0][-1]
-    )
+    assert page.respond(browser(), again)[0][-1] == page.respond(browser(), plain)[0][-1]
 
 
 def test_reasoning_that_the_prompt_opens_is_part_of_the_answer(page: Page) -> None:
@@ -134,7 +149,7 @@ def test_reasoning_that_the_prompt_opens_is_part_of_the_answer(page: Page) -> No
 def test_a_closed_page_frees_the_row(page: Page) -> None:
     async def leave() -> None:
         answer = page.handlers("respond")[0](
-            browser(), [{"role": "user", "content": "你好"}], "demo", "", 900, *GREEDY[1:]
+            browser(), "k", [{"role": "user", "content": "你好"}], "demo", "", 900, *GREEDY[1:]
         )
         await anext(answer)
         await answer.aclose()
@@ -146,12 +161,111 @@ def test_a_closed_page_frees_the_row(page: Page) -> None:
 
 
 def test_mistakes_become_notices(page: Page) -> None:
-    import gradio as gr
+    said = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    shown, told = page.respond(browser(), [*said, {"role": "user", "content": "字" * 2000}])
+    assert shown == said and "1024" in told
+    assert page.box.value == "字" * 2000 and page.box.submit_btn and not page.box.stop_btn
 
-    with pytest.raises(gr.Error, match="1024"):
-        page.call(
-            "respond", browser(), [{"role": "user", "content": "字" * 2000}], "demo", "", *GREEDY
-        )
+
+def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_rounds(page: Page) -> None:
+    said = [{"role": "user", "content": f"{n}" * 300} for n in (1, 2, 3, 4)]
+    answers = [{"role": "assistant", "content": f"{n}" * 20} for n in (1, 2, 3)]
+    history = [turn for pair in zip(said, [*answers, {}], strict=True) for turn in pair if turn]
+    shown, told = page.respond(browser(), history, system="助手")
+    assert shown[:-1] == history and told.startswith("the 2 oldest rounds are left out")
+    kept = [Message("system", "助手"), *(Message(t["role"], t["content"]) for t in history[4:])]
+    prompt = page.loaded.tokenizer.encode_chat(kept)
+    (ids,) = page.engine.generate([prompt], Sampling(max_new_tokens=24))
+    assert shown[-1]["content"] == page.loaded.tokenizer.decode(ids)
+    assert re.search(rf"{len(prompt) + len(ids)}.* / 1,024 tokens", told)
+
+
+def test_what_is_typed_while_an_answer_comes_stays_and_blanks_are_not_sent(page: Page) -> None:
+    history = [{"role": "user", "content": "你好"}]
+    sent = page.call("ask", "你好", "", [])
+    assert {type(k).__name__ for k in sent} == {"Textbox", "State", "Chatbot"}
+    for words, running in (("再问", "key"), ("  \n", "")):
+        refused = page.call("ask", words, running, history)
+        assert {type(k).__name__ for k in refused} == {"Chatbot"}
+        assert next(iter(refused.values()))["__type__"] == "update"
+
+    async def twice() -> list[Any]:
+        def one() -> Any:
+            return page.handlers("respond")[0](browser(), "same", history, "demo", "", *GREEDY)
+
+        first = one()
+        await anext(first)
+        second = [update async for update in one()]
+        await first.aclose()
+        return second
+
+    (nothing,) = asyncio.run(twice())  # what was asked is answered once
+    assert [type(k).__name__ for k in nothing] == ["Chatbot"]
+
+
+def test_a_seed_is_a_number_or_nothing(page: Page) -> None:
+    from cllm.serve.widgets import sampling_of
+
+    assert len({sampling_of((*GREEDY[:-1], seed)).seed for seed in ("", None, "  ")}) == 1
+    assert sampling_of((*GREEDY[:-1], " 7 ")).seed == 7
+    shown, told = page.respond(browser(), [{"role": "user", "content": "你好"}], seed="x")
+    assert "x" in told and shown == [] and page.box.value == "你好"
+
+
+def test_conversations_are_kept_reopened_and_downloaded(page: Page) -> None:
+    kept: list[Any] = []
+    names = []
+    for words in ("一", "二", "一" * 60_000):
+        history = [{"role": "user", "content": words}, {"role": "assistant", "content": "答"}]
+        kept, name, menu, file = page.call("_keep", history, kept, "")
+        names.append(name)
+        row = json.loads(Path(file.value["path"]).read_text(encoding="utf-8"))
+        assert [m["content"] for m in row["messages"]] == [words, "答"]
+    assert [item["name"] for item in kept] == names[::-1]  # the newest first
+    assert menu.choices[0] == ("一" * 40, names[-1]) and menu.value == names[-1]
+    more, name, _, _ = page.call("_keep", [*history, *history], kept, names[-1])
+    assert name == names[-1] and len(more) == 1  # what the browser sends along has a limit
+    shown, turns, _ = page.call("_reopened", names[0], kept)
+    assert shown == names[0] and [t["content"] for t in turns] == ["一", "答"]
+    skipped = page.call("_keep", [], kept, "")
+    assert all(value["__type__"] == "update" for value in skipped)
+
+
+def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
+    listed = [
+        [Message("system", "短"), Message("user", "甲？")],
+        [Message("user", "乙？"), Message("assistant", "乙。"), Message("user", "丙？")],
+    ]
+    made = Page(open_two(tmp_path), listed)
+    try:
+        votes = made.loaded.home / "votes.jsonl"
+        words, number, button = made.call("following", -1)
+        assert (words, number, button.value) == ("甲？", 0, "1 / 2 →")
+        pair = "demo ↔ base"
+        first = made.call("duel", browser(), "甲？", pair, 0, "另", *GREEDY)[2]
+        assert first.said == listed[0]
+        second = made.call("duel", browser(), "丙？", pair, 1, "另", *GREEDY)[2]
+        assert [m.content for m in second.said] == ["另", "乙？", "乙。", "丙？"]
+        typed = made.call("duel", browser(), "别的", pair, 1, "", *GREEDY)[2]
+        assert typed.said == [Message("user", "别的")]
+        told, line, *_ = made.call("record", browser(), "b", second, "", "某人", "好", 4)
+        row = json.loads(votes.read_text(encoding="utf-8"))
+        assert row["history"] == [["乙？", "乙。"]] and row["system"] == "另"
+        assert (row["rater"], row["comment"], row["score"]) == ("某人", "好", 4)
+        from cllm.data.pairs import prompt_size
+        from cllm.data.reader import read_conversations
+
+        (read,), rejects = read_conversations(votes, None, "pairs")
+        assert not rejects and [m.content for m in read.messages[: prompt_size(read)]] == [
+            *("另", "乙？", "乙。", "丙？")
+        ]
+        assert made.call("take_back", line, 1)[2] == -1
+        assert votes.read_text(encoding="utf-8") == ""
+        for number in range(20):
+            told = made.call("record", browser("zh"), "ab"[number % 2], first, "", "", "", 0)[0]
+        assert "20 票" in told and "50%" in told and "票后" not in told
+    finally:
+        made.engine.close()
 
 
 def test_votes_are_blind_private_and_complete(page: Page) -> None:
@@ -161,15 +275,17 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
         "demo ↔ base": ["demo", "base"],
         "other ↔ base": ["other", "base"],
     }
+    said = dict.fromkeys(pairs, 1)
     for choice, (pair, its) in enumerate([*pairs.items(), ("demo ↔ base", ["demo", "base"])]):
-        *shown, kept, _, _, _, _, _ = page.call("duel", "你好", pair, *GREEDY[:1], 0.0, *GREEDY[2:])
+        *shown, kept, _, _, _, _, _ = page.call("duel", browser(), "你好", pair, -1, "", *GREEDY)
         texts, names = [side[1]["content"] for side in shown], kept.names
         assert sorted(names) == sorted(its) and texts == [
             page.greedy("你好", adapter=page.loaded.models[name]) for name in names
         ]
         assert (
-            page.call("record", kept, " 闲聊 ", index=choice)[0]
-            == f"**A** {names[0]} · **B** {names[1]}"
+            page.call("record", browser(), VOTES[choice], kept, " 闲聊 ", "", "", 0)[0]
+            == f"that was **A** {names[0]} · **B** {names[1]} · "
+            + f"{said[pair]} votes; what they say is told from 20 on"
         )
         row = json.loads(votes.read_text(encoding="utf-8").splitlines()[-1])
         assert (
@@ -182,6 +298,7 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
             and isinstance(row["sampling"]["seed"], int)
             and row["sampling"]["max_new_tokens"] == 24
         )
+        said[pair] += 1
         files = {
             name: home / "adapter" / "adapter_model.safetensors"
             for name, home in page.loaded.adapters.items()
@@ -199,7 +316,8 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
     if os.name == "posix":
         assert votes.stat().st_mode & 0o777 == 0o600
     orders = {
-        tuple(page.call("duel", "你好", "demo ↔ base", 1, *GREEDY[1:])[2].names) for _ in range(20)
+        tuple(page.call("duel", browser(), "你好", "demo ↔ base", -1, "", 1, *GREEDY[1:])[2].names)
+        for _ in range(20)
     }
     assert orders == {("demo", "base"), ("base", "demo")}
 
@@ -207,8 +325,13 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
 def test_votes_of_many_at_once_are_whole_lines(page: Page) -> None:
     votes = page.loaded.home / "votes.jsonl"
     before = len(votes.read_text(encoding="utf-8").splitlines()) if votes.exists() else 0
-    kept = Duel("问" * 9000, ["demo", "base"], ["甲" * 9000, "乙" * 9000], Sampling())
-    voters = [threading.Thread(target=page.call, args=("record", kept, "")) for _ in range(16)]
+    kept = Duel(
+        [Message("user", "问" * 9000)], ["demo", "base"], ["甲" * 9000, "乙" * 9000], Sampling()
+    )
+    voters = [
+        threading.Thread(target=page.call, args=("record", browser(), "a", kept, "", "", "", 0))
+        for _ in range(16)
+    ]
     for voter in voters:
         voter.start()
     for voter in voters:
@@ -259,7 +382,7 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
 def test_monitor_counts(page: Page) -> None:
     page.call("come", browser())
     state, *_ = page.call("measure", (0.0, 0))
-    page.call("respond", browser(), [{"role": "user", "content": "你好"}], "demo", "", *GREEDY)
+    page.respond(browser(), [{"role": "user", "content": "你好"}])
     (_, tokens), sessions, running, waiting, speed, *_ = page.call("measure", state)
     assert (
         (sessions, running, waiting) == (1, 0, 0)

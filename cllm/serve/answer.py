@@ -20,6 +20,9 @@ from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Listener, Request, Sampling
 
+ANSWER_SHARE = 4
+"""A shortened conversation leaves the answer one part in so many of the context."""
+
 
 class ModelError(Exception):
     """The engine failed on this request; the text says why."""
@@ -28,6 +31,9 @@ class ModelError(Exception):
 class Answer:
     """One request, submitted when iterated: `for piece in answer` in a thread, `async for piece in
     answer` in an event loop.
+
+    `shorten`: the oldest rounds of a conversation that does not fit are left out, `left_out` of
+    them, so that an answer has room. Raises UserError where the last question alone is too long.
 
     Afterwards `finish_reason` is "stop", "length" or "cancelled"; raises ModelError if the engine
     failed. Closing the iterator early frees the row.
@@ -41,6 +47,8 @@ class Answer:
         sampling: Sampling,
         adapter: int = 1,
         stop: Sequence[str] = (),
+        *,
+        shorten: bool = False,
     ) -> None:
         self._engine = engine
         self._sampling = sampling
@@ -51,6 +59,17 @@ class Answer:
             for m in messages
         ]
         self.prompt = tokenizer.encode_chat(clean)
+        self.left_out = 0
+        reserve = min(sampling.max_new_tokens, engine.max_tokens // ANSWER_SHARE) * shorten
+        while shorten and len(self.prompt) > engine.max_tokens - max(1, reserve):
+            roles = [message.role for message in clean]
+            first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+            if "user" not in roles[first + 1 :]:  # the last question, with less room for its answer
+                break
+            second = roles.index("user", first + 1)
+            del clean[first:second]
+            self.left_out += 1
+            self.prompt = tokenizer.encode_chat(clean)
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
             raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
         self._decoder = tokenizer.stream(reply=True)
@@ -82,6 +101,7 @@ class Answer:
         return {
             "prompt": self.prompt_tokens,
             "tokens": self.tokens,
+            "context": f"{self.prompt_tokens + self.tokens:,} / {self._engine.max_tokens:,}",
             "first": f"{self.first_seconds:.2f}",
             "speed": f"{speed:.0f}",
         }

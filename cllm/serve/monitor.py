@@ -12,11 +12,10 @@ from cllm.evaluate.results import Gap
 from cllm.learn.log import peak_memory_bytes, read_metrics
 from cllm.messages import read_json
 from cllm.serve.engine import Engine
+from cllm.serve.widgets import QUIET
 
 SHOWN = ("reference", "base", "adapter")  # columns of the samples
 COLOURS = ("#6366f1", "#d97706")  # of the curves
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-"""What every event of the page has: no endpoint of its own, and nothing that flickers."""
 
 
 def training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:

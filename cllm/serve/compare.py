@@ -1,0 +1,257 @@
+"""Two models' answers to one question, blind: typed questions or a list of them, votes by mouse or
+by the keys 1 to 4, and what the votes say so far.
+"""
+
+# No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
+# handlers.
+import hashlib
+import os
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from cllm.assembly import Loaded
+from cllm.data.message import Message
+from cllm.evaluate.votes import summarise
+from cllm.learn.log import read_metrics
+from cllm.messages import UserError, to_json
+from cllm.model.adapter import WEIGHTS_FILE
+from cllm.runs import replace_file
+from cllm.serve.answer import Answer, ModelError
+from cllm.serve.engine import Engine
+from cllm.serve.sampling import Sampling
+from cllm.serve.widgets import (
+    FIELD,
+    LATEX,
+    QUIET,
+    SETTINGS,
+    choice,
+    sampling_of,
+    texts_for,
+    user_turn,
+    watched,
+)
+
+VOTES = ("a", "b", "tie", "bad")
+ENOUGH_VOTES = 20
+"""Before so many a tally would only lead the voters."""
+KEYS = """<script>
+document.addEventListener("keydown", event => {
+  const typing = event.target.closest("input, textarea, [contenteditable]");
+  const button = document.querySelectorAll(".vote")["1234".indexOf(event.key)];
+  if (!typing && button && button.offsetParent && !button.disabled) button.click();
+});
+</script>"""
+_votes = threading.Lock()
+Questions = Sequence[Sequence[Message]]
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two answers to one question, A's and B's, not voted on yet."""
+
+    said: Sequence[Message]
+    """The question, after what was said before it."""
+    names: list[str]
+    """Of the models."""
+    answers: list[str]
+    sampling: Sampling
+
+
+def held_out_questions(run: Path) -> list[list[Message]]:
+    """What the run's held-out samples ask, each with what was said before it."""
+    rows = read_metrics(run / "samples.jsonl")
+    return [[Message(m["role"], m["content"]) for m in row["messages"]] for row in rows]
+
+
+class CompareTab:
+    """One question to two models as two rows of one batch; who is who is told after the vote.
+    `knobs`: the system prompt and the settings.
+    """
+
+    def __init__(
+        self, t: Any, loaded: Loaded, engine: Engine, knobs: list[Any], questions: Questions
+    ) -> None:
+        self.loaded, self.engine, self.questions = loaded, engine, questions
+        names = combinations(loaded.models, 2)
+        self.pairs = {f"{first} ↔ {second}": (first, second) for first, second in names}
+        pair = choice(list(self.pairs))
+        with gr.Row(equal_height=True):
+            asked = t("compare_ask")
+            question = gr.Textbox(placeholder=asked, max_lines=6, submit_btn=True, scale=5, **FIELD)
+            following = gr.Button(t("next"), min_width=80, visible=bool(questions))
+        with gr.Row():
+            sides = [
+                gr.Chatbot(
+                    height="40dvh",
+                    label=side,
+                    buttons=["copy"],
+                    feedback_options=None,
+                    latex_delimiters=LATEX,
+                    min_width=320,
+                )
+                for side in "AB"
+            ]
+        with gr.Row(elem_classes="votes"):
+            buttons = [
+                gr.Button(t(f"vote_{vote}"), interactive=False, min_width=80, elem_classes="vote")
+                for vote in VOTES
+            ]
+            undo = gr.Button(t("undo"), interactive=False, min_width=80)
+        verdict = gr.Markdown(" ")
+        with gr.Row():
+            notes: list[Any] = [
+                gr.Textbox(placeholder=t(name), max_lines=1, **FIELD)
+                for name in ("category", "rater", "comment")
+            ]
+            notes.append(gr.Dropdown([(t("score"), 0), *range(1, 6)], value=0, **FIELD))
+        gr.Markdown(t("votes_kept"), elem_classes="cost")
+        duel, last, place = gr.State(), gr.State(""), gr.State(-1)
+        inputs = [question, pair, place, *knobs]
+        answers = [*sides, duel, verdict, *buttons]
+        asked = [question, place, following]
+        question.submit(self.duel, inputs, answers, **QUIET)
+        chosen = following.click(self.following, place, asked, **QUIET)
+        chosen.then(self.duel, inputs, answers, **QUIET)
+        for word, button in zip(VOTES, buttons, strict=True):
+            outputs = [verdict, last, undo, *buttons]
+            voted = button.click(self.record, [gr.State(word), duel, *notes], outputs, **QUIET)
+            if questions:
+                chosen = voted.success(self.following, place, asked, **QUIET)
+                chosen.then(self.duel, inputs, answers, **QUIET)
+        undo.click(self.take_back, [last, place], [verdict, last, place, undo], **QUIET)
+
+    async def duel(
+        self,
+        request: gr.Request,
+        words: str,
+        pair: str,
+        number: int,
+        system: str | None,
+        *values: Any,
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """Both answers as they come, and the buttons once they are there."""
+        if not words.strip():
+            yield (gr.skip(),) * (4 + len(VOTES))
+            return
+        names = random.SystemRandom().sample(self.pairs[pair], 2)
+        said = self._said(words, number, (system or "").strip())
+        try:
+            sampling = sampling_of(values)
+            if sampling.seed is None:
+                sampling = replace(sampling, seed=random.SystemRandom().getrandbits(31))
+            models = (self.loaded.models[name] for name in names)
+            tokenizer = self.loaded.tokenizer
+            answers = [
+                Answer(self.engine, tokenizer, said, sampling, model, shorten=True)
+                for model in models
+            ]
+            async for done in watched(answers):
+                texts = [answer.text for answer in answers]
+                shown = [[user_turn(words), {"role": "assistant", "content": x}] for x in texts]
+                yield *shown, Duel(said, names, texts, sampling), gr.skip(), *_buttons(done)
+        except (UserError, ModelError) as error:
+            yield gr.skip(), gr.skip(), None, str(error.args[0]), *_buttons(False)
+
+    def _said(self, words: str, number: int, system: str) -> list[Message]:
+        """The question after what is said before it: of a listed one what its row says."""
+        listed = self.questions[number] if 0 <= number < len(self.questions) else ()
+        said = [*listed] if listed and listed[-1].content == words else [Message("user", words)]
+        if system and said[0].role != "system":
+            said.insert(0, Message("system", system))
+        return said
+
+    def record(self, request: gr.Request, vote: str, voted: Duel, *filled: Any) -> tuple[Any, ...]:
+        """The vote is kept, and the voter told who was who."""
+        line, texts = append_vote(vote, voted, self.loaded, filled), texts_for(request)
+        told = texts["ui.told"].format(a=voted.names[0], b=voted.names[1])
+        told += _tally(self.loaded, voted.names, texts)
+        return told, line, gr.Button(interactive=True), *_buttons(False)
+
+    def following(self, number: int) -> tuple[str, int, Any]:
+        """The next question of the list."""
+        number = (number + 1) % len(self.questions)
+        shown = gr.Button(f"{number + 1} / {len(self.questions)} →")
+        return self.questions[number][-1].content, number, shown
+
+    def take_back(self, line: str, number: int) -> tuple[Any, ...]:
+        """The last vote was none; of a list its question is the next one again."""
+        _remove_vote(line, self.loaded)
+        return " ", "", max(-1, number - 2), gr.Button(interactive=False)
+
+
+def _buttons(ready: bool) -> list[Any]:
+    return [gr.Button(interactive=ready) for _ in VOTES]
+
+
+def _file(loaded: Loaded) -> Path:
+    assert loaded.home is not None
+    return loaded.home / "votes.jsonl"
+
+
+def append_vote(vote: str, voted: Duel, loaded: Loaded, filled: Sequence[Any] = ()) -> str:
+    """One line of preference data, readable by its owner only; chosen and rejected stand in it if
+    there is a winner; `filled`: category, rater, comment and score, as far as given. Returns it.
+    """
+    *before, asked = voted.said
+    row: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "instruction": asked.content,
+        "vote": vote,
+        "models": voted.names,
+        "answers": voted.answers,
+        "base": loaded.base_name,
+        "adapter_sha256": {
+            name: _weights_hash(loaded.adapters[name]) for name in voted.names if name != "base"
+        },
+        "sampling": {key: getattr(voted.sampling, key) for key in SETTINGS},
+    }
+    if before and before[0].role == "system":
+        row["system"] = before.pop(0).content
+    if before:
+        row["history"] = [[a.content, b.content] for a, b in pairwise(before)][::2]
+    for key, value in zip(("category", "rater", "comment", "score"), filled, strict=False):
+        if value and str(value).strip():
+            row[key] = int(value) if key == "score" else value.strip()
+    if vote in ("a", "b"):
+        row["chosen"], row["rejected"] = voted.answers[:: 1 if vote == "a" else -1]
+    private = partial(os.open, mode=0o600)
+    line = to_json(row) + "\n"
+    # lines of several voters do not mix
+    with _votes, open(_file(loaded), "a", encoding="utf-8", opener=private) as out:
+        out.write(line)
+    return line
+
+
+def _remove_vote(line: str, loaded: Loaded) -> None:
+    """The file without the last line that is this one."""
+    with _votes:
+        before, found, after = _file(loaded).read_text(encoding="utf-8").rpartition(line)
+        if found:
+            replace_file(_file(loaded), (before + after).encode())
+
+
+def _tally(loaded: Loaded, names: Sequence[str], texts: dict[str, str]) -> str:
+    """What the votes on these two models say so far, or how many are missing until it is told."""
+    for pair in summarise(read_metrics(_file(loaded))):
+        if {*pair.models} == {*names}:
+            count = pair.wins + pair.losses + pair.ties + pair.both_bad
+            if count < ENOUGH_VOTES:
+                return texts["ui.few_votes"].format(count=count, enough=ENOUGH_VOTES)
+            shares = {key: f"{getattr(pair, key):.0%}" for key in ("win_rate", "low", "high")}
+            return texts["ui.tally"].format(count=count, model=pair.models[0], **shares)
+    return ""
+
+
+def _weights_hash(home: Path) -> str:
+    folder = home / "adapter"  # of a run; else the adapter itself
+    weights = (folder if folder.is_dir() else home) / WEIGHTS_FILE
+    return hashlib.sha256(weights.read_bytes()).hexdigest()

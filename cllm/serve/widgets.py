@@ -1,0 +1,114 @@
+"""What the tabs of the page share: their fields, the settings, and answers as they come."""
+
+# No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
+# handlers.
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from cllm.assembly import Loaded
+from cllm.messages import UserError, messages
+from cllm.serve.answer import Answer, chat_sampling
+from cllm.serve.sampling import Sampling
+
+# of a streamed answer: smooth to the eye, and 16 readers do not slow the engine down
+REFRESH_SECONDS = 0.06
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""What every event of the page has: no endpoint of its own, and nothing that flickers."""
+# setting -> (lowest, highest, step) of its slider, in the order on the page
+SLIDERS = {
+    "max_new_tokens": (1, 4096, 1),
+    "temperature": (0, 2, 0.05),
+    "top_p": (0.05, 1, 0.05),
+    "top_k": (1, 200, 1),
+    "min_p": (0, 0.5, 0.01),
+    "repetition_penalty": (0.8, 2, 0.05),
+}
+SETTINGS = (*SLIDERS, "seed")
+FIELD: dict[str, Any] = {
+    "show_label": False,
+    "container": False,
+    "elem_classes": "field",
+    "min_width": 120,
+}
+"""What every text box has: a border and nothing around it."""
+LATEX: list[dict[str, str | bool]] = [
+    {"left": left, "right": right, "display": display}
+    for left, right, display in (
+        ("$$", "$$", True),
+        ("\\[", "\\]", True),
+        ("$", "$", False),
+        ("\\(", "\\)", False),
+    )
+]
+Turns = list[dict[str, Any]]
+"""A conversation as Gradio's Chatbot has it."""
+
+
+def user_turn(words: str) -> dict[str, Any]:
+    """A question as a turn of a conversation."""
+    return {"role": "user", "content": words}
+
+
+def knobs_of(t: Any, loaded: Loaded) -> list[Any]:
+    """Which model, the system prompt and the sampling parameters, in the order that `sampling_of`
+    takes them.
+    """
+    usual = chat_sampling()
+    knobs = [choice(list(loaded.models))]
+    with gr.Accordion(t("settings"), open=False):
+        knobs.append(gr.Textbox(label=t("system"), lines=2))
+        with gr.Row():
+            for name, (lowest, highest, step) in SLIDERS.items():
+                start = getattr(usual, name)
+                knobs.append(
+                    gr.Slider(lowest, highest, start, step=step, label=t(name), min_width=220)
+                )
+            # a number field would turn no number into 0 when it is shown
+            knobs.append(gr.Textbox("", max_lines=1, label=t("seed"), min_width=220))
+    return knobs
+
+
+def choice(names: list[str]) -> Any:
+    """One of the names; not shown if there is only one."""
+    return gr.Radio(
+        names, value=names[0], show_label=False, container=False, visible=len(names) > 1
+    )
+
+
+def sampling_of(values: tuple[Any, ...]) -> Sampling:
+    """The settings in their order. Raises UserError for a seed that is no number."""
+    settings = dict(zip(SETTINGS, values, strict=True))
+    seed = str(settings["seed"] or "").strip()
+    if seed and not seed.isdecimal():
+        raise UserError("ui.no_seed", found=seed)
+    return chat_sampling(**settings | {"seed": int(seed) if seed else None})
+
+
+def texts_for(request: Any) -> dict[str, str]:
+    """The page's texts in the browser's language."""
+    language = int(request.headers.get("accept-language", "").lower().startswith("zh"))
+    return {code: texts[language] for code, texts in messages().items()}
+
+
+async def watched(answers: list[Answer]) -> AsyncIterator[bool]:
+    """Decode all answers at once; yields False now and then and True at the end. Closing it frees
+    their rows.
+    """
+
+    async def drain(answer: Answer) -> None:
+        async for _ in answer:
+            pass
+
+    tasks = [asyncio.create_task(drain(answer)) for answer in answers]
+    try:
+        while (await asyncio.wait(tasks, timeout=REFRESH_SECONDS))[1]:
+            yield False
+        for task in tasks:
+            task.result()
+        yield True
+    finally:
+        for answer in answers:
+            answer.cancel()
