@@ -228,7 +228,7 @@ def keeping(page: Page, question: str) -> dict[str, Any]:
     assert page.get_by_label("随机种子（空：随机）").input_value() == ""
     said = [answer(page)]
     for _ in range(2):
-        page.locator("button[aria-label=Retry], button[title=Retry]").last.click()
+        page.get_by_role("button", name=re.compile("重试|Retry")).last.click()
         page.wait_for_timeout(500)
         said.append(answer(page))
     assert len({*said}) == 3, said
@@ -251,16 +251,17 @@ def voting(page: Page, count: int) -> dict[str, Any]:
     """Listed questions, votes by the keys 1 to 4, one taken back, and the tally."""
     page.get_by_role("tab", name="对比").click()
     page.get_by_role("button", name="下一个问题").click()
-    told = page.get_by_text(re.compile("刚才"))
+    told, before = page.get_by_text(re.compile("[投共] ?[0-9]+ 票")), ""
     for number in range(count):
-        ready = page.locator(".vote:visible:enabled").first
-        ready.wait_for()
+        page.locator(".vote:visible:enabled").first.wait_for()
         page.locator("body").click(position={"x": 3, "y": 3})
         page.keyboard.press(str(number % 4 + 1))
-        page.get_by_text(
-            f" {number + 1} 票" if number >= 19 else f"已投 {number + 1} 票"
-        ).wait_for()
-    tally = told.inner_text()
+        deadline = time.monotonic() + SECONDS
+        while not told.count() or told.inner_text() == before:
+            assert time.monotonic() < deadline, f"vote {number + 1} by keyboard was not counted"
+            page.wait_for_timeout(200)
+        before = told.inner_text()
+    tally = before
     page.get_by_role("button", name="撤销投票").click()
     page.wait_for_timeout(1000)
     return {"tally": tally}
