@@ -40,7 +40,7 @@ from cllm.model.offload import checkpoint_layers, decoder_layers, layer_pieces, 
 from cllm.serve.cache import cache_bytes
 
 META = torch.device("meta")
-LONG = 4096  # tokens: from four times as many on a row is not traced itself
+LONG = 4096  # tokens: a row of more than twice as many is not traced itself
 SECOND = 8  # tokens of a row's second sequence
 
 
@@ -82,15 +82,15 @@ class Weights(NamedTuple):
 
 def traced(config: Mapping[str, Any], settings: Settings, recompute: bool) -> list[Layer]:
     """The layers, and last the loss, of a step on one row with all layers kept, or all recomputed,
-    of a model by its config.json. A row too long to be traced itself is on the parabola through
-    three shorter ones.
+    of a model by its config.json. A long row is on the parabola through the ones of LONG, twice and
+    four times as many tokens (or of whole tiles).
 
     What is only a place or a choice of layers is left to `cllm.fit`. Raises UserError for a model
     whose code does not run without values.
     """
     text, settings = to_json(dict(config)), _neutral(settings)
     least = max(LONG, 8 * settings.mlp_tile_tokens)
-    if settings.row_tokens <= 4 * least:
+    if settings.row_tokens <= 2 * least:
         return [Layer(*layer) for layer in _facts(text, settings, recompute)]
     lengths = [least, 2 * least, 4 * least]
     passes = [_facts(text, replace(settings, row_tokens=n), recompute) for n in lengths]
