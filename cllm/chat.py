@@ -131,9 +131,12 @@ def serve(
 
     key = os.environ.get("CLLM_KEY", "") or ("" if host in LOOPBACK else secrets.token_urlsafe(24))
     app = Guard(mount_page(build_app(loaded, engine), loaded, engine, questions), key)
-    shown = "127.0.0.1" if host in LOOPBACK else _network_address() if host in ANY else host
-    url = f"http://{shown}:{port}/" + (f"?key={key}" if key else "")
+    shown = "127.0.0.1" if host in (*ANY, *LOOPBACK) else host
+    query = f"?key={key}" if key else ""
+    url = f"http://{shown}:{port}/{query}"
     note("chat.serving", url=url, api=f"http://{shown}:{port}/v1")
+    if host in ANY:
+        note("chat.network", url=f"http://{_network_address()}:{port}/{query}")
     uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
 
 

@@ -312,7 +312,8 @@ def test_others_are_told_an_address_they_can_reach(
     monkeypatch.setattr(uvicorn, "run", lambda *_, **__: None)
     monkeypatch.setattr(chat, "_network_address", lambda: "192.168.1.7")
     chat.serve(loaded, engine, "0.0.0.0", 7860, [])
-    assert "http://192.168.1.7:7860/?key=" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "http://192.168.1.7:7860/?key=" in told and "http://127.0.0.1:7860/?key=" in told
     monkeypatch.undo()
     assert re.fullmatch(r"\d+\.\d+\.\d+\.\d+", chat._network_address())
 
