@@ -32,8 +32,8 @@ def test_both_languages_say_the_same_fields(code: str) -> None:
 
 
 def used_codes() -> dict[str, set[str]]:
-    """Every literal code given to say, note, UserError, RowError -> the keywords of one call; and the
-    helps of the programs' command lines.
+    """Every literal code given to say, note, UserError, RowError -> the keywords of one call; and
+    the helps of the programs' command lines.
     """
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
