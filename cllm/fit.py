@@ -24,7 +24,7 @@ from cllm.memory import (
 )
 from cllm.messages import UserError, note
 from cllm.model.checkpoint import embedding_waits
-from cllm.trace import traced, weighed
+from cllm.trace import Layer, traced, weighed
 
 ROW_STEP = 128  # tokens: granularity of the longest row
 LONGEST_ROW = 2**20
@@ -49,6 +49,25 @@ def _moment_bytes(optimizer: str, count: int) -> int:
     return 8 * count if exact else 2 * (count + 4 * -(-count // 256))
 
 
+def _peak(layers: list[Layer], recomputed: list[bool], moved: int) -> tuple[str, int, int]:
+    """The moment of a step at which most bytes are alive beyond weights and gradients, these bytes,
+    and those of the inputs of recomputed layers, of each of which `moved` bytes wait in host
+    memory.
+    """
+    pairs = zip(layers, [*recomputed, False], strict=True)
+    left = [layer.left - moved * again for layer, again in pairs]
+    # At most two offloaded inputs are on the device beside the one in use.
+    here = moved * min(2, sum(recomputed))
+    alive = accumulate(left, initial=here)
+    peaks = [
+        max(before + layer.forward, after + layer.backward)
+        for (before, after), layer in zip(pairwise(alive), layers, strict=True)
+    ]
+    moments = [*("recomputed_layer" if again else "kept_layer" for again in recomputed), "loss"]
+    peak = max(peaks)
+    return moments[peaks.index(peak)], peak, here + sum(compress(left, recomputed))
+
+
 def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
     """Bytes at the peak of a training step on rows of `row_tokens` tokens, all of them supervised.
 
@@ -66,19 +85,9 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
     # The loss is as the last layer.
     passes = {again: traced(config, s, again) for again in {*recomputed}}
     layers = [passes[again][i] for i, again in enumerate([*recomputed, recomputed[-1]])]
-    # A recomputed layer leaves its input. At most two offloaded ones are on the device beside the
-    # one in use.
+    # A recomputed layer leaves its input.
     moved = passes[True][-2].left if s.offload_inputs and any(recomputed) else 0
-    pairs = zip(layers, [*recomputed, False], strict=True)
-    left = [layer.left - moved * again for layer, again in pairs]
-    here = moved * min(2, sum(recomputed))
-    inputs = here + sum(compress(left, recomputed))
-    alive = accumulate(left, initial=here)
-    peaks = [
-        max(before + layer.forward, after + layer.backward)
-        for (before, after), layer in zip(pairwise(alive), layers, strict=True)
-    ]
-    moments = [*("recomputed_layer" if again else "kept_layer" for again in recomputed), "loss"]
+    moment, peak, inputs = _peak(layers, recomputed, moved)
     streamed = streamed_layers(count, s.stream_layers)
     packed = [weights.packed[index] for index in streamed]
     lora = 4 * sum(weights.trained)
@@ -94,7 +103,7 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
         "gradients": lora,
         "optimizer": sum(_moment_bytes(s.optimizer, count) for count in weights.trained),
         "layer_inputs": inputs,
-        "activations": max(peaks) - inputs,
+        "activations": peak - inputs,
         "workspaces": WORKSPACE_BYTES * cuda,
         "context": CONTEXT_BYTES * cuda,
         "fragmentation": cuda
@@ -107,7 +116,7 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
     waiting = sum(packed) + moved * sum(recomputed)
     return VramEstimate(
         items,
-        moments[peaks.index(max(peaks))],
+        moment,
         waiting + away * weights.embedding,
         weights.largest + CONVERSION_BYTES,
         2 * waiting,
