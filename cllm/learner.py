@@ -198,8 +198,9 @@ class Learner:
         """
         reference = tensors.pop("reference", None)
         kept_of = tensors.pop("reference_of", torch.empty(0))
-        same = kept_of.equal(self._reference_of())
-        self.refer_to(reference if same else None)  # the policy is still that of step 0
+        if self.trainee.preference is None:  # else a step is taken back
+            same = kept_of.equal(self._reference_of())
+            self.refer_to(reference if same else None)  # the policy is still that of step 0
         restore(self.model, self.trainee.optimizer, tensors)
 
     def _introduce(self) -> None:

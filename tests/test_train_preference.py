@@ -464,6 +464,35 @@ def test_a_resumed_run_has_the_reference_of_its_very_answers(
     assert torch.equal(resumed["reference"], fresh["reference"])
 
 
+def test_a_step_that_is_taken_back_after_a_change_keeps_its_reference(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The snapshot it goes back to has the reference of other answers; what would be measured now
+    is of a policy that has learned.
+    """
+    monkeypatch.setenv("CLLM_DATA_CACHE", "none")
+    options = [str(pairs), "eval.samples=0", "train.learning_rate=0.05"]
+    assert run("train", [*options, "train.steps=2"]) == 0
+    options += ["preference.ld_alpha=0.5", "train.steps=4"]
+    updates: list[float] = []
+
+    def short(parameters: Any, max_norm: float) -> torch.Tensor:
+        updates.append(max_norm)
+        if len(updates) == 1:
+            raise torch.OutOfMemoryError("no")
+        return clip(parameters, max_norm)
+
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", short)
+    assert run("train", [*options, "--resume", "--allow-changes"]) == 0 and len(updates) == 3
+    assert run("train", options) == 0  # from step 0
+    resumed, fresh = (
+        load_file(tmp_path / "runs" / name / "snapshots" / "step-000004" / "state.safetensors")
+        for name in ("a", "a-2")
+    )
+    assert torch.equal(resumed["reference"], fresh["reference"])
+
+
 def test_sft_on_a_mapped_rejected_column_says_what_is_learned(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
