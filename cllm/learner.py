@@ -170,6 +170,11 @@ class Learner:
         world.sum_([nats])
         return nats.cpu()
 
+    @property
+    def measure(self) -> str:
+        """What decides the held-out loss beside the model."""
+        return f"{self.encoded.held_sha256} {self.config.preference}"
+
     def held_out(self) -> tuple[float, dict[str, float]]:
         """The held-out loss, and with a preference loss what else its answers tell."""
         from cllm.evaluate.answers import held_out_loss

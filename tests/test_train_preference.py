@@ -493,6 +493,32 @@ def test_a_step_that_is_taken_back_after_a_change_keeps_its_reference(
     assert torch.equal(resumed["reference"], fresh["reference"])
 
 
+@pytest.mark.parametrize("changed", ["loss", "held-out rows"])
+def test_a_best_loss_of_another_measure_keeps_no_adapter_from_being_saved(
+    changed: str, pairs: Path, tmp_path: Path
+) -> None:
+    """IPO starts at 25, DPO at 0.69: what was learned after the change was thrown away."""
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
+    for name, end in (("easy", ""), ("hard", "?!" * 20)):
+        told = [{**row, "instruction": f"{name} {row['instruction']}"} for row in rows[:4]]
+        told = [{**row, "chosen": f"{row['chosen']}{end}"} for row in told]
+        text = "".join(json.dumps(row) + "\n" for row in told)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    kind = "dpo" if changed == "loss" else "none"
+    options = [str(pairs), f"preference.loss={kind}", "eval.samples=0", "train.learning_rate=0.01"]
+    easy, hard = (f"data.eval={json.dumps(str(tmp_path / n))}" for n in ("easy.jsonl", "hard.jsonl"))
+    assert run("train", [*options, easy, "train.steps=4"]) == 0
+    first = load_file(tmp_path / "runs" / "a" / "adapter" / "adapter_model.safetensors")
+    change = [hard] if changed == "held-out rows" else [easy, "preference.loss=ipo"]
+    again = [*options, *change, "train.steps=8", "--resume", "--allow-changes"]
+    assert run("train", again) == 0
+    held = [row for row in metrics(tmp_path / "runs" / "a") if "eval_loss" in row]
+    least = min(row["eval_loss"] for row in held if row["step"] >= 4)
+    assert [row["best"] for row in held if row["eval_loss"] == least] == [True]
+    last = load_file(tmp_path / "runs" / "a" / "adapter" / "adapter_model.safetensors")
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
 def test_sft_on_a_mapped_rejected_column_says_what_is_learned(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
