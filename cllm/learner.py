@@ -139,8 +139,9 @@ class Learner:
         self.trainee = replace(self.trainee, preference=preference)
 
     def _reference_of(self) -> Tensor:
-        """SHA-256 of what decides a reference beside the policy, (32,) uint8."""
-        facts = f"{self.encoded.answers_sha256} {self.config.preference.ld_alpha}".encode()
+        """SHA-256 of what decides a reference beside the adapter, (32,) uint8."""
+        model, ld_alpha = self.config.model, self.config.preference.ld_alpha
+        facts = f"{self.encoded.answers_sha256} {model} {ld_alpha}".encode()
         return torch.tensor(list(hashlib.sha256(facts).digest()), dtype=torch.uint8)
 
     def _token_nll(self, model: Any, batch: PackedBatch) -> Tensor:

@@ -439,7 +439,7 @@ def test_a_reference_is_of_the_very_answers(
         assert step["loss"] == pytest.approx(0.6931, abs=1e-3), name
 
 
-@pytest.mark.parametrize("changed", ["answers", "number", "ld_alpha"])
+@pytest.mark.parametrize("changed", ["answers", "number", "ld_alpha=0.5", "quantize=nf4"])
 def test_a_resumed_run_has_the_reference_of_its_very_answers(
     changed: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,7 +453,7 @@ def test_a_resumed_run_has_the_reference_of_its_very_answers(
     elif changed == "number":
         rows = [{"prompt": "新问题", "chosen": "好", "rejected": "坏"}, *rows]
     else:
-        options.append("preference.ld_alpha=0.5")
+        options.append(f"{'model' if 'quantize' in changed else 'preference'}.{changed}")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert run("train", [*options, "train.steps=3", "--resume", "--allow-changes"]) == 0
     assert run("train", [*options, "train.steps=0", "train.epochs=1"]) == 0  # from step 0
