@@ -173,7 +173,7 @@ class Learner:
 
     @property
     def measure(self) -> str:
-        """What decides the held-out loss beside the model."""
+        """What decides the held-out loss beside the model: the lowest of another is none."""
         return f"{self.encoded.held_sha256} {self.config.preference}"
 
     def held_out(self) -> tuple[float, dict[str, float]]:

@@ -168,7 +168,6 @@ class Training:
             self.learner.apply(type(self.learner.ladder).restored(stored))
             self.learner.encoded.rows.seek(epoch, row)
             if state.get("measure", self.learner.measure) != self.learner.measure:
-                # losses of two measures do not compare: the best is looked for anew
                 self.progress = Progress(self.progress.step, bad=self.progress.bad)
         except FOREIGN as error:
             problem = f"{type(error).__name__}: {error}"

@@ -506,7 +506,8 @@ def test_a_best_loss_of_another_measure_keeps_no_adapter_from_being_saved(
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
     kind = "dpo" if changed == "loss" else "none"
     options = [str(pairs), f"preference.loss={kind}", "eval.samples=0", "train.learning_rate=0.01"]
-    easy, hard = (f"data.eval={json.dumps(str(tmp_path / n))}" for n in ("easy.jsonl", "hard.jsonl"))
+    files = (json.dumps(str(tmp_path / name)) for name in ("easy.jsonl", "hard.jsonl"))
+    easy, hard = (f"data.eval={file}" for file in files)
     assert run("train", [*options, easy, "train.steps=4"]) == 0
     first = load_file(tmp_path / "runs" / "a" / "adapter" / "adapter_model.safetensors")
     change = [hard] if changed == "held-out rows" else [easy, "preference.loss=ipo"]
