@@ -1,8 +1,10 @@
 """The reader on our own rows: its speed on 50,000 of them, and whether it survives a million that
 were damaged at random.
 
-    python bench/data.py [--rows 50000] [--mutate 1000000] [--out bench/results/data.json] python
-    bench/data.py --peer PYTHON --tokenizer DIR [--rows 50000] --out bench/results/data_stage.json
+    python bench/data.py [--rows 50000] [--mutate 1000000] [--out bench/results/data.json]
+    python bench/data.py --peer PYTHON --tokenizer DIR [--rows 50000] --out
+    bench/results/data_stage.json
+    python bench/data.py --before CHECKOUT --files PATH... [--repeat 7]
 
 Speed: MB of UTF-8 JSON Lines and JSON array a second, on one core, best of three, beside
 `json.loads` alone on the same lines, and what a row becomes. Threshold: 20 MB/s. Mutation: rows of
@@ -17,6 +19,10 @@ tokenizing, packing) beside LLaMA-Factory's, which PYTHON has installed
 (bench/llamafactory_data.py), on the same rows with the same tokenizer.json and ChatML, each run in
 a process of its own, alternated; imports and loading the tokenizer are not timed on either side.
 Thresholds: 5 times the speed cold, and under 1 s when nothing has changed.
+
+--before: for each file under the paths, the CPU time of the reader of this checkout and of another
+one, in turn, the best of --repeat; and how many characters of how many rows each has read, since a
+reader that reads more of a row does other work.
 """
 
 from __future__ import annotations
@@ -484,6 +490,55 @@ def side_by_side(
     }
 
 
+TIMED = """
+import sys, time
+from cllm.data import read_conversations
+for path in sys.stdin:
+    start = time.process_time()
+    kept, rejects = read_conversations(path.rstrip("\\n"))
+    seconds = time.process_time() - start
+    characters = sum(len(message.content) for item in kept for message in item)
+    print(seconds, len(kept), len(rejects), characters, flush=True)
+"""
+
+
+def before_and_now(before: Path, paths: list[Path], repeat: int) -> dict[str, Any]:
+    """Milliseconds of CPU that each file takes the reader of `before` and ours, in turn."""
+    files = [
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else sorted(path.rglob("*.*")))
+        if file.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+    ]
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", TIMED],
+            env={**os.environ, "PYTHONPATH": str(root), "CLLM_LANG": "en"},
+            cwd=root,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for root in (before, ROOT)
+    ]
+    table, sums = [], [0.0, 0.0]
+    for file in files:
+        best = [[float("inf")], [float("inf")]]
+        for _ in range(repeat):
+            for side, reader in enumerate(readers):
+                assert reader.stdin and reader.stdout
+                print(file.absolute(), file=reader.stdin, flush=True)
+                seconds, *read = map(float, reader.stdout.readline().split())
+                best[side] = [min(best[side][0], seconds), *read]
+        sums = [total + one[0] for total, one in zip(sums, best, strict=True)]
+        milliseconds = [round(1000 * one[0], 2) for one in best]
+        table.append([file.name, *milliseconds, round(best[1][0] / best[0][0], 2), *best])
+        shown = ["/".join(f"{count:.0f}" for count in one[1:]) for one in best]
+        print(*table[-1][:4], *shown, sep="\t", file=sys.stderr)
+    return {"seconds": sums, "ratio": round(sums[1] / sums[0], 3), "files": table}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -499,10 +554,18 @@ def main() -> int:
         help="with --peer: JSON Lines of instruction, input, output in place of made-up rows",
     )
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--files", type=Path, nargs="+", default=[], metavar="PATH")
     parser.add_argument("--stage", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
         print(json.dumps(stage(options.stage, options.tokenizer, ROW_TOKENS)))
+        return 0
+    if options.before:
+        timed = before_and_now(options.before, options.files, options.repeat)
+        print(json.dumps({key: timed[key] for key in ("seconds", "ratio")}))
+        if options.out:
+            options.out.write_text(json.dumps(timed, indent=1) + "\n", encoding="utf-8")
         return 0
     if options.peer:
         lines = (

@@ -415,9 +415,7 @@ def open_beside(loaded: Loaded, name: str | Path) -> Loaded:
     located = locate(name)
     base = located.base()
     home = _home(located.adapter)
-    if located.adapter is None or home is None:
-        raise UserError("serve.beside", name=name, base=located.base_name, other=loaded.base_name)
-    if loaded.home is None or base != resolve(loaded.base_name):
+    if not (located.adapter and home and loaded.home) or base != resolve(loaded.base_name):
         raise UserError("serve.beside", name=name, base=located.base_name, other=loaded.base_name)
     if open_tokenizer(located).template != loaded.tokenizer.template:
         raise UserError("serve.beside_template", name=name)

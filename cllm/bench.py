@@ -19,15 +19,14 @@ import sys
 import time
 import timeit
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import shapes
 from cllm.config import Config, is_config, load_config
 from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
-from cllm.memory import GIB, MIB
-from cllm.messages import UserError, note, say, table, to_json
+from cllm.memory import GIB
+from cllm.messages import CommandLine, UserError, note, say, table, to_json
 from cllm.plan import Workload, settings_of, show_plan
 
 if TYPE_CHECKING:
@@ -68,8 +67,7 @@ class BenchModel:
 
     def __init__(self, config: Config, name: str, original: Record | None, row_tokens: int) -> None:
         from cllm.assembly import assemble
-        from cllm.learn.loss import sft_loss
-        from cllm.learn.optim import Trainee, make_optimizer
+        from cllm.learner import trainee_of
         from cllm.model.checkpoint import original_config
         from cllm.model.source import resolve
 
@@ -88,14 +86,8 @@ class BenchModel:
         )
         self.cuda = self.assembly.device.type == "cuda"
         self.original = original_config(source) if isinstance(source, Path) else source
-        model = self.assembly.model.train()
-        self.trainee = Trainee(
-            model,
-            partial(sft_loss, chunk_bytes=config.memory.chunk_mib * MIB),
-            make_optimizer(model, 1e-4, name=config.train.optimizer),
-            self.assembly.precision,
-            self.assembly.precision.scaler(),
-        )
+        self.trainee = trainee_of(config, self.assembly)
+        self.trainee.model.train()
 
     def step(self, row: PackedBatch, rows: int = ROWS_PER_STEP) -> tuple[float, float]:
         """One optimizer step; returns its loss and seconds."""
@@ -123,9 +115,8 @@ class BenchModel:
         budget = self.assembly.budget
         layers = self.config.memory.checkpoint_layers
         settings = replace(self.assembly.settings, row_tokens=tokens, checkpoint_layers=layers)
-        if budget and layers < 0:
-            fewest = fit.fewest_recomputed(self.original, settings, budget)
-            settings = replace(settings, checkpoint_layers=fewest)
+        if budget:
+            settings = fit.decided(self.original, settings, budget)
         row = random_row(tokens, self.assembly.model.config.get_text_config().vocab_size)
         checkpoint_layers(model, settings.checkpoint_layers, offload=settings.offload_inputs)
         estimate = fit.estimate_vram(self.original, settings)
@@ -259,26 +250,15 @@ def run_script(name: str, arguments: list[str]) -> Any:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; `models` are its configs and models, `overrides` the rest."""
-    parser = argparse.ArgumentParser(prog="cllm.bench", description=say("bench.help"))
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="CONFIG|preset:NAME|MODEL|section.key=value",
-        help=say("bench.help.models"),
-    )
-    for switch in ("plan", "random_init", "generate", "doctor"):
-        name = f"--{switch.replace('_', '-')}"
-        parser.add_argument(name, action="store_true", help=say(f"bench.help.{switch}"))
-    parser.add_argument("--layers", type=int, default=0, help=say("bench.help.layers"))
-    parser.add_argument(
-        "--rows",
-        type=lambda text: [int(n) for n in text.split(",")],
-        metavar="N,N",
-        help=say("bench.help.rows"),
-    )
-    parser.add_argument("--steps", type=int, default=5, help=say("bench.help.steps"))
-    parser.add_argument("--out", type=Path, help=say("bench.help.out"))
-    parser.add_argument("--against", choices=["peft"], help=say("bench.help.against"))
+    parser = CommandLine("bench")
+    parser.take("words", nargs="*", metavar="CONFIG|preset:NAME|MODEL|section.key=value")
+    for switch in ("--plan", "--random-init", "--generate", "--doctor"):
+        parser.take(switch, action="store_true")
+    parser.take("--layers", type=int, default=0)
+    parser.take("--rows", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N")
+    parser.take("--steps", type=int, default=5)
+    parser.take("--out", type=Path)
+    parser.take("--against", choices=["peft"])
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = [word for word in arguments.words if "=" in word]
     arguments.models = [word for word in arguments.words if "=" not in word] or ["tiny-zh"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cllm.data.message import Message
-from cllm.messages import UserError, note, say, to_json
+from cllm.messages import CommandLine, UserError, note, say, to_json
 
 if TYPE_CHECKING:
     from cllm.assembly import Loaded
@@ -128,11 +128,11 @@ def serve(loaded: Loaded, engine: Engine, host: str, port: int) -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cllm.chat", description=say("chat.help"))
-    parser.add_argument("models", nargs="*", metavar="RUN|MODEL", help=say("chat.help.model"))
-    parser.add_argument("--terminal", action="store_true", help=say("chat.help.terminal"))
-    parser.add_argument("--host", default="127.0.0.1", metavar="H", help=say("chat.help.host"))
-    parser.add_argument("--port", type=int, default=7860, metavar="P", help=say("chat.help.port"))
+    parser = CommandLine("chat")
+    parser.take("models", nargs="*", metavar="RUN|MODEL")
+    parser.take("--terminal", action="store_true")
+    parser.take("--host", default="127.0.0.1", metavar="H")
+    parser.take("--port", type=int, default=7860, metavar="P")
     return parser.parse_args(argv)
 
 

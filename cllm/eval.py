@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cllm.config import Config, load_config
 from cllm.data.schema import Conversation
 from cllm.data.sources import prepare, read_file
-from cllm.messages import UserError, file_name, note, say, table, to_json
+from cllm.messages import CommandLine, UserError, file_name, note, say, table, to_json
 
 if TYPE_CHECKING:
     from cllm.evaluate.results import Evaluation, Exam
@@ -29,25 +29,16 @@ EXAM_SHOTS = 5
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cllm.eval", description=say("eval.help"))
-    parser.add_argument("model", metavar="RUN|MODEL", help=say("eval.help.model"))
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        type=file_name,
-        metavar="FILE",
-        help=say("eval.help.data"),
-    )
-    parser.add_argument(
-        "--columns", default="", metavar="user=0,assistant=1", help=say("eval.help.columns")
-    )
-    parser.add_argument("--base", action="store_true", help=say("eval.help.base"))
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help=say("eval.help.limit"))
-    parser.add_argument("--shots", type=int, metavar="N", help=say("eval.help.shots"))
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--task", choices=["mmlu-csv"], help=say("eval.help.task"))
-    parser.add_argument("--votes", action="store_true", help=say("eval.help.votes"))
+    parser = CommandLine("eval")
+    parser.take("model", metavar="RUN|MODEL")
+    parser.take("--data", action="append", default=[], type=file_name, metavar="FILE")
+    parser.take("--columns", default="", metavar="user=0,assistant=1")
+    parser.take("--base", action="store_true")
+    parser.take("--limit", type=int, default=0, metavar="N")
+    parser.take("--shots", type=int, metavar="N")
+    parser.take("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.take("--task", choices=["mmlu-csv"])
+    parser.take("--votes", action="store_true")
     arguments = parser.parse_args(argv)
     if not (arguments.data or arguments.votes):
         parser.error(say("eval.no_data"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cllm.data.schema import Conversation
-from cllm.messages import UserError, note, say, to_json
+from cllm.messages import CommandLine, UserError, note, to_json
 
 if TYPE_CHECKING:
     from cllm.assembly import Located
@@ -123,25 +123,13 @@ def held_out_of(run: Path) -> list[Conversation]:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cllm.export", description=say("export.help"))
-    parser.add_argument("run", metavar="RUN", help=say("export.help.run"))
-    parser.add_argument("out", metavar="OUT", type=Path, help=say("export.help.out"))
-    parser.add_argument("--to", choices=TARGETS, required=True, help=say("export.help.to"))
-    parser.add_argument(
-        "--into", choices=("16bit", "dequantized-nf4"), help=say("export.help.into")
-    )
-    parser.add_argument(
-        "--type",
-        choices=("f32", "f16", "bf16", "q8_0"),
-        default="f16",
-        help=say("export.help.type"),
-    )
-    parser.add_argument(
-        "--check",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help=say("export.help.check"),
-    )
+    parser = CommandLine("export")
+    parser.take("run", metavar="RUN")
+    parser.take("out", metavar="OUT", type=Path)
+    parser.take("--to", choices=TARGETS, required=True)
+    parser.take("--into", choices=("16bit", "dequantized-nf4"))
+    parser.take("--type", choices=("f32", "f16", "bf16", "q8_0"), default="f16")
+    parser.take("--check", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 
 

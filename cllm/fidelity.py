@@ -20,7 +20,7 @@ from cllm.data.message import Message
 from cllm.data.schema import Conversation
 from cllm.messages import UserError, note, say, table, to_json
 from cllm.model.device import Precision, device_of, free_bytes, out_of_memory, release_memory
-from cllm.model.offload import decoder_layers, embedding_on_cpu, stream_layers
+from cllm.model.offload import decoder_layers, embedding_on_cpu, move, stream_layers
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
@@ -155,12 +155,8 @@ def _move(model: Any, device: torch.device) -> None:
     head.weight = nn.Parameter(head.weight.detach().to(device), requires_grad=False)
     inside = {id(module) for module in decoder_layers(model).modules()}
     for module in model.modules():
-        if id(module) in inside or module is embedding:
-            continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+        if id(module) not in inside and module is not embedding:
+            move(module, device)
     stream_layers(model, EVERY_LAYER, device)
     embedding_on_cpu(model, device)
 

@@ -4,9 +4,10 @@ row, the fewest recomputed layers, what to save on, and what that costs in opera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, compress, pairwise
 from typing import Any, NamedTuple
 
 from cllm.memory import (
@@ -22,7 +23,8 @@ from cllm.memory import (
     streamed_layers,
 )
 from cllm.messages import UserError, note
-from cllm.trace import Layer, Pass, Weights, traced, weighed
+from cllm.model.checkpoint import embedding_waits
+from cllm.trace import traced, weighed
 
 ROW_STEP = 128  # tokens: granularity of the longest row
 LONGEST_ROW = 2**20
@@ -32,62 +34,11 @@ Config = Mapping[str, Any]
 """A config.json, original or native."""
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A traced step, its layers kept, recomputed and streamed as settings say."""
-
-    weights: Weights
-    recomputed: list[bool]
-    layers: list[Layer]
-    loss: Pass
-    """The pass whose last layer is this one's."""
-    largest: int
-    streamed: list[int]
-    inputs: int
-    """How many layer inputs wait in host memory."""
-    layer_input: int
-
-    @classmethod
-    def of(cls, config: Config, s: Settings) -> _Step:
-        """Traces what these settings need."""
-        weights = weighed(config, s)
-        count = len(weights.linears)
-        streamed = streamed_layers(count, s.stream_layers)
-        first = count if s.checkpoint_layers < 0 else s.checkpoint_layers
-        recomputed = [index < first or index in streamed for index in range(count)]
-        passes = {again: traced(config, s, again) for again in {*recomputed, s.offload_inputs}}
-        layers = [passes[again].layers[index] for index, again in enumerate(recomputed)]
-        return cls(
-            weights,
-            recomputed,
-            layers,
-            passes[recomputed[-1]],
-            max(passes[again].largest for again in recomputed),
-            streamed,
-            sum(recomputed) if s.offload_inputs else 0,
-            passes[True].layers[-1].left if s.offload_inputs else 0,
-        )
-
-    @property
-    def flops(self) -> int:
-        """Operations of one row."""
-        return sum(layer.flops for layer in self.layers) + self.loss.flops
-
-    def moments(self) -> dict[str, int]:
-        """Moment -> bytes alive then beyond weights and gradients: in the loss, and in the forward
-        or backward of a kept or of a recomputed layer.
-        """
-        # At most two offloaded inputs are on the device beside the one in use.
-        here = min(2, self.inputs) * self.layer_input
-        pairs = [*zip(self.layers, self.recomputed, strict=True)]
-        left = [layer.left - (again and self.layer_input) for layer, again in pairs]
-        below = [here + alive for alive in accumulate(left, initial=0)]
-        moments = {"loss": below[-1] + self.loss.loss}
-        for (layer, again), before, after in zip(pairs, below, below[1:], strict=False):
-            name = "recomputed_layer" if again else "kept_layer"
-            peak = max(before + layer.forward, after + layer.backward)
-            moments[name] = max(peak, moments.get(name, 0))
-        return moments
+def recomputed_layers(settings: Settings, layers: int) -> list[bool]:
+    """Whether each layer is recomputed in the backward; streamed ones are."""
+    first = layers if settings.checkpoint_layers < 0 else settings.checkpoint_layers
+    streamed = streamed_layers(layers, settings.stream_layers)
+    return [index < first or index in streamed for index in range(layers)]
 
 
 def _moment_bytes(optimizer: str, count: int) -> int:
@@ -105,24 +56,35 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
     CUDA context, cuBLAS's workspace, and what the allocator loses to fragments, which is more where
     its segments cannot grow.
     """
-    s, step = settings, _Step.of(config, settings)
-    weights, cuda = step.weights, s.device.startswith("cuda")
-    moments = step.moments()
-    moment = max(moments, key=lambda name: moments[name])
+    s = settings
+    weights = weighed(config, s)
+    cuda = s.device.startswith("cuda")
     shared = not weights.head
-    away = s.embedding == "cpu" or (
-        s.embedding == "auto" and cuda and s.quantize == "nf4" and not shared
-    )
-    inputs = step.layer_input * min(2, step.inputs) + sum(
-        layer.left - step.layer_input
-        for layer, again in zip(step.layers, step.recomputed, strict=True)
-        if again
-    )
-    packed = [weights.packed[index] for index in step.streamed]
+    away = embedding_waits(s, shared=shared)
+    count = len(weights.linears)
+    recomputed = recomputed_layers(s, count)
+    # The loss is as the last layer.
+    passes = {again: traced(config, s, again) for again in {*recomputed}}
+    layers = [passes[again][i] for i, again in enumerate([*recomputed, recomputed[-1]])]
+    # A recomputed layer leaves its input. At most two offloaded ones are on the device beside the
+    # one in use.
+    moved = passes[True][-2].left if s.offload_inputs and any(recomputed) else 0
+    pairs = zip(layers, [*recomputed, False], strict=True)
+    left = [layer.left - moved * again for layer, again in pairs]
+    here = moved * min(2, sum(recomputed))
+    inputs = here + sum(compress(left, recomputed))
+    alive = accumulate(left, initial=here)
+    peaks = [
+        max(before + layer.forward, after + layer.backward)
+        for (before, after), layer in zip(pairwise(alive), layers, strict=True)
+    ]
+    moments = [*("recomputed_layer" if again else "kept_layer" for again in recomputed), "loss"]
+    streamed = streamed_layers(count, s.stream_layers)
+    packed = [weights.packed[index] for index in streamed]
     lora = 4 * sum(weights.trained)
     items = {
         "linears": sum(weights.linears)
-        - sum(weights.linears[index] for index in step.streamed)
+        - sum(weights.linears[index] for index in streamed)
         + max(packed, default=0) * min(2, len(packed)),
         "embedding": 0 if away else weights.embedding,
         # The device keeps a tied matrix for the head.
@@ -132,21 +94,24 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
         "gradients": lora,
         "optimizer": sum(_moment_bytes(s.optimizer, count) for count in weights.trained),
         "layer_inputs": inputs,
-        "activations": moments[moment] - inputs,
+        "activations": max(peaks) - inputs,
         "workspaces": WORKSPACE_BYTES * cuda,
         "context": CONTEXT_BYTES * cuda,
         "fragmentation": cuda
-        * max(step.largest, FRAGMENTATION_BYTES if SEGMENTS_GROW else WHOLE_SEGMENTS_BYTES),
+        * max(
+            FRAGMENTATION_BYTES if SEGMENTS_GROW else WHOLE_SEGMENTS_BYTES,
+            *(layer.largest for layer in layers),
+        ),
     }
     # Streamed weights and offloaded layer inputs.
-    waiting = sum(packed) + step.inputs * step.layer_input
+    waiting = sum(packed) + moved * sum(recomputed)
     return VramEstimate(
         items,
-        moment,
+        moments[peaks.index(max(peaks))],
         waiting + away * weights.embedding,
         weights.largest + CONVERSION_BYTES,
         2 * waiting,
-        step.flops,
+        sum(layer.flops for layer in layers),
     )
 
 
@@ -158,7 +123,7 @@ def estimate_answering(config: Config, settings: Settings) -> VramEstimate:
     # A bare model is traced with the smallest adapter there is.
     settings = replace(settings, rank=max(1, settings.rank))
     trained = estimate_vram(config, settings)
-    layers = traced(config, settings, True).layers
+    *layers, _loss = traced(config, settings, True)
     width = 4 if settings.precision == "fp32" else 2
     items = {
         **trained.items,
@@ -187,172 +152,123 @@ class Step(NamedTuple):
         return self.estimate.total
 
 
-class Plan(NamedTuple):
-    """How settings stand to a budget."""
-
-    estimate: VramEstimate
-    fits: bool
-    longest_row: int
-    """Tokens of the longest row that fits with these settings; 0: none."""
-    checkpoint_layers: int
-    """The fewest recomputed layers that fit (fewer is faster); -1: none do."""
-    settings: Settings
-    """As asked for, -1 layers replaced by these fewest."""
-    ladder: list[Step]
-    """If it does not fit: what would help, cheapest first."""
-
-
-def make_plan(config: Config, settings: Settings, budget_gib: float) -> Plan:
-    """Fit `settings` into `budget_gib` GiB (1024^3 bytes; context and fragmentation count)."""
-    budget = int(budget_gib * GIB)
-
-    fewest = fewest_recomputed(config, settings, budget)
-    chosen = (
-        settings if settings.checkpoint_layers >= 0 else replace(settings, checkpoint_layers=fewest)
-    )
-    estimate = estimate_vram(config, settings)
-    ladder = [*_ladder(config, settings, budget)]
-    longest = longest_row(config, settings, budget_gib)
-    return Plan(estimate, estimate.total <= budget, longest, fewest, chosen, ladder)
+def _first_fitting(
+    config: Config,
+    settings: Settings,
+    budget: int,
+    name: str,
+    values: Sequence[Any],
+    estimate: Callable[[Config, Settings], VramEstimate] = estimate_vram,
+) -> Settings:
+    """`settings` with the first of `values` for the setting `name` that fits, else the last."""
+    options = [replace(settings, **{name: value}) for value in values]
+    return next((s for s in options if estimate(config, s).total <= budget), options[-1])
 
 
 def fewest_recomputed(config: Config, settings: Settings, budget: int) -> int:
     """The fewest recomputed layers that fit (fewer is faster); -1: none do."""
-    layers = len(weighed(config, settings).linears)
-    options = (replace(settings, checkpoint_layers=n) for n in range(layers + 1))
-    fitting = (s.checkpoint_layers for s in options if estimate_vram(config, s).total <= budget)
-    return next(fitting, -1)
+    counts = [*range(len(weighed(config, settings).linears) + 1), -1]
+    return _first_fitting(config, settings, budget, "checkpoint_layers", counts).checkpoint_layers
+
+
+def decided(config: Config, settings: Settings, budget: int) -> Settings:
+    """`settings` with -1 layers replaced by the fewest recomputed ones that fit."""
+    if settings.checkpoint_layers >= 0:
+        return settings
+    return replace(settings, checkpoint_layers=fewest_recomputed(config, settings, budget))
 
 
 def longest_row(config: Config, settings: Settings, budget_gib: float) -> int:
     """Tokens of the longest row that fits with these settings, LONGEST_ROW at most; 0: none."""
 
-    def total(steps: int) -> int:
-        return estimate_vram(config, replace(settings, row_tokens=steps * ROW_STEP)).total
+    def over(steps: int) -> bool:
+        row = replace(settings, row_tokens=steps * ROW_STEP)
+        return estimate_vram(config, row).total > budget_gib * GIB
 
-    budget, last = int(budget_gib * GIB), LONGEST_ROW // ROW_STEP
     # From there on rows are cut in tiles, and need less again.
     tile = settings.mlp_tile_tokens // ROW_STEP
-    return ROW_STEP * (_longest(total, tile, last, budget) or _longest(total, 0, tile, budget))
-
-
-def _longest(total: Callable[[int], int], low: int, high: int, budget: int) -> int:
-    """The largest number in (low, high] whose total, which grows almost evenly, is within the
-    budget; 0: none is.
-    """
-    if low >= high or (least := total(low + 1)) > budget:
-        return 0
-    fits, over, most = low + 1, high + 1, 0
-    line = True
-    while over - fits > 1:
-        if not most:  # nothing is known to be over yet
-            guess = min(2 * fits + 8, over - 1)
-        else:
-            guess = fits + (budget - least) * (over - fits) // (most - least)
-            if guess == fits and over - fits <= fits // 20:  # by the line the next one is over
-                break
-            # Every second time halfway, as the line may always end on the same side.
-            guess = guess if line and guess > fits else (fits + over) // 2
-            line = not line
-        if (bytes_ := total(guess)) <= budget:
-            fits, least = guess, bytes_
-        else:
-            over, most = guess, bytes_
-    return fits
+    for low, high in ((tile, LONGEST_ROW // ROW_STEP), (0, tile + 1)):
+        fits = bisect_left(range(high), True, low + 1, key=over) - 1
+        if fits > low:
+            return ROW_STEP * fits
+    return 0
 
 
 def savings(
     config: Config, settings: Settings, budget: int, rows: tuple[int, ...] = ()
 ) -> Iterator[Step]:
     """`settings` as they are, then every change that saves bytes, cheapest first, each on top of
-    those before; shorter `rows` last.
+    those before; shorter `rows` last. Of several values the first that fits is taken, or the last.
     """
-    # of streamed layers; two slots hold two anyway
-    counts = range(3, len(weighed(config, settings).linears) + 1)
-
-    def stream(old: Settings) -> dict[str, int]:
-        some = (replace(old, stream_layers=n) for n in counts)
-        fitting = (s.stream_layers for s in some if estimate_vram(config, s).total <= budget)
-        over = estimate.total > budget
-        return {"stream_layers": next(fitting, counts[-1]) if over else counts[-1]}
-
-    changes: list[tuple[str, Any]] = [
-        ("memory.embedding=cpu", {"embedding": "cpu"}),
-        ("train.optimizer=adamw8bit", {"optimizer": "adamw8bit"}),
-        ("memory.checkpoint_layers=-1", {"checkpoint_layers": -1}),
-        ("memory.offload_inputs=true", {"offload_inputs": True}),
-        ("model.quantize=nf4", {"quantize": "nf4"}),
-        ("memory.chunk_mib=32", {"chunk_bytes": 32 * MIB}),
-        ("memory.mlp_tile_tokens=1024", {"mlp_tile_tokens": 1024}),
-        ("memory.stream_layers={}", stream if counts else {}),
-        ("model.head=int8", {"head": "int8"}),
-        ("lora.rank=8", {"rank": 8}),
-        *(("train.row_tokens={}", {"row_tokens": n}) for n in rows if n < settings.row_tokens),
+    layers = len(weighed(config, settings).linears)
+    changes: list[tuple[str, str, Sequence[Any]]] = [
+        ("memory.embedding=cpu", "embedding", ["cpu"]),
+        ("train.optimizer=adamw8bit", "optimizer", ["adamw8bit"]),
+        ("memory.checkpoint_layers=-1", "checkpoint_layers", [-1]),
+        ("memory.offload_inputs=true", "offload_inputs", [True]),
+        ("model.quantize=nf4", "quantize", ["nf4"]),
+        ("memory.chunk_mib=32", "chunk_bytes", [32 * MIB]),
+        ("memory.mlp_tile_tokens=1024", "mlp_tile_tokens", [1024]),
+        # two slots hold two anyway
+        ("memory.stream_layers={}", "stream_layers", range(3, layers + 1)),
+        ("model.head=int8", "head", ["int8"]),
+        ("lora.rank=8", "rank", [8]),
+        ("train.row_tokens={}", "row_tokens", [n for n in rows if n < settings.row_tokens]),
     ]
-    estimate = estimate_vram(config, settings)
-    pace = estimate.flops / settings.row_tokens
-    yield Step("", settings, estimate, 1.0)
-    for change, setting in changes:
-        values = setting(settings) if callable(setting) else setting
-        changed = replace(settings, **values)
-        changed_estimate = estimate_vram(config, changed)
-        if changed_estimate.total < estimate.total:
-            settings, estimate = changed, changed_estimate
-            slowdown = estimate.flops / settings.row_tokens / pace
-            yield Step(change.format(*values.values()), settings, estimate, slowdown)
-
-
-def _ladder(config: Config, settings: Settings, budget: int) -> Iterator[Step]:
-    """As many savings as it takes to fit (none, if it does), then shorter rows."""
-    for step in savings(config, settings, budget, SHORTER_ROWS):
-        if step.change:
+    step = Step("", settings, estimate_vram(config, settings), 1.0)
+    pace = step.estimate.flops / settings.row_tokens
+    yield step
+    for change, name, values in changes:
+        # What fits already shows all that there is to save.
+        wanted = values if step.total > budget else values[-1:]
+        if not wanted:
+            continue
+        changed = _first_fitting(config, step.settings, budget, name, wanted)
+        estimate = estimate_vram(config, changed)
+        if estimate.total < step.total:
+            change = change.format(getattr(changed, name))
+            step = Step(change, changed, estimate, estimate.flops / changed.row_tokens / pace)
             yield step
+
+
+def ladder(config: Config, settings: Settings, budget: int) -> list[Step]:
+    """`settings`, then as many savings as it takes to fit, and shorter rows."""
+    steps = []
+    for step in savings(config, settings, budget, SHORTER_ROWS):
+        steps.append(step)
         if step.total <= budget:
-            return
-
-
-def fit(config: Config, name: str, settings: Settings, budget: int) -> Settings:
-    """`settings` with -1 layers replaced by the fewest recomputed ones that fit `budget` bytes.
-
-    Raises UserError, with the settings that would fit, if these do not.
-    """
-    if estimate_vram(config, settings).total <= budget:
-        if settings.checkpoint_layers < 0:
-            fewest = fewest_recomputed(config, settings, budget)
-            settings = replace(settings, checkpoint_layers=fewest)
-        return settings
-    plan = make_plan(config, settings, budget / GIB)
-    values = {
-        "name": name,
-        "need": f"{plan.estimate.total / GIB:.2f}",
-        "budget": f"{budget / GIB:.2f}",
-    }
-    least = plan.ladder[-1].total if plan.ladder else plan.estimate.total
-    if least > budget:
-        raise UserError("memory.hopeless", least=f"{least / GIB:.2f}", **values)
-    changes = " ".join(
-        {step.change.partition("=")[0]: step.change for step in plan.ladder}.values()
-    )
-    raise UserError(
-        "memory.too_big",
-        changes=changes,
-        total=f"{least / GIB:.2f}",
-        longest=plan.longest_row,
-        **values,
-    )
+            break
+    return steps
 
 
 def plan_training(
     config: Config, name: str, settings: Settings, budget: int
 ) -> tuple[Settings, VramEstimate]:
-    """What a training is to use: `fit` with a line about it."""
-    settings = fit(config, name, settings, budget)
+    """What a training is to use: `settings`, `decided`, with a line about it.
+
+    Raises UserError, with the settings that would fit, if these do not.
+    """
+    steps = ladder(config, settings, budget)
+    asked, least = steps[0].total, steps[-1].total
+    limit = f"{budget / GIB:.2f}"
+    if asked > budget:
+        fits = least <= budget
+        raise UserError(
+            "memory.too_big" if fits else "memory.hopeless",
+            name=name,
+            need=f"{asked / GIB:.2f}",
+            budget=limit,
+            least=f"{least / GIB:.2f}",
+            changes=" ".join(step.change for step in steps[1:]),
+            longest=longest_row(config, settings, budget / GIB) if fits else 0,
+        )
+    settings = decided(config, settings, budget)
     estimate = estimate_vram(config, settings)
-    recomputed = _Step.of(config, settings).recomputed
+    recomputed = recomputed_layers(settings, len(weighed(config, settings).linears))
     note(
         "memory.plan",
         total=f"{estimate.total / GIB:.2f}",
-        budget=f"{budget / GIB:.2f}",
+        budget=limit,
         row=settings.row_tokens,
         recomputed=sum(recomputed),
         layers=len(recomputed),
@@ -369,10 +285,9 @@ def plan_answering(
     weights = weighed(config, settings)
     layers, token = len(weights.linears), weights.token
     room = budget - token * settings.row_tokens
-    counts = [settings.stream_layers, *range(3, layers + 1)]
-    options = [replace(settings, stream_layers=n) for n in counts if n >= settings.stream_layers]
-    fitting = (s for s in options if estimate_answering(config, s).total <= room)
-    settings = next(fitting, options[-1])
+    least = settings.stream_layers
+    counts = [least, *range(max(3, least), layers + 1)]
+    settings = _first_fitting(config, settings, room, "stream_layers", counts, estimate_answering)
     estimate = estimate_answering(config, settings)
     note(
         "memory.answering",

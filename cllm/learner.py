@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cllm.assembly import assemble
+from cllm.assembly import Assembly, assemble
 from cllm.config import Config
 from cllm.corpus import Encoded, encode_corpus, tokenizer_of
 from cllm.data import cache
@@ -35,6 +35,25 @@ from cllm.model.offload import checkpoint_layers, embedding_on_cpu
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer
 from cllm.runs import base_fingerprint, replace_files, writing
+
+
+def trainee_of(config: Config, assembly: Assembly) -> Trainee:
+    """What learns from rows, with [train]'s optimizer."""
+    model, precision = assembly.model, assembly.precision
+    return Trainee(
+        model,
+        partial(sft_loss, chunk_bytes=assembly.settings.chunk_bytes),
+        make_optimizer(
+            model,
+            config.train.learning_rate,
+            weight_decay=config.train.weight_decay,
+            plus_ratio=config.lora.plus_ratio,
+            name=config.train.optimizer,
+        ),
+        precision,
+        precision.scaler(),
+        config.train.max_norm,
+    )
 
 
 class Learner:
@@ -67,7 +86,7 @@ class Learner:
             tokenizer=tokenizer,
             seed=config.train.seed,
         )
-        self.trainee = self._trainee()
+        self.trainee = trainee_of(config, self.assembly)
         self._introduce()
         self.single = not self.assembly.packed
         if self.single or self.tokenizer is not tokenizer:
@@ -87,24 +106,7 @@ class Learner:
     @property
     def chunk_bytes(self) -> int:
         """Logits alive at once in the loss."""
-        return self.config.memory.chunk_mib * 2**20
-
-    def _trainee(self) -> Trainee:
-        config, precision = self.config, self.assembly.precision
-        return Trainee(
-            self.model,
-            lambda model, batch: sft_loss(model, batch, self.chunk_bytes),
-            make_optimizer(
-                self.model,
-                config.train.learning_rate,
-                weight_decay=config.train.weight_decay,
-                plus_ratio=config.lora.plus_ratio,
-                name=config.train.optimizer,
-            ),
-            precision,
-            precision.scaler(),
-            config.train.max_norm,
-        )
+        return self.assembly.settings.chunk_bytes
 
     def _encode(self, tokenizer: Tokenizer) -> Encoded:
         row_tokens = self.ladder.row_tokens

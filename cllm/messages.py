@@ -6,6 +6,7 @@ they are English, for programs.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import json
@@ -137,6 +138,21 @@ def table(rows: list[list[str]]) -> str:
             ).rstrip()
         )
     return "\n".join(padded)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The command line of a program; what its arguments are for stands under
+    `PROGRAM.help.ARGUMENT`.
+    """
+
+    def __init__(self, program: str) -> None:
+        super().__init__(prog=f"cllm.{program}", description=say(f"{program}.help"))
+        self.program = program
+
+    def take(self, name: str, **options: Any) -> None:
+        """One more argument, `options` as `add_argument`'s."""
+        help_name = name.lstrip("-").replace("-", "_")
+        self.add_argument(name, help=say(f"{self.program}.help.{help_name}"), **options)
 
 
 class UserError(Exception):

@@ -10,7 +10,7 @@ from typing import Any
 
 from cllm.assembly import adapter_of
 from cllm.config import Config, PrecisionName
-from cllm.fit import Step, estimate_vram, longest_row, make_plan, savings
+from cllm.fit import Step, decided, estimate_vram, fewest_recomputed, ladder, longest_row, savings
 from cllm.memory import GIB, Settings
 from cllm.messages import say, table
 
@@ -55,23 +55,25 @@ def show_plan(
     `rate` operations a second; returns it for the JSON.
     """
     budget = config.memory.budget_gib or BUDGET_GIB
+    limit = int(budget * GIB)
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
     settings = settings_of(config, precision, "cuda")
-    plan = make_plan(original, settings, budget)
-    estimate = plan.estimate
-    heading = {"row": settings.row_tokens, "quantize": settings.quantize, "rank": settings.rank}
-    print(say("bench.plan", name=name, precision=precision, **heading))
+    asked, *changes = ladder(original, settings, limit)
+    estimate, fits = asked.estimate, asked.total <= limit
+    print(say("bench.plan", name=name, **asdict(settings)))
     print(estimate.table())
-    host, conversion = f"{estimate.host / GIB:.2f}", f"{estimate.conversion / GIB:.2f}"
-    print(say("bench.host", host=host, conversion=conversion))
+    host, reading = f"{estimate.host / GIB:.2f}", f"{estimate.conversion / GIB:.2f}"
+    print(say("bench.host", host=host, conversion=reading))
     grid = _grid(original, settings, budget)
-    print(_grid_table(grid, budget))
-    summary = {"longest": plan.longest_row, "fewest": plan.checkpoint_layers}
-    print(say("bench.fits" if plan.fits else "bench.too_big", budget=f"{budget:g}", **summary))
-    for step in plan.ladder:
+    longest = longest_row(original, settings, budget)
+    fewest = fewest_recomputed(original, settings, limit)
+    state = "bench.fits" if fits else "bench.too_big"
+    print(say(state, budget=f"{budget:g}", longest=longest, fewest=fewest))
+    for step in changes:
         print(
             say("bench.rung", total=f"{step.total / GIB:6.2f}", **_price(step), change=step.change)
         )
+    chosen = decided(original, settings, limit)
     return {
         "model": name,
         "budget_gib": budget,
@@ -79,20 +81,18 @@ def show_plan(
         **asdict(estimate),
         "total": estimate.total,
         "grid": grid,
-        "fits": plan.fits,
-        "longest_row": plan.longest_row,
-        "fewest": plan.checkpoint_layers,
-        "time": _time(config, estimate_vram(original, plan.settings).flops, work, rate),
-        "ladder": [
-            {
-                "change": step.change,
-                "total": step.total,
-                "slowdown": step.slowdown,
-                "crossing": step.estimate.crossing,
-            }
-            for step in plan.ladder
-        ],
+        "fits": fits,
+        "longest_row": longest,
+        "fewest": fewest,
+        "time": _time(config, estimate_vram(original, chosen).flops, work, rate),
+        "ladder": [{"total": step.total, **_figures(step)} for step in changes],
     }
+
+
+def _figures(step: Step) -> dict[str, Any]:
+    """A saving and what it costs, for the JSON."""
+    crossing = step.estimate.crossing
+    return {"change": step.change, "slowdown": step.slowdown, "crossing": crossing}
 
 
 def _price(step: Step) -> dict[str, str]:
@@ -102,34 +102,18 @@ def _price(step: Step) -> dict[str, str]:
 
 def _grid(original: dict[str, Any], settings: Settings, budget: float) -> list[dict[str, Any]]:
     """For each saving, on top of those before it: bytes at the usual row lengths, and the longest
-    row that fits.
+    row that fits. Prints them as a table.
     """
-    grid = []
+    grid, rows = [], [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
     for step in savings(original, settings, int(budget * GIB)):
         lengths = {n: replace(step.settings, row_tokens=n) for n in PLAN_ROWS}
-        grid.append(
-            {
-                "change": step.change,
-                "slowdown": step.slowdown,
-                "crossing": step.estimate.crossing,
-                "totals": {n: estimate_vram(original, row).total for n, row in lengths.items()},
-                "longest_row": longest_row(original, step.settings, budget),
-            }
-        )
+        totals = {n: estimate_vram(original, row).total for n, row in lengths.items()}
+        longest = longest_row(original, step.settings, budget)
+        grid.append({**_figures(step), "totals": totals, "longest_row": longest})
+        sizes = [f"{total / GIB:.2f}" for total in totals.values()]
+        rows.append([f"+ {step.change}", *sizes, str(longest), *_price(step).values()])
+    print(table(rows))
     return grid
-
-
-def _grid_table(grid: list[dict[str, Any]], budget: float) -> str:
-    rows = [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
-    for line in grid:
-        totals = [f"{total / GIB:.2f}" for total in line["totals"].values()]
-        last = [
-            str(line["longest_row"]),
-            f"{line['slowdown']:.2f}",
-            f"{line['crossing'] / GIB:.1f}",
-        ]
-        rows.append([f"+ {line['change']}", *totals, *last])
-    return table(rows)
 
 
 def _time(config: Config, flops: int, work: Workload | None, rate: float) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from cllm.data import cache
@@ -43,7 +45,9 @@ SECOND = 8  # tokens of a row's second sequence
 
 
 class Layer(NamedTuple):
-    """Bytes and operations of one decoder layer in a step."""
+    """Bytes and operations of one decoder layer in a step; or of the head and the loss, which are
+    like a last layer that leaves nothing.
+    """
 
     left: int
     """Bytes that wait for its backward; the first layer's include its gradient."""
@@ -52,18 +56,8 @@ class Layer(NamedTuple):
     backward: int
     """Most bytes in its backward, beyond what it and the layers below it left."""
     flops: int
-
-
-class Pass(NamedTuple):
-    """A step with all layers kept, or all recomputed."""
-
-    layers: list[Layer]
-    loss: int
-    """Most bytes between the last layer and its backward, beyond what the layers left."""
-    flops: int
-    """Of what is no layer's: the head."""
     largest: int
-    """Bytes of the largest tensor."""
+    """Bytes of the largest tensor that it makes."""
 
 
 class Weights(NamedTuple):
@@ -86,47 +80,28 @@ class Weights(NamedTuple):
     """Bytes of the largest tensor before it is quantized, what may be stored as one taken so."""
 
 
-def traced(config: Mapping[str, Any], settings: Settings, recompute: bool) -> Pass:
-    """A step on one row with all layers kept, or all recomputed, of a model by its config.json.
+def traced(config: Mapping[str, Any], settings: Settings, recompute: bool) -> list[Layer]:
+    """The layers, and last the loss, of a step on one row with all layers kept, or all recomputed,
+    of a model by its config.json. A row too long to be traced itself is on the parabola through
+    three shorter ones.
 
     What is only a place or a choice of layers is left to `cllm.fit`. Raises UserError for a model
     whose code does not run without values.
     """
-    text, settings = _text(config), _neutral(settings)
+    text, settings = to_json(dict(config)), _neutral(settings)
     least = max(LONG, 8 * settings.mlp_tile_tokens)
     if settings.row_tokens <= 4 * least:
-        return _pass(text, settings, recompute)
+        return [Layer(*layer) for layer in _facts(text, settings, recompute)]
     lengths = [least, 2 * least, 4 * least]
-    passes = [_pass(text, replace(settings, row_tokens=n), recompute) for n in lengths]
-    return _extrapolated(settings.row_tokens / least, passes)
-
-
-def _extrapolated(length: float, passes: list[Pass]) -> Pass:
-    """The pass of a row `length` times as long as that of the first of `passes`, the others being
-    twice and four times as long: all numbers grow as the parabola through three.
-    """
-    weights = (
-        (length - 2) * (length - 4) / 3,
-        (length - 1) * (length - 4) / -2,
-        (length - 1) * (length - 2) / 6,
-    )
-
-    def at(*values: int) -> int:
-        return round(sum(weight * value for weight, value in zip(weights, values, strict=True)))
-
-    layers = [
-        Layer(*map(at, *alike)) for alike in zip(*(each.layers for each in passes), strict=True)
-    ]
-    return Pass(layers, *map(at, *(each[1:] for each in passes)))
+    passes = [_facts(text, replace(settings, row_tokens=n), recompute) for n in lengths]
+    curves = np.polyfit(lengths, np.reshape(passes, (len(lengths), -1)), 2)
+    numbers = np.rint(np.polyval(curves, settings.row_tokens)).astype(int)
+    return [Layer(*layer) for layer in numbers.reshape(-1, len(Layer._fields)).tolist()]
 
 
 def weighed(config: Mapping[str, Any], settings: Settings) -> Weights:
     """What the model weighs with its adapter, as it is held for training."""
-    return _weights(_text(config), replace(_neutral(settings), **_OF_A_ROW))
-
-
-def _text(config: Mapping[str, Any]) -> str:
-    return to_json(dict(config))
+    return Weights(*_facts(to_json(dict(config)), replace(_neutral(settings), **_OF_A_ROW)))
 
 
 def _neutral(settings: Settings) -> Settings:
@@ -141,26 +116,18 @@ def _neutral(settings: Settings) -> Settings:
     )
 
 
-# Both are kept in the data cache, too, so that a second start traces nothing.
 @lru_cache(512)
-def _pass(config: str, settings: Settings, recompute: bool) -> Pass:
+def _facts(config: str, settings: Settings, recompute: bool | None = None) -> Any:
+    """The weights, or a pass with all layers kept or recomputed; in the data cache, too, so that a
+    second start traces nothing.
+    """
+
     def make() -> cache.Entry:
-        _, model, alike = _built(config, replace(settings, **_OF_A_ROW))
-        with _said():
-            return {}, _trace(model, alike, settings, recompute)
+        weights, model, alike = _built(config, replace(settings, **_OF_A_ROW))
+        return {}, weights if recompute is None else _trace(model, alike, settings, recompute)
 
-    _, (layers, *rest) = cache.recall(_key(config, settings, recompute), make)
-    return Pass([Layer(*layer) for layer in layers], *rest)
-
-
-@lru_cache(64)
-def _weights(config: str, settings: Settings) -> Weights:
-    _, facts = cache.recall(_key(config, settings), lambda: ({}, _built(config, settings)[0]))
-    return Weights(*facts)
-
-
-def _key(*facts: object) -> str:
-    return cache.key_of(*facts, torch.__version__, transformers.__version__, sys.platform)
+    versions = (torch.__version__, transformers.__version__, sys.platform)
+    return cache.recall(cache.key_of(config, settings, recompute, *versions), make)[1]
 
 
 _OF_A_ROW: dict[str, Any] = {"row_tokens": 0, "chunk_bytes": 0, "mlp_tile_tokens": 0}
@@ -193,13 +160,12 @@ def _built(config: str, settings: Settings) -> tuple[Weights, Any, list[int]]:
         ),
     )
     if settings.rank:
-        targets = settings.targets
         inject_lora(
             model,
             rank=settings.rank,
             alpha=1,
             dropout=0.1 * settings.dropout,
-            targets=targets if isinstance(targets, str) else list(targets),
+            targets=settings.targets,
             dora=settings.dora,
         )
     precision.prepare(model)
@@ -267,7 +233,8 @@ def _row(*lengths: int) -> PackedBatch:
     return PackedBatch(ids, ids, ids, ids, bounds, bounds.to(META))
 
 
-def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) -> Pass:
+@_said()
+def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) -> list[Layer]:
     """One row forth and back, the gradients of the row before it in place."""
     attention.traced_card = card = _card(settings)
     # Packed sequences that go through attention one after the other are put together again.
@@ -278,39 +245,42 @@ def _trace(model: Any, alike: list[int], settings: Settings, recompute: bool) ->
     tile_mlp(model, settings.mlp_tile_tokens)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    layers = {*decoder_layers(model)}
     census = Census("meta")
     forward: list[Section] = []
     backward: list[Section] = []
 
-    def ended(_layer: nn.Module, _inputs: object, output: Any) -> None:
+    def ended(module: nn.Module, _inputs: object, output: Any) -> None:
+        if module not in layers:
+            return
         forward.append(census.section())
         # When its gradient is there, the backward of this layer begins.
         first = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
         if first.requires_grad:
             first.register_hook(lambda _gradient: backward.append(census.section()))
 
-    hooks = [layer.register_forward_hook(ended) for layer in decoder_layers(model)]
     precision = Precision.choose(settings.precision, META)
-    try:
-        with census:
-            with precision.autocast():
-                loss = sft_loss(model, row, settings.chunk_bytes)
-            loss.backward()
-            backward.append(census.section())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with census, register_module_forward_hook(ended):
+        with precision.autocast():
+            loss = sft_loss(model, row, settings.chunk_bytes)
+        loss.backward()
+        backward.append(census.section())
     head = backward[0]
     # Below the first adapter nothing has a backward.
-    backward += [Section(0, 0, 0)] * (1 + len(forward) - len(backward))
+    backward += [Section(0, 0, 0, 0)] * (1 + len(forward) - len(backward))
     # What waits for a backward is what is there when it begins and not when the one below does.
     alive = [section.alive for section in reversed(backward[:-1])]
-    layers = [
-        Layer(after - before, ahead.peak - before, back.peak - after, ahead.flops + back.flops)
+    measured = [
+        Layer(
+            after - before,
+            ahead.peak - before,
+            back.peak - after,
+            ahead.flops + back.flops,
+            max(ahead.largest, back.largest),
+        )
         for before, after, ahead, back in zip(
             [0, *alive], alive, forward, reversed(backward[1:]), strict=False
         )
     ]
-    return Pass(
-        [layers[index] for index in alike], head.peak - alive[-1], head.flops, census.largest
-    )
+    end = Layer(0, head.peak - alive[-1], 0, head.flops, head.largest)
+    return [*(measured[index] for index in alike), end]

@@ -12,13 +12,13 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, differences, load_config, to_toml
 from cllm.corpus import read_corpus
-from cllm.messages import UserError, note, say, to_json
+from cllm.messages import CommandLine, UserError, note, to_json
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
@@ -161,11 +161,10 @@ class Training:
         state_json, tensors, metrics = map(self.learner.world.share, files)
         try:
             state = json.loads(state_json)
-            stored = {f.name: state["ladder"][f.name] for f in fields(self.learner.ladder)}
             self.progress = Progress.restored(state)
             epoch, row = map(int, state["rows"])
             self.learner.restore_scaler(state["scaler"])
-            self.learner.apply(type(self.learner.ladder).restored(stored))
+            self.learner.apply(type(self.learner.ladder).restored(state["ladder"]))
             self.learner.encoded.rows.seek(epoch, row)
             if state.get("measure", self.learner.measure) != self.learner.measure:
                 self.progress = Progress(self.progress.step, bad=self.progress.bad)
@@ -443,18 +442,12 @@ class Training:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cllm.train", description=say("train.help"))
-    parser.add_argument("config", metavar="CONFIG|preset:NAME", help=say("train.help.config"))
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help=say("train.help.overrides")
-    )
-    parser.add_argument("--resume", action="store_true", help=say("train.help.resume"))
-    parser.add_argument(
-        "--accept-rejects", action="store_true", help=say("train.help.accept_rejects")
-    )
-    parser.add_argument(
-        "--allow-changes", action="store_true", help=say("train.help.allow_changes")
-    )
+    parser = CommandLine("train")
+    parser.take("config", metavar="CONFIG|preset:NAME")
+    parser.take("overrides", nargs="*", metavar="section.key=value")
+    parser.take("--resume", action="store_true")
+    parser.take("--accept-rejects", action="store_true")
+    parser.take("--allow-changes", action="store_true")
     return parser.parse_intermixed_args(argv)
 
 

@@ -125,6 +125,7 @@ def test_a_passage_that_is_the_question_or_the_answer_is_none() -> None:
         {"question": "<image>\n这是什么？", "answer": A},
         {"question": Q, "answer": A, "image_paths": ["a.jpg"]},
         {"question": Q, "answer": A, "img": "a.jpg"},
+        {"question": Q, "answer": A, "image_base64": "iVBORw0KGgo="},
         {"messages": [TURNS[0] | {"images": ["a.jpg"]}, TURNS[1]]},
         {"question": "<ImageHere>这是什么？", "answer": A},
         {"question": "Picture 1: <img>image.jpg</img>这是什么？", "answer": A},
@@ -153,13 +154,33 @@ def test_a_field_without_a_picture_is_no_picture(nothing: Any) -> None:
     assert turns({"instruction": "怎样用 <video> 标签？", "output": A})[1] == QA[1]
 
 
-@pytest.mark.parametrize("label", [False, "false", "False", 0, "0", 0.0])
+@pytest.mark.parametrize("label", [False, "false", "False", 0, "0", 0.0, -1])
 def test_negative_labels(label: Any) -> None:
     result, _ = read({"prompt": Q, "completion": A, "label": label})
     assert isinstance(result, Reject) and result.reason == "negative_label"
     assert isinstance(read({"prompt": Q, "completion": A, "label": 1})[0], Conversation)
     tagged, _ = read({"prompt": Q, "completion": A, "kto_tag": label})
     assert isinstance(tagged, Reject) and "kto_tag" in tagged.detail
+
+
+@pytest.mark.parametrize("flag", ["weight", "loss", "train", "Weight", "loss_mask"])
+@pytest.mark.parametrize("row", [{"instruction": Q, "output": A}, {"messages": TURNS}])
+def test_a_row_s_own_flag_is_read_or_counted(row: dict[str, Any], flag: str) -> None:
+    for off in (0, False, "false", "0.0"):
+        result, _ = read(row | {flag: off})
+        assert isinstance(result, Reject) and result.reason == "negative_label"
+    for on in (1, True, "1.0", None, ""):
+        assert turns(row | {flag: on}) == QA and read(row | {flag: on})[1] == set()
+    for other in (0.5, 1.73, [0, 1]):  # a weight that is not used, a loss once measured, a mask
+        assert turns(row | {flag: other}) == QA
+        assert read(row | {flag: other})[1] == {flag.lower()}
+
+
+def test_numbered_options_keep_their_numbers() -> None:
+    for names in (("option1", "option2"), ("choice1", "choice2"), ("Option_1", "Option_2")):
+        row = dict(zip(names, ("祁红", "龙井"), strict=True))
+        said = turns({"question": Q, **row, "answer": "2"})
+        assert said == [("user", f"{Q}\n1. 祁红\n2. 龙井"), ("assistant", "2")]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +293,7 @@ def test_a_word_that_is_no_tag_stays(text: str) -> None:
             {"source"},
         ),
         ({"messages": [TURNS[0] | {"meta": {"note": PASSAGE}}, TURNS[1]]}, {"messages.note"}),
-        ({"instruction": Q, "output": A, "notes": ["", {"deep": [" 深 "]}]}, {"notes"}),
+        ({"instruction": Q, "output": A, "notes": ["", {"deep": [" 深 "]}]}, {"notes.deep"}),
         ({"instruction": Q, "output": A, "note": " ", "score": 3, "flag": True, "x": []}, set()),
         (
             {"instruction": Q, "output": A, "id": "a1", "question_type": "知识", "sourceUrl": "x"},
@@ -286,6 +307,8 @@ def test_a_word_that_is_no_tag_stays(text: str) -> None:
         ({"instruction": {"text": Q, "extra": "附注"}, "output": A}, {"instruction.extra"}),
         ({"instruction": Q, "output": [A, "次好"]}, {"output"}),
         ({"question": Q, "answer": A, "std_answer": "标准"}, {"std_answer"}),
+        ({"instruction": Q, "output": A, "note": "None", "again": Q}, set()),
+        ({"title": "茶事", "ask": Q, "answer": A}, {"title"}),
     ],
 )
 def test_text_that_is_not_read_is_counted_under_its_name(row: Any, names: set[str]) -> None:
@@ -310,6 +333,8 @@ def test_names_given_twice_are_reported(tmp_path: Path) -> None:
     assert counted("b.jsonl", twice.replace("甲", "乙"))[1] == {}
     inner = '{"messages": [{"role": "user", "content": "甲", "content": "乙"}, %s]}'
     assert counted("c.jsonl", inner % json.dumps(TURNS[1]))[1] == {"messages.content (1)": 1}
+    cell = (inner % json.dumps(TURNS[1])).removeprefix('{"messages": ').removesuffix("}")
+    assert counted("e.jsonl", json.dumps({"messages": cell}))[1] == {"messages.content (1)": 1}
     quoted = json.dumps({"question": '说 {"a": 1, "a": 2}', "answer": "好"}, ensure_ascii=False)
     assert counted("d.jsonl", quoted)[1] == {}
     table = "question,answer,answer\n甲,乙,丙\n丁,,戊\n"

@@ -147,6 +147,8 @@ def test_what_stands_before_a_pair_is_common_and_not_learned() -> None:
     [
         ({"prompt": Q, "chosen": GOOD}, "no_rejected"),
         ({"instruction": Q, "output": GOOD}, "no_rejected"),
+        ({"label": False}, "no_rejected"),
+        ({"kto_tag": 1}, "no_rejected"),
         ({"prompt": Q, "chosen": GOOD, "rejected": " 先烧水 再下面！"}, "identical_pair"),
         ({"prompt": Q, "chosen": GOOD, "rejected": GOOD}, "identical_pair"),
         ({"prompt": Q, "chosen": GOOD, "rejected": "　"}, "empty_assistant"),

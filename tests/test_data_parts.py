@@ -100,6 +100,31 @@ def test_every_form_of_a_call_becomes_the_same(row: Any, words: str) -> None:
     assert read(row).messages[-1] == Message("assistant", words, "", WEATHER)
 
 
+def test_gemini_s_parts_are_read() -> None:
+    call = {"functionCall": {"name": "weather", "args": {"city": "青岛"}}}
+    result = {"functionResponse": {"name": "weather", "response": {"degrees": 21}}}
+    row = {
+        "systemInstruction": {"role": "system", "parts": [{"text": "你是气象台。"}]},
+        "contents": [
+            {"role": "user", "parts": [{"text": Q}]},
+            {"role": "model", "parts": [{"text": "看看"}, call]},
+            {"role": "user", "parts": [result]},
+            {"role": "model", "parts": [{"text": A}]},
+        ],
+    }
+    assert read(row).messages == (
+        Message("system", "你是气象台。"),
+        Message("user", Q),
+        Message("assistant", "看看", calls=(Call("weather", {"city": "青岛"}),)),
+        Message("tool", '{"name": "weather", "response": {"degrees": 21}}'),
+        Message("assistant", A),
+    )
+    row["contents"][2]["role"] = "function"
+    assert read(row).messages[3].role == "tool"
+    row["contents"][0]["parts"] = [{"inlineData": {"mimeType": "image/png", "data": "iVBO"}}]
+    assert isinstance(Normalizer()(row), Reject)
+
+
 def test_several_calls_stay_in_order_and_their_results_are_turns() -> None:
     expected = [
         Message("user", Q),
@@ -150,11 +175,20 @@ def test_several_calls_stay_in_order_and_their_results_are_turns() -> None:
         sharegpt(("human", Q), ("gpt", A), tools=[{"description": "x"}]),
         answering(content=A, weight=0.5),
         answering(content=A, loss="sometimes"),
+        answering(content=A, mask=True),  # learned by some programs, not learned by others
     ],
 )
 def test_what_is_no_call_no_tool_and_no_flag_rejects_the_row(row: Any) -> None:
     result = Normalizer()(row, "x.json", 7)
     assert isinstance(result, Reject) and (result.line, result.reason) == (7, "invalid_text")
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+def test_parts_of_mixed_types_never_raise(role: str) -> None:
+    parts = [2.5, {"type": "text", "text": "多云"}, None, "转晴", {"text": "。"}]
+    row = {"messages": [{"role": "user", "content": Q}, {"role": role, "content": parts}]}
+    row["messages"] += [{"role": "assistant", "content": A}] * (role == "tool")
+    assert isinstance(Normalizer()(row, "x.json", 7), Conversation | Reject)
 
 
 def test_text_about_calls_stays_text() -> None:
@@ -213,7 +247,9 @@ def test_reasoning_without_blocks_is_left_out_or_kept_as_words() -> None:
     assert spoken(kept.segments(talk)) == f"<think>\n想\n</think>\n\n{A}<|im_end|>"
 
 
-@pytest.mark.parametrize(("flag", "off"), [("loss", False), ("weight", 0), ("train", "false")])
+@pytest.mark.parametrize(
+    ("flag", "off"), [("loss", False), ("weight", 0), ("train", "false"), ("loss_mask", 0)]
+)
 @pytest.mark.parametrize("name", ["qwen", "chatglm3", "glm4", "baichuan2", "llama2"])
 def test_answers_that_are_not_trained_are_read_only(flag: str, off: object, name: str) -> None:
     row = answering(content="错的")

@@ -20,16 +20,7 @@ from hypothesis import strategies as st
 from cllm import fit as fitting
 from cllm import trace
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig, load_config
-from cllm.fit import _longest as fitting_longest
-from cllm.fit import (
-    estimate_vram,
-    fewest_recomputed,
-    fit,
-    longest_row,
-    make_plan,
-    plan_training,
-    savings,
-)
+from cllm.fit import estimate_vram, fewest_recomputed, ladder, longest_row, plan_training, savings
 from cllm.memory import GIB, MIB, Settings
 from cllm.messages import UserError
 from cllm.plan import settings_of
@@ -549,40 +540,20 @@ def test_a_second_start_traces_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CLLM_DATA_CACHE", str(tmp_path))
     config, chosen = tiny("qwen2") | {"vocab_size": 170}, Settings(96, "nf4", device="cpu")
     plan = estimate_vram(config, chosen)
-    trace._pass.cache_clear()
-    trace._weights.cache_clear()
+    trace._facts.cache_clear()
     monkeypatch.setattr(trace, "random_model", lambda *_, **__: pytest.fail("built again"))
     trace._built.cache_clear()
     assert estimate_vram(config, chosen) == plan
 
 
-def test_the_longest_of_any_totals_is_found() -> None:
-    """Also where they grow by steps, or hardly at all."""
-    shapes = {
-        "line": lambda n: 10 * n,
-        "steps": lambda n: n // 7 * 100,
-        "late": lambda n: max(50, n * n),
-        "early": lambda n: int(1000 * n**0.5),
-        "flat": lambda n: 5,
-    }
-    for total in shapes.values():
-        for budget in (4, 5, 60, 1000, 12_345):
-            fitting = [n for n in range(3, 200) if total(n) <= budget]
-            found = fitting_longest(total, 2, 199, budget)
-            assert found <= max(fitting, default=0)
-            assert found >= 0.9 * max(fitting, default=0)
-
-
 def test_plan_finds_the_longest_row_and_the_fewest_recomputed_layers() -> None:
     config, asked = published("Qwen3-0.6B"), Settings(2048, "nf4")
-    plan = make_plan(config, asked, 3.0)
-    assert plan.fits and not plan.ladder
-    assert plan.longest_row == longest_row(config, asked, 3.0)
-    assert plan.checkpoint_layers == fewest_recomputed(config, asked, 3 * GIB)
-    for tokens, inside in ((plan.longest_row, True), (plan.longest_row + 128, False)):
+    assert len(ladder(config, asked, 3 * GIB)) == 1
+    longest, fewest = longest_row(config, asked, 3.0), fewest_recomputed(config, asked, 3 * GIB)
+    for tokens, inside in ((longest, True), (longest + 128, False)):
         total = estimate_vram(config, replace(asked, row_tokens=tokens)).total
         assert (total <= 3 * GIB) is inside
-    for layers, inside in ((plan.checkpoint_layers, True), (plan.checkpoint_layers - 1, False)):
+    for layers, inside in ((fewest, True), (fewest - 1, False)):
         total = estimate_vram(config, replace(asked, checkpoint_layers=layers)).total
         assert (total <= 3 * GIB) is inside
 
@@ -608,9 +579,10 @@ def test_rows_beyond_the_mlp_tile_need_less_than_those_before_it() -> None:
 
 def test_ladder_ends_where_it_fits_and_never_goes_up() -> None:
     config = published("Qwen3-0.6B")
-    plan = make_plan(config, Settings(8192, "none", rank=64, checkpoint_layers=0), 1.6)
-    totals = [plan.estimate.total, *(step.total for step in plan.ladder)]
-    assert not plan.fits and totals == sorted(totals, reverse=True)
+    asked = Settings(8192, "none", rank=64, checkpoint_layers=0)
+    _, *rungs = steps = ladder(config, asked, int(1.6 * GIB))
+    totals = [step.total for step in steps]
+    assert rungs and totals == sorted(totals, reverse=True)
     assert totals[-1] <= 1.6 * GIB < totals[-2]
     order = [
         "memory.embedding=cpu",
@@ -619,13 +591,14 @@ def test_ladder_ends_where_it_fits_and_never_goes_up() -> None:
         "memory.offload_inputs=true",
         "model.quantize=nf4",
     ]
-    changes = [step.change for step in plan.ladder]
+    changes = [step.change for step in rungs]
     assert changes[: len(order) - 1] == [c for c in order if c in changes][: len(order) - 1]
-    assert all(step.slowdown >= 0.9 for step in plan.ladder)
-    assert estimate_vram(config, plan.ladder[-1].settings).total == totals[-1]
-    hopeless = make_plan(config, Settings(2048), 0.5)
-    assert hopeless.longest_row == 0 and hopeless.checkpoint_layers == -1
-    assert hopeless.ladder[-1].total > GIB / 2
+    assert all(step.slowdown >= 0.9 for step in rungs)
+    assert estimate_vram(config, rungs[-1].settings).total == totals[-1]
+    hopeless, half = Settings(2048), GIB // 2
+    assert longest_row(config, hopeless, 0.5) == 0
+    assert fewest_recomputed(config, hopeless, half) == -1
+    assert ladder(config, hopeless, half)[-1].total > half
 
 
 def test_operations_and_what_crosses_the_link_are_counted() -> None:
@@ -647,17 +620,18 @@ def test_operations_and_what_crosses_the_link_are_counted() -> None:
 
 def test_fit_recomputes_as_few_layers_as_the_budget_allows() -> None:
     config = published("Qwen3-0.6B")
-    chosen = fit(config, "x", Settings(2048, "nf4"), 3 * GIB).checkpoint_layers
+    planned, _ = plan_training(config, "x", Settings(2048, "nf4"), 3 * GIB)
+    chosen = planned.checkpoint_layers
     fewer = Settings(2048, "nf4", checkpoint_layers=chosen - 1)
     assert 0 < chosen < 28 and estimate_vram(config, fewer).total > 3 * GIB
     asked = Settings(2048, "nf4", checkpoint_layers=28)
-    assert fit(config, "x", asked, 3 * GIB).checkpoint_layers == 28
+    assert plan_training(config, "x", asked, 3 * GIB)[0].checkpoint_layers == 28
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     config = published("Qwen3-0.6B")
     with pytest.raises(UserError) as error:
-        fit(config, "Qwen3-0.6B", Settings(2048, checkpoint_layers=0), 2 * GIB)
+        plan_training(config, "Qwen3-0.6B", Settings(2048, checkpoint_layers=0), 2 * GIB)
     text = str(error.value)
     assert error.value.code == "memory.too_big" and "\n" not in text and "2.00" in text
     advice = re.search(r"add (.*?) \(then", text)[1].split()  # type: ignore[index]
@@ -666,7 +640,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     fitting = next(step for step in last if step.total <= 2 * GIB)
     assert advice[-1] == fitting.change
     with pytest.raises(UserError, match="smaller model") as error:
-        fit(config, "Qwen3-0.6B", Settings(2048), GIB // 2)
+        plan_training(config, "Qwen3-0.6B", Settings(2048), GIB // 2)
     assert error.value.code == "memory.hopeless"
 
 

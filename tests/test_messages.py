@@ -32,10 +32,19 @@ def test_both_languages_say_the_same_fields(code: str) -> None:
 
 
 def used_codes() -> dict[str, set[str]]:
-    """Every literal code given to say, note, UserError, RowError -> the keywords of one call."""
+    """Every literal code given to say, note, UserError, RowError -> the keywords of one call; and the
+    helps of the programs' command lines.
+    """
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        if 'CommandLine("' in text:
+            options = re.findall(r'\.take\(\s*"-*([\w-]+)"|"--([\w-]+)"', text)
+            names = ["", *(f".{''.join(option).replace('-', '_')}" for option in options)]
+            helps = {f"{path.stem}.help{name}": set[str]() for name in names}
+            assert helps.keys() <= messages().keys()
+            found |= helps
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and getattr(
                 node.func, "id", getattr(node.func, "attr", "")
             ) in ("say", "note", "UserError", "RowError"):

@@ -9,7 +9,9 @@ only the row that holds them.
 from __future__ import annotations
 
 import codecs
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Protocol
 
@@ -39,8 +41,10 @@ def plausibility(text: str) -> float:
     """The share of `text`'s characters beyond ASCII that are among the commonest of Chinese; 0 to
     1.
     """
-    wide = [character for character in text if character > "\x7f"]
-    return sum(character in COMMON for character in wide) / len(wide) if wide else 0.0
+    counts = Counter(text)
+    wide = sum([count for character, count in counts.items() if character > "\x7f"])
+    common = sum([count for character, count in counts.items() if character in COMMON])
+    return common / wide if wide else 0.0
 
 
 def _guess(data: bytes) -> tuple[float, str]:
@@ -68,7 +72,11 @@ def _mend(text: str, encoding: str) -> str:
     gives plausible Chinese.
     """
     legacy = encoding in LEGACY
-    if encoding == "utf-16" or not (legacy or ESCAPED.search(text)):
+    if not legacy:
+        with suppress(UnicodeEncodeError):
+            text.encode()  # takes a third of the time of a search
+            return text
+    if encoding == "utf-16":
         return text
     lines = text.split("\n")
     for index, line in enumerate(lines):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, count
 from string import ascii_uppercase
 from typing import Any
 
@@ -19,14 +19,15 @@ Row = dict[str, Any]
 Rewrite = Callable[[str], str]
 PASSAGES = "context contexts passage passages reference references document documents".split()
 OPTIONS = ("options", "option", "choices")
-_BESIDE = (*PASSAGES, *OPTIONS, "A")
+NUMBERED = [f"option_{number}" for number in range(1, 10)]
+_BESIDE = (*PASSAGES, *OPTIONS, "option_1", "A")
 LETTERS = ascii_uppercase
 LONG = 40  # characters of a text that is looked for as a whole, not word by word
 MEDIA = frozenset(
     f"{noun}{plural}{tail}"
     for noun in ("image", "img", "picture", "photo", "video", "audio")
     for plural in ("", "s")
-    for tail in ("", "_path", "_paths", "_url", "_urls", "_file", "_files")
+    for tail in ("", "_path", "_paths", "_url", "_urls", "_file", "_files", "_base64", "_bytes")
 )
 ALIASES = {
     "指令": "instruction",
@@ -47,12 +48,13 @@ ALIASES = {
     "system_message": "system",
     "meta_instruction": "system",
     "functions": "tools",
+    "contents": "messages",
+    "systeminstruction": "system",
+    "system_instruction": "system",
 }
-ALIASES |= {
-    form.format(letter.lower()): letter
-    for letter in LETTERS[:8]
-    for form in ("op{}", "option{}", "option_{}", "choice_{}", "选项{}")
-}
+_FORMS = ("op{}", "option{}", "option_{}", "choice{}", "choice_{}", "选项{}")
+ALIASES |= {form.format(letter.lower()): letter for letter in LETTERS[:8] for form in _FORMS}
+ALIASES |= {form.format(name[-1]): name for name in NUMBERED for form in _FORMS}
 # a name, or the last word of one, that says where a row is from and not what it says
 METADATA = frozenset(
     "id ids uuid uid guid idx index no number md5 hash source sources src_url dataset category"
@@ -77,14 +79,33 @@ PLACE = re.compile(
 )
 # several words, or a sentence of Chinese
 _PROSE = re.compile(r"[，。？！；]|\S\s+\S+\s+\S+\s+\S")
+_WORD = re.compile(r"\w+")
 _HAN = re.compile("[\u4e00-\u9fff]")
+
+
+def once(pairs: list[tuple[str, Any]]) -> Row:
+    """A row of these members. Of a name that is given twice the last counts, as for every reader
+    of JSON; an earlier value that differs is kept as `name (1)`, so that it is said not to be read.
+    """
+    if len(row := dict(pairs)) == len(pairs):
+        return row
+    row = {}
+    for name, value in pairs:
+        if name in row and row[name] != value:
+            row[next(n for i in count(1) if (n := f"{name} ({i})") not in row)] = row[name]
+        row[name] = value
+    return row
+
+
+# raw tabs and newlines inside strings are common, and harmless
+DECODER = json.JSONDecoder(strict=False, object_pairs_hook=once)
 
 
 def unpacked(value: Any) -> Any:
     """The list or object that a text holds as JSON; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(ValueError, RecursionError):
-            return json.loads(value)
+            return DECODER.decode(value)
     return value
 
 
@@ -92,7 +113,7 @@ def refuse_media(row: Row, turns: Iterable[Any]) -> None:
     """Raises RowError for a row that shows pictures or plays sounds, in a field or at a place of
     what the user says in `turns`: a text model cannot learn from it.
     """
-    for key in MEDIA.intersection(row):
+    for key in sorted(MEDIA.intersection(row)):
         if row[key] and row[key] == row[key]:
             raise RowError("row.media", "invalid_text", name=key)
     for turn in turns:
@@ -116,14 +137,15 @@ def with_fields(row: Row, ask: str, reply: Any, used: tuple[str, ...]) -> tuple[
     elif isinstance(reply, str) and ALIASES.get(reply.strip().lower()) in labels:
         reply = ALIASES[reply.strip().lower()]
     held = all(
-        re.search(rf"{re.escape(label)}\W*" * (reply in labels) + re.escape(text), ask)
+        text in ask
+        and re.search(rf"{re.escape(label)}\W*" * (reply in labels) + re.escape(text), ask)
         for label, text in options
     )
     if not held:
         lines = [f"{label}. {text}" if label else text for label, text in options]
         ask = "\n".join((ask, *lines))
     for key in PASSAGES:
-        passage = "" if key in used else _passage(row.get(key))
+        passage = _passage(row[key]) if key in row and key not in used else ""
         if passage and passage not in ask:
             heading = "参考资料：" if _HAN.search(passage) else "Reference:"
             ask = f"{heading}\n{passage}\n\n{ask}"
@@ -141,7 +163,8 @@ def _passage(value: Any) -> str:
 
 def _options(row: Row) -> list[tuple[str, str]]:
     """(letter, text) of the options that a row has, in columns of their own or in one."""
-    value = unpacked(next((row[key] for key in OPTIONS if row.get(key)), None))
+    numbered = {name[-1]: row[name] for name in NUMBERED if name in row}
+    value = unpacked(next((row[key] for key in OPTIONS if row.get(key)), numbered))
     if "A" in row and "B" in row:
         value = {letter: row[letter] for letter in LETTERS if letter in row}
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC, CommonsenseQA
@@ -180,10 +203,7 @@ def holds_text(value: Any, prose: bool = False) -> bool:
     """
     if isinstance(value, str) and (len(value) <= LONG if prose else value.strip()):
         return not prose
-    texts = (
-        text for text in _texts(value) if not prose or (len(text) > LONG and _PROSE.search(text))
-    )
-    return next(texts, None) is not None
+    return any(not prose or (len(text) > LONG and _PROSE.search(text)) for text in _texts(value))
 
 
 def is_metadata(name: str) -> bool:
@@ -193,9 +213,10 @@ def is_metadata(name: str) -> bool:
 
 
 @lru_cache(10_000)
-def with_kinds(keys: tuple[Any, ...]) -> list[tuple[Any, bool]]:
-    """(key, whether it is metadata)."""
-    return [(key, is_metadata(str(key))) for key in keys]
+def with_kinds(keys: tuple[Any, ...], name: str = "") -> list[tuple[Any, str, bool]]:
+    """(key, what it is called inside the field `name`, whether it is metadata)."""
+    dotted = name and name.partition(".")[0] + "."
+    return [(key, f"{dotted}{key}", is_metadata(str(key))) for key in keys]
 
 
 def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> set[str]:
@@ -203,41 +224,43 @@ def unread(row: Row, messages: Sequence[Any], tools: str, rewrite: Rewrite) -> s
     message and no tool has: what was not read of the row.
     """
     names: set[str] = set()
-    said = "\n".join([message.content for message in messages])
-    if left := _unsaid(row, "", said):
-        said = "\n".join([said, tools, *[f"{m.reasoning}{m.parts}" for m in messages]])
-    while left:
-        name, text = left.pop()
-        if text in said or name in names:
-            continue
+    read: set[str] = set()
+    contents = [message.content for message in messages]
+    parts = [f"{m.reasoning}{m.calls}" for m in messages if m.reasoning or m.calls]
+    said = "\n".join([*contents, tools, *parts])
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner_name, metadata in with_kinds(tuple(value), name):
+                inner = value[key]
+                if metadata and not holds_text(inner, prose=True):
+                    continue
+                if type(inner) is not str:
+                    look(inner, inner_name)
+                elif inner_name not in names and inner not in said:
+                    judge(inner, inner_name)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                look(part, name)
+        elif isinstance(value, str) and name not in names and value not in said:
+            judge(value, name)
+
+    def judge(text: str, name: str) -> None:
         if (inner := unpacked(text)) is not text:
-            left += _unsaid(inner, name, said)
-            continue
+            look(inner, name)
+        if inner is not text or text in read:
+            return
+        rest = text
+        for content in contents:
+            if LONG < len(content) <= len(rest):
+                rest = rest.replace(content, " ")
         with suppress(RowError):
-            text = rewrite(text)
-        for message in messages:
-            if len(message.content) > LONG:
-                text = text.replace(message.content, " ")
-        words = re.findall(r"\w+", text)
-        if any(word not in said and word.lower() not in _UNSAID for word in words):
+            rest = rewrite(rest)
+        words = (word.group() for word in _WORD.finditer(rest))
+        if any(word.lower() not in _UNSAID and word not in said for word in words):
             names.add(name)
+        else:
+            read.add(text)
+
+    look(row, "")
     return names
-
-
-def _unsaid(value: Any, name: str, said: str) -> list[tuple[str, str]]:
-    """(name of its field, text) of the texts in `value` that do not stand in `said`."""
-    if isinstance(value, str):
-        return [] if value in said else [(name, value)]
-    left: list[tuple[str, str]] = []
-    if isinstance(value, dict):
-        outer = name.partition(".")[0]
-        for key, metadata in with_kinds(tuple(value)):
-            inner = value[key]
-            if metadata and not holds_text(inner, prose=True):
-                continue
-            if type(inner) is not str or inner not in said:
-                left += _unsaid(inner, f"{outer}.{key}" if outer else str(key), said)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            left += _unsaid(part, name, said)
-    return left

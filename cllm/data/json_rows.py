@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 from cllm.data.encoding import split_lines
-from cllm.data.fields import Row
+from cllm.data.fields import DECODER, Row, once
 from cllm.data.text import RowError
 from cllm.data.turns import SCHEMA_KEYS, TURN_KEYS, is_turn, unboxed
 from cllm.messages import ESCAPED, say
@@ -26,49 +26,8 @@ WRAPPERS = frozenset(
 )
 # what may surround a row; the last two end files of DOS and of cut disks
 BLANK = " \t\r\n\ufeff\x00\x1a"
-# raw tabs and newlines inside strings are common, and harmless
-_DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BLOCK_CHARS = 1 << 18
-
-
-def once(pairs: Iterable[tuple[str, Any]]) -> Row:
-    """A row of these members. Of a name that is given twice the last counts, as for every reader
-    of JSON; an earlier value that differs is kept as `name (1)`, so that it is said not to be read.
-    """
-    row: Row = {}
-    for name, value in pairs:
-        if name in row and row[name] != value:
-            row[next(n for i in count(1) if (n := f"{name} ({i})") not in row)] = row[name]
-        row[name] = value
-    return row
-
-
-_ONCE = json.JSONDecoder(strict=False, object_pairs_hook=once)
-
-
-def _names(value: Any) -> int:
-    """How many members the objects in an object or list have, at every depth."""
-    parts = value.values() if isinstance(value, dict) else value
-    inner = sum([_names(part) for part in parts if isinstance(part, (dict, list))])
-    return inner + len(value) if isinstance(value, dict) else inner
-
-
-def _repeats(value: object, text: str, start: int, end: int) -> bool:
-    """Whether an object in `value`, which is written in this part of `text`, may have a name twice:
-    the text has more of them. Flat rows and lists of messages are the common ones.
-    """
-    written = text.count('":', start, end) + text.count('" :', start, end)
-    if isinstance(value, dict):
-        if written <= len(value):
-            return False
-        lists = [part for part in value.values() if type(part) is list]
-        if written <= len(value) + sum([len(p) for ps in lists for p in ps if type(p) is dict]):
-            return False
-    elif not isinstance(value, list):
-        return False
-    escaped = text.count('\\":', start, end) + text.count('\\" :', start, end)
-    return written - escaped > _names(value)
 
 
 def whole(line: str) -> int:
@@ -91,11 +50,9 @@ def json_lines(pieces: Iterable[str]) -> Iterator[NumberedRow]:
         if not (bare := line.strip(BLANK)):
             continue
         try:
-            value, end = _DECODER.raw_decode(bare)
+            value, end = DECODER.raw_decode(bare)
             if end < len(bare):
                 raise json.JSONDecodeError("Extra data", bare, end)
-            if _repeats(value, bare, 0, end):
-                value = _ONCE.decode(bare)
         except (ValueError, RecursionError) as error:
             value = _fault(error, bare)
         yield number, value
@@ -161,10 +118,7 @@ class _Document:
         """The next JSON value. Raises ValueError or RecursionError and then stays where the value
         starts.
         """
-        start = self.at
-        value, self.at = _DECODER.raw_decode(self.text, start)
-        if _repeats(value, self.text, start, self.at):
-            value, _ = _ONCE.raw_decode(self.text, start)
+        value, self.at = DECODER.raw_decode(self.text, self.at)
         return value
 
     def fault(self, error: Exception) -> RowError:
@@ -207,8 +161,8 @@ def _array(document: _Document) -> Iterator[NumberedRow]:
     """The elements of an array, and a RowError where it breaks."""
     document.skip("[")
     number = 0
-    while not document.skip("]"):
-        if not document.peek():
+    while (ahead := document.peek()) != "]":
+        if not ahead:
             document.broken = True
             yield document.line, RowError("row.cut", "parse_error", count=number)
             return
@@ -231,6 +185,7 @@ def _array(document: _Document) -> Iterator[NumberedRow]:
             if following != "{":
                 document.broken = True
                 return
+    document.skip("]")
 
 
 def _object(document: _Document) -> Iterator[NumberedRow]:

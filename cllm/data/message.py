@@ -23,8 +23,10 @@ _ROLE_WORDS = {
 }
 ROLES = {word: role for role, words in _ROLE_WORDS.items() for word in words.split()}
 _CALLING = ("function_call", "tool_call", "tool_calls")  # messages that are nothing but calls
-# of Swift, its later versions, OpenAI and axolotl
-FLAGS = ("loss", "loss_scale", "loss_weight", "weight", "train")
+# of Swift, its later versions, OpenAI, axolotl and Megatron
+FLAGS = frozenset(
+    "loss loss_scale loss_weight loss_mask weight train training trainable mask".split()
+)
 # What was thought before an answer: beside a message's content, and as a column of a row.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "think")
 THOUGHT_COLUMNS = (*THOUGHTS, "complex_cot", "inner_thought", "cot", "chain_of_thought")
@@ -35,6 +37,7 @@ _TAGGED = re.compile(
     r"(?:\s*</functioncall>)?\s*\Z",
     re.S,
 )
+_LENIENT = json.JSONDecoder(strict=False)
 _JSON_START = re.compile(r"^[ \t]*[\[{]", re.M)
 _QUOTED = re.compile(r"""\{\s*"name":\s*"([^"]+)",\s*"arguments":\s*'(.*)'\s*\}""", re.S)
 _RESPONSES = re.compile(r"<tool_response>(.*?)</tool_response>", re.S)
@@ -123,7 +126,7 @@ def _parsed(text: str) -> object:
     """
     text = clean(text)
     with suppress(ValueError):
-        return json.loads(text, strict=False)
+        return _LENIENT.decode(text)
     if quoted := _QUOTED.fullmatch(text):
         return {"name": quoted.group(1), "arguments": quoted.group(2)}
     with suppress(ValueError, SyntaxError, MemoryError):
@@ -141,7 +144,7 @@ def read_calls(value: object, *, sure: bool = True) -> tuple[Call, ...]:
     calls = []
     for call in parsed if isinstance(parsed, list) else [parsed]:
         function = call.get("function", call) if isinstance(call, dict) else {}
-        keys = ("arguments", "parameters", *(["input"] if sure else []))
+        keys = ("arguments", "parameters", *(["input", "args"] if sure else []))
         key = next((key for key in keys if isinstance(function, dict) and key in function), "")
         if not isinstance(function, dict) or "name" not in function or not (key or sure):
             if sure:
@@ -185,9 +188,11 @@ def with_calls(message: Message, *, listed: bool) -> Message:
 # --- A message with a role
 def is_trained(message: Mapping[str, Any]) -> bool:
     """Whether an answer is learned, by the flags that files put on messages."""
-    for name in FLAGS:
-        value = message.get(name)
+    for name in sorted(FLAGS.intersection(message)):
+        value = message[name]
         word = "" if value is None or value != value else str(value).strip().lower()
+        if name == "mask" and word:
+            raise RowError("row.mask", "invalid_text", found=f"{value!r:.30}")
         if word in ("0", "0.0", "false"):
             return False
         if word not in ("", "1", "1.0", "true"):
@@ -197,7 +202,7 @@ def is_trained(message: Mapping[str, Any]) -> bool:
 
 def _result(part: Mapping[str, Any]) -> str:
     """What a tool gave back, of a typed part."""
-    keys = ("content", "output", "value", "text", "result")
+    keys = "content output value text result functionResponse function_response".split()
     value = next((part[key] for key in keys if part.get(key) is not None), "")
     if isinstance(value, list) and all(isinstance(p, dict) and "text" in p for p in value):
         return text_of(value, "text")
@@ -210,7 +215,10 @@ def _of_parts(role: str, parts: list[Any]) -> list[Message]:
     """
     turns = [Message(role, "")]
     for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        kind = "text"
+        if isinstance(part, dict):  # Gemini's have a functionCall in place of a type
+            named = (key for key in part if key.startswith("function"))
+            kind = part.get("type", next(named, kind))
         content, reasoning, calls = "", "", tuple[Call, ...]()
         if kind in ("reasoning", "thinking"):
             reasoning = text_of(part, kind)
@@ -218,11 +226,11 @@ def _of_parts(role: str, parts: list[Any]) -> list[Message]:
             content = text_of(part, "text")
         elif not isinstance(kind, str) or not re.search("tool|function|observation", kind):
             raise RowError("row.part", "invalid_text", kind=f"{kind!r:.30}")
-        elif re.search("result|output|response|observation", kind):
+        elif re.search("(?i)result|output|response|observation", kind):
             turns += [Message("tool", _result(part)), Message(role, "")]
             continue
         else:
-            calls = read_calls(part.get("value", part.get("text", part)))
+            calls = read_calls(part.get("value", part.get("text", part.get(kind, part))))
         last = turns[-1]
         turns[-1] = Message(
             role,
@@ -239,14 +247,16 @@ def read_message(word: str, message: Mapping[str, Any]) -> list[Message]:
     of tools stand among its parts.
     """
     role = ROLES[word]
-    key = next((key for key in ("content", "value", "text") if key in message), "content")
+    key = "content" if "content" in message else "value" if "value" in message else "text"
+    key = key if key in message else "parts"  # Gemini's
     value = message.get(key)
     if isinstance(value, str) and role == "user" and _RESPONSES.match(value.strip()):
         role = "tool" if not clean(_RESPONSES.sub("", value)) else role  # Hermes's and Qwen's
     if len(message) == 2 and type(value) is str and role != "tool" and word not in _CALLING:
         return [Message(role, value)]  # most messages there are
     parts = value if isinstance(value, list) and any(isinstance(p, dict) for p in value) else []
-    if role == "tool" and isinstance(value, dict | list) and not any("type" in p for p in parts):
+    typed = any("type" in part or key == "parts" for part in parts if isinstance(part, dict))
+    if role == "tool" and isinstance(value, dict | list) and not typed:
         return [Message(role, json_text(value))]
     if role == "tool" and isinstance(value, str) and not clean(_RESPONSES.sub("", value)):
         results = _RESPONSES.findall(value) or [value]  # Hermes's tags

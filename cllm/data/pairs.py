@@ -12,14 +12,12 @@ from typing import Any
 
 from cllm.data.fields import Row
 from cllm.data.message import Message
-from cllm.data.schema import NEGATIVE, Conversation, Normalizer, Reject, mapped, to_row
+from cllm.data.schema import NEGATIVE, POSITIVE, Conversation, Normalizer, Reject, mapped, to_row
 from cllm.data.text import RowError
-from cllm.data.turns import named, row_turns
+from cllm.data.turns import LABELS, named, row_turns
 
 REJECTED_KEYS = ("rejected", "rejected_response", "rejected_messages")
-_LABELS = ("label", "kto_tag")
 _VOTED = ("vote", "answers", "models", "base")  # in the page's votes beside the pair
-_POSITIVE = ("true", "1", "1.0")
 _RANKED = ("output", "chosen", "response", "responses")  # of several answers the best is first
 
 
@@ -57,8 +55,8 @@ def _sides(row: Row, answer: str) -> tuple[Row, Row]:
     known names, and with nothing but its rejected one; {} where it has none.
     """
     key = next((key for key in REJECTED_KEYS if row.get(key)), "")
-    label = next((str(row[key]).strip().lower() for key in _LABELS if key in row), "")
-    beside = _LABELS + _VOTED if "vote" in row else _LABELS
+    label = next((str(row[key]).strip().lower() for key in LABELS if key in row), "")
+    beside = LABELS + _VOTED if "vote" in row else LABELS
     alone = {name: value for name, value in row.items() if name not in beside}
     if key and row.get(answer):
         return alone, {**alone, answer: row[key]}
@@ -73,9 +71,9 @@ def _sides(row: Row, answer: str) -> tuple[Row, Row]:
         answers = row.get(key)
         if isinstance(answers, list) and len(answers) > 1 and isinstance(answers[0], str):
             return {**alone, key: answers[0]}, {**alone, key: answers[-1]}
-    if label in _POSITIVE:
+    if alone and label in POSITIVE:
         return alone, {}
-    if label in NEGATIVE:
+    if alone and label in NEGATIVE:
         return {}, alone
     raise RowError("row.no_rejected", "no_rejected", names=", ".join(REJECTED_KEYS))
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from cllm.data.encoding import Bytes, decoded, sniff_encoding, split_lines
-from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, once, whole
+from cllm.data.fields import once
+from cllm.data.json_rows import BLANK, NumberedRow, json_document, json_lines, whole
 from cllm.data.pairs import PairNormalizer, pair_row
 from cllm.data.schema import Conversation, Normalizer, Reject, to_row
 from cllm.data.text import VERBATIM, RowError, TextOptions, printable
@@ -284,7 +285,7 @@ def _table(lines: Iterator[str], start: str, normalize: Normalizer) -> Iterator[
         if isinstance(cells, RowError) or normalize.headless:
             yield line, cells
         elif not header:
-            places = once((cell.strip(BLANK), place) for place, cell in enumerate(cells))
+            places = once([(cell.strip(BLANK), place) for place, cell in enumerate(cells)])
             header = sorted(places, key=places.__getitem__)
         elif len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
             yield (
@@ -317,7 +318,7 @@ def _dialect(start: str, known: frozenset[str]) -> _Dialect:
         choices.append((hits * (width > 1), even, width, delimiter))
     *_, width, delimiter = max(choices)
     tried = []
-    for escaped in (False, True):
+    for escaped in {False, '\\"' in start}:
         dialect, unread = _Dialect(delimiter, width, escaped), _Lines(iter(lines))
         records = [(line, _quoted(line, unread, dialect)) for line in unread if '"' in line]
         faults = sum(isinstance(cells, RowError) for _, cells in records) - cut
@@ -372,7 +373,9 @@ def _quoted(line: str, lines: _Lines, dialect: _Dialect) -> list[str] | RowError
     """
     further: list[str] = []
     fault: RowError | None = None
-    unclosed = RowError("row.quote", "parse_error", found=f"{line!r:.40}")
+
+    def unclosed() -> RowError:
+        return RowError("row.quote", "parse_error", found=f"{line!r:.40}")
 
     def feed() -> Iterator[str]:
         nonlocal fault
@@ -380,7 +383,7 @@ def _quoted(line: str, lines: _Lines, dialect: _Dialect) -> list[str] | RowError
         for following in islice(lines, MAX_RECORD_LINES):
             further.append(following)
             yield following + "\n"
-        fault = unclosed
+        fault = unclosed()
 
     parts = (_BACKSLASH.sub(r"\g<0>\\", part) for part in feed()) if dialect.escaped else feed()
     try:
@@ -400,7 +403,7 @@ def _quoted(line: str, lines: _Lines, dialect: _Dialect) -> list[str] | RowError
         each = all(part.count("\t") == dialect.width - 1 for part in (line, *further))
         bare = each and not dialect.trusted and (further or '""' not in line)
         if bare or (further and len(cells) != dialect.width):
-            fault = unclosed
+            fault = unclosed()
     if not fault:
         return ["" if cell == r"\N" else cell for cell in cells] if dialect.escaped else cells
     lines.give_back(further)

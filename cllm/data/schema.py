@@ -25,7 +25,7 @@ from cllm.data.fields import (
     unread,
     with_kinds,
 )
-from cllm.data.message import ROLES, Call, Message, block_of, with_calls
+from cllm.data.message import FLAGS, ROLES, Call, Message, block_of, with_calls
 from cllm.data.text import (
     SURROGATE,
     VERBATIM,
@@ -40,8 +40,10 @@ from cllm.data.text import (
 from cllm.data.tools import read_tools
 from cllm.data.turns import (
     EXCHANGES,
+    LABELS,
     PAIRS,
     SPECIAL_KEYS,
+    SPOKEN,
     TAG_START,
     TURN_KEYS,
     Turns,
@@ -70,15 +72,19 @@ FOLLOWS = {  # what may come after what; several tools may answer one call
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool", "user"),
 }
-NEGATIVE = ("false", "0", "0.0")  # what KTO's label calls an answer that is not to be learnt
+# what KTO's label calls an answer that is not to be learnt, and one that is
+NEGATIVE = ("false", "0", "0.0", "-1", "-1.0")
+POSITIVE = ("true", "1", "1.0")
 COLUMN_KEYS = ("system", "user", "assistant", "rejected", "history", "category")
 _CATEGORIES = ("task", "category", "class")
 _LISTED = [*zip(TURN_KEYS, TURN_KEYS, strict=True)]
 _PLAIN = [("instruction", "output"), *_LISTED]
-_PLAIN += [(ask, reply) for ask, replies in PAIRS.items() for reply in replies if ask != "ask"]
+_PLAIN += [(ask, reply) for ask, replies in PAIRS.items() for reply in replies]
 # who speaks in an element that says two turns and nothing else
 _PLAIN_SIDES = {
-    (*system, *pair): (*system, "user", "assistant")
+    frozenset((*system, *pair)): tuple(
+        zip((*system, "user", "assistant"), (*system, *pair), strict=True)
+    )
     for pair in EXCHANGES
     for system in ((), ("system",))
 }
@@ -242,8 +248,8 @@ def _ordered(
 
 
 class _Plan(NamedTuple):
-    """Where rows of the same keys have what is said, "" for what they have not; which keys hold
-    texts that nobody reads; whether a row may have a category.
+    """Where rows of the same keys have what is said, "" for what they have not; which other keys
+    may hold texts; whether a row may have a category.
     """
 
     ask: str
@@ -251,15 +257,14 @@ class _Plan(NamedTuple):
     reply: str
     system: str
     history: str
-    unread: list[tuple[str, bool]]
+    others: list[tuple[str, str, bool]]
     categorized: bool
 
 
 @lru_cache(1000)
 def _speech(keys: tuple[str, ...]) -> tuple[str, str, list[str]] | None:
     """The keys of role and text of a message that has no other but metadata, and those."""
-    pairs = (("role", "content"), ("from", "value"))
-    pair = next((pair for pair in pairs if {*pair} <= {*keys}), ("", ""))
+    pair = next((pair for pair in SPOKEN if {*pair} <= {*keys}), ("", ""))
     rest = [key for key in keys if key not in pair]
     plain = pair[0] and "role" not in rest and all(map(is_metadata, rest))
     return (*pair, rest) if plain else None
@@ -279,8 +284,8 @@ def _plain_turns(elements: object, paired: bool = False) -> list[Message] | None
             for key in names[2]:
                 if holds_text(element[key], prose=True):
                     return None
-        elif sides := _PLAIN_SIDES.get(keys):
-            said = zip(sides, element.values(), strict=True)
+        elif sides := _PLAIN_SIDES.get(frozenset(keys)):
+            said = [(role, element[key]) for role, key in sides]
         elif paired and type(element) is list and len(element) == 2 and element[0] not in [*ROLES]:
             said = zip(("user", "assistant"), element, strict=True)
         else:
@@ -363,7 +368,7 @@ class Normalizer:
         """The short way for most rows there are, of clean texts and lists of messages of one role
         and one text each: what `_conversation` gives, in a third of the time.
         """
-        ask_key, extra_key, reply_key, system_key, history_key, unread, _ = plan
+        ask_key, extra_key, reply_key, system_key, history_key, others, _ = plan
         turns: list[Message] | None
         if ask_key == reply_key:
             turns = _plain_turns(row[ask_key])
@@ -374,7 +379,7 @@ class Normalizer:
             if not type(ask) is type(reply) is type(extra) is str:
                 return None
             ask, reply = with_input(clean(ask), clean(extra)), clean(reply)
-            if not ask or not reply or reply[0] in "<[【" or "call>" in reply:
+            if ask in ("", "无") or not reply or reply[0] in "<[【" or "call>" in reply:
                 return None
             if "<" in ask and PLACE.search(ask):
                 return None
@@ -387,9 +392,8 @@ class Normalizer:
             if type(system) is not str or turns[0].role == "system":
                 return None
             turns = with_system(system, turns)
-        for name, metadata in unread if turns else ():
-            if (value := row[name]) and holds_text(value, metadata):
-                self.unread[name] += 1
+        if turns and any(holds_text(row[name], metadata) for name, _, metadata in others):
+            self.unread.update(unread(row, turns, "", clean))
         return turns
 
     def _plan(self, keys: tuple[str, ...]) -> _Plan | None:
@@ -413,7 +417,7 @@ class Normalizer:
                 return None
             places = {name: written[name] for name in beside}
             places |= {"user": written[pair[0]], "assistant": written[pair[1]]}
-        unread = [pair for pair in with_kinds(keys) if pair[0] not in places.values()]
+        others = [field for field in with_kinds(keys) if field[0] not in places.values()]
         categorized = "category" in places or not {*_CATEGORIES}.isdisjoint(keys)
         place = defaultdict(str, places)
         return _Plan(
@@ -422,7 +426,7 @@ class Normalizer:
             place["assistant"],
             place["system"],
             place["history"],
-            unread,
+            others,
             categorized,
         )
 
@@ -437,9 +441,12 @@ class Normalizer:
         else:
             fields = row if "user" in self.columns else named(row)
             turns = _mapped_turns(row, fields, self.columns) if self.columns else row_turns(fields)
-            for name in () if "user" in self.columns else ("label", "kto_tag"):
-                if str(label := fields.get(name)).strip().lower() in NEGATIVE:
-                    raise RowError("row.label", "negative_label", name=name, found=repr(label))
+            for name in () if "user" in self.columns else fields.keys() & (*LABELS, *FLAGS):
+                word = str(mark := fields[name]).strip().lower()
+                if word in NEGATIVE:
+                    raise RowError("row.label", "negative_label", name=name, found=repr(mark))
+                if name in FLAGS and word not in (*POSITIVE, "", "none", "nan"):
+                    self.unread[name] += 1  # a weight that is not used, or a loss once measured
             tools = _tools(fields)
             messages = _ordered(turns, self.rewrite, tools=bool(tools))
         category = self._category(row)

@@ -59,7 +59,7 @@ def clean(text: str) -> str:
     Raises RowError: decode_error for bytes that no encoding explained (U+DC80-DCFF), invalid_text
     for half a surrogate pair.
     """
-    if _DIRT.search(text):
+    if not text.isprintable() and _DIRT.search(text):
         if bad := SURROGATE.search(text):
             code = ord(bad.group())
             if 0xDC80 <= code <= 0xDCFF:
@@ -120,7 +120,11 @@ def text_of(value: object, name: str) -> str:
     if isinstance(value, dict):
         if value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}:
             raise RowError("row.message", "invalid_text", name=name)
-        keys = [key for key in dict.fromkeys((name, "text", "content", "value")) if key in value]
+        keys = [
+            key
+            for key in dict.fromkeys((name, "text", "content", "value", "parts"))
+            if key in value
+        ]
         if not keys:
             found = ", ".join(map(str, list(value)[:6])) or "nothing"
             raise RowError("row.object", "invalid_text", name=name, found=found)

@@ -18,6 +18,7 @@ from cllm.data.fields import (
     ALIASES,
     LETTERS,
     MEDIA,
+    NUMBERED,
     OPTIONS,
     PASSAGES,
     Row,
@@ -26,7 +27,15 @@ from cllm.data.fields import (
     unpacked,
     with_fields,
 )
-from cllm.data.message import ROLES, THOUGHT_COLUMNS, Message, is_trained, joined, read_message
+from cllm.data.message import (
+    FLAGS,
+    ROLES,
+    THOUGHT_COLUMNS,
+    Message,
+    is_trained,
+    joined,
+    read_message,
+)
 from cllm.data.text import RowError, clean, text_of
 from cllm.messages import say
 
@@ -34,6 +43,7 @@ NO_INPUT = frozenset(
     "无输入 <noinput> <无输入> （无输入） 没有输入 无需输入 不适用 N/A None 无".split()
 )
 TURN_KEYS = ("conversations", "messages", "conversation")
+LABELS = ("label", "kto_tag")
 PAIRS = {  # question key -> answer keys
     "prompt": ("response", "completion"),
     "query": ("response", "answers"),
@@ -48,13 +58,14 @@ PAIRS = {  # question key -> answer keys
     "q": ("a",),
 }
 # one element of a list that is two turns
+SPOKEN = (("role", "content"), ("from", "value"), ("role", "parts"))  # the last is Gemini's
 EXCHANGES = (("human", "assistant"), ("input", "output"), ("q", "a"))
 _ANSWERS = frozenset(("output", "chosen", "chat", *TURN_KEYS, *chain(*PAIRS.values())))
 _OTHERS = "instruction rejected instances paragraph text history system".split()
 SCHEMA_KEYS = _ANSWERS.union(PAIRS, _OTHERS)
 # Whatever else a row has is not read: a key that `_recognized` looks at must be among these.
 SPECIAL_KEYS = SCHEMA_KEYS.union(
-    ("label", "kto_tag", "tools"), OPTIONS, PASSAGES, MEDIA, LETTERS, THOUGHT_COLUMNS
+    ("tools",), LABELS, FLAGS, OPTIONS, NUMBERED, PASSAGES, MEDIA, LETTERS, THOUGHT_COLUMNS
 )
 
 _BARE = r"(?:(human|user|用户)|(assistant|bot|助手)|(?-i:(FUNCTION RESPONSE)))[ \t]*[:：]"
@@ -140,7 +151,7 @@ def is_turn(value: object) -> bool:
     return (
         isinstance(value, dict)
         and "messages" not in value
-        and any(value.keys() >= pair for pair in ({"role", "content"}, {"from", "value"}))
+        and any(value.keys() >= {*pair} for pair in SPOKEN)
     )
 
 
@@ -194,7 +205,7 @@ def _turns(elements: object, name: str) -> Turns:
     for number, element in enumerate(elements, 1):
         if not isinstance(element, dict):
             raise RowError("row.turn", "unknown_schema", number=number, found=f"{element!r:.30}")
-        if key := next((key for key in ("role", "from") if key in element), ""):
+        if (key := "role" if "role" in element else "from") in element:
             role = str(element[key]).strip().lower().replace("-", "_")
             refuse_media(element, ())
             if role == "sys":  # CrossWOZ's assistant, where the user is "usr"

@@ -38,6 +38,8 @@ class Section(NamedTuple):
     """Bytes at its end."""
     peak: int
     flops: int
+    largest: int
+    """Bytes of the largest storage made."""
 
 
 class Census(TorchDispatchMode):
@@ -53,8 +55,9 @@ class Census(TorchDispatchMode):
 
     def section(self) -> Section:
         """What happened since the last call."""
-        section = Section(self.alive, self.peak, self.flops)
-        self.peak, self.flops = self.alive, 0
+        section = Section(self.alive, self.peak, self.flops, self.largest)
+        self.peak = self.alive
+        self.flops = self.largest = 0
         return section
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

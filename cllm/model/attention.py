@@ -175,21 +175,24 @@ def _attend(
     features, groups = value.shape[-1], query.shape[1] // key.shape[1]
     if slopes is not None:
         query, key, value = _with_alibi(query, key, value, slopes.to(query.device) / scale)
-    card, head_dim = card_of(query.device), query.shape[-1]
-    flash = flash_takes(card, query.dtype, head_dim, masked=mask is not None)
+    card = card_of(query.device)
+    flash = flash_takes(card, query.dtype, query.shape[-1], masked=mask is not None)
     if groups > 1 and (softcap is not None or (card.type == "cuda" and not flash)):
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if softcap is not None:
         weights = _capped_weights(query, key, mask, scale, softcap)
         return (F.dropout(weights, dropout) @ value)[..., :features]
-    sdpa = _traced_sdpa if query.is_meta else F.scaled_dot_product_attention
-    output = sdpa(
+    causal = mask is None and query.shape[2] > 1
+    # With dropout the CPU's is the kernel of all scores, as without values.
+    if query.is_meta and not (card.type == "cpu" and dropout):
+        return _traced_sdpa(flash, query, key, value, mask, dropout, causal, scale)[..., :features]
+    output = F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None and query.shape[2] > 1,
+        is_causal=causal,
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
@@ -197,35 +200,32 @@ def _attend(
 
 
 def _traced_sdpa(
+    flash: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
     scale: float,
-    enable_gqa: bool,
 ) -> Tensor:
-    """SDPA by the kernel that `traced_card` would choose: on the meta device it chooses the one
-    that holds all scores. Keeps and makes what that kernel does, without values.
+    """SDPA by the kernel that `traced_card` would choose, where the meta device takes the one that
+    holds all scores. Keeps and makes what that kernel does, without values.
     """
-    aten, rest = torch.ops.aten, (dropout_p, is_causal)
-    bias = None if attn_mask is None else attn_mask.to(query.dtype)
-    output: Tensor
-    if traced_card.type == "cpu" and dropout_p:  # the kernel of all scores
-        output = F.scaled_dot_product_attention(
-            query, key, value, bias, *rest, scale=scale, enable_gqa=enable_gqa
-        )
-    elif traced_card.type == "cpu":
+    aten = torch.ops.aten
+    bias = None if mask is None else mask.to(query.dtype)
+    outputs: Any
+    if traced_card.type == "cpu":
         kernel = aten._scaled_dot_product_flash_attention_for_cpu
-        output = kernel(query, key, value, *rest, attn_mask=bias, scale=scale)[0]
-    elif flash_takes(traced_card, query.dtype, query.shape[-1], masked=bias is not None):
+        outputs = kernel(query, key, value, dropout, causal, attn_mask=bias, scale=scale)
+    elif flash:
         kernel = aten._scaled_dot_product_flash_attention
-        output = kernel(query, key, value, *rest, False, scale=scale)[0]
+        outputs = kernel(query, key, value, dropout, causal, False, scale=scale)
     else:
         wide = None if bias is None else bias.expand(1, query.shape[1], -1, -1)
         kernel = aten._scaled_dot_product_efficient_attention
-        output = kernel(query, key, value, wide, True, *rest, scale=scale)[0]
+        outputs = kernel(query, key, value, wide, True, dropout, causal, scale=scale)
+    output: Tensor = outputs[0]
     return output
 
 

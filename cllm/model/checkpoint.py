@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cllm.memory import streamed_layers
+from cllm.memory import Settings, streamed_layers
 from cllm.messages import UserError, read_json
 from cllm.model import families, gguf
 from cllm.model.attention import ATTENTION, register
@@ -220,11 +220,14 @@ class Placement:
         if self.quantize not in ("none", "nf4") or self.head not in ("16bit", "int8"):
             raise ValueError(f"quantize = {self.quantize!r}, head = {self.head!r}")
 
-    def embedding_waits(self, *, tied: bool) -> bool:
-        """Whether the embedding lives in host memory while the model computes elsewhere."""
-        on_gpu = torch.device(self.device).type == "cuda"
-        automatic = on_gpu and self.quantize == "nf4" and not (tied and self.head == "16bit")
-        return self.embedding == "cpu" or (self.embedding == "auto" and automatic)
+
+def embedding_waits(placement: Placement | Settings, *, shared: bool) -> bool:
+    """Whether the embedding lives in host memory while the model computes elsewhere; shared: its
+    matrix is the head's, too.
+    """
+    on_gpu = str(placement.device).startswith("cuda")
+    automatic = on_gpu and placement.quantize == "nf4" and not shared
+    return placement.embedding == "cpu" or (placement.embedding == "auto" and automatic)
 
 
 def load_model(path: str | Path, placement: Placement = Placement()) -> nn.Module:
@@ -290,7 +293,8 @@ def _fill(
     layers = decoder_layers(model)
     streamed = (layers[i] for i in streamed_layers(len(layers), placement.stream_layers))
     waiting = {id(module) for layer in streamed for module in layer.modules()}
-    if placement.embedding_waits(tied=embedding.weight is output.weight):
+    shared = embedding.weight is output.weight and placement.head == "16bit"
+    if embedding_waits(placement, shared=shared):
         waiting.add(id(embedding))
     if placement.head == "int8":
         waiting.add(id(output))  # what is quantized at the end needs no room on the device before

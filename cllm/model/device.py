@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,40 +22,34 @@ SEGMENT_BYTES = 20 * MIB  # what PyTorch's allocator takes from CUDA at a time
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes products in on `device`, None where it is off."""
-    if device.type == "meta":
-        return _MetaAutocast.dtype
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else None
+    kind = _autocasting(device.type)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+@contextmanager
+def autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
     """Products on this type of device are computed in `dtype`; None: in what they are given."""
-    if device == "meta":
-        return _MetaAutocast(dtype)
+    casts = _MetaAutocast() if device == "meta" else nullcontext()
+    kind, enabled = _autocasting(device), dtype is not None
     # Its cache would hold a 16-bit copy of every adapter until the row's forward ends.
-    return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+    with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False), casts:
+        yield
+
+
+def _autocasting(device: str) -> str:
+    """The type of device whose autocast holds: PyTorch has none for tensors without values, and the
+    CPU's stands for it.
+    """
+    return "cpu" if device == "meta" else device
 
 
 class _MetaAutocast(TorchFunctionMode):
-    """Autocast for tensors without values, which PyTorch has none for."""
+    """Casts tensors without values as the CPU's autocast says."""
 
-    dtype: torch.dtype | None = None
     CAST: ClassVar = set("linear conv1d matmul __matmul__ mm bmm addmm baddbmm".split())
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.wanted, self.outer = dtype, _MetaAutocast.dtype
-
-    def __enter__(self) -> Any:
-        self.outer, _MetaAutocast.dtype = _MetaAutocast.dtype, self.wanted
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *reason: Any) -> None:
-        _MetaAutocast.dtype = self.outer
-        super().__exit__(*reason)  # type: ignore[no-untyped-call]
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        dtype = _MetaAutocast.dtype
+        dtype = autocast_dtype(torch.device("meta"))
         if dtype and func.__name__ in self.CAST:
             args = [x.to(dtype) if isinstance(x, Tensor) else x for x in args]
         return func(*args, **(kwargs or {}))
@@ -113,12 +108,9 @@ def choose_device(name: torch.device | str) -> torch.device:
     way, that is said. Raises UserError for a GPU that is asked for and cannot be used.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            if not torch.backends.cuda.is_built() and _nvidia_driver():
-                note("memory.cpu_build", torch=torch.__version__)
-            name = "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and not torch.backends.cuda.is_built() and _nvidia_driver():
+            note("memory.cpu_build", torch=torch.__version__)
     try:
         device = torch.device(name)
         if device.type != "cuda":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -312,7 +312,7 @@ def inject_lora(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
-    targets: str | list[str] = "all-linear",
+    targets: str | Sequence[str] = "all-linear",
     rslora: bool = False,
     dora: bool = False,
 ) -> dict[str, LoraLinear]:
@@ -332,7 +332,7 @@ def inject_lora(
     return lora_layers(model)
 
 
-def target_linears(model: nn.Module, targets: str | list[str]) -> list[str]:
+def target_linears(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """The names of the linears that `targets` of `inject_lora` selects, in the model's order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linears = [

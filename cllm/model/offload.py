@@ -214,10 +214,7 @@ class _Weights:
     def _point(self, index: int, buffer: Tensor) -> None:
         """Let the linears of layer `index` read their tensors from `buffer`."""
         for piece in self.pieces[index]:
-            if piece.name in piece.module._parameters:
-                getattr(piece.module, piece.name).data = piece.of(buffer)
-            else:
-                piece.module._buffers[piece.name] = piece.of(buffer)
+            getattr(piece.module, piece.name).data = piece.of(buffer)
 
 
 def layer_pieces(layer: nn.Module) -> list[_Piece]:
@@ -384,11 +381,14 @@ def stream_layers(model: nn.Module, count: int, device: torch.device) -> int:
         streamed = {id(piece.module) for piece in weights.pieces[index]}
         for module in layer.modules():
             if id(module) not in streamed:
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(device)
-                for name, buffer in module.named_buffers(recurse=False):
-                    module._buffers[name] = buffer.to(device)
+                move(module, device)
     return sum(slot.nbytes for slot in weights.slots)
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """What a module holds itself, and not in modules below it, goes to `device`."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.data = tensor.data.to(device)
 
 
 def embedding_on_cpu(model: Any, device: torch.device) -> None:
