@@ -272,11 +272,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in map(file_name, overrides):
         key, value = _override(override, problems)
         if key:
-            section, _, name = key.partition(".")
-            tree[section] = {
-                **(tree[section] if isinstance(tree.get(section), dict) else {}),
-                name: value,
-            }
+            *sections, name = key.split(".")
+            table = tree
+            for section in sections:
+                if not isinstance(table.get(section), dict):
+                    table[section] = {}
+                table = table[section]
+            table[name] = value
             where[key] = override
     train, preference = (tree.get(name, {}) for name in ("train", "preference"))
     tables = isinstance(train, dict) and isinstance(preference, dict)

@@ -39,6 +39,8 @@ class Encoded:
     """The conversations that are in `held_rows`."""
     sha256: str
     """Of all examples that are trained on."""
+    held_sha256: str
+    """Of those held out, of pairs both answers."""
     held_answers: list[PackedBatch]
     """With a preference loss: both answers of each of `held_out`."""
     answers: int
@@ -109,7 +111,8 @@ def encode_corpus(
         step_rows=rows_per_step,
     )
     after = [2 * len(corpus.train) + number for number in held_numbers]
-    facts = repr((numbers, examples.digest(), after, held_examples.digest()))
+    held_sha256 = held_examples.digest()
+    facts = repr((numbers, examples.digest(), after, held_sha256))
     answers = PackedRows(held_examples, row_tokens, single=single, numbers=after)
     held_examples, held_out = _chosen(held_numbers, held_examples, held_out)
     held = PackedRows(held_examples, row_tokens, single=single)
@@ -129,6 +132,7 @@ def encode_corpus(
         _chosen(numbers, examples, trained)[1],
         held_out,
         examples.digest(),
+        held_sha256,
         answers.take(len(answers)) if held_numbers else [],
         2 * (len(corpus.train) + len(corpus.held_out)),
         hashlib.sha256(facts.encode()).hexdigest(),

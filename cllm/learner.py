@@ -141,8 +141,9 @@ class Learner:
         self.trainee = replace(self.trainee, preference=preference)
 
     def _reference_of(self) -> Tensor:
-        """SHA-256 of what decides a reference beside the policy, (32,) uint8."""
-        facts = f"{self.encoded.answers_sha256} {self.config.preference.ld_alpha}".encode()
+        """SHA-256 of what decides a reference beside the adapter, (32,) uint8."""
+        model, ld_alpha = self.config.model, self.config.preference.ld_alpha
+        facts = f"{self.encoded.answers_sha256} {model} {ld_alpha}".encode()
         return torch.tensor(list(hashlib.sha256(facts).digest()), dtype=torch.uint8)
 
     def _token_nll(self, model: Any, batch: PackedBatch) -> Tensor:
@@ -172,6 +173,11 @@ class Learner:
         world.sum_([nats])
         return nats.cpu()
 
+    @property
+    def measure(self) -> str:
+        """What decides the held-out loss beside the model: the lowest of another is none."""
+        return f"{self.encoded.held_sha256} {self.config.preference}"
+
     def held_out(self) -> tuple[float, dict[str, float]]:
         """The held-out loss, and with a preference loss what else its answers tell."""
         from cllm.evaluate.answers import held_out_loss
@@ -200,8 +206,9 @@ class Learner:
         """
         reference = tensors.pop("reference", None)
         kept_of = tensors.pop("reference_of", torch.empty(0))
-        same = kept_of.equal(self._reference_of())
-        self.refer_to(reference if same else None)  # the policy is still that of step 0
+        if self.trainee.preference is None:  # else a step is taken back
+            same = kept_of.equal(self._reference_of())
+            self.refer_to(reference if same else None)  # the policy is still that of step 0
         restore(self.model, self.trainee.optimizer, tensors)
 
     def _introduce(self) -> None:

@@ -166,6 +166,8 @@ class Training:
             self.learner.restore_scaler(state["scaler"])
             self.learner.apply(type(self.learner.ladder).restored(state["ladder"]))
             self.learner.encoded.rows.seek(epoch, row)
+            if state.get("measure", self.learner.measure) != self.learner.measure:
+                self.progress = Progress(self.progress.step, bad=self.progress.bad)
         except FOREIGN as error:
             problem = f"{type(error).__name__}: {error}"
             raise UserError("snapshot.foreign", count=1, problems=problem) from error
@@ -336,6 +338,7 @@ class Training:
             "rows": self.learner.encoded.rows.state,
             "scaler": self.learner.trainee.scaler.state_dict(),
             "ladder": asdict(self.learner.ladder),
+            "measure": self.learner.measure,
             **asdict(self.progress),
         }
         tensors = self.learner.capture()

@@ -48,6 +48,16 @@ def test_effective_config_reads_back_equal(tmp_path: Path) -> None:
     assert load_config(tmp_path / "c.toml") == config
 
 
+def test_one_column_is_named_on_the_command_line() -> None:
+    config = load_config(
+        ROOT / "cllm.toml",
+        ["data.columns={user='题', assistant='好'}", "data.columns.rejected=坏答案"],
+    )
+    assert config.data.columns == {"user": "题", "assistant": "好", "rejected": "坏答案"}
+    config = load_config(ROOT / "cllm.toml", ["data.columns.rejected=坏答案"])
+    assert config.data.columns == {"rejected": "坏答案"}
+
+
 def test_every_mistake_at_once_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(

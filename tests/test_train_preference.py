@@ -439,7 +439,7 @@ def test_a_reference_is_of_the_very_answers(
         assert step["loss"] == pytest.approx(0.6931, abs=1e-3), name
 
 
-@pytest.mark.parametrize("changed", ["answers", "number", "ld_alpha"])
+@pytest.mark.parametrize("changed", ["answers", "number", "ld_alpha=0.5", "quantize=nf4"])
 def test_a_resumed_run_has_the_reference_of_its_very_answers(
     changed: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,7 +453,7 @@ def test_a_resumed_run_has_the_reference_of_its_very_answers(
     elif changed == "number":
         rows = [{"prompt": "新问题", "chosen": "好", "rejected": "坏"}, *rows]
     else:
-        options.append("preference.ld_alpha=0.5")
+        options.append(f"{'model' if 'quantize' in changed else 'preference'}.{changed}")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert run("train", [*options, "train.steps=3", "--resume", "--allow-changes"]) == 0
     assert run("train", [*options, "train.steps=0", "train.epochs=1"]) == 0  # from step 0
@@ -462,6 +462,62 @@ def test_a_resumed_run_has_the_reference_of_its_very_answers(
         for name in ("a", "a-2")
     )
     assert torch.equal(resumed["reference"], fresh["reference"])
+
+
+def test_a_step_that_is_taken_back_after_a_change_keeps_its_reference(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The snapshot it goes back to has the reference of other answers; what would be measured now
+    is of a policy that has learned.
+    """
+    monkeypatch.setenv("CLLM_DATA_CACHE", "none")
+    options = [str(pairs), "eval.samples=0", "train.learning_rate=0.05"]
+    assert run("train", [*options, "train.steps=2"]) == 0
+    options += ["preference.ld_alpha=0.5", "train.steps=4"]
+    updates: list[float] = []
+
+    def short(parameters: Any, max_norm: float) -> torch.Tensor:
+        updates.append(max_norm)
+        if len(updates) == 1:
+            raise torch.OutOfMemoryError("no")
+        return clip(parameters, max_norm)
+
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", short)
+    assert run("train", [*options, "--resume", "--allow-changes"]) == 0 and len(updates) == 3
+    assert run("train", options) == 0  # from step 0
+    resumed, fresh = (
+        load_file(tmp_path / "runs" / name / "snapshots" / "step-000004" / "state.safetensors")
+        for name in ("a", "a-2")
+    )
+    assert torch.equal(resumed["reference"], fresh["reference"])
+
+
+@pytest.mark.parametrize("changed", ["loss", "held-out rows"])
+def test_a_best_loss_of_another_measure_keeps_no_adapter_from_being_saved(
+    changed: str, pairs: Path, tmp_path: Path
+) -> None:
+    """IPO starts at 25, DPO at 0.69: what was learned after the change was thrown away."""
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
+    for name, end in (("easy", ""), ("hard", "?!" * 20)):
+        told = [{**row, "instruction": f"{name} {row['instruction']}"} for row in rows[:4]]
+        told = [{**row, "chosen": f"{row['chosen']}{end}"} for row in told]
+        text = "".join(json.dumps(row) + "\n" for row in told)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    kind = "dpo" if changed == "loss" else "none"
+    options = [str(pairs), f"preference.loss={kind}", "eval.samples=0", "train.learning_rate=0.01"]
+    files = (json.dumps(str(tmp_path / name)) for name in ("easy.jsonl", "hard.jsonl"))
+    easy, hard = (f"data.eval={file}" for file in files)
+    assert run("train", [*options, easy, "train.steps=4"]) == 0
+    first = load_file(tmp_path / "runs" / "a" / "adapter" / "adapter_model.safetensors")
+    change = [hard] if changed == "held-out rows" else [easy, "preference.loss=ipo"]
+    again = [*options, *change, "train.steps=8", "--resume", "--allow-changes"]
+    assert run("train", again) == 0
+    held = [row for row in metrics(tmp_path / "runs" / "a") if "eval_loss" in row]
+    least = min(row["eval_loss"] for row in held if row["step"] >= 4)
+    assert [row["best"] for row in held if row["eval_loss"] == least] == [True]
+    last = load_file(tmp_path / "runs" / "a" / "adapter" / "adapter_model.safetensors")
+    assert any(not torch.equal(first[name], last[name]) for name in first)
 
 
 def test_sft_on_a_mapped_rejected_column_says_what_is_learned(
