@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -405,16 +408,48 @@ def test_ids_are_those_of_the_published_chat_template(name: str, tmp_path: Path)
     published = AutoTokenizer.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, thinking=thinking)
 
+    compared = 0
+
     @given(rows(**parts))
     @settings(max_examples=ROWS, deadline=None)
     def agree(generated: tuple[list[Message], list[dict[str, Any]]]) -> None:
+        nonlocal compared
         row = row_of(*generated)
         item = read(row)
         messages = [message.row() for message in item]
-        ids = published.apply_chat_template(messages, tools=generated[1] or None, return_dict=False)
-        assert tokenizer.encode_segments(tokenizer.segments(item))[0] == ids
+        apply = partial(published.apply_chat_template, tools=generated[1] or None)
+        ids, labels = tokenizer.encode_segments(tokenizer.segments(item))
+        assert ids == apply(messages, return_dict=False)
+        answers = answered(partial(apply, tokenize=False), messages, ends)
+        if answers is not None:
+            assert published.decode([i for i in labels if i != IGNORE_INDEX]) == answers
+            compared += 1
 
+    ends = [published.decode([i]) for i in tokenizer.stop_ids]
     agree()
+    assert compared > ROWS // 10
+
+
+def answered(
+    apply: Callable[..., str], messages: list[dict[str, Any]], ends: list[str]
+) -> str | None:
+    """What is trained of a dialogue by its chat_template alone: of each trained answer what its
+    turn adds to the prompt before it, up to the end token, but for an empty block of reasoning.
+    None where a template says earlier turns in another way once there are later ones.
+    """
+    whole, said = apply(messages), ""
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = apply(messages[:place], add_generation_prompt=True)
+        until = apply(messages[: place + 1])
+        if not (whole.startswith(until) and until.startswith(prompt)):
+            return None
+        turn = until[len(prompt) :]
+        last = max(turn.rfind(end) + len(end) for end in ends if end in turn)
+        if message.get("loss", True):
+            said += re.sub(r"\A(<think>\n)?\n</think>\n\n", "", turn[:last])
+    return said
 
 
 @pytest.mark.skipif(not QWEN25.is_dir(), reason="needs ../shared")
