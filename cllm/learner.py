@@ -126,16 +126,11 @@ class Learner:
             self.trainee, preference=Preference(settings, torch.empty(0), self._token_nll)
         )
         if reference is None:
-            stored = self.encoded.rows
-            position = stored.state
-            stored.seek(0, 0)
-            rows = [*stored.take(len(stored)), *self.encoded.held_answers]
-            stored.seek(*position)
             policy = (base_fingerprint(self.base), adapter_fingerprint(self.model))
             facts = (self._reference_of().tolist(), *policy, self.assembly.settings)
             # ranks on machines of their own may not have the same entries
             key = cache.key_of("reference", facts) if self.world.size == 1 else ""
-            arrays, _ = cache.recall(key, lambda: ({"nats": self._answer_nats(rows)}, None))
+            arrays, _ = cache.recall(key, lambda: ({"nats": self._answer_nats()}, None))
             reference = -torch.from_numpy(arrays["nats"].copy())
         preference = Preference(settings, reference, self._token_nll)
         self.trainee = replace(self.trainee, preference=preference)
@@ -149,7 +144,12 @@ class Learner:
     def _token_nll(self, model: Any, batch: PackedBatch) -> Tensor:
         return row_nll(model, batch, self.chunk_bytes)
 
-    def _answer_nats(self, rows: Sequence[PackedBatch]) -> Any:
+    def _answer_nats(self) -> Any:
+        stored = self.encoded.rows
+        position = stored.state
+        stored.seek(0, 0)
+        rows = [*stored.take(len(stored)), *self.encoded.held_answers]
+        stored.seek(*position)
         nats = torch.zeros(self.encoded.answers, dtype=torch.float64)
         numbers = [row.numbers for row in rows if row.numbers is not None]
         nats[torch.cat(numbers)] = self._measured(rows, self.world)[0]
