@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 from cllm.data.message import Message
 from cllm.messages import CommandLine, UserError, note, say, to_json
 
-ANY = ("0.0.0.0", "::")
-
 if TYPE_CHECKING:
     from cllm.assembly import Loaded
     from cllm.serve.engine import Engine
@@ -118,20 +116,24 @@ class Terminal:
 
 
 def serve(
-    loaded: Loaded, engine: Engine, host: str, port: int, questions: Sequence[Sequence[Message]]
+    loaded: Loaded,
+    engine: Engine,
+    host: str,
+    port: int,
+    questions: Sequence[Sequence[Message]] | None = None,
 ) -> None:
-    """The page, which has `questions` to compare with, and the API on one port until Ctrl-C. On a
-    host that others reach, a key guards all but /health.
+    """The page, whose Compare asks `questions` or what the run has held out, and the API on one
+    port until Ctrl-C. On a host that others reach, a key guards all but /health.
     """
     import uvicorn
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read where Gradio is imported
-    from cllm.serve.api import LOOPBACK, Guard, build_app
+    from cllm.serve.api import ANY, LOOPBACK, Guard, build_app
     from cllm.serve.ui import mount_page
 
     key = os.environ.get("CLLM_KEY", "") or ("" if host in LOOPBACK else secrets.token_urlsafe(24))
     app = Guard(mount_page(build_app(loaded, engine), loaded, engine, questions), key)
-    shown = "127.0.0.1" if host in (*ANY, *LOOPBACK) else host
+    shown = "127.0.0.1" if host in ANY | LOOPBACK else host
     query = f"?key={key}" if key else ""
     url = f"http://{shown}:{port}/{query}"
     note("chat.serving", url=url, api=f"http://{shown}:{port}/v1")
@@ -174,14 +176,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _questions(file: str | None, loaded: Loaded) -> list[list[Message]]:
-    """What Compare asks: the questions of a data file, else those that the run has held out."""
+def _questions_of(file: str) -> list[list[Message]]:
+    """What Compare is to ask: the questions of a data file."""
     from cllm.config import DataConfig
     from cllm.data.sources import read_file
-    from cllm.serve.compare import held_out_questions
 
-    if not file:
-        return held_out_questions(loaded.home) if loaded.home else []
     conversations, rejects = read_file(DataConfig(), file, {})
     if not conversations:
         raise UserError("data.empty", path=file, rejects=len(rejects))
@@ -194,6 +193,7 @@ def main(argv: list[str]) -> int:
     from cllm.assembly import open_beside, open_model
     from cllm.runs import newest_run
 
+    questions = _questions_of(arguments.questions) if arguments.questions else None
     if not arguments.terminal:
         _check_port(arguments.host, arguments.port)
     name, *more = arguments.models or [newest_run()]
@@ -205,7 +205,6 @@ def main(argv: list[str]) -> int:
     engine = loaded.engine()
     try:
         if not arguments.terminal:
-            questions = _questions(arguments.questions, loaded)
             serve(loaded, engine, arguments.host, arguments.port, questions)
             return 0
         terminal = Terminal(loaded, engine)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -199,9 +200,14 @@ def changes_since(
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` has either its old content or all of `data`, whenever the process ends."""
+    """`path` has either its old content or all of `data`, whenever the process ends; who may read
+    it stays.
+    """
     fresh = path.with_name(f".{path.name}.new")
     with writing(path):
+        fresh.touch()
+        if path.exists():
+            shutil.copymode(path, fresh)
         fresh.write_bytes(data)
         sync(fresh)
         fresh.replace(path)

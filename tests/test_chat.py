@@ -324,3 +324,14 @@ def test_a_long_conversation_goes_on_in_the_terminal(
     lines = [f"{n}" * 400 for n in (1, 2, 3, 4)]
     terminal, out = talk(loaded, engine, *lines, monkeypatch=monkeypatch)
     assert terminal.turns == 4 and "oldest rounds are left out" in out
+
+
+def test_a_list_of_questions_is_read_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cllm import assembly
+    from cllm.__main__ import run
+
+    monkeypatch.setattr(assembly, "open_model", lambda *_: pytest.fail("loaded"))
+    assert run("chat", ["tiny-zh", "--questions", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl" in capsys.readouterr().err

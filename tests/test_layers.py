@@ -83,7 +83,7 @@ PROGRAMS = {
     "serve.widgets",
 }
 # Gradio evaluates the annotations of its handlers, so it is there when these are imported
-PAGE = {"serve.ui", "serve.compare", "serve.history", "serve.widgets"}
+PAGE = {"serve.ui", "serve.compare", "serve.history", "serve.widgets", "serve.monitor"}
 HEAVY = {
     "torch",
     "transformers",

@@ -215,7 +215,7 @@ def test_a_seed_is_a_number_or_nothing(page: Page) -> None:
 def test_conversations_are_kept_reopened_and_downloaded(page: Page) -> None:
     kept: list[Any] = []
     names = []
-    for words in ("一", "二", "一" * 60_000):
+    for words in ("一", "二", "一" * 33_000):  # three bytes each
         history = [{"role": "user", "content": words}, {"role": "assistant", "content": "答"}]
         kept, name, menu, file = page.call("_keep", history, kept, "")
         names.append(name)
@@ -223,8 +223,11 @@ def test_conversations_are_kept_reopened_and_downloaded(page: Page) -> None:
         assert [m["content"] for m in row["messages"]] == [words, "答"]
     assert [item["name"] for item in kept] == names[::-1]  # the newest first
     assert menu.choices[0] == ("一" * 40, names[-1]) and menu.value == names[-1]
-    more, name, _, _ = page.call("_keep", [*history, *history], kept, names[-1])
+    more, name, menu, _ = page.call("_keep", [*history, *history], kept, names[-1])
     assert name == names[-1] and len(more) == 1  # what the browser sends along has a limit
+    assert len(json.dumps(more, ensure_ascii=False).encode()) <= 100_000
+    assert [turn[0] for turn in more[0]["turns"]] == ["assistant", "user", "assistant"]
+    assert menu.choices[0] == ("一" * 40, names[-1])  # still by its first words
     shown, turns, _ = page.call("_reopened", names[0], kept)
     assert shown == names[0] and [t["content"] for t in turns] == ["一", "答"]
     skipped = page.call("_keep", [], kept, "")
@@ -235,6 +238,7 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
     listed = [
         [Message("system", "短"), Message("user", "甲？")],
         [Message("user", "乙？"), Message("assistant", "乙。"), Message("user", "丙？")],
+        [Message("user", "丁？"), Message("tool", "一个工具的结果不能投票")],
     ]
     made = Page(open_two(tmp_path), listed)
     try:
@@ -261,6 +265,7 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         ]
         assert made.call("take_back", line, 1)[2] == -1
         assert votes.read_text(encoding="utf-8") == ""
+        assert os.name != "posix" or votes.stat().st_mode & 0o777 == 0o600
         for number in range(20):
             told = made.call("record", browser("zh"), "ab"[number % 2], first, "", "", "", 0)[0]
         assert "20 票" in told and "50%" in told and "票后" not in told

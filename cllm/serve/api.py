@@ -30,6 +30,8 @@ from cllm.serve.engine import Engine
 from cllm.serve.sampling import LIMITS, MAX_TOP_K
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+ANY = frozenset({"0.0.0.0", "::"})
+"""Hosts that listen in every network."""
 BODY_BYTES = 256 * 2**10
 MAX_WAITING = 64
 COOKIE = "cllm_key"

@@ -66,21 +66,18 @@ class Duel:
     sampling: Sampling
 
 
-def held_out_questions(run: Path) -> list[list[Message]]:
-    """What the run's held-out samples ask, each with what was said before it."""
-    rows = read_metrics(run / "samples.jsonl")
-    return [[Message(m["role"], m["content"]) for m in row["messages"]] for row in rows]
-
-
 class CompareTab:
     """One question to two models as two rows of one batch; who is who is told after the vote.
     `knobs`: the system prompt and the settings.
     """
 
     def __init__(
-        self, t: Any, loaded: Loaded, engine: Engine, knobs: list[Any], questions: Questions
+        self, t: Any, loaded: Loaded, engine: Engine, knobs: list[Any], questions: Questions | None
     ) -> None:
-        self.loaded, self.engine, self.questions = loaded, engine, questions
+        self.loaded, self.engine = loaded, engine
+        if questions is None:
+            questions = _held_out(loaded)
+        self.questions = questions = [said for said in questions if _is_question(said)]
         names = combinations(loaded.models, 2)
         self.pairs = {f"{first} ↔ {second}": (first, second) for first, second in names}
         pair = choice(list(self.pairs))
@@ -190,6 +187,18 @@ class CompareTab:
 
 def _buttons(ready: bool) -> list[Any]:
     return [gr.Button(interactive=ready) for _ in VOTES]
+
+
+def _held_out(loaded: Loaded) -> list[list[Message]]:
+    """What the run's held-out samples ask, each with what was said before it."""
+    rows = read_metrics(loaded.home / "samples.jsonl") if loaded.home else []
+    return [[Message(m["role"], m["content"]) for m in row["messages"]] for row in rows]
+
+
+def _is_question(said: Sequence[Message]) -> bool:
+    """Whether a vote can say it: rounds of question and answer, and a question."""
+    roles = [message.role for message in said if message.role != "system"]
+    return roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
 
 
 def _file(loaded: Loaded) -> Path:

@@ -15,7 +15,7 @@ from cllm.data.message import Message
 from cllm.messages import to_json
 from cllm.serve.widgets import QUIET, Turns
 
-MAX_CHARACTERS = 100_000
+MAX_BYTES = 100_000
 """Of all kept conversations: the browser sends them along, and the guard refuses large bodies."""
 TITLE_CHARACTERS = 40
 
@@ -80,9 +80,13 @@ class History:
         name = shown or secrets.token_hex(8)
         turns = [[message.role, message.content] for message in said]
         others = [item for item in kept or [] if item["name"] != name]
-        kept = [{"name": name, "turns": turns}, *others]
-        while len(kept) > 1 and len(to_json(kept)) > MAX_CHARACTERS:
-            kept.pop()
+        title = turns[0][1][:TITLE_CHARACTERS]
+        kept = [{"name": name, "title": title, "turns": turns}, *others]
+        while len(to_json(kept).encode()) > MAX_BYTES:
+            if len(kept) > 1:
+                kept.pop()
+            else:
+                del turns[0]  # of a very long one the latest turns
         file = Path(self._files.name) / f"{name}.jsonl"
         file.write_text(to_json({"messages": [m.row() for m in said]}) + "\n", encoding="utf-8")
         return kept, name, _menu(kept, name), gr.DownloadButton(value=str(file), interactive=True)
@@ -90,7 +94,7 @@ class History:
 
 def _menu(kept: Turns, shown: str | None = None) -> Any:
     """The list of conversations, each by its first words."""
-    titles = [(item["turns"][0][1][:TITLE_CHARACTERS], item["name"]) for item in kept]
+    titles = [(item["title"], item["name"]) for item in kept]
     return gr.Dropdown(choices=titles, value=shown)
 
 

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+
 from cllm.evaluate.report import number, score_table
 from cllm.evaluate.results import Gap
 from cllm.learn.log import peak_memory_bytes, read_metrics
@@ -22,8 +24,6 @@ def training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
     """Any run beside the one that answers: loss and speed as they are written, scores before and
     after, samples.
     """
-    import gradio as gr
-
     chosen = gr.Dropdown(label=t("run"), choices=[])
     with gr.Row():
         charts = [
@@ -98,8 +98,6 @@ def chart(rows: list[dict[str, Any]], keys: list[str]) -> str:
 
 def count_sessions(page: Any) -> set[str]:
     """The open pages: added when one is loaded, taken out when its connection ends."""
-    import gradio as gr
-
     sessions: set[str] = set()
 
     def come(request: gr.Request) -> None:
@@ -115,7 +113,6 @@ def count_sessions(page: Any) -> set[str]:
 
 def monitor_tab(t: Any, engine: Engine, sessions: set[str]) -> tuple[Any, Any, Any]:
     """The engine and the machine, every two seconds while somebody looks."""
-    import gradio as gr
     import torch
 
     gpu = engine.device.type == "cuda"

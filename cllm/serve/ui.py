@@ -47,9 +47,9 @@ CSS = """
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 
 
-def mount_page(api: Any, loaded: Loaded, engine: Engine, questions: Questions = ()) -> Any:
+def mount_page(api: Any, loaded: Loaded, engine: Engine, questions: Questions | None = None) -> Any:
     """An ASGI application: the API where its paths are, so that what it does not know is refused in
-    its own shape, else the page; `questions` are asked one after the other in Compare.
+    its own shape, else the page; Compare asks `questions`, or those that the run has held out.
     """
     from fastapi import FastAPI
 
@@ -86,7 +86,7 @@ def mount_page(api: Any, loaded: Loaded, engine: Engine, questions: Questions = 
     return either
 
 
-def build_page(t: Any, loaded: Loaded, engine: Engine, questions: Questions = ()) -> Any:
+def build_page(t: Any, loaded: Loaded, engine: Engine, questions: Questions | None = None) -> Any:
     """What is loaded, and the four tabs; `t` translates a text's key in the browser."""
 
     def describe(request: gr.Request) -> str:
@@ -106,7 +106,7 @@ def build_page(t: Any, loaded: Loaded, engine: Engine, questions: Questions = ()
     return page.queue(default_concurrency_limit=None, max_size=256)
 
 
-def _tabs(t: Any, page: Any, loaded: Loaded, engine: Engine, questions: Questions) -> None:
+def _tabs(t: Any, page: Any, loaded: Loaded, engine: Engine, questions: Questions | None) -> None:
     """Chat, compare, training, monitor."""
     with gr.Tabs():
         with gr.Tab(t("chat")) as chat:
