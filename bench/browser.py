@@ -119,7 +119,7 @@ def desktop(page: Page, images: Path, question: str) -> dict[str, Any]:
     page.get_by_text(re.compile(r"刚才 A .* · B ")).wait_for()
     page.screenshot(path=images / "compare.png")
     page.get_by_role("tab", name="训练").click()
-    page.locator("svg[viewBox='0 0 400 176']:visible").first.wait_for()
+    page.locator("svg[viewBox='0 0 440 240']:visible").first.wait_for()
     page.wait_for_timeout(1500)
     page.screenshot(path=images / "training.png")
     page.get_by_role("tab", name="监控").click()
@@ -267,6 +267,50 @@ def voting(page: Page, count: int) -> dict[str, Any]:
     return {"tally": tally}
 
 
+def together(page: Page, other: str, images: Path, questions: list[str]) -> dict[str, Any]:
+    """Two runs: curves over each other, the other one opened beside the first and asked, a
+    follow-up after a vote, a file of questions for all of them; the page in the dark.
+    """
+    page.emulate_media(color_scheme="dark")
+    page.get_by_role("tab", name="训练").click()
+    dashed = page.locator("polyline[stroke-dasharray='6 4']:visible")
+    page.get_by_label("叠加另一次运行的曲线").click()
+    page.get_by_role("option", name=other).click()
+    dashed.first.wait_for(state="attached")
+    page.wait_for_timeout(3000)
+    page.screenshot(path=images / "two-runs.png")
+    page.get_by_label("运行", exact=True).click()
+    page.get_by_role("option", name=other).click()
+    page.get_by_role("button", name="与此运行对话").click()
+    page.get_by_text(f"{other} 已打开").wait_for()
+    page.get_by_role("tab", name="对话").click()
+    page.get_by_label(other, exact=True).first.check()
+    ask(page, questions[0])
+    told = answer(page)
+    page.get_by_role("tab", name="对比").click()
+    page.get_by_label("追问").check()
+    ask(page, questions[0])
+    vote = page.locator(".vote:visible:enabled").first
+    vote.click()
+    page.get_by_text(re.compile(r"刚才 A .* · B ")).wait_for()
+    ask(page, questions[1])
+    vote.wait_for()
+    users = page.locator(".user.message:visible, .message.user:visible").all_inner_texts()
+    assert [text.strip() for text in users] == questions[:2] * 2, users
+    page.get_by_text("批量提问").click()
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="问题文件").click()
+    lines = "\n".join(questions).encode()
+    chooser.value.set_files({"name": "q.txt", "mimeType": "text/plain", "buffer": lines})
+    page.get_by_text(f"{3 * len(questions)} / {3 * len(questions)} 个回答").wait_for()
+    page.wait_for_timeout(1500)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="下载").last.click()
+    rows = [json.loads(line) for line in download.value.path().read_text("utf-8").splitlines()]
+    assert [row["messages"][-1]["content"] for row in rows] == questions
+    return {"other": told, "batch": len(rows) * 3}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
@@ -274,6 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--votes", type=int, default=0, help="votes by keyboard, of the held-out list"
     )
+    parser.add_argument("--other", default="", help="another run of the same base beside it")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
@@ -314,6 +359,10 @@ def main() -> None:
             result |= keeping(chinese, arguments.question)
             if arguments.votes:
                 result |= voting(chinese, arguments.votes)
+            if arguments.other:
+                asked = [arguments.question, "那里有什么？", "几点开门？"]
+                fresh = open_page(browser, url, problems, locale="zh-CN", width=1440, height=900)
+                result |= together(fresh, arguments.other, arguments.images, asked)
             phone = open_page(browser, url, problems, locale="zh-CN", width=390, height=844)
             on_a_phone(phone, arguments.images, arguments.question)
             browser.close()

@@ -4,7 +4,7 @@ plan, base, adapter, placement and tokenizer. And runs, adapters and bare models
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,8 +261,8 @@ class Loaded:
     home: Path | None
     """The run's directory (or the adapter's, if it stands alone); None: a bare model."""
     base_name: str
-    beside: tuple[Path, ...] = ()
-    """Directories of further adapters of the same base."""
+    beside: list[Path] = field(default_factory=list)
+    """Directories of further adapters of the same base, which `open_beside` adds to."""
 
     @property
     def model(self) -> Any:
@@ -413,9 +413,9 @@ def _home(adapter: Path | None) -> Path | None:
     return folder.parent if folder.name == "adapter" else folder
 
 
-def open_beside(loaded: Loaded, name: str | Path) -> Loaded:
-    """One more adapter over the same copy of the weights. Raises UserError unless it has the same
-    base and the same template.
+def open_beside(loaded: Loaded, name: str | Path) -> None:
+    """One more adapter over the same copy of the weights; not while an engine takes a step
+    (`Engine.paused`). Raises UserError unless it has the same base and the same template.
     """
     located = locate(name)
     base = located.base()
@@ -427,4 +427,4 @@ def open_beside(loaded: Loaded, name: str | Path) -> Loaded:
     split = split_rows(open_checkpoint(base))
     load_beside(loaded.model, located.adapter, dropout=0.0, split=split)
     loaded.model.eval()
-    return replace(loaded, beside=(*loaded.beside, home))
+    loaded.beside.append(home)

@@ -176,24 +176,14 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _questions_of(file: str) -> list[list[Message]]:
-    """What Compare is to ask: the questions of a data file."""
-    from cllm.config import DataConfig
-    from cllm.data.sources import read_file
-
-    conversations, rejects = read_file(DataConfig(), file, {})
-    if not conversations:
-        raise UserError("data.empty", path=file, rejects=len(rejects))
-    return [[*item.messages[:-1]] for item in conversations]
-
-
 def main(argv: list[str]) -> int:
     """Open the model, then serve it or talk in the terminal; the latter ends with one JSON line."""
     arguments = _arguments(argv)
     from cllm.assembly import open_beside, open_model
+    from cllm.data.sources import read_questions
     from cllm.runs import newest_run
 
-    questions = _questions_of(arguments.questions) if arguments.questions else None
+    questions = read_questions(arguments.questions) if arguments.questions else None
     if not arguments.terminal:
         _check_port(arguments.host, arguments.port)
     name, *more = arguments.models or [newest_run()]
@@ -201,7 +191,7 @@ def main(argv: list[str]) -> int:
     loaded = open_model(name)
     for other in more:
         note("chat.loading", model=other)
-        loaded = open_beside(loaded, other)
+        open_beside(loaded, other)
     engine = loaded.engine()
     try:
         if not arguments.terminal:

@@ -16,6 +16,8 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_spoken = ContextVar("spoken", default="")
 ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that no encoding explains (PEP 383)
 
 
@@ -51,13 +54,27 @@ def messages() -> dict[str, tuple[str, str]]:
     return found
 
 
+@contextlib.contextmanager
+def speaking(name: str) -> Iterator[None]:
+    """Whatever is said here is said in this language, a reader's of the page."""
+    before = _spoken.set(name)
+    try:
+        yield
+    finally:
+        _spoken.reset(before)
+
+
 def language() -> str:
     """`zh` or `en`: `CLLM_LANG` if set, else whether the locale (LC_ALL, LC_MESSAGES, LANG,
     Windows' setting) is Chinese.
     """
-    chosen = os.environ.get("CLLM_LANG") or next(
-        (os.environ[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(key)),
-        locale.getlocale()[0] or "",
+    chosen = (
+        _spoken.get()
+        or os.environ.get("CLLM_LANG")
+        or next(
+            (os.environ[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(key)),
+            locale.getlocale()[0] or "",
+        )
     )
     return "zh" if chosen.lower().startswith(("zh", "chinese")) else "en"
 

@@ -17,19 +17,28 @@ SMOOTHING = 0.1
 """Share of the newest loss in the smoothed curve."""
 
 
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Moving averages, weights falling by 1 - SMOOTHING a step, of the values so far alone: the
+    first ones do not hold the curve back (Adam's correction, arXiv:1412.6980, section 3).
+    """
+    total = weight = 0.0
+    averages = []
+    for value in values:
+        total += SMOOTHING * (value - total)
+        weight += SMOOTHING * (1 - weight)
+        averages.append(total / weight)
+    return averages
+
+
 def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
     """Training loss (raw and smoothed) and held-out loss over the steps, as a PNG."""
     from matplotlib.figure import Figure
 
     steps, losses = zip(*train, strict=True)
-    smooth, value = [], losses[0]
-    for loss in losses:
-        value += SMOOTHING * (loss - value)
-        smooth.append(value)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
     axes = figure.subplots()
     axes.plot(steps, losses, color="#9bbcd8", linewidth=0.8, label="train")
-    axes.plot(steps, smooth, color="#1f5f99", linewidth=1.8, label="train, smoothed")
+    axes.plot(steps, smoothed(losses), color="#1f5f99", linewidth=1.8, label="train, smoothed")
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, "o-", color="#d1652b", linewidth=1.8, ms=5, label="held out")

@@ -73,4 +73,6 @@ def open_tiny(root: Path) -> Loaded:
 
 def open_two(root: Path) -> Loaded:
     """Two adapters over one copy of the base."""
-    return open_beside(open_model(tiny_run(root), device="cpu"), tiny_run(root, "other", seed=2))
+    loaded = open_model(tiny_run(root), device="cpu")
+    open_beside(loaded, tiny_run(root, "other", seed=2))
+    return loaded

@@ -81,9 +81,14 @@ PROGRAMS = {
     "serve.compare",
     "serve.history",
     "serve.widgets",
+    "serve.training",
+    "serve.batch",
 }
 # Gradio evaluates the annotations of its handlers, so it is there when these are imported
-PAGE = {"serve.ui", "serve.compare", "serve.history", "serve.widgets", "serve.monitor"}
+PAGE = {
+    f"serve.{name}"
+    for name in ("ui", "compare", "history", "widgets", "monitor", "training", "batch")
+}
 HEAVY = {
     "torch",
     "transformers",
@@ -98,7 +103,7 @@ HEAVY = {
     "gguf",
 }
 # docs/architecture.md says why not the planned 6,000
-MAX_TOKENS = 142_000
+MAX_TOKENS = 145_300
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 WIDTH = 100

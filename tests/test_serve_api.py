@@ -18,7 +18,7 @@ import uvicorn
 from serving import open_tiny
 
 from cllm.assembly import Loaded
-from cllm.serve.api import BODY_BYTES, HEADERS, MAX_WAITING, Guard, build_app
+from cllm.serve.api import BODY_BYTES, HEADERS, MAX_WAITING, UPLOAD, Guard, build_app
 from cllm.serve.engine import Engine
 
 KEY = "k-" + "s" * 20
@@ -315,6 +315,18 @@ def test_malformed_bodies_are_refused(server: Server) -> None:
         ]
     for kind in ("text/plain", "", "application/x-www-form-urlencoded"):
         assert server.call("POST", "/v1/chat/completions", b"{}", {"Content-Type": kind})[0] == 415
+
+
+def test_only_the_page_itself_uploads(server: Server) -> None:
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+    for path, headers, expected in (
+        (UPLOAD, {}, 415),
+        (UPLOAD, {"Origin": "http://evil.example"}, 403),
+        ("/v1/chat/completions", own, 415),
+        (UPLOAD, own, 404),  # through the guard: the API alone has no uploads
+    ):
+        assert server.call("POST", path, b"--x--", form | headers)[0] == expected
     assert (
         server.call("POST", "/v1/models")[0] == 405
         and server.call("POST", "/v1/chat/completions")[0] == 400

@@ -25,8 +25,8 @@ from cllm.data.template import TEMPLATES
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
 from cllm.serve.compare import VOTES, Duel
-from cllm.serve.monitor import chart
 from cllm.serve.sampling import Sampling
+from cllm.serve.training import Line, chart
 from cllm.serve.ui import build_page, mount_page
 
 GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order
@@ -61,7 +61,7 @@ class Page:
 
         async def watch() -> None:
             generator = self.handlers("respond")[0](
-                request, "k", history, name, system, *GREEDY[:-1], seed
+                request, "k", history, name, system, False, *GREEDY[:-1], seed
             )
             async for update in generator:
                 for component, value in update.items():
@@ -149,7 +149,14 @@ def test_reasoning_that_the_prompt_opens_is_part_of_the_answer(page: Page) -> No
 def test_a_closed_page_frees_the_row(page: Page) -> None:
     async def leave() -> None:
         answer = page.handlers("respond")[0](
-            browser(), "k", [{"role": "user", "content": "你好"}], "demo", "", 900, *GREEDY[1:]
+            browser(),
+            "k",
+            [{"role": "user", "content": "你好"}],
+            "demo",
+            "",
+            False,
+            900,
+            *GREEDY[1:],
         )
         await anext(answer)
         await answer.aclose()
@@ -191,7 +198,9 @@ def test_what_is_typed_while_an_answer_comes_stays_and_blanks_are_not_sent(page:
 
     async def twice() -> list[Any]:
         def one() -> Any:
-            return page.handlers("respond")[0](browser(), "same", history, "demo", "", *GREEDY)
+            return page.handlers("respond")[0](
+                browser(), "same", history, "demo", "", False, *GREEDY
+            )
 
         first = one()
         await anext(first)
@@ -204,10 +213,12 @@ def test_what_is_typed_while_an_answer_comes_stays_and_blanks_are_not_sent(page:
 
 
 def test_a_seed_is_a_number_or_nothing(page: Page) -> None:
-    from cllm.serve.widgets import sampling_of
+    from cllm.serve.widgets import asked_of
 
-    assert len({sampling_of((*GREEDY[:-1], seed)).seed for seed in ("", None, "  ")}) == 1
-    assert sampling_of((*GREEDY[:-1], " 7 ")).seed == 7
+    def seed_of(typed: str | None) -> int | None:
+        return asked_of(page.loaded, ["", False, *GREEDY[:-1], typed])[2].seed
+
+    assert [seed_of(typed) for typed in ("", None, "  ", " 7 ")] == [None, None, None, 7]
     shown, told = page.respond(browser(), [{"role": "user", "content": "你好"}], seed="x")
     assert "x" in told and shown == [] and page.box.value == "你好"
 
@@ -246,11 +257,11 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         words, number, button = made.call("following", -1)
         assert (words, number, button.value) == ("甲？", 0, "1 / 2 →")
         pair = "demo ↔ base"
-        first = made.call("duel", browser(), "甲？", pair, 0, "另", *GREEDY)[2]
+        first = made.call("duel", browser(), "甲？", pair, 0, [], False, "另", False, *GREEDY)[2]
         assert first.said == listed[0]
-        second = made.call("duel", browser(), "丙？", pair, 1, "另", *GREEDY)[2]
+        second = made.call("duel", browser(), "丙？", pair, 1, [], False, "另", False, *GREEDY)[2]
         assert [m.content for m in second.said] == ["另", "乙？", "乙。", "丙？"]
-        typed = made.call("duel", browser(), "别的", pair, 1, "", *GREEDY)[2]
+        typed = made.call("duel", browser(), "别的", pair, 1, [], False, "", False, *GREEDY)[2]
         assert typed.said == [Message("user", "别的")]
         told, line, *_ = made.call("record", browser(), "b", second, "", "某人", "好", 4)
         row = json.loads(votes.read_text(encoding="utf-8"))
@@ -263,6 +274,8 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         assert not rejects and [m.content for m in read.messages[: prompt_size(read)]] == [
             *("另", "乙？", "乙。", "丙？")
         ]
+        assert made.call("after_vote", 0, True)[:2] == ("", 0)  # there is more to ask about it
+        assert made.call("after_vote", 0, False)[:2] == ("丙？", 1)
         assert made.call("take_back", line, 1)[2] == -1
         assert votes.read_text(encoding="utf-8") == ""
         assert os.name != "posix" or votes.stat().st_mode & 0o777 == 0o600
@@ -282,7 +295,9 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
     }
     said = dict.fromkeys(pairs, 1)
     for choice, (pair, its) in enumerate([*pairs.items(), ("demo ↔ base", ["demo", "base"])]):
-        *shown, kept, _, _, _, _, _ = page.call("duel", browser(), "你好", pair, -1, "", *GREEDY)
+        *shown, kept, _, _, _, _, _ = page.call(
+            "duel", browser(), "你好", pair, -1, [], False, "", False, *GREEDY
+        )
         texts, names = [side[1]["content"] for side in shown], kept.names
         assert sorted(names) == sorted(its) and texts == [
             page.greedy("你好", adapter=page.loaded.models[name]) for name in names
@@ -321,7 +336,11 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
     if os.name == "posix":
         assert votes.stat().st_mode & 0o777 == 0o600
     orders = {
-        tuple(page.call("duel", browser(), "你好", "demo ↔ base", -1, "", 1, *GREEDY[1:])[2].names)
+        tuple(
+            page.call(
+                "duel", browser(), "你好", "demo ↔ base", -1, [], False, "", False, 1, *GREEDY[1:]
+            )[2].names
+        )
         for _ in range(20)
     }
     assert orders == {("demo", "base"), ("base", "demo")}
@@ -349,7 +368,8 @@ def test_votes_of_many_at_once_are_whole_lines(page: Page) -> None:
 
 def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> None:
     run = page.loaded.home
-    rows = [{"step": i, "loss": 2 - i / 10, "tokens_per_second": 100.0} for i in range(1, 6)] + [
+    steps = [{"tokens_per_second": 100.0, "tokens": 50, "seconds": i} for i in range(1, 6)]
+    rows = [{"step": i, "loss": 2 - i / 10, **steps[i - 1]} for i in range(1, 6)] + [
         {"step": 5, "eval_loss": 1.6}
     ]
     (run / "metrics.jsonl").write_text(
@@ -366,22 +386,165 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
         "adapter": "答",
     }
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    (run / "manifest.json").write_text(json.dumps({"steps": 5}), encoding="utf-8")
+    other = run.parent / "other"
+    (other / "metrics.jsonl").write_text('{"step": 9, "eval_loss": 7.5}\n', encoding="utf-8")
     for asked in (None, "demo", "../../etc", str(tmp_path)):
-        menu, loss, speed, table, samples = page.call("follow", asked)
+        menu, over, told, loss, speed, table, samples = page.call(
+            "follow", browser("zh"), asked, asked
+        )
         assert (
             menu.value == "demo"
-            and "1.6" in loss
-            and "eval_loss" in loss
-            and "tokens_per_second 100" in speed
+            and over.value == ("demo" if asked == "demo" else "")
+            and sorted(over.choices) == [("-", ""), ("demo", "demo"), ("other", "other")]
         )
+        assert "已完成 · 第 5 / 5 步" in told and "1.600 → 1.600（第 5 步）" in told
+        assert "model.path `" in told and "lora.rank `" in told
+        assert "demo 训练" in loss and "demo 留出: 1.6 (5)" in loss and "demo 100" in speed
         assert table["headers"] == ["", "loss", "exact", "length"]  # no column without a number
-        assert table["data"] == [
-            ["reference", "", "", "1.000"],
-            ["base", "2.000", "0.000", "1.000"],
-            ["adapter", "0.500", "88.0", "1.000"],
+        assert [row[1:] for row in table["data"]] == [
+            ["", "", "1.000"],
+            ["2.000", "0.000", "1.000"],
+            ["0.500", "88.0", "1.000"],
         ]
-        assert samples == [["问", "答", "？", "答"]]
-    assert chart([], ["loss"]) == ""
+        assert samples == {
+            "headers": ["问题", "参考", "适配器", "基座"],
+            "data": [["问", "答", "答", "？"]],
+        }
+    loss = page.call("follow", browser(), "demo", "other")[3]
+    assert "demo held out: 1.6 (5)" in loss and "other held out: 7.5 (9)" in loss
+    (run / "eval.json").unlink()
+    assert "stopped; `python -m cllm.train" in page.call("follow", browser(), "demo", "")[2]
+    (run / "owner").write_text("pid 1 on here\n", encoding="utf-8")
+    assert "running · step 5 / 5 · ETA 0s" in page.call("follow", browser(), "demo", "")[2]
+    (run / "owner").unlink()
+
+
+def test_a_chart_is_to_scale_and_says_its_points() -> None:
+    assert chart("t", []) == chart("t", [Line("a", [], "#000")]) == ""
+    drawn = chart("<t>", [Line("a", [(0, 4.0), (10, 1.0)], "#000"), Line("", [(5, 2.0)], "#111")])
+    assert "&lt;t&gt;" in drawn and "<title>a: 4 (0)</title>" in drawn
+    points = re.findall(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', drawn)[0]
+    left, top, right, low = map(float, points)
+    bottom = float(re.search(r'y="([\d.]+)" text-anchor="end">0<', drawn)[1]) - 4
+    assert left < right and (bottom - low) / (bottom - top) == pytest.approx(1 / 4, abs=0.01)
+
+
+def test_another_run_is_opened_while_the_first_answers(tmp_path: Path) -> None:
+    from serving import open_tiny, tiny_run
+
+    made = Page(open_tiny(tmp_path))
+    try:
+        for name in ("late", "foreign"):
+            run = tiny_run(tmp_path, name, seed=3)
+            (run / "metrics.jsonl").write_text("", encoding="utf-8")
+        config = run / "adapter" / "adapter_config.json"
+        text = config.read_text(encoding="utf-8")
+        config.write_text(re.sub('(base_model_name_or_path": )"[^"]*"', r'\1"distilgpt2"', text))
+        alone = made.greedy("你好", adapter=1)
+        prompt = made.loaded.tokenizer.encode_chat([Message("user", "你好")])
+        running = made.engine.submit(prompt, Sampling(max_new_tokens=24))
+        first = next(iter(running))
+        told, models, pairs, many = made.call("talk_to", browser(), "late")
+        ids = [first, *running]
+        assert made.loaded.tokenizer.decode(ids) == alone  # what was being answered goes on
+        assert "late is open" in told and [name for name, _ in models.choices] == [
+            "demo",
+            "late",
+            "base",
+        ]
+        assert len(pairs.choices) == 3 and len(many.choices) == 3
+        shown, _ = made.respond(browser(), [{"role": "user", "content": "你好"}], "late")
+        assert shown[-1]["content"] == made.greedy("你好", adapter=2) != alone
+        made.call("talk_to", browser(), "late")  # once is enough
+        assert list(made.loaded.models) == ["demo", "late", "base"]
+        told, *_ = made.call("talk_to", browser(), "foreign")
+        assert "`python -m cllm.chat " in told and "foreign`" in told
+        assert made.call("talk_to", browser(), "../../etc")[0] == " "
+    finally:
+        made.engine.close()
+
+
+def test_a_follow_up_goes_on_from_the_better_answer(page: Page) -> None:
+    pair = "demo ↔ base"
+    first = page.call("duel", browser(), "你好", pair, -1, [], False, "", False, *GREEDY)[2]
+    _, _, before, *_ = page.call("record", browser(), "b", first, "", "", "", 0)
+    assert [m.content for m in before] == ["你好", first.answers[1]]
+    shown_a, _, second, *_ = page.call(
+        "duel", browser(), "再问", pair, -1, before, True, "", False, *GREEDY
+    )
+    assert second.said == [*before, Message("user", "再问")] and len(shown_a) == 4
+    unticked = page.call("duel", browser(), "再问", pair, -1, before, False, "", False, *GREEDY)[2]
+    assert unticked.said == [Message("user", "再问")]
+    page.call("record", browser(), "a", second, "", "", "", 0)
+    votes = page.loaded.home / "votes.jsonl"
+    row = json.loads(votes.read_text(encoding="utf-8").splitlines()[-1])
+    assert row["history"] == [["你好", first.answers[1]]] and row["instruction"] == "再问"
+
+
+def test_a_file_of_questions_is_answered_by_all_models(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "ask.jsonl"
+    rows = [
+        {"messages": [{"role": "system", "content": "短"}, {"role": "user", "content": "你好"}]},
+        {"instruction": "青石镇在哪里？", "output": "在山里。"},
+        {"title": "几点开门？"},
+        {"answer": "", "text": ""},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked = ["你好", "青石镇在哪里？", "几点开门？"]
+    plain = tmp_path / "ask.txt"
+    plain.write_bytes("\n".join(asked).encode("gb18030"))
+    names = ["demo", "base"]
+    _, table, download = page.call("answer", browser(), str(file), names, "助手", False, *GREEDY)
+    assert table.value["headers"] == ["question", *names]
+    assert [row[0] for row in table.value["data"]] == asked
+    systems = ("短", "助手", "助手")
+    expected = [
+        [page.greedy(words, adapter=page.loaded.models[name], system=system) for name in names]
+        for words, system in zip(asked, systems, strict=True)
+    ]
+    assert [row[1:] for row in table.value["data"]] == expected
+    lines = Path(download.value["path"]).read_text(encoding="utf-8").splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert [[row["demo"], row["base"]] for row in kept] == expected
+    assert kept[0]["messages"][0] == {"role": "system", "content": "短"}
+    from cllm.data.sources import read_questions
+
+    assert [said[-1].content for said in read_questions(plain)] == asked
+    file.write_text("{}\n", encoding="utf-8")
+    told, *_ = page.call("answer", browser(), str(file), names, "", False, *GREEDY)
+    assert "asks nothing" in told
+
+
+def test_thinking_can_be_switched_where_the_format_has_it(page: Page) -> None:
+    from cllm.serve.widgets import asked_of
+
+    assert not page.loaded.tokenizer.template.switches
+    template = replace(TEMPLATES["qwen3"], thinking="off")
+    tokenizer = replace(page.loaded.tokenizer, template=template)
+    loaded = replace(page.loaded, assembly=replace(page.loaded.assembly, tokenizer=tokenizer))
+    asked = [Message("user", "你好")]
+    prompts = []
+    for thinking in (True, False):
+        tokenizer, _, _ = asked_of(loaded, ["", thinking, *GREEDY])
+        prompts.append(tokenizer.decode(tokenizer.encode_chat(asked)))
+    assert "<think>" not in prompts[0] and prompts[1].endswith("<think>\n\n</think>\n\n")
+
+
+def test_system_prompts_of_the_run_ones_own_and_ours_are_offered(tmp_path: Path) -> None:
+    loaded = open_two(tmp_path)
+    system = {"role": "system", "content": "你是青石镇的向导"}
+    sample = {"messages": [system, {"role": "user", "content": "问"}]}
+    (loaded.home / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    made = Page(loaded)
+    try:
+        kept = made.call("kept_too", " 说粤语 ", ["旧"])
+        assert kept == ["说粤语", "旧"] == made.call("kept_too", "  ", kept)
+        menu = made.call("listed", browser("zh"), kept)
+        names = [value for _, value in menu.choices]
+        assert names[:3] == ["说粤语", "旧", "你是青石镇的向导"] and len(names) == 7
+    finally:
+        made.engine.close()
 
 
 def test_monitor_counts(page: Page) -> None:

@@ -5,6 +5,7 @@ in the cache as they come out.
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cllm.config import DataConfig
-from cllm.data.message import restored_message
+from cllm.data.encoding import sniff_encoding
+from cllm.data.message import Message, restored_message
 from cllm.data.pairs import joined_votes
 from cllm.data.quality import deduplicate, repeated_questions, split_held_out
-from cllm.data.reader import Unread, list_files, read_conversations, uncollected
+from cllm.data.reader import Unread, list_files, read_conversations, sample_rows, uncollected
 from cllm.data.schema import Conversation, Reject
-from cllm.data.text import TextOptions
-from cllm.messages import UserError, language, note
+from cllm.data.text import RowError, TextOptions
+from cllm.data.turns import named, row_turns
+from cllm.messages import UserError, file_name, language, note
 
 SHOWN = 8  # names in one line
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -60,6 +63,35 @@ def read_file(
     conversations, rejects = read_conversations(source, mapping, "pairs", options, unread)
     joined, contradicted = joined_votes(conversations)
     return joined, rejects + contradicted
+
+
+def read_questions(path: str | Path) -> list[list[Message]]:
+    """What the rows of a data file ask, or the lines of a .txt file: each question after what was
+    said before it, whether the row has an answer or not. Raises UserError if there is none.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".txt":
+        raw = path.read_bytes()
+        lines = raw.decode(sniff_encoding(raw), "replace").splitlines()
+        asked = [[Message("user", line.strip())] for line in lines if line.strip()]
+    else:
+        rows = sample_rows(path, sys.maxsize)
+        asked = [said for row in rows if (said := _asked(row))]
+    if not asked:
+        raise UserError("data.no_questions", path=file_name(path))
+    return asked
+
+
+def _asked(row: dict[str, Any]) -> list[Message]:
+    """A row up to its last question; of an unknown schema its only text."""
+    try:
+        turns = row_turns(named(row))
+    except RowError:
+        texts = [text for text in row.values() if isinstance(text, str) and text.strip()]
+        turns = [Message("user", texts[0])] if len(texts) == 1 else []
+    while turns and (turns[-1].role != "user" or not turns[-1].content.strip()):
+        turns.pop()
+    return turns
 
 
 def read_sources(

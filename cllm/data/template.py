@@ -90,6 +90,11 @@ class Template:
         return self.thinking in ("off", "keep")
 
     @property
+    def switches(self) -> bool:
+        """Whether it can be asked to think, or not to."""
+        return self.blocks or "enable_thinking" in self.jinja
+
+    @property
     def opening(self) -> str:
         """What generation starts after: the opening of the assistant's turn, and of its <think>
         block where the format has one.

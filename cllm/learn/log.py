@@ -9,8 +9,9 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.messages import UserError, note, to_json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 WATCHED = 20
 """Preference steps in a row that a warning takes."""
+PACE_STEPS = 50
 LOGGED_SECONDS = 30
 """A log file that is no terminal gets a line at least this often."""
 CLOCK_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
@@ -99,8 +101,7 @@ class RunLog:
         self.total = total_steps
         self.tracker = tracker
         self._recent = deque((loss for _, loss in losses(read_metrics(self.path))), maxlen=50)
-        # seconds of the last steps; evaluations do not count
-        self._paces: deque[float] = deque(maxlen=50)
+        self._steps: deque[dict[str, Any]] = deque(maxlen=PACE_STEPS)
         self._warned: set[str] = set()
         self._watched: deque[dict[str, Any]] = deque(maxlen=WATCHED)
         self._line = LiveLine()
@@ -112,8 +113,8 @@ class RunLog:
         """
         self.write(values)
         step, loss = values["step"], values["loss"]
-        self._paces.append(values["tokens"] / values["tokens_per_second"])
-        remaining = sum(self._paces) / len(self._paces) * (self.total - step)
+        self._steps.append(values)
+        remaining = seconds_a_step(self._steps) * (self.total - step)
         peak = values["peak_memory_bytes"] / 2**30
         line = (
             f"step {step:>5}/{self.total}  loss {loss:.3f}  lr {values['lr']:.1e}  "
@@ -189,6 +190,13 @@ def duration(seconds: float) -> str:
     if whole < 6000:
         return f"{whole // 60}m{whole % 60:02d}"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}"
+
+
+def seconds_a_step(steps: Iterable[dict[str, Any]]) -> float:
+    """Of training steps' objects in metrics.jsonl, the mean of the last PACE_STEPS; evaluations do
+    not count.
+    """
+    return fmean(row["tokens"] / row["tokens_per_second"] for row in [*steps][-PACE_STEPS:])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

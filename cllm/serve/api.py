@@ -33,6 +33,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = frozenset({"0.0.0.0", "::"})
 """Hosts that listen in every network."""
 BODY_BYTES = 256 * 2**10
+UPLOAD = "/gradio_api/upload"
 MAX_WAITING = 64
 COOKIE = "cllm_key"
 # The page's own scripts and styles are inline; nothing comes from, or goes to, another host:
@@ -135,8 +136,9 @@ class Guard:
                 return error_response(401, say("serve.key"))
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        # neither a form of another site nor an upload gets further
-        if request.method == "POST" and has_body and kind != "application/json":
+        # a form of another site gets no further, as its Origin says so; the page's uploads do
+        kinds = ["application/json", *["multipart/form-data"] * (bool(origin) and path == UPLOAD)]
+        if request.method == "POST" and has_body and kind not in kinds:
             return error_response(415, say("serve.json"))
         return None
 

@@ -28,17 +28,7 @@ from cllm.runs import replace_file
 from cllm.serve.answer import Answer, ModelError
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
-from cllm.serve.widgets import (
-    FIELD,
-    LATEX,
-    QUIET,
-    SETTINGS,
-    choice,
-    sampling_of,
-    texts_for,
-    user_turn,
-    watched,
-)
+from cllm.serve.widgets import FIELD, LATEX, QUIET, SETTINGS, asked_of, choice, texts_for, watched
 
 VOTES = ("a", "b", "tie", "bad")
 ENOUGH_VOTES = 20
@@ -68,7 +58,7 @@ class Duel:
 
 class CompareTab:
     """One question to two models as two rows of one batch; who is who is told after the vote.
-    `knobs`: the system prompt and the settings.
+    `knobs`: the system prompt and the settings; `pair`: which two.
     """
 
     def __init__(
@@ -78,9 +68,7 @@ class CompareTab:
         if questions is None:
             questions = _held_out(loaded)
         self.questions = questions = [said for said in questions if _is_question(said)]
-        names = combinations(loaded.models, 2)
-        self.pairs = {f"{first} ↔ {second}": (first, second) for first, second in names}
-        pair = choice(list(self.pairs))
+        self.pair = choice(list(pairs_of(loaded)))
         with gr.Row(equal_height=True):
             asked = t("compare_ask")
             question = gr.Textbox(placeholder=asked, max_lines=6, submit_btn=True, scale=5, **FIELD)
@@ -97,6 +85,7 @@ class CompareTab:
                 )
                 for side in "AB"
             ]
+        follow_up = gr.Checkbox(label=t("follow_up"), container=False)
         with gr.Row(elem_classes="votes"):
             buttons = [
                 gr.Button(t(f"vote_{vote}"), interactive=False, min_width=80, elem_classes="vote")
@@ -111,18 +100,18 @@ class CompareTab:
             ]
             notes.append(gr.Dropdown([(t("score"), 0), *range(1, 6)], value=0, **FIELD))
         gr.Markdown(t("votes_kept"), elem_classes="cost")
-        duel, last, place = gr.State(), gr.State(""), gr.State(-1)
-        inputs = [question, pair, place, *knobs]
+        duel, last, place, before = gr.State(), gr.State(""), gr.State(-1), gr.State([])
+        inputs = [question, self.pair, place, before, follow_up, *knobs]
         answers = [*sides, duel, verdict, *buttons]
         asked = [question, place, following]
         question.submit(self.duel, inputs, answers, **QUIET)
         chosen = following.click(self.following, place, asked, **QUIET)
         chosen.then(self.duel, inputs, answers, **QUIET)
         for word, button in zip(VOTES, buttons, strict=True):
-            outputs = [verdict, last, undo, *buttons]
+            outputs = [verdict, last, before, undo, *buttons]
             voted = button.click(self.record, [gr.State(word), duel, *notes], outputs, **QUIET)
             if questions:
-                chosen = voted.success(self.following, place, asked, **QUIET)
+                chosen = voted.success(self.after_vote, [place, follow_up], asked, **QUIET)
                 chosen.then(self.duel, inputs, answers, **QUIET)
         undo.click(self.take_back, [last, place], [verdict, last, place, undo], **QUIET)
 
@@ -132,46 +121,53 @@ class CompareTab:
         words: str,
         pair: str,
         number: int,
-        system: str | None,
+        before: list[Message],
+        follow_up: bool,
         *values: Any,
     ) -> AsyncIterator[tuple[Any, ...]]:
-        """Both answers as they come, and the buttons once they are there."""
+        """Both answers as they come, and the buttons once they are there. A follow-up goes to both
+        after the answer that was better, so that they still answer the same.
+        """
         if not words.strip():
             yield (gr.skip(),) * (4 + len(VOTES))
             return
-        names = random.SystemRandom().sample(self.pairs[pair], 2)
-        said = self._said(words, number, (system or "").strip())
+        names = random.SystemRandom().sample(pairs_of(self.loaded)[pair], 2)
         try:
-            sampling = sampling_of(values)
+            tokenizer, first, sampling = asked_of(self.loaded, values)
+            said = self._said(words, number, before * follow_up, first)
             if sampling.seed is None:
                 sampling = replace(sampling, seed=random.SystemRandom().getrandbits(31))
             models = (self.loaded.models[name] for name in names)
-            tokenizer = self.loaded.tokenizer
             answers = [
                 Answer(self.engine, tokenizer, said, sampling, model, shorten=True)
                 for model in models
             ]
             async for done in watched(answers):
                 texts = [answer.text for answer in answers]
-                shown = [[user_turn(words), {"role": "assistant", "content": x}] for x in texts]
+                asked = [{"role": m.role, "content": m.content} for m in said if m.role != "system"]
+                shown = [[*asked, {"role": "assistant", "content": text}] for text in texts]
                 yield *shown, Duel(said, names, texts, sampling), gr.skip(), *_buttons(done)
         except (UserError, ModelError) as error:
             yield gr.skip(), gr.skip(), None, str(error.args[0]), *_buttons(False)
 
-    def _said(self, words: str, number: int, system: str) -> list[Message]:
+    def _said(
+        self, words: str, number: int, before: list[Message], system: list[Message]
+    ) -> list[Message]:
         """The question after what is said before it: of a listed one what its row says."""
         listed = self.questions[number] if 0 <= number < len(self.questions) else ()
-        said = [*listed] if listed and listed[-1].content == words else [Message("user", words)]
-        if system and said[0].role != "system":
-            said.insert(0, Message("system", system))
-        return said
+        if not before and listed and listed[-1].content == words:
+            said = [*listed]
+        else:
+            said = [*before, Message("user", words)]
+        return said if said[0].role == "system" else system + said
 
     def record(self, request: gr.Request, vote: str, voted: Duel, *filled: Any) -> tuple[Any, ...]:
         """The vote is kept, and the voter told who was who."""
         line, texts = append_vote(vote, voted, self.loaded, filled), texts_for(request)
         told = texts["ui.told"].format(a=voted.names[0], b=voted.names[1])
         told += _tally(self.loaded, voted.names, texts)
-        return told, line, gr.Button(interactive=True), *_buttons(False)
+        better = Message("assistant", voted.answers[vote == "b"])
+        return told, line, [*voted.said, better], gr.Button(interactive=True), *_buttons(False)
 
     def following(self, number: int) -> tuple[str, int, Any]:
         """The next question of the list."""
@@ -179,10 +175,27 @@ class CompareTab:
         shown = gr.Button(f"{number + 1} / {len(self.questions)} →")
         return self.questions[number][-1].content, number, shown
 
+    def after_vote(self, number: int, follow_up: bool) -> tuple[Any, int, Any]:
+        """The next question of the list, unless there is more to ask about this one."""
+        return ("", number, gr.skip()) if follow_up else self.following(number)
+
     def take_back(self, line: str, number: int) -> tuple[Any, ...]:
         """The last vote was none; of a list its question is the next one again."""
         _remove_vote(line, self.loaded)
         return " ", "", max(-1, number - 2), gr.Button(interactive=False)
+
+
+def pairs_of(loaded: Loaded) -> dict[str, tuple[str, str]]:
+    """What a pair of models is called, and their names."""
+    return {f"{a} ↔ {b}": (a, b) for a, b in combinations(loaded.models, 2)}
+
+
+def listed(loaded: Loaded) -> list[Any]:
+    """What the menus of models, of pairs and of the batch list: all that are open."""
+    names = list(loaded.models)
+    if loaded.home is None:
+        return [gr.Radio(names)]
+    return [gr.Radio(names), gr.Radio(list(pairs_of(loaded))), gr.CheckboxGroup(names, value=names)]
 
 
 def _buttons(ready: bool) -> list[Any]:

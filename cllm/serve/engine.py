@@ -13,8 +13,8 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -184,6 +184,13 @@ class Engine:
             "kv_tokens": self.kv_tokens,
             "kv_tokens_used": self._cost(rows, self.batch.window),
         }
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No step is taken meanwhile, so that adapters may come; requests wait."""
+        with self._owner:
+            yield
+            self.gates = gates(self.model)
 
     def close(self) -> None:
         """End the thread; what still runs is cancelled."""

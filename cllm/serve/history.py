@@ -20,11 +20,11 @@ MAX_BYTES = 100_000
 TITLE_CHARACTERS = 40
 
 
-def conversation(history: Turns, system: str = "") -> list[Message]:
+def conversation(history: Turns) -> list[Message]:
     """The turns as the model sees them: reasoning comes back as a titled turn of its own, and no
     format shows it to the model again.
     """
-    said = [Message("system", system.strip())] if system.strip() else []
+    said = []
     for turn in history:
         titled = (turn.get("metadata") or {}).get("title")
         if turn["role"] != "assistant" or not titled:

@@ -1,99 +1,16 @@
-"""Two tabs of the page: a training run as it is written, and the machine with its engine."""
+"""The page's tab of the machine and its engine."""
 
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from cllm.evaluate.report import number, score_table
-from cllm.evaluate.results import Gap
-from cllm.learn.log import peak_memory_bytes, read_metrics
-from cllm.messages import read_json
+from cllm.learn.log import peak_memory_bytes
 from cllm.serve.engine import Engine
 from cllm.serve.widgets import QUIET
-
-SHOWN = ("reference", "base", "adapter")  # columns of the samples
-COLOURS = ("#6366f1", "#d97706")  # of the curves
-
-
-def training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
-    """Any run beside the one that answers: loss and speed as they are written, scores before and
-    after, samples.
-    """
-    chosen = gr.Dropdown(label=t("run"), choices=[])
-    with gr.Row():
-        charts = [
-            gr.Markdown(label=t(key), show_label=True, container=True, sanitize_html=False)
-            for key in ("loss", "speed")
-        ]
-    scores = gr.Dataframe(label=t("scores"))
-    samples = gr.Dataframe(label=t("samples"), headers=["", *SHOWN], wrap=True)
-
-    def follow(name: str | None) -> tuple[Any, ...]:
-        files = sorted(root.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
-        names = [file.parent.name for file in reversed(files)]
-        # only names from the list: no path of a reader's making
-        run = root / (name if name in names else (names or ["-"])[0])
-        rows, answers = read_metrics(run / "metrics.jsonl"), read_metrics(run / "samples.jsonl")
-        menu = gr.Dropdown(choices=names, value=run.name if names else None)
-        curves = chart(rows, ["loss", "eval_loss"]), chart(rows, ["tokens_per_second"])
-        cells = [
-            [row["messages"][-1]["content"], *(row.get(key, "") for key in SHOWN)]
-            for row in answers[:20]
-        ]
-        return menu, *curves, _scores(run / "eval.json", answers), cells
-
-    outputs = [chosen, *charts, scores, samples]
-    chosen.input(follow, chosen, outputs, **QUIET)
-    return follow, chosen, outputs
-
-
-def _scores(file: Path, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table of eval.json, with the mean length of the answers where they are kept."""
-    results = read_json(file) if file.exists() else {}
-    if answers:
-        results = {"reference": {}, **results}
-    changes = results.get("adapter", {}).get("versus_base", {})
-    gaps = {metric: Gap(**change) for metric, change in changes.items()}
-    header, *lines = score_table(results, gaps)
-    if answers:
-        header.append("length")
-        for line in lines:
-            lengths = [len(row[line[0]]) for row in answers if line[0] in row]
-            line.append(number(sum(lengths) / len(lengths) if lengths else None))
-    return {"headers": header, "data": lines}
-
-
-def chart(rows: list[dict[str, Any]], keys: list[str]) -> str:
-    """Curves over the steps as SVG: Gradio's plots and HTML evaluate strings as code, which the
-    Content-Security-Policy forbids.
-    """
-    curves = [[(row["step"], row[key]) for row in rows if row.get(key) is not None] for key in keys]
-    points = [point for curve in curves for point in curve]
-    if not points:
-        return ""
-    last = max(x for x, _ in points) or 1
-    top = max(y for _, y in points) or 1
-    shapes = [
-        '<path d="M40 10V150H390" fill="none" stroke="currentColor" opacity=".4"/>',
-        f'<text x="2" y="20">{top:.4g}</text><text x="2" y="152">0</text>',
-        f'<text x="350" y="170">{last}</text>',
-    ]
-    for i, (key, curve) in enumerate(zip(keys, curves, strict=True)):
-        if not curve:
-            continue
-        thin = curve[:: 1 + len(curve) // 400]
-        path = " ".join(f"{40 + 350 * x / last:.1f},{150 - 135 * y / top:.1f}" for x, y in thin)
-        line = f'points="{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="1.5"'
-        shapes.append(f"<polyline {line}><title>{key}</title></polyline>")
-        label = f"{key} {curve[-1][1]:.4g}"
-        shapes.append(f'<text x="{60 + 100 * i}" y="170" fill="{COLOURS[i]}">{label}</text>')
-    style = 'width="100%" fill="currentColor" font-size="10"'
-    return f'<svg viewBox="0 0 400 176" {style}>{"".join(shapes)}</svg>'
 
 
 def count_sessions(page: Any) -> set[str]:

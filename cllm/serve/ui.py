@@ -9,7 +9,6 @@ Content-Security-Policy: no script of it runs.
 # handlers.
 import secrets
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,24 +16,27 @@ import gradio as gr
 from cllm.assembly import Loaded
 from cllm.messages import UserError, messages
 from cllm.serve.answer import Answer, ModelError
-from cllm.serve.compare import KEYS, CompareTab, Questions
+from cllm.serve.api import BODY_BYTES
+from cllm.serve.batch import Batch
+from cllm.serve.compare import KEYS, CompareTab, Questions, listed
 from cllm.serve.engine import Engine
 from cllm.serve.history import History, conversation
-from cllm.serve.monitor import count_sessions, monitor_tab, training_tab
+from cllm.serve.monitor import count_sessions, monitor_tab
+from cllm.serve.training import TrainingTab
 from cllm.serve.widgets import (
     FIELD,
     LATEX,
     QUIET,
     Turns,
+    asked_of,
     knobs_of,
-    sampling_of,
     texts_for,
     user_turn,
     watched,
 )
 
 CSS = """
-.gradio-container { max-width: 64rem !important; width: 100% !important; margin: auto !important; }
+.gradio-container { max-width: 80rem !important; width: 100% !important; margin: auto !important; }
 .field {
   border: 1px solid var(--border-color-primary) !important; border-radius: var(--radius-lg);
 }
@@ -75,7 +77,7 @@ def mount_page(api: Any, loaded: Loaded, engine: Engine, questions: Questions | 
         run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
-        max_file_size="1kb",
+        max_file_size=BODY_BYTES,
     )
 
     async def either(scope: Any, receive: Any, send: Any) -> None:
@@ -101,23 +103,28 @@ def build_page(t: Any, loaded: Loaded, engine: Engine, questions: Questions | No
     with gr.Blocks(
         title="cllm", fill_height=True, analytics_enabled=False, delete_cache=(3600, 86400)
     ) as page:
-        page.load(describe, None, gr.Markdown(" ", elem_classes="loaded"), **QUIET)
-        _tabs(t, page, loaded, engine, questions)
+        header = gr.Markdown(" ", elem_classes="loaded")
+        menus = _tabs(t, page, loaded, engine, questions)
+        page.load(describe, None, header, **QUIET)
+        page.load(lambda: listed(loaded), None, menus, **QUIET)
     return page.queue(default_concurrency_limit=None, max_size=256)
 
 
-def _tabs(t: Any, page: Any, loaded: Loaded, engine: Engine, questions: Questions | None) -> None:
-    """Chat, compare, training, monitor."""
+def _tabs(
+    t: Any, page: Any, loaded: Loaded, engine: Engine, questions: Questions | None
+) -> list[Any]:
+    """Chat, compare, training, monitor; returns what lists the models in them."""
     with gr.Tabs():
         with gr.Tab(t("chat")) as chat:
             knobs = ChatTab(t, page, loaded, engine).knobs
-        tabs = [chat]
+        tabs, menus = [chat], [knobs[0]]
         if loaded.home is not None:
             with gr.Tab(t("compare")) as compare:
-                CompareTab(t, loaded, engine, knobs[1:], questions)
+                menus.append(CompareTab(t, loaded, engine, knobs[1:], questions).pair)
+                menus.append(Batch(t, loaded, engine, knobs[1:]).models)
             tabs.append(compare)
         with gr.Tab(t("training")) as training:
-            watch_run = training_tab(t, (loaded.home or Path("runs/-")).parent)
+            watch_run = TrainingTab(t, loaded, engine, menus).shown
         with gr.Tab(t("monitor")) as monitor:
             watch_machine = monitor_tab(t, engine, count_sessions(page))
         for tab, (refresh, inputs, outputs) in ((training, watch_run), (monitor, watch_machine)):
@@ -128,6 +135,7 @@ def _tabs(t: Any, page: Any, loaded: Loaded, engine: Engine, questions: Question
             )
             for other in {*tabs, training, monitor} - {tab}:
                 other.select(lambda: gr.Timer(active=False), None, timer, **QUIET)
+    return menus
 
 
 class ChatTab:
@@ -152,7 +160,7 @@ class ChatTab:
         self.box = gr.Textbox(
             placeholder=t("ask"), max_lines=8, autofocus=True, submit_btn=True, **FIELD
         )
-        self.knobs = knobs_of(t, loaded)
+        self.knobs = knobs_of(t, page, loaded)
         self.running = gr.State("")  # the key of the answer that comes, in this page
         self._started: set[str] = set()
         talk = [self.box, self.running, self.chatbot]
@@ -170,13 +178,7 @@ class ChatTab:
         history.connect(page, self.chatbot, self.cost, answers, stopped)
 
     async def respond(
-        self,
-        request: gr.Request,
-        key: str,
-        history: Turns,
-        name: str,
-        system: str | None,
-        *values: Any,
+        self, request: gr.Request, key: str, history: Turns, name: str, *values: Any
     ) -> AsyncIterator[dict[Any, Any]]:
         """What is shown while an answer comes; a question without one goes back into its box."""
         # nothing was asked, or what was asked is being answered
@@ -184,12 +186,12 @@ class ChatTab:
             yield {self.chatbot: gr.skip()}  # a handler that yields nothing empties its outputs
             return
         self._started.add(key)
-        texts, said = texts_for(request), conversation(history, system or "")
+        texts, said = texts_for(request), conversation(history)
         turn = {"role": "assistant", "content": ""}
         try:
-            sampling, model = sampling_of(values), self.loaded.models[name]
-            tokenizer = self.loaded.tokenizer
-            answer = Answer(self.engine, tokenizer, said, sampling, model, shorten=True)
+            tokenizer, first, sampling = asked_of(self.loaded, values)
+            model, engine = self.loaded.models[name], self.engine
+            answer = Answer(engine, tokenizer, first + said, sampling, model, shorten=True)
             left_out = texts["ui.left_out"].format(rounds=answer.left_out) + " · "
             async for _ in watched([answer]):
                 turn["content"] = answer.text

@@ -3,13 +3,17 @@
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
 from cllm.assembly import Loaded
+from cllm.data.message import Message
+from cllm.learn.log import read_metrics
 from cllm.messages import UserError, messages
+from cllm.model.tokenizer import Tokenizer
 from cllm.serve.answer import Answer, chat_sampling
 from cllm.serve.sampling import Sampling
 
@@ -26,6 +30,7 @@ SLIDERS = {
     "min_p": (0, 0.5, 0.01),
     "repetition_penalty": (0.8, 2, 0.05),
 }
+KEPT = 20  # system prompts of one's own, and of the run's
 SETTINGS = (*SLIDERS, "seed")
 FIELD: dict[str, Any] = {
     "show_label": False,
@@ -52,14 +57,22 @@ def user_turn(words: str) -> dict[str, Any]:
     return {"role": "user", "content": words}
 
 
-def knobs_of(t: Any, loaded: Loaded) -> list[Any]:
-    """Which model, the system prompt and the sampling parameters, in the order that `sampling_of`
-    takes them.
+def knobs_of(t: Any, page: Any, loaded: Loaded) -> list[Any]:
+    """Which model, the system prompt, whether it thinks, and the sampling parameters, in the order
+    that `asked_of` takes them.
     """
-    usual = chat_sampling()
+    usual, template = chat_sampling(), loaded.tokenizer.template
     knobs = [choice(list(loaded.models))]
     with gr.Accordion(t("settings"), open=False):
-        knobs.append(gr.Textbox(label=t("system"), lines=2))
+        kept = gr.BrowserState([], storage_key="cllm-prompts", secret="cllm")
+        with gr.Row(equal_height=True):
+            presets = gr.Dropdown([], label=t("prompts"), min_width=220)
+            system = gr.Textbox(label=t("system"), lines=2, scale=2, min_width=220)
+        keep = gr.Button(t("keep_prompt"), size="sm")
+        thinking = gr.Checkbox(
+            template.thinking == "keep", label=t("thinking"), visible=template.switches
+        )
+        knobs += [system, thinking]
         with gr.Row():
             for name, (lowest, highest, step) in SLIDERS.items():
                 start = getattr(usual, name)
@@ -68,7 +81,27 @@ def knobs_of(t: Any, loaded: Loaded) -> list[Any]:
                 )
             # a number field would turn no number into 0 when it is shown
             knobs.append(gr.Textbox("", max_lines=1, label=t("seed"), min_width=220))
+    trained = _system_prompts(loaded)
+
+    def listed(request: gr.Request, prompts: list[str] | None) -> Any:
+        ours = texts_for(request)["ui.prompts.ours"].split("\n")
+        names = dict.fromkeys([*(prompts or []), *trained, *ours])
+        return gr.Dropdown(choices=[(name[:80], name) for name in names], value=None)
+
+    def kept_too(words: str | None, prompts: list[str] | None) -> list[str]:
+        return [*dict.fromkeys([*filter(None, [(words or "").strip()]), *(prompts or [])])][:KEPT]
+
+    page.load(listed, kept, presets, **QUIET)
+    presets.input(lambda words: words, presets, system, **QUIET)
+    keep.click(kept_too, [system, kept], kept, **QUIET).then(listed, kept, presets, **QUIET)
     return knobs
+
+
+def _system_prompts(loaded: Loaded) -> list[str]:
+    """Those that the run's held-out samples have."""
+    rows = read_metrics(loaded.home / "samples.jsonl") if loaded.home else []
+    first = (row["messages"][0] for row in rows)
+    return [*dict.fromkeys(m["content"] for m in first if m["role"] == "system")][:KEPT]
 
 
 def choice(names: list[str]) -> Any:
@@ -78,19 +111,32 @@ def choice(names: list[str]) -> Any:
     )
 
 
-def sampling_of(values: tuple[Any, ...]) -> Sampling:
-    """The settings in their order. Raises UserError for a seed that is no number."""
+def asked_of(loaded: Loaded, values: Sequence[Any]) -> tuple[Tokenizer, list[Message], Sampling]:
+    """The knobs' values but the model's: how it is asked, thinking or not, what comes first, and
+    the settings. Raises UserError for a seed that is no number.
+    """
+    system, thinking, *values = values
     settings = dict(zip(SETTINGS, values, strict=True))
     seed = str(settings["seed"] or "").strip()
     if seed and not seed.isdecimal():
         raise UserError("ui.no_seed", found=seed)
-    return chat_sampling(**settings | {"seed": int(seed) if seed else None})
+    sampling = chat_sampling(**settings | {"seed": int(seed) if seed else None})
+    words, tokenizer = (system or "").strip(), loaded.tokenizer
+    if tokenizer.template.switches:
+        mode = "keep" if thinking else "off"
+        tokenizer = replace(tokenizer, template=replace(tokenizer.template, thinking=mode))
+    return tokenizer, [Message("system", words)] if words else [], sampling
+
+
+def language_of(request: Any) -> str:
+    """The browser's: `zh` or `en`."""
+    return "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
 
 
 def texts_for(request: Any) -> dict[str, str]:
     """The page's texts in the browser's language."""
-    language = int(request.headers.get("accept-language", "").lower().startswith("zh"))
-    return {code: texts[language] for code, texts in messages().items()}
+    chinese = language_of(request) == "zh"
+    return {code: texts[chinese] for code, texts in messages().items()}
 
 
 async def watched(answers: list[Answer]) -> AsyncIterator[bool]:

@@ -1,0 +1,95 @@
+"""Many questions to several models at once: a file in, a table of all answers out."""
+
+# No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
+# handlers.
+import tempfile
+from collections.abc import AsyncIterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from cllm.assembly import Loaded
+from cllm.data.sources import read_questions
+from cllm.messages import UserError, to_json
+from cllm.serve.answer import Answer, ModelError
+from cllm.serve.engine import Engine
+from cllm.serve.widgets import QUIET, asked_of, texts_for, watched
+
+SHOWN = 100
+"""Questions in the table; the file has all of them."""
+
+
+class Batch:
+    """A file of questions, the `models` that answer them, and the answers. `knobs`: the system
+    prompt and the settings.
+    """
+
+    def __init__(self, t: Any, loaded: Loaded, engine: Engine, knobs: list[Any]) -> None:
+        self.loaded, self.engine = loaded, engine
+        self._files = tempfile.TemporaryDirectory(prefix="cllm-")  # until the program ends
+        with gr.Accordion(t("batch"), open=False):
+            names = list(loaded.models)
+            self.models = gr.CheckboxGroup(names, value=names, show_label=False, container=False)
+            with gr.Row():
+                upload = gr.UploadButton(t("batch_file"), size="sm", min_width=120)
+                stop = gr.Button(t("batch_stop"), size="sm", min_width=80)
+                file = gr.DownloadButton(t("download"), size="sm", min_width=80, interactive=False)
+            told = gr.Markdown(" ")
+            table = gr.Dataframe(show_label=False, wrap=True, visible=False)
+        inputs = [upload, self.models, *knobs]
+        asked = upload.upload(self.answer, inputs, [told, table, file], **QUIET)
+        stop.click(lambda: " ", None, told, cancels=[asked], **QUIET)
+
+    async def answer(
+        self, request: gr.Request, path: str, names: list[str], *values: Any
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """How many answers there are, and at last the table and the file."""
+        texts = texts_for(request)
+        try:
+            tokenizer, first, sampling = asked_of(self.loaded, values)
+            questions = read_questions(path)
+            asked = [said if said[0].role == "system" else first + said for said in questions]
+            answers = {
+                name: [
+                    Answer(
+                        self.engine,
+                        tokenizer,
+                        said,
+                        sampling,
+                        self.loaded.models[name],
+                        shorten=True,
+                    )
+                    for said in asked
+                ]
+                for name in names
+            }
+            every = [*chain(*answers.values())]
+            async for _ in watched(every):
+                done = sum(bool(answer.finish_reason) for answer in every)
+                yield (
+                    texts["ui.batch_done"].format(done=done, total=len(every)),
+                    gr.skip(),
+                    gr.skip(),
+                )
+        except (UserError, ModelError) as error:
+            yield str(error.args[0]), gr.skip(), gr.skip()
+            return
+        told = {name: [answer.text for answer in column] for name, column in answers.items()}
+        rows = [
+            {"messages": [m.row() for m in said], **dict(zip(told, texts_of, strict=True))}
+            for said, *texts_of in zip(asked, *told.values(), strict=True)
+        ]
+        out = Path(self._files.name) / f"{Path(path).stem}-answers.jsonl"
+        out.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+        cells = [
+            [said[-1].content, *texts_of]
+            for said, *texts_of in zip(asked, *told.values(), strict=True)
+        ]
+        shown = {"headers": [texts["ui.question"], *told], "data": cells[:SHOWN]}
+        yield (
+            gr.skip(),
+            gr.Dataframe(shown, visible=True),
+            gr.DownloadButton(value=str(out), interactive=True),
+        )

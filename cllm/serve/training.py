@@ -1,0 +1,251 @@
+"""The page's tab of training runs, each as it is written: where it stands, its settings, curves
+(of two runs over each other), scores and answers; and another run to talk to.
+"""
+
+# No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
+# handlers.
+import html
+import shlex
+from collections.abc import Sequence
+from operator import attrgetter, itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from cllm.assembly import Loaded, open_beside
+from cllm.config import load_config
+from cllm.evaluate.report import number, score_table
+from cllm.evaluate.results import Gap
+from cllm.learn.log import duration, losses, read_metrics, seconds_a_step
+from cllm.messages import UserError, read_json, speaking
+from cllm.plots import Curve, smoothed
+from cllm.serve.compare import listed
+from cllm.serve.engine import Engine
+from cllm.serve.widgets import QUIET, language_of, texts_for
+
+SYSTEMS = ("reference", "adapter", "base")  # columns of the samples
+SHOWN_SAMPLES = 20
+COLOURS = ("#6366f1", "#d97706")  # of the curves
+DOTS = 60  # of a curve, which say their value when pointed at
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 240, 52, 46, 28  # of a chart
+
+
+class Line(NamedTuple):
+    """A curve of a chart."""
+
+    label: str
+    points: Curve
+    colour: str
+    faint: bool = False
+    dashed: bool = False
+
+
+class TrainingTab:
+    """`shown`: what refreshes the tab, with its inputs and outputs. `menus`: what lists the models
+    that are open.
+    """
+
+    def __init__(self, t: Any, loaded: Loaded, engine: Engine, menus: Sequence[Any]) -> None:
+        self.loaded, self.engine = loaded, engine
+        self.root = (loaded.home or Path("runs/-")).parent
+        with gr.Row():
+            chosen = gr.Dropdown(label=t("run"), choices=[], min_width=220)
+            over = gr.Dropdown(label=t("run_over"), choices=[], min_width=220)
+        talk = gr.Button(t("talk"), size="sm", visible=loaded.home is not None)
+        told = gr.Markdown(" ")
+        standing = gr.Markdown(" ")
+        with gr.Row():
+            charts = []
+            for _ in range(2):
+                with gr.Column(min_width=320):
+                    charts.append(gr.Markdown(container=True, sanitize_html=False))
+        gr.Markdown(t("scores"))
+        scores = gr.Dataframe(show_label=False, wrap=True)
+        gr.Markdown(t("samples"))
+        samples = gr.Dataframe(show_label=False, wrap=True, column_widths=["22%", *["26%"] * 3])
+        outputs = [chosen, over, standing, *charts, scores, samples]
+        self.shown = self.follow, [chosen, over], outputs
+        for menu in (chosen, over):
+            menu.input(*self.shown, **QUIET)
+        talk.click(self.talk_to, chosen, [told, *menus], **QUIET)
+
+    def follow(self, request: gr.Request, name: str | None, other: str | None) -> tuple[Any, ...]:
+        """The run called `name`, at first the one that answers, and the curves of `other` over its
+        own.
+        """
+        names = self._names()
+        usual = self.loaded.home.name if self.loaded.home else ""
+        name = next((known for known in (name, usual, *names) if known in names), "")
+        curves = {known: self._rows(known) for known in (name, other) if known in names}
+        texts, run = texts_for(request), self.root / (name or "-")
+        rows, answers = curves.get(name, []), read_metrics(run / "samples.jsonl")
+        headers = [texts["ui.question"], *(texts[f"ui.system.{system}"] for system in SYSTEMS)]
+        cells = [
+            [row["messages"][-1]["content"], *(row.get(system, "") for system in SYSTEMS)]
+            for row in answers[:SHOWN_SAMPLES]
+        ]
+        with speaking(language_of(request)):
+            scores = _scores(run / "eval.json", answers)
+        return (
+            gr.Dropdown(choices=names, value=name or None),
+            gr.Dropdown(choices=[("-", ""), *names], value=other if other in names else ""),
+            _standing(run, rows, texts) if rows else " ",
+            chart(texts["ui.loss"], _losses(curves, texts)),
+            chart(texts["ui.speed"], _speeds(curves)),
+            scores,
+            {"headers": headers, "data": cells},
+        )
+
+    def _names(self) -> list[str]:
+        """The runs of the list, the one written to last first. No other name is read: no path of a
+        reader's making.
+        """
+        files = self.root.glob("*/metrics.jsonl")
+        newest = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+        return [file.parent.name for file in newest]
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        return read_metrics(self.root / name / "metrics.jsonl")
+
+    def talk_to(self, request: gr.Request, name: str | None) -> tuple[Any, ...]:
+        """Open a run beside the others; of another base the command is told that opens it."""
+        texts, told = texts_for(request), " "
+        if name in self._names():
+            run = self.root / name
+            try:
+                with speaking(language_of(request)), self.engine.paused():
+                    if run.resolve() not in self.loaded.adapters.values():
+                        open_beside(self.loaded, run)
+                told = texts["ui.opened"].format(name=name)
+            except UserError as error:
+                told = f"{error.args[0]}\n\n`python -m cllm.chat {shlex.quote(str(run))}`"
+        return told, *listed(self.loaded)
+
+
+def _standing(run: Path, rows: list[dict[str, Any]], texts: dict[str, str]) -> str:
+    """What the run is doing, how far it has come, and its settings."""
+    step, total = rows[-1]["step"], read_json(run / "manifest.json").get("steps", 0)
+    steps = [row for row in rows if "tokens_per_second" in row]
+    held_out = losses(rows, "eval_loss")
+    running = (run / "owner").exists()
+    state = texts["ui.runs"] if running else texts["ui.stopped"].format(run=shlex.quote(str(run)))
+    if (run / "eval.json").exists():
+        running, state = False, texts["ui.done"]
+    parts = [state, texts["ui.step"].format(step=step, total=total)]
+    if running and steps:
+        parts.append(f"ETA {duration(seconds_a_step(steps) * (total - step))}")
+    if steps:
+        parts.append(duration(steps[-1]["seconds"]))
+    if held_out:
+        best_step, best = min(held_out, key=itemgetter(1))
+        first = f"{held_out[0][1]:.3f}"
+        parts.append(texts["ui.held_out"].format(first=first, best=f"{best:.3f}", step=best_step))
+    return f"**{run.name}** · {' · '.join(parts)}\n\n{_settings(run)}"
+
+
+def _settings(run: Path) -> str:
+    """The config, as far as it makes runs differ."""
+    try:
+        config = load_config(run / "config.toml")
+    except UserError as error:
+        return str(error)
+    settings = {
+        "model.path": Path(config.model.path).name,
+        "model.quantize": config.model.quantize,
+        "data.train": " + ".join(Path(source.path).name for source in config.data.train),
+        "lora.rank": config.lora.rank,
+        "train.learning_rate": f"{config.train.learning_rate:g}",
+        "train.epochs": f"{config.train.epochs:g}",
+        "train.row_tokens": config.train.row_tokens,
+        "train.tokens_per_step": config.train.tokens_per_step,
+        "preference.loss": config.preference.loss,
+    }
+    return " · ".join(f"{key} `{value}`" for key, value in settings.items() if value != "none")
+
+
+def _scores(file: Path, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table of eval.json, with the mean length of the answers where they are kept."""
+    results = read_json(file) if file.exists() else {}
+    if answers:
+        results = {"reference": {}, **results}
+    changes = results.get("adapter", {}).get("versus_base", {})
+    gaps = {metric: Gap(**change) for metric, change in changes.items()}
+    header, *lines = score_table(results, gaps)
+    if answers:
+        header.append("length")
+        for line in lines:
+            lengths = [len(row[line[0]]) for row in answers if line[0] in row]
+            line.append(number(sum(lengths) / len(lengths) if lengths else None))
+    return {"headers": header, "data": lines}
+
+
+def _losses(runs: dict[str, list[dict[str, Any]]], texts: dict[str, str]) -> list[Line]:
+    """Raw and smoothed training losses and held-out losses, of the second run dashed."""
+    lines = []
+    for (name, rows), dashed in zip(runs.items(), (False, True), strict=False):
+        if points := losses(rows):
+            steps, values = zip(*points, strict=True)
+            smooth = list(zip(steps, smoothed(values), strict=True))
+            lines.append(Line("", points, COLOURS[0], faint=True))
+            lines.append(
+                Line(f"{name} {texts['ui.train_loss']}", smooth, COLOURS[0], dashed=dashed)
+            )
+        if points := losses(rows, "eval_loss"):
+            lines.append(Line(f"{name} {texts['ui.eval_loss']}", points, COLOURS[1], dashed=dashed))
+    return lines
+
+
+def _speeds(runs: dict[str, list[dict[str, Any]]]) -> list[Line]:
+    return [
+        Line(name, losses(rows, "tokens_per_second"), COLOURS[dashed], dashed=dashed)
+        for (name, rows), dashed in zip(runs.items(), (False, True), strict=False)
+    ]
+
+
+def chart(title: str, lines: Sequence[Line]) -> str:
+    """Curves over the steps as SVG, from 0 up, their points said where one points at them: Gradio's
+    plots and HTML evaluate strings as code, which the Content-Security-Policy forbids.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    points = [point for line in lines for point in line.points]
+    if not points:
+        return ""
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+    last, top = (max(values) or 1 for values in zip(*points, strict=True))
+    bottom, right = HEIGHT - BOTTOM, WIDTH - 12
+
+    def x(step: float) -> float:
+        return LEFT + (right - LEFT) * step / last
+
+    def y(value: float) -> float:
+        return bottom - (bottom - TOP) * value / top
+
+    shapes = [f'<text x="{LEFT}" y="14" font-weight="600">{html.escape(title)}</text>']
+    for tick in (tick for tick in ticks.tick_values(0, top) if tick <= top):
+        shapes.append(
+            f'<path d="M{LEFT} {y(tick):.1f}H{right}" stroke="currentColor" opacity=".15"/>'
+            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:,.4g}</text>'
+        )
+    for tick in (tick for tick in ticks.tick_values(0, last) if tick <= last):
+        place = f'x="{x(tick):.1f}" y="{HEIGHT - 10}"'
+        shapes.append(f'<text {place} text-anchor="middle">{tick:g}</text>')
+    labels = 0
+    for line in filter(attrgetter("points"), lines):
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line.points)
+        dashes, opacity = ("6 4" if line.dashed else "none"), (0.3 if line.faint else 1)
+        stroke = f'stroke="{line.colour}" stroke-dasharray="{dashes}" opacity="{opacity}"'
+        shapes.append(f'<polyline points="{path}" fill="none" stroke-width="2" {stroke}/>')
+        if line.faint:
+            continue
+        label = html.escape(line.label)
+        for step, value in line.points[:: 1 + len(line.points) // DOTS]:
+            dot = f'cx="{x(step):.1f}" cy="{y(value):.1f}" r="7" fill="transparent"'
+            shapes.append(f"<circle {dot}><title>{label}: {value:,.4g} ({step})</title></circle>")
+        told = f"{label} {line.points[-1][1]:,.4g}"
+        place = f'x="{LEFT + 80 + 180 * (labels % 2)}" y="{14 + 16 * (labels // 2)}"'
+        shapes.append(f'<text {place} fill="{line.colour}">{told}</text>')
+        labels += 1
+    style = 'width="100%" fill="currentColor" font-size="12"'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {style}>{"".join(shapes)}</svg>'
