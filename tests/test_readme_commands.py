@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = ("CMMLU", "--votes", "--host", "-m pytest", "cllm.toml")
 PAGES = [
     f"{page}{language}"
-    for page in ("README", "docs/guide", "docs/preference")
+    for page in ("README", "docs/guide", "docs/preference", "docs/cookbook")
     for language in (".md", ".en.md")
 ]
 SMALL = (
@@ -68,7 +68,7 @@ def test_the_commands_work_in_their_order(
         return  # the same commands
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cllm.fit.LONGEST_ROW", 4096)  # longer rows take minutes to trace
-    for file, count in (("my.jsonl", 40), ("test.jsonl", 4)):
+    for file, count in (("my.jsonl", 40), ("test.jsonl", 4), ("more.jsonl", 40)):
         rows = [
             {"instruction": f"第{i}号仓库在哪里？", "output": f"第{i}号仓库在河东{i + 1}街。"}
             for i in range(count)
@@ -76,6 +76,7 @@ def test_the_commands_work_in_their_order(
         (tmp_path / file).write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
         )
+    (tmp_path / "table.csv").write_text("问题,答复\n几号？,十号。\n", encoding="utf-8")
     for module, *arguments in named:
         program = module.removeprefix("cllm.")
         if program == "check" and "votes.jsonl" in arguments[0]:
@@ -88,3 +89,19 @@ def test_the_commands_work_in_their_order(
             monkeypatch.setattr("sys.stdin", io.StringIO("你好\n"))
         assert run(program, arguments) == 0, " ".join([module, *arguments])
         json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["docs/cookbook.md", "docs/cookbook.en.md"])
+def test_every_example_row_is_read(name: str, tmp_path: Path) -> None:
+    from cllm.config import DataConfig
+    from cllm.data.sources import read_file
+
+    blocks = re.findall(r"```json\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        file, unread = tmp_path / "rows.jsonl", {}
+        file.write_text(block, encoding="utf-8")
+        data = DataConfig(kind="text" if '{"text"' in block else "chat")
+        conversations, rejects = read_file(data, str(file), {}, unread)
+        assert len(conversations) == len(block.strip().split("\n")) and not rejects
+        assert not unread
