@@ -124,8 +124,8 @@ def desktop(page: Page, images: Path, question: str) -> dict[str, Any]:
     page.screenshot(path=images / "training.png")
     page.get_by_role("tab", name="监控").click()
     page.wait_for_timeout(5000)
-    sessions = page.get_by_label("打开的页面").input_value()
-    assert sessions == "1", sessions
+    sessions = page.get_by_role("row", name="打开的页面").inner_text().split()
+    assert sessions == ["打开的页面", "1"], sessions
     page.screenshot(path=images / "monitor.png")
     return {"first_text_seconds": round(first, 2), "adapter": adapter, "base": base}
 

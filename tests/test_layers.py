@@ -83,6 +83,7 @@ PROGRAMS = {
     "serve.widgets",
     "serve.training",
     "serve.batch",
+    "serve.charts",
 }
 # Gradio evaluates the annotations of its handlers, so it is there when these are imported
 PAGE = {

@@ -24,9 +24,9 @@ from cllm.data.message import Message
 from cllm.data.template import TEMPLATES
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
+from cllm.serve.charts import Line, chart
 from cllm.serve.compare import VOTES, Duel
 from cllm.serve.sampling import Sampling
-from cllm.serve.training import Line, chart
 from cllm.serve.ui import build_page, mount_page
 
 GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order
@@ -549,16 +549,15 @@ def test_system_prompts_of_the_run_ones_own_and_ours_are_offered(tmp_path: Path)
 
 def test_monitor_counts(page: Page) -> None:
     page.call("come", browser())
-    state, *_ = page.call("measure", (0.0, 0))
+    looks, *_ = page.call("measure", browser(), [])
     page.respond(browser(), [{"role": "user", "content": "你好"}])
-    (_, tokens), sessions, running, waiting, speed, *_ = page.call("measure", state)
-    assert (
-        (sessions, running, waiting) == (1, 0, 0)
-        and tokens > state[1]
-        and float(speed.split()[0]) > 0
-    )
+    looks, table, drawn = page.call("measure", browser("zh"), looks)
+    (_, before), (_, after) = looks
+    shown = dict(re.findall(r"\| (\S+) \| (.*?) \|", table))
+    assert after > before and float(shown["每秒词元数"]) > 0 and "<polyline" in drawn
+    assert [shown[key] for key in ("打开的页面", "正在回答", "排队")] == ["1", "0", "0"]
     page.call("leave", browser())
-    assert page.call("measure", state)[1] == 0
+    assert "| open pages | 0 |" in page.call("measure", browser(), looks)[1]
 
 
 def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> None:

@@ -4,13 +4,18 @@
 # handlers.
 import os
 import time
+from itertools import pairwise
 from typing import Any
 
 import gradio as gr
 
 from cllm.learn.log import peak_memory_bytes
+from cllm.serve.charts import COLOURS, Line, chart
 from cllm.serve.engine import Engine
-from cllm.serve.widgets import QUIET
+from cllm.serve.widgets import QUIET, texts_for
+
+LOOKS = 150
+"""Of the machine, two seconds apart, that the chart shows."""
 
 
 def count_sessions(page: Any) -> set[str]:
@@ -33,32 +38,42 @@ def monitor_tab(t: Any, engine: Engine, sessions: set[str]) -> tuple[Any, Any, A
     import torch
 
     gpu = engine.device.type == "cuda"
-    keys = ["sessions", "running", "waiting", "speed_now", "kv_cache", "memory", "cpu_load"]
-    if gpu:
-        keys += ["gpu_memory", "gpu_load"]
-    with gr.Row():
-        boxes = [gr.Textbox(label=t(key), interactive=False, min_width=180) for key in keys]
-    last = gr.State((0.0, 0))
+    values, speeds = gr.Markdown(" "), gr.Markdown(" ", sanitize_html=False)
+    seen: Any = gr.State([])  # (seconds, generated tokens) of the last looks
 
-    def measure(before: tuple[float, int]) -> tuple[Any, ...]:
-        stats, now = engine.stats(), time.monotonic()
-        speed = (stats["generated_tokens"] - before[1]) / (now - before[0]) if before[0] else 0.0
-        values = [
-            len(sessions),
-            stats["running"],
-            stats["waiting"],
-            f"{speed:.1f} tok/s",
-            f"{stats['kv_tokens_used']:,} / {stats['kv_tokens']:,}",
-            f"{peak_memory_bytes(None) / 2**30:.1f} GiB",
-            f"{os.getloadavg()[0]:.1f} / {os.cpu_count()}" if hasattr(os, "getloadavg") else "-",
+    def measure(
+        request: gr.Request, looks: list[tuple[float, int]]
+    ) -> tuple[list[tuple[float, int]], str, str]:
+        stats, texts = engine.stats(), texts_for(request)
+        looks = [*looks, (time.monotonic(), stats["generated_tokens"])][-LOOKS:]
+        start = looks[0][0]
+        curve = [
+            (round(after - start), (more - tokens) / (after - before))
+            for (before, tokens), (after, more) in pairwise(looks)
         ]
+        shown = {
+            "sessions": len(sessions),
+            "running": stats["running"],
+            "waiting": stats["waiting"],
+            "speed_now": f"{curve[-1][1] if curve else 0:.1f}",
+            "kv_cache": f"{stats['kv_tokens_used']:,} / {stats['kv_tokens']:,}",
+            "memory": f"{peak_memory_bytes(None) / 2**30:.1f} GiB",
+        }
+        if hasattr(os, "getloadavg"):
+            shown["cpu_load"] = f"{os.getloadavg()[0]:.1f} / {os.cpu_count()}"
         if gpu:
             free, total = torch.cuda.mem_get_info(engine.device)
-            values.append(f"{(total - free) / 2**30:.1f} / {total / 2**30:.1f} GiB")
-            values.append(_gpu_load(engine.device))
-        return (now, stats["generated_tokens"]), *values
+            shown["gpu_memory"] = f"{(total - free) / 2**30:.1f} / {total / 2**30:.1f} GiB"
+            shown["gpu_load"] = _gpu_load(engine.device)
+        rows = [f"| {texts[f'ui.{key}']} | {value} |" for key, value in shown.items()]
+        title = texts["ui.speed"]
+        return (
+            looks,
+            "\n".join(["| | |", "|---|---|", *rows]),
+            chart(title, [Line("", curve, COLOURS[0])]),
+        )
 
-    return measure, last, [last, *boxes]
+    return measure, seen, [seen, values, speeds]
 
 
 def _gpu_load(device: Any) -> str:

@@ -4,12 +4,11 @@
 
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
-import html
 import shlex
 from collections.abc import Sequence
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
@@ -19,26 +18,14 @@ from cllm.evaluate.report import number, score_table
 from cllm.evaluate.results import Gap
 from cllm.learn.log import duration, losses, read_metrics, seconds_a_step
 from cllm.messages import UserError, read_json, speaking
-from cllm.plots import Curve, smoothed
+from cllm.plots import smoothed
+from cllm.serve.charts import COLOURS, Line, chart
 from cllm.serve.compare import listed
 from cllm.serve.engine import Engine
 from cllm.serve.widgets import QUIET, language_of, texts_for
 
 SYSTEMS = ("reference", "adapter", "base")  # columns of the samples
 SHOWN_SAMPLES = 20
-COLOURS = ("#6366f1", "#d97706")  # of the curves
-DOTS = 60  # of a curve, which say their value when pointed at
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 240, 52, 46, 28  # of a chart
-
-
-class Line(NamedTuple):
-    """A curve of a chart."""
-
-    label: str
-    points: Curve
-    colour: str
-    faint: bool = False
-    dashed: bool = False
 
 
 class TrainingTab:
@@ -201,51 +188,3 @@ def _speeds(runs: dict[str, list[dict[str, Any]]]) -> list[Line]:
         Line(name, losses(rows, "tokens_per_second"), COLOURS[dashed], dashed=dashed)
         for (name, rows), dashed in zip(runs.items(), (False, True), strict=False)
     ]
-
-
-def chart(title: str, lines: Sequence[Line]) -> str:
-    """Curves over the steps as SVG, from 0 up, their points said where one points at them: Gradio's
-    plots and HTML evaluate strings as code, which the Content-Security-Policy forbids.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    points = [point for line in lines for point in line.points]
-    if not points:
-        return ""
-    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
-    last, top = (max(values) or 1 for values in zip(*points, strict=True))
-    bottom, right = HEIGHT - BOTTOM, WIDTH - 12
-
-    def x(step: float) -> float:
-        return LEFT + (right - LEFT) * step / last
-
-    def y(value: float) -> float:
-        return bottom - (bottom - TOP) * value / top
-
-    shapes = [f'<text x="{LEFT}" y="14" font-weight="600">{html.escape(title)}</text>']
-    for tick in (tick for tick in ticks.tick_values(0, top) if tick <= top):
-        shapes.append(
-            f'<path d="M{LEFT} {y(tick):.1f}H{right}" stroke="currentColor" opacity=".15"/>'
-            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:,.4g}</text>'
-        )
-    for tick in (tick for tick in ticks.tick_values(0, last) if tick <= last):
-        place = f'x="{x(tick):.1f}" y="{HEIGHT - 10}"'
-        shapes.append(f'<text {place} text-anchor="middle">{tick:g}</text>')
-    labels = 0
-    for line in filter(attrgetter("points"), lines):
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line.points)
-        dashes, opacity = ("6 4" if line.dashed else "none"), (0.3 if line.faint else 1)
-        stroke = f'stroke="{line.colour}" stroke-dasharray="{dashes}" opacity="{opacity}"'
-        shapes.append(f'<polyline points="{path}" fill="none" stroke-width="2" {stroke}/>')
-        if line.faint:
-            continue
-        label = html.escape(line.label)
-        for step, value in line.points[:: 1 + len(line.points) // DOTS]:
-            dot = f'cx="{x(step):.1f}" cy="{y(value):.1f}" r="7" fill="transparent"'
-            shapes.append(f"<circle {dot}><title>{label}: {value:,.4g} ({step})</title></circle>")
-        told = f"{label} {line.points[-1][1]:,.4g}"
-        place = f'x="{LEFT + 80 + 180 * (labels % 2)}" y="{14 + 16 * (labels // 2)}"'
-        shapes.append(f'<text {place} fill="{line.colour}">{told}</text>')
-        labels += 1
-    style = 'width="100%" fill="currentColor" font-size="12"'
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {style}>{"".join(shapes)}</svg>'

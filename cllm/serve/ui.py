@@ -41,6 +41,7 @@ CSS = """
   border: 1px solid var(--border-color-primary) !important; border-radius: var(--radius-lg);
 }
 .loaded p { font-size: .8rem; color: var(--body-text-color-subdued); margin: 0; }
+.message-wrap { padding-top: 2.2rem; }
 .votes { position: sticky; bottom: 0; z-index: 2; background: var(--body-background-fill); }
 .cost p {
   color: var(--body-text-color-subdued); font-size: .8rem; text-align: right; min-height: 1.2rem;
