@@ -38,7 +38,11 @@ def monitor_tab(t: Any, engine: Engine, sessions: set[str]) -> tuple[Any, Any, A
     import torch
 
     gpu = engine.device.type == "cuda"
-    values, speeds = gr.Markdown(" "), gr.Markdown(" ", sanitize_html=False)
+    with gr.Row():
+        with gr.Column(min_width=320):
+            values = gr.Markdown(" ")
+        with gr.Column(min_width=320):
+            speeds = gr.Markdown(" ", container=True, sanitize_html=False)
     seen: Any = gr.State([])  # (seconds, generated tokens) of the last looks
 
     def measure(
