@@ -11,8 +11,9 @@ import gradio as gr
 
 from cllm.evaluate.report import number, score_table
 from cllm.evaluate.results import Gap
-from cllm.learn.log import peak_memory_bytes, read_metrics
+from cllm.learn.log import peak_memory_bytes
 from cllm.messages import read_json
+from cllm.runs import read_metrics
 from cllm.serve.engine import Engine
 from cllm.serve.widgets import QUIET
 
