@@ -39,7 +39,8 @@ import torch  # noqa: E402
 from conftest import byte_checkpoint, demo_rows, pairs_config, write_config  # noqa: E402
 
 from cllm.__main__ import run  # noqa: E402
-from cllm.learn.log import CLOCK_FIELDS, read_metrics  # noqa: E402
+from cllm.learn.log import CLOCK_FIELDS  # noqa: E402
+from cllm.runs import read_metrics  # noqa: E402
 
 SETTINGS = ("eval.samples=0", "train.steps=12", "run.snapshot_every=1")
 TMPFS_BYTES = 2 * 2**20

@@ -5,17 +5,18 @@ exit 1 for a fault.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import traceback
 
-from cllm.messages import UserError, say
+from cllm.messages import UserError, note, say
 
 ALLOCATOR = {"linux": "expandable_segments:True"}
 """System -> what PyTorch's CUDA allocator is told: the default one loses up to 1.7 GiB of a card to
 fragmentation (bench/results/null-gpu.json). Windows has no expandable segments.
 """
-PROGRAMS = ("train", "eval", "chat", "check", "bench", "export")
+PROGRAMS = ("train", "eval", "chat", "check", "bench", "export", "runs")
 
 
 def run(name: str, argv: list[str] | None = None) -> int:
@@ -23,6 +24,8 @@ def run(name: str, argv: list[str] | None = None) -> int:
     (interrupted) or 141 (output closed).
     """
     _configure_allocator()
+    # It warns of kernels that nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # a Windows console or a C locale must not crash on Chinese
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -37,6 +40,7 @@ def run(name: str, argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        note("stopped")
         return 130
     except BrokenPipeError:  # whoever reads (`| head`) has enough; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,8 +59,13 @@ def _configure_allocator() -> None:
 
 
 def main() -> int:
-    """Entry of the `cllm` console script: the first word names the program."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    """Entry of the `cllm` console script: the first word names the program; without one they are
+    listed.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("\n".join(f"{program:<8}{say(f'{program}.help')}" for program in PROGRAMS))
+        return 0
     if name not in PROGRAMS:
         print(UserError("usage.program", name=name, programs=", ".join(PROGRAMS)), file=sys.stderr)
         return 2

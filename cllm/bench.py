@@ -26,7 +26,17 @@ from cllm import shapes
 from cllm.config import Config, is_config, load_config
 from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
 from cllm.memory import GIB
-from cllm.messages import CommandLine, UserError, note, say, table, to_json
+from cllm.messages import (
+    CommandLine,
+    UserError,
+    command,
+    note,
+    print_result,
+    propose,
+    say,
+    table,
+    to_json,
+)
 from cllm.plan import Workload, settings_of, show_plan
 
 if TYPE_CHECKING:
@@ -284,7 +294,8 @@ def main(argv: list[str]) -> int:
     if arguments.doctor:
         from cllm.doctor import examine
 
-        print(to_json({"findings": [finding._asdict() for finding in examine()]}))
+        findings = [finding._asdict() for finding in examine()]
+        print_result({"findings": findings}, arguments.json)
         return 0
     configs = {name: config_of(name, arguments.overrides) for name in arguments.models}
     if arguments.plan:
@@ -297,7 +308,7 @@ def main(argv: list[str]) -> int:
             known, original = published(config, arguments.layers)
             work = _work(config, original, rate) if is_config(name) else None
             plans.append(show_plan(config, known, original, work, rate))
-        print(to_json({"plans": plans}))
+        print_result({"plans": plans}, arguments.json)
         return 0
     if arguments.generate:
         script(GENERATION)  # before anything is measured
@@ -311,7 +322,12 @@ def main(argv: list[str]) -> int:
         arguments.out.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
         if (SCRIPTS / PLOT).is_file():
             run_script(PLOT, [str(arguments.out)])
-    print(to_json(report))
+    named = arguments.models[-1]
+    train = command("train", named, *arguments.overrides)
+    model = f"model.path={named}"
+    init = command("check", "my.jsonl", "--init", "my.toml", model, *arguments.overrides)
+    propose(train if is_config(named) else init)
+    print_result(report, arguments.json)
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cllm.data.message import Message
-from cllm.messages import CommandLine, UserError, note, say, to_json
+from cllm.messages import CommandLine, UserError, note, print_result, say, to_json
 
 if TYPE_CHECKING:
     from cllm.assembly import Loaded
@@ -200,7 +200,8 @@ def main(argv: list[str]) -> int:
         terminal = Terminal(loaded, engine)
         terminal.run()
         counts = {"turns": terminal.turns, "tokens": terminal.tokens}
-        print("\n" + to_json({"model": str(name), **counts}))
+        print()
+        print_result({"model": str(name), **counts}, arguments.json)
     finally:
         engine.close()
     return 0

@@ -24,7 +24,7 @@ from cllm.data.quality import NEAR_LIMIT, counts, deduplicate, histogram, leaks,
 from cllm.data.reader import Unread, sample_rows, write_conversations
 from cllm.data.schema import Conversation, Reject
 from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, unread_names, warn_of_demo
-from cllm.messages import UserError, file_name, note, say, to_json
+from cllm.messages import UserError, file_name, note, print_result, say, to_json
 from cllm.plots import draw_lengths
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
         parser.add_argument(
             f"--{option}", type=Path, metavar="FILE", help=say(f"check.help.{option}")
         )
+    parser.add_argument("--json", action="store_true", help=say("usage.json"))
     options = parser.parse_args(argv)
     files = list(filter(None, (options.write, options.init, options.report)))
     for path in files:
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
         _report(options.report, options.target, body, lengths, account.get("limit", 0))
     for path in files:
         note("check.wrote", path=path)
-    print(to_json(account))
+    print_result(account, options.json)
     return 0
 
 

@@ -8,18 +8,16 @@ compares the two).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import sys
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cllm.messages import UserError, file_name, say, to_json
+from cllm.typed_toml import as_toml, bare_value, build, key_lines, kind_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -266,9 +264,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        line = int((re.search(r"line (\d+)", str(error)) or [0, 0])[1])
+        if "\\" in [*text.split("\n"), ""][line - 1]:
+            raise UserError("config.backslash", where=f"{file}:{line}", detail=error) from error
         raise UserError("config.syntax", path=file, detail=error) from error
     problems: list[str] = []
-    where = {key: f"{file}:{line}" for key, line in _key_lines(text).items()}
+    where = {key: f"{file}:{line}" for key, line in key_lines(text).items()}
     for override in map(file_name, overrides):
         key, value = _override(override, problems)
         if key:
@@ -284,7 +285,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tables = isinstance(train, dict) and isinstance(preference, dict)
     if tables and preference.get("loss", "none") != "none":
         tree["train"] = _TRAIN_ON_PAIRS | train
-    config: Config = _section(
+    config: Config = build(
         Config,
         tree,
         "",
@@ -302,6 +303,9 @@ def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
     """What is wrong about settings that do not go together."""
     row = config.train.row_tokens
     problems: list[str] = []
+    for key, path in _paths(config):
+        if re.search(r"[\x00-\x1f]", path):  # such as the tab that "C:\temp" holds
+            problems.append(say("config.backslash", where=where(key), detail=repr(path)))
     if config.train.tokens_per_step < row:
         problems.append(say("config.row", where=where("train.tokens_per_step"), row=row))
     if config.preference.active:
@@ -313,6 +317,14 @@ def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
     if config.preference.loss == "orpo" and not config.preference.sft:
         problems.append(say("config.orpo", where=where("preference.loss")))
     return problems
+
+
+def _paths(config: Config) -> list[tuple[str, str]]:
+    """(key, path) of every setting that names a file or a folder."""
+    data = config.data
+    paths = [("data.train", source.path) for source in data.train]
+    paths += [("data.eval", data.eval), ("model.path", config.model.path)]
+    return [*paths, ("lora.init_from", config.lora.init_from), ("run.dir", config.run.dir)]
 
 
 def is_config(name: str) -> bool:
@@ -331,6 +343,8 @@ def _read(path: str) -> tuple[str, str]:
             )
     else:
         file = Path(path)
+        if file.is_dir():  # a run
+            file /= "config.toml"
     try:
         return path, file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -339,111 +353,12 @@ def _read(path: str) -> tuple[str, str]:
         ) from error
 
 
-def _key_lines(text: str) -> dict[str, int]:
-    """Dotted key -> its line; tomllib itself keeps none."""
-    lines: dict[str, int] = {}
-    section = ""
-    for number, line in enumerate(text.split("\n"), 1):
-        if match := re.match(r"\s*\[\[?\s*([\w.\-]+)\s*\]\]?", line):
-            section = match[1]
-            lines.setdefault(section, number)
-        elif match := re.match(r"\s*([\w.\-\"]+)\s*=", line):
-            name = match[1].replace('"', "")
-            lines[f"{section}.{name}" if section else name] = number
-    return lines
-
-
 def _override(text: str, problems: list[str]) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or "." not in key:
         problems.append(say("config.override", text=text))
         return "", None
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value  # an unquoted string
-
-
-def _section(kind: type, tree: Any, prefix: str, where: Any, problems: list[str]) -> Any:
-    """Build dataclass `kind` from a table; appends to `problems` and goes on."""
-    if not isinstance(tree, dict):
-        problems.append(
-            say("config.type", where=where(prefix), key=prefix, expected="table", found=repr(tree))
-        )
-        return kind()
-    hints = typing.get_type_hints(kind)
-    known = {item.name: item for item in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}.{name}" if prefix else name
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = (
-                say("config.nearest", name=near[0])
-                if near
-                else say("config.known", names=", ".join(known))
-            )
-            problems.append(say("config.unknown", where=where(key), key=key, hint=hint))
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _section(typing.cast(type, hints[name]), value, key, where, problems)
-        else:
-            built = _value(hints[name], value, key, where, problems)
-            low, high = known[name].metadata.get("limits", (-math.inf, math.inf))
-            if isinstance(built, int | float) and not low <= built <= high:
-                problems.append(
-                    say(
-                        "config.range",
-                        where=where(key),
-                        key=key,
-                        value=built,
-                        bounds=f"{low} … {high}",
-                    )
-                )
-            values[name] = built
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> Any:
-    if hint == tuple[Source, ...]:
-        rows = [{"path": value}] if isinstance(value, str) else value
-        if not isinstance(rows, list):
-            problems.append(
-                say(
-                    "config.type",
-                    where=where(key),
-                    key=key,
-                    expected="string or [[tables]]",
-                    found=repr(value),
-                )
-            )
-            return ()
-        tables = [{"path": row} if isinstance(row, str) else row for row in rows]
-        return tuple(_section(Source, row, key, where, problems) for row in tables)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-    fits = value in choices if choices else _fits(hint, value)
-    if not fits:
-        expected = (
-            " | ".join(map(repr, choices)) if choices else getattr(hint, "__name__", str(hint))
-        )
-        problems.append(
-            say("config.type", where=where(key), key=key, expected=expected, found=repr(value))
-        )
-    return value
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(option, value) for option in typing.get_args(hint))
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            isinstance(k, str) and isinstance(v, str) for k, v in value.items()
-        )
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    return key.strip(), bare_value(kind_of(Config, key.strip()), value)
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:
@@ -463,25 +378,8 @@ def to_toml(config: Config) -> str:
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         lines = [
-            f"{item.name} = {_toml(getattr(values, item.name))}"
+            f"{item.name} = {as_toml(getattr(values, item.name))}"
             for item in dataclasses.fields(values)
         ]
         parts.append("\n".join([f"[{section.name}]", *lines, ""]))
     return "\n".join(parts)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool | str):
-        # the one character that only TOML escapes
-        return to_json(value).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        return (
-            "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"
-            if value
-            else "{}"
-        )
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, Source):
-        return _toml({k: v for k, v in dataclasses.asdict(value).items() if v not in ("", {})})
-    return repr(value)

@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 from cllm.config import Config, load_config
 from cllm.data.schema import Conversation
 from cllm.data.sources import prepare, read_file
-from cllm.messages import CommandLine, UserError, file_name, note, say, table, to_json
+from cllm.messages import (
+    CommandLine,
+    UserError,
+    command,
+    file_name,
+    note,
+    print_result,
+    propose,
+    say,
+    table,
+)
 
 if TYPE_CHECKING:
     from cllm.evaluate.results import Evaluation, Exam
@@ -50,17 +60,19 @@ def main(argv: list[str]) -> int:
     then one JSON line.
     """
     arguments = _arguments(argv)
+    results: dict[str, Any]
     if arguments.votes:
-        print(to_json({"model": arguments.model, "votes": _votes(Path(arguments.model))}))
-        return 0
-    summaries = (_exams if arguments.task else _conversations)(arguments)
-    print(to_json({"model": arguments.model, "eval": summaries}))
+        results = {"votes": _votes(Path(arguments.model))}
+    else:
+        results = {"eval": (_exams if arguments.task else _conversations)(arguments)}
+    propose(command("chat", arguments.model))
+    print_result({"model": arguments.model, **results}, arguments.json)
     return 0
 
 
 def _votes(run: Path) -> list[dict[str, Any]]:
     from cllm.evaluate.votes import summarise, vote_table
-    from cllm.learn.log import read_metrics
+    from cllm.runs import read_metrics
 
     votes = read_metrics(run / "votes.jsonl")
     if not votes:

@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cllm.data.schema import Conversation
-from cllm.messages import CommandLine, UserError, note, to_json
+from cllm.messages import (
+    CommandLine,
+    UserError,
+    note,
+    print_result,
+    propose,
+    read_json,
+    shell,
+    to_json,
+)
 
 if TYPE_CHECKING:
     from cllm.assembly import Located
@@ -89,10 +99,8 @@ def _write_peft(merge: Merge, located: Located, folder: Path) -> None:
         raise UserError("export.dora", path=located.adapter)
     if merge.checkpoint.family.config:
         note("export.native_names", base=base_name)
-    rank = settings.rank
-    note("export.vllm", base=base_name, rank=next((r for r in VLLM_RANKS if r >= rank), rank))
     # The factor is baked into alpha: llama.cpp's converter knows alpha / r only.
-    baked = LoraSettings(rank, merge.scaling * rank)
+    baked = LoraSettings(settings.rank, merge.scaling * settings.rank)
     write_adapter(merge.model, folder, merge.adapter, baked, base=base_name)
 
 
@@ -120,6 +128,22 @@ def held_out_of(run: Path) -> list[Conversation]:
     else:
         conversations, _ = read_conversations(BUILT_IN["demo-test"])
     return with_answers(conversations)[:COMPARED]
+
+
+def next_commands(out: Path, to: str, base: Path) -> list[str]:
+    """What reads the export in `out` of an adapter of `base`, as command lines."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("._-") or "my"
+    if to == "ollama":
+        create = shell("ollama", "create", name, "-f", out / "Modelfile")
+        return [create, shell("ollama", "run", name)]
+    if to == "gguf":
+        return [shell("llama-cli", "-m", out / "model.gguf")]
+    if to == "merged":
+        return [shell("vllm", "serve", out)]
+    rank = read_json(out / "adapter_config.json")["r"]
+    rank = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+    options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={out}"]
+    return [shell("vllm", "serve", base, *options)]
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -180,7 +204,9 @@ def main(argv: list[str]) -> int:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     note("export.written", path=out, gib=f"{size / 2**30:.2f}")
-    print(to_json({"run": run, "to": to, "out": str(out), "bytes": size, "check": report}))
+    propose(*next_commands(out, to, base))
+    result = {"run": run, "to": to, "out": str(out), "bytes": size, "check": report}
+    print_result(result, arguments.json)
     return 0
 
 

@@ -130,7 +130,9 @@ def _as_transformers_reads(
     folder: Path, precision: Precision, device: torch.device, questions: Sequence[list[Message]]
 ) -> tuple[Any, list[list[int]]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of reading files that lie here
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=precision.weights, local_files_only=True
     )

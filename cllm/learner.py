@@ -22,7 +22,7 @@ from cllm.data.sources import Data
 from cllm.learn.dist import World
 from cllm.learn.ladder import Ladder
 from cllm.learn.loss import row_nll, sft_loss
-from cllm.learn.optim import Trainee, check_optimizer, make_optimizer
+from cllm.learn.optim import StepOutOfMemoryError, Trainee, check_optimizer, make_optimizer
 from cllm.learn.preference import Preference
 from cllm.learn.snapshot import adapter_fingerprint, capture, restore
 from cllm.messages import note
@@ -192,6 +192,26 @@ class Learner:
             return weighed.loss, dict(weighed.figures) | bounds
         rows, precision = encoded.held_rows, self.assembly.precision
         return held_out_loss(self.model, rows, precision, self.chunk_bytes), {}
+
+    def prove(self) -> tuple[list[PackedBatch], str]:
+        """(the largest rows: most tokens, and most of one sequence; why a step on them does not fit
+        the plan's budget, "" if it does). Nothing is learned.
+        """
+        from cllm.learn.proof import prove
+
+        stored = self.encoded.rows
+        rows = [stored.longest(), stored.longest(max)]
+        try:
+            prove(
+                self.trainee,
+                rows,
+                plan=self.assembly.plan,
+                budget=self.assembly.budget,
+                micro_tokens=self.ladder.micro_tokens,
+            )
+        except StepOutOfMemoryError as error:
+            return rows, str(error)
+        return rows, ""
 
     def capture(self) -> dict[str, Tensor]:
         """What a snapshot keeps as tensors."""

@@ -14,6 +14,7 @@ import locale
 import math
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -94,6 +95,35 @@ def note(code: str, /, **values: object) -> None:
         print(say(code, **values), file=sys.stderr, flush=True)
 
 
+def shell(*words: object) -> str:
+    """The words as one command line, quoted for this system's shells: POSIX ones, or cmd and
+    PowerShell, which both take double quotes (no file name there holds one).
+    """
+    texts = [str(word) for word in words]
+    if sys.platform != "win32":
+        return shlex.join(texts)
+    plain = re.compile(r"[\w./\\:=+-]+")
+    return " ".join(text if plain.fullmatch(text) else f'"{text}"' for text in texts)
+
+
+def command(program: str, *words: object) -> str:
+    """The command line that runs `python -m cllm.PROGRAM` with these words."""
+    return shell("python", "-m", f"cllm.{program}", *words)
+
+
+def propose(*commands: str) -> None:
+    """Say what to type next, a command a line, ready to paste."""
+    note("next", commands="\n  ".join(commands))
+
+
+def print_result(result: Any, asked: bool) -> None:
+    """A program's JSON document, the last line on stdout. It is for other programs, so a terminal
+    gets it only where `asked` for.
+    """
+    if asked or not sys.stdout.isatty():
+        print(to_json(result))
+
+
 def file_name(path: object) -> str:
     """`path` as text: a part that is no UTF-8 (unpacked from a zip of a Chinese Windows) as
     GB18030, else as Latin-1, so that it can be printed and stored.
@@ -164,6 +194,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, program: str) -> None:
         super().__init__(prog=f"cllm.{program}", description=say(f"{program}.help"))
+        self.add_argument("--json", action="store_true", help=say("usage.json"))
         self.program = program
 
     def take(self, name: str, **options: Any) -> None:

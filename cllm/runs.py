@@ -1,20 +1,37 @@
-"""Run directories: a new one, the newest one, who may write into it, and what it was made from."""
+"""Run directories: a new one, the newest one, who may write into it, and what it was made from.
+`python -m cllm.runs [DIR]` lists them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cllm.messages import UserError, note, read_json, to_json
+from cllm.config import load_config
+from cllm.messages import (
+    CommandLine,
+    UserError,
+    command,
+    note,
+    print_result,
+    propose,
+    read_json,
+    say,
+    table,
+    to_json,
+)
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 2**16
@@ -22,6 +39,29 @@ _FINGERPRINTED = re.compile(
     r"config\.json|.*\.(safetensors|bin|gguf|model|tiktoken)|.*\.index\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt"
 )
+
+
+@dataclass
+class Progress:
+    """How far a run has come; kept in its snapshots."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    evaluated: int = -1
+    """The last step that was evaluated."""
+    best: float | None = None
+    """The lowest held-out loss so far."""
+    stale: int = 0
+    """Evaluations since the lowest loss."""
+    bad: int = 0
+    """Steps skipped in a row."""
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> Progress:
+        """From a snapshot's state.json. Raises LookupError, TypeError or ValueError."""
+        best = None if state["best"] in (None, float("inf")) else float(state["best"])
+        step, evaluated = int(state["step"]), int(state["evaluated"])
+        return cls(step, evaluated, best, int(state["stale"]), int(state["bad"]))
 
 
 def new_run(directory: str | Path) -> Path:
@@ -55,14 +95,15 @@ def find_runs(
     return sorted(runs, key=lambda run: (started[run], run.name), reverse=True)
 
 
-def last_run(directory: str) -> Path:
-    """The run to resume: of `directory` and its -2, -3, …, the one started last that has a
-    snapshot. Raises UserError if none has.
+def last_run(directory: str, *, alone: bool = False) -> Path:
+    """The run to resume: of `directory` and (unless it stands `alone`) its -2, -3, …, the one
+    started last that has a snapshot. Raises UserError if none has.
     """
     wanted = Path(directory)
     if os.environ.get("RANK", "0") != "0":
         return wanted  # rank 0 reads and writes it; another machine may not even see it
     runs = find_runs(wanted.parent, name=wanted.name, needs="snapshots/*step-*")
+    runs = [run for run in runs if not alone or run == wanted]
     if not runs:
         raise UserError("snapshot.none", path=wanted)
     return runs[0]
@@ -119,6 +160,17 @@ def locked(run: Path) -> Iterator[None]:
 
 def _owner(file: Path) -> str:
     return file.read_text("utf-8", "replace").strip()[:200] if file.is_file() else ""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a torn last line (a crash while writing) is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def manifest_of(gpu: str, facts: dict[str, Any]) -> bytes:
@@ -231,3 +283,102 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# --- The program
+def described(run: Path) -> dict[str, Any]:
+    """What a run directory holds, for the list: `state` is training, finished, unfinished (it can
+    be resumed) or broken. `score` is the adapter's rouge-l-char, `bytes` what it takes on the disk.
+    """
+    config_file = run / "config.toml"
+    started = (config_file if config_file.is_file() else run).stat().st_mtime
+    facts: dict[str, Any] = {
+        "run": str(run),
+        "base": "",
+        "data": "",
+        "step": 0,
+        "steps": None,
+        "eval_loss": None,
+        "score": None,
+        "bytes": sum(file.stat().st_size for file in run.rglob("*") if file.is_file()),
+        "started": datetime.fromtimestamp(started).isoformat(" ", "minutes"),
+        "state": "broken",
+    }
+    scores = run / "eval.json"
+    try:
+        config = load_config(config_file)
+        manifest = read_json(run / "manifest.json")
+        adapter = read_json(scores).get("adapter", {}) if scores.is_file() else {}
+    except UserError:
+        return facts
+    rows = read_metrics(run / "metrics.jsonl")
+    facts["base"] = config.model.path
+    facts["data"] = ", ".join(Path(source.path).name for source in config.data.train)
+    facts["step"] = max((row["step"] for row in rows), default=0)
+    facts["steps"] = manifest.get("steps")
+    losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    facts["eval_loss"] = min(losses, default=None)
+    facts["score"] = adapter.get("rouge-l-char")
+    whole = facts["step"] == facts["steps"] and (run / "adapter").is_dir()
+    if _is_held(run):
+        facts["state"] = "training"
+    elif scores.is_file() or whole:
+        facts["state"] = "finished"
+    elif any(run.glob("snapshots/*step-*")):
+        facts["state"] = "unfinished"
+    return facts
+
+
+def run_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The columns' names, and a line for each described run."""
+    lines = [say("runs.columns").split("|")]
+    for row in rows:
+        loss, score = (
+            "-" if row[key] is None else f"{row[key]:.{digits}f}"
+            for key, digits in (("eval_loss", 3), ("score", 1))
+        )
+        steps = f"{row['step']}/{row['steps'] or '?'}"
+        size, state = f"{row['bytes'] / 2**20:,.1f} MiB", say(f"runs.{row['state']}")
+        line = [Path(row["run"]).name, row["base"], row["data"], steps, loss, score, size]
+        lines.append([*line, row["started"], state])
+    return lines
+
+
+def _is_held(run: Path) -> bool:
+    """Whether a process writes into the run; one that died has left its name, but not its lock."""
+    from filelock import FileLock
+
+    try:
+        if (run / "owner").is_file():
+            FileLock(run / "lock", timeout=0).acquire().lock.release()
+    except OSError:  # filelock's Timeout, too
+        return True
+    return False
+
+
+def main(argv: list[str]) -> int:
+    """Print the runs of a folder, the newest first; the last line of stdout is {"runs"}."""
+    parser = CommandLine("runs")
+    parser.take("root", nargs="?", default="runs", type=Path, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    root = arguments.root
+    runs = find_runs(root, needs="config.toml")
+    # of a process that was killed before it wrote anything
+    runs += sorted({file.parent for file in root.glob("*/lock")} - {*runs})
+    if not runs:
+        raise UserError("run.none", root=root)
+    rows = [described(run) for run in runs]
+    print(table(run_table(rows)))
+    newest = rows[0]["run"]
+    if rows[0]["state"] == "finished":
+        propose(command("chat", newest))
+    elif rows[0]["state"] == "unfinished":
+        propose(command("train", newest, "--resume"))
+    print_result({"runs": rows}, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    from cllm.__main__ import run as run_program
+
+    raise SystemExit(run_program("runs"))

@@ -8,17 +8,18 @@ import argparse
 import contextlib
 import functools
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, differences, load_config, to_toml
 from cllm.corpus import read_corpus
-from cllm.messages import CommandLine, UserError, note, to_json
+from cllm.memory import GIB
+from cllm.messages import CommandLine, UserError, command, note, print_result, propose, to_json
+from cllm.runs import Progress, last_run
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
@@ -29,29 +30,8 @@ FOREIGN = (LookupError, TypeError, ValueError, RuntimeError, OverflowError, Attr
 """What reading another program's state raises."""
 STATE_SECTIONS = ("model", "lora", "data", "train", "preference")
 """Settings that decide what the next step does: a resumed run must agree on them."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come; kept in its snapshots."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    evaluated: int = -1
-    """The last step that was evaluated."""
-    best: float | None = None
-    """The lowest held-out loss so far."""
-    stale: int = 0
-    """Evaluations since the lowest loss."""
-    bad: int = 0
-    """Steps skipped in a row."""
-
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> Progress:
-        """From a snapshot's state.json. Raises LookupError, TypeError or ValueError."""
-        best = None if state["best"] in (None, float("inf")) else float(state["best"])
-        step, evaluated = int(state["step"]), int(state["evaluated"])
-        return cls(step, evaluated, best, int(state["stale"]), int(state["bad"]))
+RESUMABLE = ("run.unwritable", "train.memory", "train.nonfinite", "dist.lost")
+"""Ends of a run after which it can go on from its snapshots, once their cause is mended."""
 
 
 class Training:
@@ -114,12 +94,28 @@ class Training:
             self.run = resume or new_run(self.config.run.dir)
             resources.enter_context(locked(self.run))
             self._write_manifest(hashes, resumed=resume is not None)
+        self._announce()
         if resume:
             self._restore()
             note("train.resumed", run=self.run, step=self.progress.step, total=self.total)
         else:
             self.learner.refer_to(None)
             self._snapshot()
+
+    def _announce(self) -> None:
+        """Where the run goes, on what, and how long it is."""
+        from cllm.model.device import free_bytes
+
+        rows, device = self.learner.encoded.rows, self.learner.assembly.device
+        free = f", {free_bytes(device) / GIB:.1f} GiB free" if device.type == "cuda" else ""
+        note(
+            "train.start",
+            run=self.run,
+            device=f"{device}{free}",
+            epochs=f"{self.total / rows.steps(self.learner.encoded.rows_per_step):.3g}",
+            steps=self.total,
+            every=self.eval_every,
+        )
 
     def _write_manifest(self, hashes: dict[str, str], *, resumed: bool) -> None:
         """config.toml and manifest.json of a new run, or of a resumed one that was changed."""
@@ -225,23 +221,8 @@ class Training:
         """The plan on the largest rows, before anything is learned; what does not fit, on any
         rank, steps down as any step does.
         """
-        from cllm.learn.optim import StepOutOfMemoryError
-        from cllm.learn.proof import prove
-
         while True:
-            stored = self.learner.encoded.rows
-            rows = [stored.longest(), stored.longest(max)]  # tokens, and tokens of one sequence
-            detail = ""
-            try:
-                prove(
-                    self.learner.trainee,
-                    rows,
-                    plan=self.learner.assembly.plan,
-                    budget=self.learner.assembly.budget,
-                    micro_tokens=self.learner.ladder.micro_tokens,
-                )
-            except StepOutOfMemoryError as error:
-                detail = str(error)
+            rows, detail = self.learner.prove()
             if not self.learner.world.any(bool(detail)):
                 return
             self._step_down(rows, detail or "another rank")
@@ -443,25 +424,27 @@ class Training:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = CommandLine("train")
-    parser.take("config", metavar="CONFIG|preset:NAME")
+    parser.take("config", nargs="?", metavar="CONFIG|preset:NAME|RUN")
     parser.take("overrides", nargs="*", metavar="section.key=value")
     parser.take("--resume", action="store_true")
     parser.take("--accept-rejects", action="store_true")
     parser.take("--allow-changes", action="store_true")
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.config is None:
+        raise UserError("train.no_config")
+    return arguments
 
 
 def main(argv: list[str]) -> int:
-    """Train as the config says; the last line on stdout is {"run", "steps", "loss", "eval"}. Under
-    torchrun rank 0 speaks.
+    """Train as the config, or the one of an earlier run, says; the last line on stdout is {"run",
+    "steps", "loss", "eval"}. Under torchrun rank 0 speaks.
     """
     arguments = _arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     resume = None
     if arguments.resume:
-        from cllm.runs import last_run
-
-        resume = last_run(config.run.dir)
+        named = Path(arguments.config)
+        resume = last_run(str(named), alone=True) if named.is_dir() else last_run(config.run.dir)
     training = Training(
         config,
         accept_rejects=arguments.accept_rejects,
@@ -469,6 +452,13 @@ def main(argv: list[str]) -> int:
         resume=resume,
     )
     with contextlib.closing(training):
+        return _train(training, asked=arguments.json)
+
+
+def _train(training: Training, *, asked: bool) -> int:
+    """The loop and what comes after it; an end that can be resumed says with what command."""
+    again = command("train", training.run, "--resume")
+    try:
         loss = training.loop()
         training.learner.world.leave()
         if training.learner.world.rank:
@@ -476,14 +466,29 @@ def main(argv: list[str]) -> int:
         steps = training.progress.step
         if training.interrupted:
             training.log.close()
-            again = shlex.join([arguments.config, *arguments.overrides])
-            command = f"python -m cllm.train {again} --resume"
-            note("train.interrupted", step=steps, total=training.total, command=command)
+            note("train.interrupted", step=steps, total=training.total)
+            propose(again)
             return 130
         results = training.finish()
-        note("train.done", run=training.run)
-        print(to_json({"run": str(training.run), "steps": steps, "loss": loss, "eval": results}))
-        return 0
+    except KeyboardInterrupt:
+        propose(again)
+        raise
+    except UserError as error:
+        if error.code not in RESUMABLE:
+            raise
+        print(error, file=sys.stderr)
+        propose(again)
+        return 2
+    run, config = training.run, training.config
+    note("train.done", run=run)
+    propose(
+        command("chat", run),
+        command("eval", run, "--data", config.data.eval or "test.jsonl"),
+        command("export", run, "--to", "ollama", Path("out") / run.name),
+    )
+    result = {"run": str(run), "steps": steps, "loss": loss, "eval": results}
+    print_result(result, asked)
+    return 0
 
 
 if __name__ == "__main__":

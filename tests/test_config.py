@@ -5,9 +5,13 @@ and line.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cllm.config import PRESETS, Config, Source, load_config, to_toml
 from cllm.messages import UserError
@@ -39,13 +43,115 @@ def test_effective_config_reads_back_equal(tmp_path: Path) -> None:
         "train.learning_rate=1e-3",
         'data.columns={user="0", assistant="{A}\\n{B}"}',
         "run.dir=runs\\windows",
-        r'data.eval="a\u0001\u001f\u007f\t\n\r\b\f\"\\.jsonl"',
+        r'data.convert="a\u0001\u001f\u007f\t\n\r\b\f\"\\.jsonl"',
     ]
     config = load_config(ROOT / "cllm.toml", overrides)
     assert config.data.train[0] == Source(path="a b.json", weight=0.5, columns={"user": '问"题'})
     assert config.run.dir == "runs\\windows"
     (tmp_path / "c.toml").write_text(to_toml(config), encoding="utf-8")
     assert load_config(tmp_path / "c.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("问题", "问题"),
+        ("客服 回复", "客服 回复"),
+        ("a=b = c", "a=b = c"),
+        ("0", "0"),
+        ("1e5", "1e5"),
+        ("true", "true"),
+        ("2024-01-01", "2024-01-01"),
+        ("{A} = {B}", "{A} = {B}"),
+        ("[备注]", "[备注]"),
+        ("[1]", "[1]"),
+        ("# 号", "# 号"),
+        ("", ""),
+        ('"问 题"', "问 题"),
+        ("'问题'", "问题"),
+        (r'"{A}\n{B}"', "{A}\n{B}"),
+    ],
+)
+def test_a_column_is_named_in_bare_words(word: str, meant: str) -> None:
+    config = load_config(ROOT / "cllm.toml", [f"data.columns.user={word}"])
+    assert config.data.columns == {"user": meant}
+
+
+@given(st.text(st.characters(exclude_characters="\"'\r\n", codec="utf-8"), max_size=12))
+def test_any_words_without_quotes_are_taken_as_they_are(words: str) -> None:
+    # each kind of setting that takes words: an entry of a table, a text, a text or a list
+    overrides = [f"data.columns.user={words}", f"data.convert={words}"]
+    data = load_config(os.devnull, overrides).data
+    assert (data.columns, data.convert) == ({"user": words}, words)
+
+
+@pytest.mark.parametrize(
+    ("files", "paths"),
+    [
+        ("my.jsonl", ["my.jsonl"]),
+        ("2024", ["2024"]),
+        ("我的 数据/a.csv", ["我的 数据/a.csv"]),
+        (r"C:\Users\me\new\x.jsonl", [r"C:\Users\me\new\x.jsonl"]),
+        (r'"C:\Users\me\x.jsonl"', [r"C:\Users\me\x.jsonl"]),
+        ("[a.jsonl, 我的 数据/b.csv]", ["a.jsonl", "我的 数据/b.csv"]),
+        ('["a.jsonl", "b,c.csv"]', ["a.jsonl", "b,c.csv"]),
+        (r'["C:\Users\a.jsonl", D:\b.csv]', [r"C:\Users\a.jsonl", r"D:\b.csv"]),
+    ],
+)
+def test_files_are_named_in_bare_words(files: str, paths: list[str]) -> None:
+    data = load_config(ROOT / "cllm.toml", [f"data.train={files}"]).data
+    assert [source.path for source in data.train] == paths
+
+
+def test_what_is_no_text_stays_a_number_a_switch_or_a_list() -> None:
+    overrides = [
+        "train.steps=7",
+        "train.epochs=2",
+        "lora.dora=true",
+        "lora.targets=[q_proj, v_proj]",
+    ]
+    config = load_config(ROOT / "cllm.toml", overrides)
+    assert (config.train.steps, config.train.epochs, config.lora.dora) == (7, 2.0, True)
+    assert config.lora.targets == ["q_proj", "v_proj"]
+    assert load_config(ROOT / "cllm.toml", ["lora.targets=q_proj"]).lora.targets == "q_proj"
+    for wrong in ("train.steps=seven", "train.steps=1.5", "lora.dora=1", "model.head=16"):
+        with pytest.raises(UserError, match=wrong.split("=")[0]):
+            load_config(ROOT / "cllm.toml", [wrong])
+
+
+@pytest.mark.parametrize("table", ["{user=问题, assistant=客服 回复}", "问题", "[a]"])
+def test_a_table_whose_quotes_a_shell_took_is_answered_with_a_form_that_works(table: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(ROOT / "cllm.toml", [f"data.columns={table}"])
+    told = str(refused.value)
+    words = re.findall(r"data\.columns\.\w+=\w+", told)
+    columns = load_config(ROOT / "cllm.toml", words).data.columns
+    assert columns == {"user": "question", "assistant": "answer"}
+    assert not {'"', "'"} & set("".join(words))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r'train = "C:\Users\me\x.jsonl"',
+        r'train = "C:\temp\new.jsonl"',
+        r'eval = "D:\data\test.jsonl"',
+        r'train = "C:\data\"',
+    ],
+)
+def test_a_windows_path_in_double_quotes_is_answered_with_its_line(
+    line: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text(f"# mine\n[data]\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"my\.toml:3: .*single quotes") as refused:
+        load_config(file)
+    assert str(refused.value).count("\n") <= 1
+    file.write_text(f"[data]\n{line}\n".replace('"', "'"), encoding="utf-8")
+    assert "\\" in str(load_config(file).data)
+    with pytest.raises(UserError, match=r"broken\.toml is not valid TOML"):
+        (tmp_path / "broken.toml").write_text("[data]\ntrain = a b\n", encoding="utf-8")
+        load_config(tmp_path / "broken.toml")
 
 
 def test_one_column_is_named_on_the_command_line() -> None:

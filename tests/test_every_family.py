@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from cllm.data.encode import Example
 from cllm.data.packing import PackedRows
-from cllm.learn.log import read_metrics
 from cllm.learn.loss import row_nll, sft_loss
 from cllm.learn.optim import Trainee, make_optimizer
 from cllm.learn.snapshot import capture, load_snapshot, restore, save_snapshot
@@ -27,6 +26,7 @@ from cllm.model.checkpoint import Placement, load_model
 from cllm.model.device import Precision
 from cllm.model.lora import inject_lora, merge_lora
 from cllm.model.offload import checkpoint_layers
+from cllm.runs import read_metrics
 
 LOCAL = Path(__file__).parent / "golden"
 RECURRENT = ("qwen3.5",)

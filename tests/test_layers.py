@@ -21,6 +21,7 @@ from cllm.__main__ import PROGRAMS as PROGRAM_NAMES
 PACKAGE = Path(__file__).parents[1] / "cllm"
 LAYER_1 = {
     "config",
+    "typed_toml",
     "messages",
     "memory",
     "shapes",

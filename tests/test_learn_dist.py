@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from cllm.__main__ import run
 from cllm.learn.dist import World
-from cllm.learn.log import read_metrics
 from cllm.messages import UserError
+from cllm.runs import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,12 +21,13 @@ from torch import nn
 
 from cllm.data.packing import collate
 from cllm.learn import optim
-from cllm.learn.log import CLOCK_FIELDS, read_metrics
+from cllm.learn.log import CLOCK_FIELDS
 from cllm.learn.loss import sft_loss
 from cllm.learn.optim import Trainee, check_optimizer, make_optimizer, set_learning_rate
 from cllm.learn.snapshot import capture, restore
 from cllm.messages import UserError
 from cllm.model.lora import inject_lora
+from cllm.runs import read_metrics
 
 runs_here = pytest.mark.skipif(
     optim._without_8bit("cpu") != "", reason="bitsandbytes has no 8-bit optimizer here"

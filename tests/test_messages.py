@@ -39,8 +39,10 @@ def used_codes() -> dict[str, set[str]]:
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if 'CommandLine("' in text:
-            options = re.findall(r'\.take\(\s*"-*([\w-]+)"|"--([\w-]+)"', text)
-            names = ["", *(f".{''.join(option).replace('-', '_')}" for option in options)]
+            options = re.findall(r'\.take\(\s*"-*([\w-]+)"', text)
+            for switches in re.findall(r"for switch in \((.*)\)", text):
+                options += re.findall(r'"--([\w-]+)"', switches)
+            names = ["", *(f".{option.replace('-', '_')}" for option in options)]
             helps = {f"{path.stem}.help{name}": set[str]() for name in names}
             assert helps.keys() <= messages().keys()
             found |= helps

@@ -258,7 +258,7 @@ def test_a_run_with_everything_in_host_memory_equals_the_plain_run(
     config: Path, tmp_path: Path
 ) -> None:
     from cllm.__main__ import run as program
-    from cllm.learn.log import read_metrics
+    from cllm.runs import read_metrics
 
     everything = "stream_layers=2 offload_inputs=true embedding=cpu mlp_tile_tokens=4096"
     losses = []

@@ -22,6 +22,7 @@ from serving import open_two
 from cllm.assembly import Loaded
 from cllm.data.message import Message
 from cllm.data.template import TEMPLATES
+from cllm.runs import locked
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
 from cllm.serve.charts import Line, chart
@@ -413,11 +414,16 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
         }
     loss = page.call("follow", browser(), "demo", "other")[3]
     assert "demo held out: 1.6 (5)" in loss and "other held out: 7.5 (9)" in loss
+    headers, *_ = page.call("overview", browser("zh"))["headers"]
+    assert headers == "运行" and len(page.call("overview", browser())["data"]) == 2
     (run / "eval.json").unlink()
-    assert "stopped; `python -m cllm.train" in page.call("follow", browser(), "demo", "")[2]
-    (run / "owner").write_text("pid 1 on here\n", encoding="utf-8")
-    assert "running · step 5 / 5 · ETA 0s" in page.call("follow", browser(), "demo", "")[2]
-    (run / "owner").unlink()
+    (run / "manifest.json").write_text(json.dumps({"steps": 8}), encoding="utf-8")
+    (run / "snapshots" / "step-5").mkdir(parents=True)
+    shown = page.call("follow", browser(), "demo", "")[2]
+    assert "unfinished" in shown and f"`python -m cllm.train {run} --resume`" in shown
+    with locked(run):
+        shown = page.call("follow", browser(), "demo", "")[2]
+    assert "training · step 5 / 8 · ETA 2s" in shown  # half a second each
 
 
 def test_a_chart_is_to_scale_and_says_its_points() -> None:

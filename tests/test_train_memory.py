@@ -21,8 +21,8 @@ from cllm.config import load_config
 from cllm.data.encode import Example
 from cllm.data.packing import collate
 from cllm.learn.ladder import Ladder
-from cllm.learn.log import read_metrics
 from cllm.learn.optim import Objective
+from cllm.runs import read_metrics
 from cllm.train import Training
 
 OPTIONS = ["lora.dropout=0", "eval.samples=0", "run.snapshot_every=2"]

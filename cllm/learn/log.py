@@ -4,7 +4,6 @@ optional tracker.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.messages import UserError, note, to_json
 from cllm.plots import draw_loss
+from cllm.runs import read_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ class RunLog:
         line = (
             f"step {step:>5}/{self.total}  loss {loss:.3f}  lr {values['lr']:.1e}  "
             f"grad {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
-            f"peak {peak:.2f} GiB  eta {duration(remaining)}"
+            f"peak {peak:.2f} GiB  eta {duration(remaining)}{_clock(remaining)}"
         )
         if "margin" in values:
             line += f"  margin {values['margin']:.3f}  accuracy {values['accuracy']:.0%}"
@@ -182,6 +182,11 @@ def peak_memory_bytes(device: torch.device | None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _clock(seconds: float) -> str:
+    """When it will be so many seconds from now, where that is worth a look at the clock."""
+    return time.strftime(" (%H:%M)", time.localtime(time.time() + seconds)) * (seconds >= 100)
+
+
 def duration(seconds: float) -> str:
     """12 s, 3m20, 2h05: for people."""
     whole = round(seconds)
@@ -197,17 +202,6 @@ def seconds_a_step(steps: Iterable[dict[str, Any]]) -> float:
     not count.
     """
     return fmean(row["tokens"] / row["tokens_per_second"] for row in [*steps][-PACE_STEPS:])
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a torn last line (a crash while writing) is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def losses(rows: list[dict[str, Any]], key: str = "loss") -> list[tuple[int, float]]:

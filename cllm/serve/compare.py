@@ -21,10 +21,9 @@ import gradio as gr
 from cllm.assembly import Loaded
 from cllm.data.message import Message
 from cllm.evaluate.votes import summarise
-from cllm.learn.log import read_metrics
 from cllm.messages import UserError, to_json
 from cllm.model.adapter import WEIGHTS_FILE
-from cllm.runs import replace_file
+from cllm.runs import read_metrics, replace_file
 from cllm.serve.answer import Answer, ModelError
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling

@@ -4,7 +4,6 @@
 
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
-import shlex
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -16,9 +15,10 @@ from cllm.assembly import Loaded, open_beside
 from cllm.config import load_config
 from cllm.evaluate.report import number, score_table
 from cllm.evaluate.results import Gap
-from cllm.learn.log import duration, losses, read_metrics, seconds_a_step
-from cllm.messages import UserError, read_json, speaking
+from cllm.learn.log import duration, losses, seconds_a_step
+from cllm.messages import UserError, command, read_json, say, speaking
 from cllm.plots import smoothed
+from cllm.runs import described, read_metrics, run_table
 from cllm.serve.charts import COLOURS, Line, chart
 from cllm.serve.compare import listed
 from cllm.serve.engine import Engine
@@ -41,6 +41,7 @@ class TrainingTab:
             over = gr.Dropdown(label=t("run_over"), choices=[], min_width=220)
         talk = gr.Button(t("talk"), size="sm", visible=loaded.home is not None)
         told = gr.Markdown(" ")
+        self.runs = gr.Dataframe(show_label=False, wrap=True)
         standing = gr.Markdown(" ")
         with gr.Row():
             charts = []
@@ -74,15 +75,22 @@ class TrainingTab:
         ]
         with speaking(language_of(request)):
             scores = _scores(run / "eval.json", answers)
+            standing = _standing(run, rows) if rows else " "
         return (
             gr.Dropdown(choices=names, value=name or None),
             gr.Dropdown(choices=[("-", ""), *names], value=other if other in names else ""),
-            _standing(run, rows, texts) if rows else " ",
+            standing,
             chart(texts["ui.loss"], _losses(curves, texts)),
             chart(texts["ui.speed"], _speeds(curves)),
             scores,
             {"headers": headers, "data": cells},
         )
+
+    def overview(self, request: gr.Request) -> dict[str, Any]:
+        """The list of the runs."""
+        with speaking(language_of(request)):
+            headers, *lines = run_table([described(self.root / name) for name in self._names()])
+        return {"headers": headers, "data": lines}
 
     def _names(self) -> list[str]:
         """The runs of the list, the one written to last first. No other name is read: no path of a
@@ -106,28 +114,27 @@ class TrainingTab:
                         open_beside(self.loaded, run)
                 told = texts["ui.opened"].format(name=name)
             except UserError as error:
-                told = f"{error.args[0]}\n\n`python -m cllm.chat {shlex.quote(str(run))}`"
+                told = f"{error.args[0]}\n\n`{command('chat', run)}`"
         return told, *listed(self.loaded)
 
 
-def _standing(run: Path, rows: list[dict[str, Any]], texts: dict[str, str]) -> str:
+def _standing(run: Path, rows: list[dict[str, Any]]) -> str:
     """What the run is doing, how far it has come, and its settings."""
-    step, total = rows[-1]["step"], read_json(run / "manifest.json").get("steps", 0)
+    facts = described(run)
+    step, total = facts["step"], facts["steps"] or 0
     steps = [row for row in rows if "tokens_per_second" in row]
     held_out = losses(rows, "eval_loss")
-    running = (run / "owner").exists()
-    state = texts["ui.runs"] if running else texts["ui.stopped"].format(run=shlex.quote(str(run)))
-    if (run / "eval.json").exists():
-        running, state = False, texts["ui.done"]
-    parts = [state, texts["ui.step"].format(step=step, total=total)]
-    if running and steps:
+    parts = [say(f"runs.{facts['state']}"), say("ui.step", step=step, total=total)]
+    if facts["state"] == "training" and steps:
         parts.append(f"ETA {duration(seconds_a_step(steps) * (total - step))}")
+    if facts["state"] == "unfinished":
+        parts.append(f"`{command('train', run, '--resume')}`")
     if steps:
         parts.append(duration(steps[-1]["seconds"]))
     if held_out:
         best_step, best = min(held_out, key=itemgetter(1))
         first = f"{held_out[0][1]:.3f}"
-        parts.append(texts["ui.held_out"].format(first=first, best=f"{best:.3f}", step=best_step))
+        parts.append(say("ui.held_out", first=first, best=f"{best:.3f}", step=best_step))
     return f"**{run.name}** · {' · '.join(parts)}\n\n{_settings(run)}"
 
 

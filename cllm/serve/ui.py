@@ -125,10 +125,11 @@ def _tabs(
                 menus.append(Batch(t, loaded, engine, knobs[1:]).models)
             tabs.append(compare)
         with gr.Tab(t("training")) as training:
-            watch_run = TrainingTab(t, loaded, engine, menus).shown
+            runs = TrainingTab(t, loaded, engine, menus)
+        training.select(runs.overview, None, runs.runs, **QUIET)
         with gr.Tab(t("monitor")) as monitor:
             watch_machine = monitor_tab(t, engine, count_sessions(page))
-        for tab, (refresh, inputs, outputs) in ((training, watch_run), (monitor, watch_machine)):
+        for tab, (refresh, inputs, outputs) in ((training, runs.shown), (monitor, watch_machine)):
             timer = gr.Timer(2, active=False)  # costs nothing until its tab is opened
             timer.tick(refresh, inputs, outputs, **QUIET)
             tab.select(refresh, inputs, outputs, **QUIET).then(

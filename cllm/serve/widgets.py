@@ -11,9 +11,9 @@ import gradio as gr
 
 from cllm.assembly import Loaded
 from cllm.data.message import Message
-from cllm.learn.log import read_metrics
 from cllm.messages import UserError, messages
 from cllm.model.tokenizer import Tokenizer
+from cllm.runs import read_metrics
 from cllm.serve.answer import Answer, chat_sampling
 from cllm.serve.sampling import Sampling
 
