@@ -14,6 +14,7 @@ import locale
 import math
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from pathlib import Path
@@ -138,6 +139,19 @@ def table(rows: list[list[str]]) -> str:
             ).rstrip()
         )
     return "\n".join(padded)
+
+
+def command(program: str, *words: str) -> str:
+    """`python -m cllm.PROGRAM …` to paste into bash, cmd or PowerShell; a word that is not plain
+    stands in double quotes, and where that would not do, quoted as for bash.
+    """
+
+    def quoted(word: str) -> str:
+        if re.fullmatch(r"[\w@%+=:,./-]+", word):
+            return word
+        return shlex.quote(word) if re.search(r'["$`!]', word) else f'"{word}"'
+
+    return " ".join(["python", "-m", f"cllm.{program}", *map(quoted, words)])
 
 
 class CommandLine(argparse.ArgumentParser):
