@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -23,7 +24,7 @@ from cllm.data.pairs import dialogue, sides
 from cllm.data.quality import NEAR_LIMIT, counts, deduplicate, histogram, leaks, quality
 from cllm.data.reader import Unread, sample_rows, write_conversations
 from cllm.data.schema import Conversation, Reject
-from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, unread_names, warn_of_demo
+from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, unread_names, without_demo
 from cllm.messages import UserError, file_name, note, print_result, say, to_json
 from cllm.plots import draw_lengths
 
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
         if path.exists():
             raise UserError("check.exists", path=path)
     config = _config(options.target, options.overrides)
-    warn_of_demo(config.data)
+    config = replace(config, data=without_demo(config.data, pairs=config.preference.active))
     unread: Unread = {}
     pairs = config.preference.active
     groups, rejects = read_sources(config.data, unread, pairs=pairs)

@@ -29,7 +29,7 @@ PRESETS = Path(__file__).parent / "assets" / "presets"
 _WITH_PAIRS = {"data.kind": "chat", "data.truncate": "drop", "lora.dropout": 0.0}
 # [train] where a preference loss is set and the file says nothing: SFT's rate would ruin the model.
 _TRAIN_ON_PAIRS = {"epochs": 1.0, "learning_rate": 5e-6, "warmup": 0.1}
-
+ENOUGH_STEPS, MAX_STEP_TOKENS = 100, 8192  # what train.tokens_per_step = 0 aims at
 
 Quantize = Literal["none", "nf4"]
 PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
@@ -136,8 +136,8 @@ class TrainConfig:
     """Optimizer steps; 0: as many as `epochs` needs."""
     row_tokens: int = _at_least(8, 2048)
     """Length of a packed row = the micro-batch; also the longest sample."""
-    tokens_per_step: int = _at_least(8, 8192)
-    """Tokens of one optimizer step, accumulated over rows."""
+    tokens_per_step: int = _at_least(0, 0)
+    """Tokens of one optimizer step, accumulated over rows; 0: what `step_tokens` says."""
     learning_rate: float = _at_least(0, 2e-4)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = _at_least(0, 0.03, at_most=1)
@@ -148,6 +148,13 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit`: AdamW's two moments in 8 bits, a quarter of their memory."""
     seed: int = _at_least(0, 42)
+
+    def step_tokens(self, tokens: int) -> int:
+        """`tokens_per_step`; for 0 what gives ENOUGH_STEPS in `epochs` over data of `tokens`, from
+        one row to MAX_STEP_TOKENS.
+        """
+        aimed = int(tokens * self.epochs / (self.steps or ENOUGH_STEPS))
+        return self.tokens_per_step or max(self.row_tokens, min(MAX_STEP_TOKENS, aimed))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,7 +313,7 @@ def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
     for key, path in _paths(config):
         if re.search(r"[\x00-\x1f]", path):  # such as the tab that "C:\temp" holds
             problems.append(say("config.backslash", where=where(key), detail=repr(path)))
-    if config.train.tokens_per_step < row:
+    if 0 < config.train.tokens_per_step < row:
         problems.append(say("config.row", where=where("train.tokens_per_step"), row=row))
     if config.preference.active:
         for key, value in _WITH_PAIRS.items():

@@ -32,6 +32,8 @@ class Encoded:
 
     rows: PackedRows
     rows_per_step: int
+    tokens_per_step: int
+    """[train]'s, or what its 0 comes to for these tokens."""
     held_rows: list[PackedBatch]
     train: Sequence[Conversation]
     """The conversations that are in `rows`."""
@@ -94,14 +96,15 @@ def encode_corpus(
     """
     from cllm.data.packing import PackedRows
 
-    (examples, trained, numbers, refused), (held_examples, held_out, held_numbers, _) = (
+    (examples, trained, numbers, refused), (held_examples, held_out, held_numbers, left_out) = (
         _encode_side(side, tokenizer, config, row_tokens)
         for side in (corpus.train, corpus.held_out)
     )
     _check_trained(corpus, tokenizer, examples, refused, row_tokens)
     tokens = sum(examples.sizes)
     tokens_per_row = tokens // len(examples) if single else row_tokens
-    rows_per_step = max(1, config.train.tokens_per_step // tokens_per_row)
+    tokens_per_step = config.train.step_tokens(tokens)
+    rows_per_step = max(1, tokens_per_step // tokens_per_row)
     rows = PackedRows(
         examples,
         row_tokens,
@@ -123,11 +126,12 @@ def encode_corpus(
         tokens=f"{tokens:,}",
         rows=len(rows),
         rejects=len(corpus.rejects),
-        left_out=", ".join(f"{reason} {count}" for reason, count in refused.items()) or "0",
+        left_out=", ".join(f"{reason} {n}" for reason, n in (refused + left_out).items()) or "0",
     )
     return Encoded(
         rows,
         rows_per_step,
+        tokens_per_step,
         held.take(len(held)),
         _chosen(numbers, examples, trained)[1],
         held_out,

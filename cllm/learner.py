@@ -36,6 +36,9 @@ from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer
 from cllm.runs import base_fingerprint, replace_files, writing
 
+HIGH_RATE, LARGE = 1e-3, 100_000_000
+"""A learning rate above the one ruins models with more parameters than the other."""
+
 
 def trainee_of(config: Config, assembly: Assembly) -> Trainee:
     """What learns from rows, with [train]'s optimizer."""
@@ -74,6 +77,10 @@ class Learner:
         self.single = False
         self.encoded = self._encode(tokenizer)
         self.world = World.join(choose_device(config.model.device))
+        # What 0 came to is written into the run, and stays when the rows get shorter; of a resumed
+        # run only rank 0 can read it.
+        step = int(self.world.share(str(self.encoded.tokens_per_step).encode()))
+        self.config = replace(config, train=replace(config.train, tokens_per_step=step))
         check_optimizer(config.train.optimizer, self.world.device.type)
         self.assembly = assemble(
             self.base,
@@ -89,7 +96,8 @@ class Learner:
         self.trainee = trainee_of(config, self.assembly)
         self._introduce()
         self.single = not self.assembly.packed
-        if self.single or self.tokenizer is not tokenizer:
+        other_step = step != self.encoded.tokens_per_step
+        if self.single or other_step or self.tokenizer is not tokenizer:
             self.encoded = self._encode(self.tokenizer)
         self.engine = self.assembly.engine()
 
@@ -249,6 +257,9 @@ class Learner:
             share=f"{trained / total:.1%}",
             device=self.assembly.device,
         )
+        rate = self.config.train.learning_rate
+        if rate > HIGH_RATE and total > LARGE:
+            note("train.high_rate", rate=f"{rate:g}", millions=f"{total / 1e6:,.0f}")
 
     def apply(self, ladder: Ladder) -> None:
         """Make the model and the rows what `ladder` says; may be called again."""

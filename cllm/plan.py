@@ -121,7 +121,8 @@ def _time(config: Config, flops: int, work: Workload | None, rate: float) -> dic
     is no data. Prints them.
     """
     train = config.train
-    rows_per_step = max(1, train.tokens_per_step // train.row_tokens)
+    step = train.step_tokens(work.tokens if work else NO_DATA_TOKENS)
+    rows_per_step = max(1, step // train.row_tokens)
     fill = work.fill if work and work.fill else 1.0
     step_tokens = rows_per_step * train.row_tokens * fill
     wanted = work.tokens * train.epochs if work else NO_DATA_TOKENS

@@ -15,8 +15,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm.advice import more_steps, verdict
 from cllm.config import Config, differences, load_config, to_toml
 from cllm.corpus import read_corpus
+from cllm.data.sources import without_demo
 from cllm.memory import GIB
 from cllm.messages import CommandLine, UserError, command, note, print_result, propose, to_json
 from cllm.runs import Progress, last_run
@@ -48,7 +50,6 @@ class Training:
         allow_changes: bool = False,
         resume: Path | None = None,
     ) -> None:
-        self.config = config
         self.allow_changes = allow_changes
         self.progress = Progress()
         self.interrupted = False
@@ -58,6 +59,7 @@ class Training:
         from cllm.learner import Learner
 
         self.learner = Learner(config, corpus)
+        self.config = self.learner.config
         self._plan_steps()
         with contextlib.ExitStack() as resources:
             self._open_run(resume, resources)
@@ -71,10 +73,6 @@ class Training:
         self.total = train.steps or max(1, round(train.epochs * per_epoch))
         self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every
-        if len(encoded.rows) < encoded.rows_per_step:
-            note(
-                "train.small", rows=len(encoded.rows), step=encoded.rows_per_step, steps=self.total
-            )
 
     def _open_run(self, resume: Path | None, resources: contextlib.ExitStack) -> None:
         """A new run with its config and manifest, or the newest whole snapshot of an old one; rank
@@ -367,9 +365,9 @@ class Training:
 
     # ------------------------------------------------------------------ after the last step
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, more: str = "") -> dict[str, Any]:
         """Put the best adapter back, answer the held-out questions with and without it, write and
-        return the scores.
+        return the scores; say what it came to. `more`: the command that gives more steps.
         """
         from cllm.learn.snapshot import adapter_fingerprint
         from cllm.runs import writing
@@ -383,9 +381,12 @@ class Training:
                 note("train.no_better", loss=f"{self.progress.best:.3f}")
             self.learner.save(self.run)
         self.learner.load(self.run)
-        return self._final_scores() if self.learner.encoded.held_rows else {}
+        if self.learner.encoded.held_rows:
+            return self._final_scores(more)
+        note("train.unmeasured")
+        return {}
 
-    def _final_scores(self) -> dict[str, Any]:
+    def _final_scores(self, more: str) -> dict[str, Any]:
         from cllm.evaluate.answers import Asking, evaluate, sequence_nll
         from cllm.evaluate.report import AnswerCount, summary, warn_of_length, write_results
         from cllm.evaluate.results import document
@@ -419,6 +420,8 @@ class Training:
         with writing(self.run / "eval.json"):
             write_results(self.run, results)
         print(summary(results))
+        steps = self.progress.step
+        print(verdict(results, len(encoded.held_out), steps, more), file=sys.stderr)
         return document(results)
 
 
@@ -441,10 +444,14 @@ def main(argv: list[str]) -> int:
     """
     arguments = _arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
+    config = replace(config, data=without_demo(config.data, pairs=config.preference.active))
     resume = None
     if arguments.resume:
         named = Path(arguments.config)
         resume = last_run(str(named), alone=True) if named.is_dir() else last_run(config.run.dir)
+        if not config.train.tokens_per_step and (file := resume / "config.toml").is_file():
+            stored = load_config(file).train.tokens_per_step  # what 0 came to
+            config = replace(config, train=replace(config.train, tokens_per_step=stored))
     training = Training(
         config,
         accept_rejects=arguments.accept_rejects,
@@ -452,12 +459,15 @@ def main(argv: list[str]) -> int:
         resume=resume,
     )
     with contextlib.closing(training):
-        return _train(training, asked=arguments.json)
+        return _train(training, arguments)
 
 
-def _train(training: Training, *, asked: bool) -> int:
+def _train(training: Training, arguments: argparse.Namespace) -> int:
     """The loop and what comes after it; an end that can be resumed says with what command."""
     again = command("train", training.run, "--resume")
+    once_more = command("train", arguments.config, *arguments.overrides)
+    settings, encoded = training.config.train, training.learner.encoded
+    more = more_steps(settings, encoded, training.total, once_more)
     try:
         loss = training.loop()
         training.learner.world.leave()
@@ -469,7 +479,7 @@ def _train(training: Training, *, asked: bool) -> int:
             note("train.interrupted", step=steps, total=training.total)
             propose(again)
             return 130
-        results = training.finish()
+        results = training.finish(more)
     except KeyboardInterrupt:
         propose(again)
         raise
@@ -487,7 +497,7 @@ def _train(training: Training, *, asked: bool) -> int:
         command("export", run, "--to", "ollama", Path("out") / run.name),
     )
     result = {"run": str(run), "steps": steps, "loss": loss, "eval": results}
-    print_result(result, asked)
+    print_result(result, arguments.json)
     return 0
 
 

@@ -113,10 +113,15 @@ def unread_names(unread: Unread) -> str:
     return ", ".join(shown) + " …" * (len(total) > SHOWN)
 
 
-def warn_of_demo(data: DataConfig) -> None:
-    """Say so if a model of other data is to be evaluated on the built-in demo's."""
-    if data.eval in BUILT_IN and not any(source.path in BUILT_IN for source in data.train):
-        note("data.demo_eval", eval=data.eval)
+def without_demo(data: DataConfig, *, pairs: bool = False) -> DataConfig:
+    """`data`, with a share held out in place of the built-in demo's questions where other data are
+    learned from, or pairs, which the demo has not; that is said.
+    """
+    learned = any(source.path in BUILT_IN for source in data.train)
+    if data.eval not in BUILT_IN or (learned and not pairs):
+        return data
+    note("data.demo_eval", eval=data.eval)
+    return replace(data, eval="")
 
 
 def divide(
@@ -145,10 +150,7 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
     """The data that [data] names (`pairs`: of preference), from the cache if nothing has changed.
     Raises UserError as `read_file`, and for an empty eval file.
     """
-    if pairs and data.eval in BUILT_IN:
-        note("data.demo_pairs", eval=data.eval)
-        data = replace(data, eval="")
-    warn_of_demo(data)
+    data = without_demo(data, pairs=pairs)
     import numpy as np
 
     from cllm.data import cache

@@ -1,0 +1,88 @@
+"""What to set for the amount of data at hand, and in one line what a training came to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cllm.config import ENOUGH_STEPS, TrainConfig
+from cllm.messages import note, say
+
+if TYPE_CHECKING:
+    from cllm.corpus import Encoded
+    from cllm.evaluate.results import Evaluation
+
+FEW_STEPS = 50
+FEW_CONVERSATIONS, MAX_EPOCHS = 500, 10
+"""So few may be seen so often before they are learned by heart and nothing else is."""
+ROW_UNIT, MIN_ROW = 64, 128
+FEW_HELD_OUT = 20
+"""Below it the bootstrap of paired differences is too sure of itself."""
+
+
+def sized(train: TrainConfig, conversations: int, tokens: int, longest: int) -> TrainConfig:
+    """`train` for so many conversations and tokens, so that there are ENOUGH_STEPS where that can
+    be: more epochs, of few conversations up to MAX_EPOCHS, and packed rows that are shorter, but
+    hold the longest conversation.
+    """
+    most = max(train.epochs, MAX_EPOCHS) if conversations < FEW_CONVERSATIONS else train.epochs
+    wanted = int(tokens * most / ENOUGH_STEPS) // ROW_UNIT * ROW_UNIT
+    shortest = math.ceil(max(longest, MIN_ROW) / ROW_UNIT) * ROW_UNIT
+    row = min(train.row_tokens, max(wanted, shortest))
+    epochs = min(most, max(train.epochs, math.ceil(ENOUGH_STEPS * row / max(1, tokens))))
+    return replace(train, epochs=float(epochs), row_tokens=row, tokens_per_step=0, steps=0)
+
+
+def more_steps(train: TrainConfig, encoded: Encoded, steps: int, command: str) -> str:
+    """`command` with the settings that give more than `steps` of these data, "" where none do. Too
+    few steps are said, unless `train.steps` asks for them.
+    """
+    count, sizes = len(encoded.train), encoded.rows.sizes
+    tokens = sum(sizes)
+    better = sized(train, count, tokens, max(sizes))
+    names = ("epochs", "row_tokens", "tokens_per_step", "steps")
+    values = {name: getattr(better, name) for name in names}
+    changes = [f"train.{n}={v:g}" for n, v in values.items() if v != getattr(train, n)]
+    helps = better.epochs * tokens / better.step_tokens(tokens) > steps
+    more = " ".join([command, *changes]) if helps else ""
+    if steps < FEW_STEPS and not train.steps:
+        facts = {"steps": steps, "count": count, "tokens": tokens}
+        note("train.small" if more else "train.few", **facts, command=more)
+    return more
+
+
+def verdict(results: Evaluation, held_out: int, steps: int, command: str) -> str:
+    """Whether the adapter is better than the base on data that it has not seen, which is claimed
+    only where the 95 % intervals say so; `command`: what would give more steps.
+    """
+    if rates := results.preference:
+        bounds = {"low": f"{rates['accuracy_low']:.0%}", "high": f"{rates['accuracy_high']:.0%}"}
+        if rates["accuracy_low"] > 0.5:
+            return say("train.preferred", accuracy=f"{rates['accuracy']:.0%}", **bounds)
+    base, adapter = results.systems["base"], results.systems["adapter"]
+    losses = {"before": f"{base.scores['loss']:.2f}", "after": f"{adapter.scores['loss']:.2f}"}
+    bounds_of = [system.interval["loss"] for system in (adapter, base)]
+    gap = adapter.versus_base["loss"]
+    if held_out < FEW_HELD_OUT:
+        apart = (one[1] < other[0] for one, other in (bounds_of, bounds_of[::-1]))
+        better, worse = (held_out > 1 and lower for lower in apart)  # one alone has no interval
+    else:
+        better, worse = gap.high < 0, gap.low > 0
+    if better and not rates:
+        said = say("train.learned", **losses, count=held_out)
+        copying = results.systems.get("copy")
+        if copying and _beats(adapter.interval, copying.interval):
+            said += say("train.beats_copying")
+        return said
+    if worse and not rates:
+        return say("train.worse", **losses, steps=steps)
+    if command and steps < FEW_STEPS:
+        return say("train.unlearned", **losses, steps=steps, command=command)
+    return say("train.unclear", **losses, steps=steps, count=held_out)
+
+
+def _beats(ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]]) -> bool:
+    """Whether every score of the other lies below ours, intervals and all."""
+    return all(ours[metric][0] > theirs[metric][1] for metric in theirs)

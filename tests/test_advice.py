@@ -1,0 +1,205 @@
+"""Small data: the size of a step, settings for the amount of data, what is said before a run and
+after it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import demo_rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm.__main__ import run
+from cllm.advice import FEW_CONVERSATIONS, MAX_EPOCHS, sized, verdict
+from cllm.config import ENOUGH_STEPS, MAX_STEP_TOKENS, TrainConfig, load_config
+from cllm.evaluate.results import Evaluation, Gap, SystemScores
+from cllm.learn.dist import World
+from cllm.learn.log import RunLog
+
+TOKENS = st.integers(1, 10**8)
+ROW = st.integers(8, 32768)
+
+
+@given(TOKENS, ROW, st.floats(0.1, 50), st.integers(0, 10**5), st.integers(0, 10**5))
+def test_a_step_is_as_large_as_leaves_enough_steps(
+    tokens: int, row: int, epochs: float, steps: int, asked: int
+) -> None:
+    named = max(row, asked) if asked else 0
+    train = TrainConfig(epochs=epochs, steps=steps, row_tokens=row, tokens_per_step=named)
+    size = train.step_tokens(tokens)
+    if named:
+        assert size == named
+        return
+    assert row <= size <= max(row, MAX_STEP_TOKENS)
+    assert size == row or epochs * tokens / size >= (steps or ENOUGH_STEPS)
+
+
+@given(st.integers(1, 2000), TOKENS, st.integers(1, 4000), ROW, st.floats(0.5, 20))
+def test_small_data_get_more_epochs_and_shorter_rows(
+    count: int, tokens: int, longest: int, row: int, epochs: float
+) -> None:
+    train = TrainConfig(epochs=epochs, row_tokens=row)
+    better = sized(train, count, tokens, longest)
+    assert better.row_tokens <= row and (better.row_tokens >= longest or longest > row)
+    most = max(MAX_EPOCHS, epochs) if count < FEW_CONVERSATIONS else epochs
+    assert epochs <= better.epochs <= most
+    enough = better.epochs * tokens / better.step_tokens(tokens) >= ENOUGH_STEPS
+    shortest = better.row_tokens in (row, max(128, -(-longest // 64) * 64))
+    assert enough or (better.epochs == most and shortest)
+
+
+def scores(loss: float, low: float, high: float, gap: Gap | None = None) -> SystemScores:
+    versus = {"loss": gap} if gap else {}
+    return SystemScores({"loss": loss}, {"loss": [low, high]}, versus, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("after", "bounds", "gap", "count", "steps", "said"),
+    [
+        (0.15, (0.1, 0.2), (-4, -3), 4, 100, "learned: held-out loss 3.90 -> 0.15 (4 held out)"),
+        (3.8, (3.1, 4.4), (-0.2, -0.1), 4, 2, "nothing learned: 2 steps, .* try: REPEAT$"),
+        (3.8, (3.1, 4.4), (-0.2, -0.1), 4, 100, "not clear"),
+        (3.8, (3.1, 4.4), (-0.2, -0.1), 40, 100, "learned"),
+        (3.8, (3.1, 4.4), (-0.2, 0.1), 40, 100, "not clear"),
+        (0.15, (0.15, 0.15), (-3, -3), 1, 100, "not clear"),
+        (5.5, (5.1, 5.9), (1, 2), 4, 100, "worse than before"),
+        (4.0, (3.1, 4.9), (0.05, 0.15), 40, 100, "worse than before"),
+    ],
+)
+def test_learning_is_claimed_only_where_the_intervals_say_so(
+    after: float,
+    bounds: tuple[float, float],
+    gap: tuple[float, float],
+    count: int,
+    steps: int,
+    said: str,
+) -> None:
+    base = scores(3.9, 3.2, 4.5)
+    adapter = scores(after, *bounds, Gap(after - 3.9, *gap, 0.001))
+    results = Evaluation({"base": base, "adapter": adapter}, [])
+    said = said.replace("(4 held out)", r"\(4 held out\)$")
+    assert re.match(said, verdict(results, count, steps, "REPEAT"))
+
+
+def test_better_than_copying_needs_every_score() -> None:
+    base = scores(3.9, 3.2, 4.5)
+    adapter = scores(0.15, 0.1, 0.2, Gap(-3.75, -4, -3, 0.001))
+    adapter.interval.update({"exact": [60, 80], "rouge-l": [70, 90]})
+    copy = SystemScores({}, {"exact": [0, 1], "rouge-l": [10, 30]}, {}, {}, {})
+    systems = {"copy": copy, "base": base, "adapter": adapter}
+    assert "better than copying" in verdict(Evaluation(systems, []), 4, 100, "")
+    copy.interval["rouge-l"] = [10, 75]
+    assert "copying" not in verdict(Evaluation(systems, []), 4, 100, "")
+
+
+@pytest.mark.parametrize(("low", "said"), [(0.55, "learned"), (0.45, "not clear")])
+def test_of_pairs_the_preference_decides(low: float, said: str) -> None:
+    base = scores(3.9, 3.2, 4.5)
+    adapter = scores(9.0, 8.0, 9.9, Gap(5, 4, 6, 0.001))
+    rates = {"accuracy": 0.7, "accuracy_low": low, "accuracy_high": 0.9}
+    assert verdict(
+        Evaluation({"base": base, "adapter": adapter}, [], rates), 40, 100, ""
+    ).startswith(said)
+
+
+AUTO = ["train.tokens_per_step=0", "train.steps=0", "train.epochs=4", "eval.samples=0"]
+
+
+def test_the_size_of_a_step_is_written_into_the_run_and_kept_by_a_resumed_one(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("train", [str(config), *AUTO]) == 0
+    whole = load_config(tmp_path / "runs" / "a" / "config.toml").train
+    assert whole.tokens_per_step == whole.row_tokens == 128  # of little data one row
+    log_step = RunLog.step
+
+    def step(self: RunLog, values: dict) -> None:
+        log_step(self, values)
+        if values["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunLog, "step", step)
+    there = f"run.dir={tmp_path / 'runs' / 'b'}"
+    assert run("train", [str(config), *AUTO, there]) == 130
+    monkeypatch.undo()
+    assert run("train", [str(config), *AUTO, there, "--resume"]) == 0
+    adapters = [
+        (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in "ab"
+    ]
+    assert adapters[0] == adapters[1]
+    # what another version, or other data, would come to is not asked
+    assert run("train", [str(config), "train.steps=4", "eval.samples=0", f"{there}2"]) == 0
+    again = [str(config), "train.steps=4", "train.tokens_per_step=0", "eval.samples=0"]
+    assert run("train", [*again, f"{there}2", "--resume"]) == 0
+    kept = load_config(tmp_path / "runs" / "b2" / "config.toml").train
+    assert kept.tokens_per_step == 256
+
+
+def test_rank_0_decides_the_size_of_a_step(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a resumed run only rank 0 can read it."""
+    from cllm.corpus import read_corpus
+    from cllm.learner import Learner
+
+    monkeypatch.setattr(World, "share", lambda self, data: b"640")
+    loaded = load_config(config, AUTO)
+    learner = Learner(loaded, read_corpus(loaded, accept_rejects=False))
+    assert learner.config.train.tokens_per_step == learner.encoded.tokens_per_step == 640
+    assert learner.encoded.rows_per_step == 5
+
+
+def test_too_few_steps_are_said_with_the_command_that_mends_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["train.steps=0", "train.epochs=1", "train.tokens_per_step=4096", "eval.samples=0"]
+    assert run("train", [str(config), *few]) == 0
+    said = capsys.readouterr().err
+    line = next(line for line in said.split("\n") if "too few steps to learn from: 1," in line)
+    command = line.split("take: ")[1]
+    assert command.startswith(f"python -m cllm.train {config} ")
+    assert run("train", command.split()[3:]) == 0
+    out, said = capsys.readouterr()
+    assert json.loads(out.strip().split("\n")[-1])["steps"] >= 50 and "too few" not in said
+    # of two rows no setting makes more
+    rows = [json.dumps(row) + "\n" for row in demo_rows(2)]
+    (tmp_path / "two.jsonl").write_text("".join(rows), encoding="utf-8")
+    two = [f"data.train={tmp_path / 'two.jsonl'}", "train.epochs=10", "train.tokens_per_step=0"]
+    assert run("train", [str(config), *few, *two]) == 0
+    assert "add rows" in capsys.readouterr().err
+
+
+def test_the_demos_questions_do_not_measure_other_data(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["data.eval=demo-test", "train.steps=1", "eval.samples=0"]
+    assert run("train", [str(config), *options]) == 0
+    assert "demo-test" in capsys.readouterr().err
+    assert load_config(tmp_path / "runs" / "a" / "config.toml").data.eval == ""
+
+
+def test_a_high_rate_for_a_large_model_is_said(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [str(config), "train.steps=1", "eval.samples=0"]
+    assert run("train", options) == 0
+    assert "learning_rate" not in capsys.readouterr().err
+    monkeypatch.setattr("cllm.learner.LARGE", 1000)
+    assert run("train", options) == 0
+    assert "train.learning_rate = 0.02 is for tiny models" in capsys.readouterr().err
+
+
+def test_held_out_rows_that_are_too_long_are_counted(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*demo_rows(3), {"instruction": "很长的问题" * 60, "output": "答"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "held.jsonl").write_text(text, encoding="utf-8")
+    options = [f"data.eval={tmp_path / 'held.jsonl'}", "train.steps=1", "eval.samples=0"]
+    assert run("train", [str(config), *options]) == 0
+    said = capsys.readouterr().err
+    assert "3 held out" in said and "left out too_long 1" in said
