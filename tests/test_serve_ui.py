@@ -356,7 +356,20 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
     )
     (run / "eval.json").write_text(
-        json.dumps({"base": {"loss": 2.0, "exact": 0}, "adapter": {"loss": 0.5, "exact": 88}}),
+        json.dumps(
+            {
+                "base": {"loss": 2.0, "exact": 0, "n": {"loss": 40, "exact": 40}},
+                "adapter": {
+                    "loss": 0.5,
+                    "exact": 88,
+                    "versus_base": {
+                        "loss": {"difference": -1.5, "low": -2, "high": -1, "p": 0.01},
+                        "exact": {"difference": 88, "low": 80, "high": 96, "p": 0.01},
+                    },
+                },
+                "preference": {"accuracy": 1.0},
+            }
+        ),
         encoding="utf-8",
     )
     sample = {
@@ -367,19 +380,22 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
     }
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
     for asked in (None, "demo", "../../etc", str(tmp_path)):
-        menu, loss, speed, table, samples = page.call("follow", asked)
+        menu, loss, speed, table, told, samples = page.call("follow", asked)
         assert (
             menu.value == "demo"
             and "1.6" in loss
             and "eval_loss" in loss
             and "tokens_per_second 100" in speed
         )
-        assert table["headers"] == ["", "loss", "exact", "length"]  # no column without a number
-        assert table["data"] == [
-            ["reference", "", "", "1.000"],
-            ["base", "2.000", "0.000", "1.000"],
-            ["adapter", "0.500", "88.0", "1.000"],
+        assert table.headers == ["", "loss ↓", "exact ↑", "length"]  # no column without a number
+        assert table.value["data"][:4] == [
+            ["reference", "", "", "1.0"],
+            ["base", "2.000", "0.0", "1.0"],
+            ["adapter", "0.500", "88.0", "1.0"],
+            ["adapter - base", "-1.500", "+88.0", ""],
         ]
+        assert "n = 40" in table.label and "too few" not in told and "nats per" in told
+        assert "better than base in exact (n = 40)" in told
         assert samples == [["问", "答", "？", "答"]]
     assert chart([], ["loss"]) == ""
 

@@ -4,13 +4,14 @@
 # handlers.
 import os
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from cllm.evaluate.report import number, score_table
-from cllm.evaluate.results import Gap
+from cllm.evaluate.report import named, number, score_table, verdict
+from cllm.evaluate.results import scores_of
 from cllm.learn.log import peak_memory_bytes, read_metrics
 from cllm.messages import read_json
 from cllm.serve.engine import Engine
@@ -31,6 +32,7 @@ def training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
             for key in ("loss", "speed")
         ]
     scores = gr.Dataframe(label=t("scores"))
+    legend = gr.Markdown()
     samples = gr.Dataframe(label=t("samples"), headers=["", *SHOWN], wrap=True)
 
     def follow(name: str | None) -> tuple[Any, ...]:
@@ -45,27 +47,29 @@ def training_tab(t: Any, root: Path) -> tuple[Any, Any, Any]:
             [row["messages"][-1]["content"], *(row.get(key, "") for key in SHOWN)]
             for row in answers[:20]
         ]
-        return menu, *curves, _scores(run / "eval.json", answers), cells
+        return menu, *curves, *_scores(run / "eval.json", answers), cells
 
-    outputs = [chosen, *charts, scores, samples]
+    outputs = [chosen, *charts, scores, legend, samples]
     chosen.input(follow, chosen, outputs, **QUIET)
     return follow, chosen, outputs
 
 
-def _scores(file: Path, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table of eval.json, with the mean length of the answers where they are kept."""
-    results = read_json(file) if file.exists() else {}
+def _scores(file: Path, answers: list[dict[str, Any]]) -> tuple[Any, str]:
+    """The table of eval.json, with the mean length of the answers where they are kept; its verdict
+    and legend.
+    """
+    results = scores_of(read_json(file) if file.exists() else {})
+    if not results.systems:
+        return gr.Dataframe(value=[]), ""
+    title, (header, *lines), legend = score_table(results)
     if answers:
-        results = {"reference": {}, **results}
-    changes = results.get("adapter", {}).get("versus_base", {})
-    gaps = {metric: Gap(**change) for metric, change in changes.items()}
-    header, *lines = score_table(results, gaps)
-    if answers:
-        header.append("length")
-        for line in lines:
-            lengths = [len(row[line[0]]) for row in answers if line[0] in row]
+        header.append(named("length"))
+        lines.insert(0, [named("reference"), *[""] * (len(header) - 2)])
+        for name, line in zip_longest(["reference", *results.systems], lines, fillvalue=""):
+            lengths = [len(row[name]) for row in answers if name in row]
             line.append(number(sum(lengths) / len(lengths) if lengths else None))
-    return {"headers": header, "data": lines}
+    told = "\n- ".join([verdict(results) + "\n", *legend])
+    return gr.Dataframe(headers=header, value=lines, label=title), told
 
 
 def chart(rows: list[dict[str, Any]], keys: list[str]) -> str:
