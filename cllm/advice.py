@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,8 @@ FEW_STEPS = 50
 FEW_CONVERSATIONS, MAX_EPOCHS = 500, 10
 """So few may be seen so often before they are learned by heart and nothing else is."""
 ROW_UNIT, MIN_ROW = 64, 128
-FEW_HELD_OUT = 20
-"""Below it the bootstrap of paired differences is too sure of itself."""
+HARDLY = 0.9
+"""A loss above this share of the base's is not a fall worth the name."""
 
 
 def sized(train: TrainConfig, conversations: int, tokens: int, longest: int) -> TrainConfig:
@@ -63,26 +62,13 @@ def verdict(results: Evaluation, held_out: int, steps: int, command: str) -> str
             return say("train.preferred", accuracy=f"{rates['accuracy']:.0%}", **bounds)
     base, adapter = results.systems["base"], results.systems["adapter"]
     losses = {"before": f"{base.scores['loss']:.2f}", "after": f"{adapter.scores['loss']:.2f}"}
-    bounds_of = [system.interval["loss"] for system in (adapter, base)]
     gap = adapter.versus_base["loss"]
-    if held_out < FEW_HELD_OUT:
-        apart = (one[1] < other[0] for one, other in (bounds_of, bounds_of[::-1]))
-        better, worse = (held_out > 1 and lower for lower in apart)  # one alone has no interval
-    else:
-        better, worse = gap.high < 0, gap.low > 0
-    if better and not rates:
-        said = say("train.learned", **losses, count=held_out)
-        copying = results.systems.get("copy")
-        if copying and _beats(adapter.interval, copying.interval):
-            said += say("train.beats_copying")
-        return said
-    if worse and not rates:
-        return say("train.worse", **losses, steps=steps)
-    if command and steps < FEW_STEPS:
-        return say("train.unlearned", **losses, steps=steps, command=command)
-    return say("train.unclear", **losses, steps=steps, count=held_out)
-
-
-def _beats(ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]]) -> bool:
-    """Whether every score of the other lies below ours, intervals and all."""
-    return all(ours[metric][0] > theirs[metric][1] for metric in theirs)
+    facts = {**losses, "steps": steps, "count": held_out}
+    if (gap.high or 0) < 0 and not rates:
+        return say("train.learned", **facts)
+    if (gap.low or 0) > 0 and not rates:
+        return say("train.worse", **facts)
+    little = adapter.scores["loss"] > HARDLY * base.scores["loss"]
+    if command and steps < FEW_STEPS and (gap.p is not None or little):
+        return say("train.unlearned", **facts, command=command)
+    return say("train.few_held_out" if gap.p is None else "train.unclear", **facts)

@@ -33,6 +33,7 @@ from cllm.messages import (
 )
 
 if TYPE_CHECKING:
+    from cllm.assembly import Loaded
     from cllm.evaluate.results import Evaluation, Exam
 
 EXAM_SHOTS = 5
@@ -82,16 +83,19 @@ def _votes(run: Path) -> list[dict[str, Any]]:
     return [asdict(pair) for pair in pairs]
 
 
-def _written(model: str, data: str, results: Evaluation | Exam, rows: int) -> dict[str, Any]:
+def _written(
+    model: str, data: str, results: Evaluation | Exam, rows: int, loaded: Loaded
+) -> dict[str, Any]:
     """Write and print the results for one set; returns what the last line says of it."""
-    from cllm.evaluate.report import summary, write_results
+    from cllm.evaluate.report import About, summary, write_results
     from cllm.evaluate.results import document
     from cllm.runs import new_run
 
     run, name = Path(model), Path(data).stem
     is_run = (run / "config.toml").is_file()
     folder = new_run(run / f"eval-{name}" if is_run else Path("runs") / f"eval-{run.stem}-{name}")
-    write_results(folder, results)
+    template, device = loaded.tokenizer.template.name, loaded.assembly.device
+    write_results(folder, results, About(loaded.base_name, data, template, device))
     print(f"\n{data}\n{summary(results)}\n\n{say('eval.written', path=folder / 'report.html')}")
     return {"results": document(results), "rows": rows, "folder": str(folder)}
 
@@ -113,7 +117,7 @@ def _exams(arguments: argparse.Namespace) -> dict[str, Any]:
     summaries = {}
     for data, subjects in exams.items():
         exam = examine(loaded.engine(), loaded.tokenizer, subjects, AnswerCount())
-        summaries[data] = _written(arguments.model, data, exam, len(exam.samples))
+        summaries[data] = _written(arguments.model, data, exam, len(exam.samples), loaded)
     return summaries
 
 
@@ -165,7 +169,7 @@ def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
             losses_of_answers=True,
         )
         count = len(results.samples) or len(rows)
-        summaries[data] = _written(arguments.model, data, results, count)
+        summaries[data] = _written(arguments.model, data, results, count, loaded)
     return summaries
 
 

@@ -65,8 +65,8 @@ def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0
 
 
 def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
-    """Bars of every answering system with 95 % intervals, and ROUGE-L by length of the reference,
-    as a PNG.
+    """Bars of every answering system, with 95 % intervals where there are enough answers, and
+    ROUGE-L by length of the reference, as a PNG.
     """
     from matplotlib.figure import Figure
 
@@ -76,10 +76,12 @@ def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
     for i, (name, system) in enumerate(systems.items()):
         scores = [system.scores[metric] for metric in PLOTTED]
         by_length = [group.scores["rouge-l-char"] for group in system.by_length.values()]
-        bounds = [
-            [abs(system.scores[metric] - system.interval[metric][side]) for metric in PLOTTED]
-            for side in (0, 1)
-        ]
+        bounds = None
+        if system.interval.keys() >= {*PLOTTED}:
+            bounds = [
+                [abs(system.scores[metric] - system.interval[metric][side]) for metric in PLOTTED]
+                for side in (0, 1)
+            ]
         for axes, values, errors in zip(panels, (scores, by_length), (bounds, None), strict=True):
             places = [x + i * width for x in range(len(values))]
             colour = COLOURS[i % len(COLOURS)]
@@ -95,10 +97,9 @@ def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
             )
     lengths = next(iter(systems.values())).by_length
     counts = [f"{length}\nn={group.answers}" for length, group in lengths.items()]
-    titles = "scores with 95 % intervals", "rouge-l-char by characters of the reference"
-    for axes, title, names in zip(panels, titles, (PLOTTED, counts), strict=True):
+    for axes, label, names in zip(panels, ("", "rouge-l-char"), (PLOTTED, counts), strict=True):
         axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
-        axes.set(title=title, ylim=(0, None))
+        axes.set(ylabel=label, ylim=(0, None))
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()

@@ -387,14 +387,16 @@ class Training:
         return {}
 
     def _final_scores(self, more: str) -> dict[str, Any]:
-        from cllm.evaluate.answers import Asking, evaluate, sequence_nll
-        from cllm.evaluate.report import AnswerCount, summary, warn_of_length, write_results
+        from cllm.evaluate.answers import Asking, draw, evaluate, sequence_nll
+        from cllm.evaluate.report import About, AnswerCount, summary, warn_of_length, write_results
         from cllm.evaluate.results import document
         from cllm.runs import writing
 
         learner, settings = self.learner, self.config.eval
         encoded, precision = learner.encoded, learner.assembly.precision
-        asked = encoded.held_out[: settings.samples if self.config.data.kind == "chat" else 0]
+        wanted = settings.samples if self.config.data.kind == "chat" else 0
+        drawn = draw(len(encoded.held_out), wanted, self.config.train.seed)
+        asked = [encoded.held_out[number] for number in drawn]
         if asked:
             note("train.answering", count=len(asked))
         results = evaluate(
@@ -417,8 +419,12 @@ class Training:
         if self.config.preference.active:
             results = replace(results, preference=learner.held_out()[1])
             warn_of_length(results)
+        if results.samples:
+            results = replace(results, drawn=drawn)
+        template, device = learner.tokenizer.template.name, learner.assembly.device
+        about = About(self.config.model.path, "", template, device)
         with writing(self.run / "eval.json"):
-            write_results(self.run, results)
+            write_results(self.run, results, about)
         print(summary(results))
         steps = self.progress.step
         print(verdict(results, len(encoded.held_out), steps, more), file=sys.stderr)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cllm.__main__ import run
 from cllm.data.encode import IGNORE_INDEX, Example
@@ -24,6 +26,7 @@ from cllm.evaluate import answers as module
 from cllm.evaluate.answers import (
     GENERAL,
     Asking,
+    draw,
     example_nll,
     held_out_loss,
     majority,
@@ -31,7 +34,8 @@ from cllm.evaluate.answers import (
     sequence_nll,
 )
 from cllm.evaluate.choice import LETTERS, letter_ids, log_likelihoods, read_subjects
-from cllm.evaluate.report import summary, write_results
+from cllm.evaluate.report import About, AnswerCount, score_table, summary, verdict, write_results
+from cllm.evaluate.results import Evaluation
 from cllm.evaluate.votes import summarise
 from cllm.model import load_model, load_tokenizer
 from cllm.model.device import Precision
@@ -39,6 +43,7 @@ from cllm.serve.engine import Engine
 from tests.conftest import tiny_model
 
 CPU = Precision.choose("fp32", "cpu")
+ABOUT = About("tiny-zh", "a.jsonl", "chatml", torch.device("cpu"))
 Capture = pytest.CaptureFixture[str]
 
 
@@ -60,7 +65,8 @@ def test_a_run_is_evaluated_before_and_after(
     trained: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     in_training = json.loads((trained / "eval.json").read_text(encoding="utf-8"))
-    assert set(in_training["adapter"]) == {"loss", "general-ppl", "interval", "versus_base"}
+    expected = {"loss", "general-ppl", "interval", "n", "versus_base"}
+    assert set(in_training["adapter"]) == expected and "drawn" not in in_training
     data = str(tmp_path / "data.jsonl")
     arguments = [
         str(trained),
@@ -86,10 +92,12 @@ def test_a_run_is_evaluated_before_and_after(
     }
     assert "adapter - base" in out and "95 % interval" in out
     gap = results["adapter"]["versus_base"]["loss"]
-    assert (
-        gap["difference"] == pytest.approx(results["adapter"]["loss"] - results["base"]["loss"])
-        and gap["low"] < gap["high"] < 0
-    )
+    assert gap["difference"] == pytest.approx(results["adapter"]["loss"] - results["base"]["loss"])
+    assert gap["low"] is gap["high"] is gap["p"] is None, "six answers tell nothing"
+    assert "loss" not in results["adapter"]["interval"] and "too few to tell (n = 6)" in out
+    assert results["adapter"]["n"]["loss"] == results["adapter"]["n"]["exact"] == 6
+    general = results["adapter"]["versus_base"]["general-ppl"]
+    assert general["low"] < general["high"] < 0 and general["p"] < 0.05
     low, high = results["adapter"]["interval"]["general-ppl"]
     assert low < results["adapter"]["general-ppl"] < high
     assert [group["answers"] for group in results["base"]["by_category"].values()] == [3, 3]
@@ -105,9 +113,11 @@ def test_a_run_is_evaluated_before_and_after(
     assert {"rouge-l-char", "bleu-4", "exact", "loss"} <= samples[0]["scores"]["adapter"].keys()
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2 and samples[0]["reference"] in page
-    assert not re.search(r"(src|href)=\"(?!data:)|<script|https?:", page), (
+    assert not re.search(r"(src|href)=\"(?!data:)|<script.*src|https?:", page), (
         "the page needs nothing but itself"
     )
+    for fact in (data, "3 steps", "rank 4", torch.__version__, "n = 6"):
+        assert fact in page
     assert json.loads((trained / "eval.json").read_text(encoding="utf-8")) == in_training
     assert run("eval", [*arguments, "--base"]) == 0
     again = last_line(capsys)["eval"][data]
@@ -281,7 +291,7 @@ def test_scores_groups_baselines_and_tables() -> None:
     assert first.scores["adapter"]["rouge-l-char"] == 100 and second.scores["base"]["bleu-4"] == 0
     assert "loss" not in first.scores["adapter"]
     text = summary(results)
-    for part in ("adapter - base", "-2.000", "50.0", "5-8 (1)", "exact by category"):
+    for part in ("adapter - base", "-2.000", "50.0", "5-8 (1)", "Exact by category"):
         assert part in text
     aligned = score(asked, systems, losses, losses_of_answers=True).samples
     assert [sample.scores["base"]["loss"] for sample in aligned] == [2, 4]
@@ -298,27 +308,115 @@ def test_a_loss_too_large_for_a_perplexity_is_null_in_the_files(tmp_path: Path) 
     usual = {"loss": [[1.0, 1.0]] * 2, "general-ppl": [[2.0, 1.0], [3.0, 1.0]]}
     answers = {"base": ["好", "坏"], "adapter": ["好", "坏"]}
     results = score(asked, answers, {"base": usual, "adapter": huge}, losses_of_answers=True)
-    write_results(tmp_path, results)
+    write_results(tmp_path, results, ABOUT)
     written = strict((tmp_path / "eval.json").read_text(encoding="utf-8"))
     assert written["adapter"]["general-ppl"] is None and written["adapter"]["loss"] == 900
     assert written["base"]["general-ppl"] == pytest.approx(math.exp(2.5))
     gap = written["adapter"]["versus_base"]["general-ppl"]
-    assert gap["difference"] is None and gap["p"] == 1
+    assert gap["difference"] is None
     for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines():
         assert strict(line)["scores"]["adapter"]["loss"] == 900
-    assert "general-ppl" in summary(results)
+    assert "general perplexity" in summary(results)
 
 
 def test_the_report_escapes_what_models_and_data_say(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>&$tables {{ title }} 汉字"
     asked = [conversation(evil, evil, evil), conversation("一", "二")]
-    write_results(tmp_path, score(asked, {"base": [evil, ""]}, {}))
+    write_results(tmp_path, score(asked, {"base": [evil, ""]}, {}), ABOUT)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert (
-        "<script" not in page
+        page.count("<script") == 1
         and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;$tables {{ title }} 汉字") >= 4
     )
-    assert "The 1 worst answers" in page and "The 1 best answers" in page
+    assert "The worst answers (1)" in page and "The best answers (1)" in page
+
+
+def answered(adapter: str, base: str = "坏", n: int = 40, loss: float = 1.0) -> Evaluation:
+    """`n` questions that the adapter answers so, with losses per token."""
+    asked = [conversation(f"第{i}问", "好的，没问题。") for i in range(n)]
+    texts = {"copy": [f"第{i}问" for i in range(n)], "base": [base] * n, "adapter": [adapter] * n}
+    measured = {
+        name: {"loss": [[nats, 1.0]] * n, "general-ppl": [[nats, 1.0]] * 30}
+        for name, nats in (("base", 2.0), ("adapter", loss))
+    }
+    return score(asked, texts, measured)
+
+
+def test_the_verdict_says_what_the_figures_say() -> None:
+    better = verdict(answered("好的，没问题。"))
+    assert "than base and than copying in all 5 scores (n = 40)" in better
+    assert "worse in" in verdict(answered("坏", base="好的，没问题。"))
+    assert "no clear difference in" in verdict(answered("坏"))
+    assert (
+        "forgotten" in verdict(answered("好的，没问题。", loss=3.0)) and "forgotten" not in better
+    )
+    bare = answered("好的，没问题。")
+    del bare.systems["adapter"]
+    assert verdict(bare) == ""
+
+
+@given(n=st.integers(1, 60))
+@settings(max_examples=25, deadline=None)
+def test_below_twenty_answers_nothing_is_claimed(n: int) -> None:
+    results = answered("好的，没问题。", n=n)
+    few = "too few to tell" in verdict(results)
+    shown = score_table(results)
+    assert few == (n < 20) and f"n = {n}" in shown.title and f"n = {n}" in verdict(results)
+    gap = results.systems["adapter"].versus_base["exact"]
+    assert (gap.p is None) == (gap.low is None) == ("exact" not in results.systems["base"].interval)
+    assert (gap.p is None) == few and gap.difference == 100
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_tables_speak_the_readers_language(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLLM_LANG", language)
+    shown = score_table(answered("好的，没问题。"))
+    names = [*shown.rows[0], *(row[0] for row in shown.rows)]
+    chinese = sum(bool(re.search("[\u4e00-\u9fff]", name)) for name in names)
+    assert chinese == 0 if language == "en" else chinese > 7
+    heads = shown.rows[0][1:]
+    assert all(
+        ("↓" in head) == (column < 2) and head[-1] in "↓↑" for column, head in enumerate(heads)
+    )
+    decimals = [
+        {len(cell.partition(".")[2]) for cell in column if re.fullmatch(r"[\d.,+-]+", cell)}
+        for column in zip(*(row for row in shown.rows[1:-2]), strict=True)
+    ]
+    assert all(len(kinds) <= 1 for kinds in decimals), "a column has one number of decimals"
+
+
+@given(total=st.integers(0, 300), wanted=st.integers(0, 300), seed=st.integers(0, 9))
+def test_questions_are_drawn_from_all_and_by_the_seed(total: int, wanted: int, seed: int) -> None:
+    drawn = draw(total, wanted, seed)
+    assert drawn == draw(total, wanted, seed) == sorted(set(drawn))
+    assert len(drawn) == min(total, wanted) and set(drawn) <= set(range(total))
+    if total > 100 and 10 < wanted < total / 2:
+        assert drawn[-1] > total / 2, "not the first ones"
+
+
+def test_no_answer_stands_at_both_ends_of_the_report(tmp_path: Path) -> None:
+    for n in (1, 2, 5, 39, 41, 60):
+        asked = [conversation(f"问{i}。", "好" * (i + 1)) for i in range(n)]
+        write_results(tmp_path, score(asked, {"base": ["好"] * n}, {}), ABOUT)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert [page.count(f"问{i}。") for i in range(n)] == [1] * n
+
+
+def test_an_eta_is_told_once_the_pace_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The first answer waits for all prompts: 10 s; then 20 answers a second."""
+    clock = iter([0.0, *(10 + i / 20 for i in range(786))] + [60.0] * 9)
+    monkeypatch.setattr("cllm.evaluate.report.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("cllm.learn.log.time.perf_counter", lambda: 0.0)
+    monkeypatch.setattr("cllm.learn.log.sys.stderr.isatty", lambda: True, raising=False)
+    counted = AnswerCount()
+    for done in range(1, 787):
+        counted(done, 786)
+    lines = capsys.readouterr().err.split("\r")
+    assert not any("eta" in line for line in lines[:30])
+    told = [line for line in lines if "eta" in line]
+    assert len(told) > 700 and not any("m" in line.split("eta")[1] for line in told)
 
 
 # --- Multiple choice
@@ -441,12 +539,12 @@ def test_out_of_memory_halves_the_batch_of_questions(monkeypatch: pytest.MonkeyP
 def test_a_run_sits_an_exam(
     trained: Path, tmp_path: Path, checkpoint: Path, capsys: Capture
 ) -> None:
-    data = exam(tmp_path / "cmmlu", "cmmlu")
+    data = exam(tmp_path / "cmmlu", "cmmlu", questions=10)
     assert run("eval", [str(trained), "--task", "mmlu-csv", "--data", str(data)]) == 0
     summary = last_line(capsys)["eval"][str(data)]
     base, adapter = summary["results"]["base"], summary["results"]["adapter"]
     assert (
-        base["questions"] == 6
+        base["questions"] == 20
         and set(base["subjects"]) == {"anatomy", "my_own"}
         and "accuracy" in adapter["versus_base"]
     )
@@ -465,14 +563,15 @@ def test_a_run_sits_an_exam(
         .read_text(encoding="utf-8")
         .splitlines()
     ]
-    assert "mean of subjects (macro)" in (Path(summary["folder"]) / "report.html").read_text(
-        encoding="utf-8"
-    )
+    page = (Path(summary["folder"]) / "report.html").read_text(encoding="utf-8")
+    assert "mean of subjects (macro)" in page and "adapter - base" in page
+    assert "BLEU" not in page and "<img" not in page, "nothing of another thing"
+    assert "n = 20" in page and "accuracy" in page
     right = sum(
         max(row["log_likelihoods"]["base"], key=row["log_likelihoods"]["base"].get) == row["answer"]
         for row in samples
     )
-    assert 100 * right / 6 == pytest.approx(base["accuracy"])
+    assert 100 * right / 20 == pytest.approx(base["accuracy"])
     subject = read_subjects(data, shots)[0]
     tokenizer, model = load_tokenizer(checkpoint, template="text"), load_model(checkpoint)
     ids = tokenizer.encode_chat(
@@ -511,7 +610,9 @@ def test_votes_are_counted_per_pair_of_models(tmp_path: Path, capsys: Capture) -
         "".join(json.dumps(row) + "\n" for row in rows) + '{"torn', encoding="utf-8"
     )
     assert run("eval", [str(tmp_path), "--votes"]) == 0
-    against_base, adapters = last_line(capsys)["votes"]
+    told = capsys.readouterr().out
+    assert told.count("n < 20") == 6 and "%" not in told.splitlines()[1], "four votes tell nothing"
+    against_base, adapters = json.loads(told.splitlines()[-1])["votes"]
     assert against_base["models"] == ["r", "base"] and adapters["models"] == ["r", "s"]
     assert [against_base[key] for key in ("wins", "losses", "ties", "both_bad")] == [2, 1, 1, 1]
     assert (

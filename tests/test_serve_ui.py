@@ -377,7 +377,20 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
     )
     (run / "eval.json").write_text(
-        json.dumps({"base": {"loss": 2.0, "exact": 0}, "adapter": {"loss": 0.5, "exact": 88}}),
+        json.dumps(
+            {
+                "base": {"loss": 2.0, "exact": 0, "n": {"loss": 40, "exact": 40}},
+                "adapter": {
+                    "loss": 0.5,
+                    "exact": 88,
+                    "versus_base": {
+                        "loss": {"difference": -1.5, "low": -2, "high": -1, "p": 0.01},
+                        "exact": {"difference": 88, "low": 80, "high": 96, "p": 0.01},
+                    },
+                },
+                "preference": {"accuracy": 1.0},
+            }
+        ),
         encoding="utf-8",
     )
     sample = {
@@ -391,7 +404,7 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
     other = run.parent / "other"
     (other / "metrics.jsonl").write_text('{"step": 9, "eval_loss": 7.5}\n', encoding="utf-8")
     for asked in (None, "demo", "../../etc", str(tmp_path)):
-        menu, over, told, loss, speed, table, samples = page.call(
+        menu, over, told, loss, speed, table, verdict, samples = page.call(
             "follow", browser("zh"), asked, asked
         )
         assert (
@@ -402,17 +415,21 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
         assert "已完成 · 第 5 / 5 步" in told and "1.600 → 1.600（第 5 步）" in told
         assert "model.path `" in told and "lora.rank `" in told
         assert "demo 训练" in loss and "demo 留出: 1.6 (5)" in loss and "demo 100" in speed
-        assert table["headers"] == ["", "loss", "exact", "length"]  # no column without a number
-        assert [row[1:] for row in table["data"]] == [
-            ["", "", "1.000"],
-            ["2.000", "0.000", "1.000"],
-            ["0.500", "88.0", "1.000"],
+        # no column without a number
+        assert table.headers == ["", "损失 ↓", "完全匹配 ↑", "字数"]
+        assert table.value["data"][:4] == [
+            ["参考", "", "", "1.0"],
+            ["基座", "2.000", "0.0", "1.0"],
+            ["适配器", "0.500", "88.0", "1.0"],
+            ["适配器 - 基座", "-1.500", "+88.0", ""],
         ]
+        assert "n = 40" in verdict and "太少" not in verdict and "奈特数" in verdict
         assert samples == {
             "headers": ["问题", "参考", "适配器", "基座"],
             "data": [["问", "答", "答", "？"]],
         }
-    loss = page.call("follow", browser(), "demo", "other")[3]
+    _, _, _, loss, _, _, verdict, _ = page.call("follow", browser(), "demo", "other")
+    assert "better than base in exact (n = 40)" in verdict
     assert "demo held out: 1.6 (5)" in loss and "other held out: 7.5 (9)" in loss
     headers, *_ = page.call("overview", browser("zh"))["headers"]
     assert headers == "运行" and len(page.call("overview", browser())["data"]) == 2

@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from cllm.__main__ import run
 from cllm.config import load_config
+from cllm.corpus import read_corpus
 from cllm.data.encode import Example
+from cllm.evaluate.answers import draw
 from cllm.learn.log import CLOCK_FIELDS, RunLog
 from cllm.messages import UserError
 from cllm.runs import read_metrics
@@ -70,14 +72,19 @@ def test_a_run_from_file_to_adapter(
     assert {"lr", "grad_norm", "tokens", "supervised_tokens", *CLOCK_FIELDS} <= set(steps[0])
     scores = json.loads((directory / "eval.json").read_text(encoding="utf-8"))
     assert scores["adapter"]["loss"] < scores["base"]["loss"]
-    assert set(scores) == {"copy", "majority", "base", "adapter"} and set(
-        scores["adapter"]["by_category"]
-    ) == {"A", "B"}
+    assert set(scores) == {"copy", "majority", "base", "adapter", "drawn"}
     samples = [
         json.loads(line)
         for line in (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert len(samples) == 4 and {"messages", "reference", "base", "adapter"} <= set(samples[0])
+    held_out = read_corpus(load_config(config), accept_rejects=False).held_out
+    assert scores["drawn"] == draw(len(held_out), 4, load_config(config).train.seed)
+    assert scores["drawn"] != [0, 1, 2, 3], "not the first ones of a sorted file"
+    asked = [held_out[number].messages[0].content for number in scores["drawn"]]
+    assert asked == [sample["messages"][0]["content"] for sample in samples]
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert f"4 of {len(held_out)} held-out conversations" in page and "6 steps" in page
     assert load_config(directory / "config.toml") == load_config(config)
     # a second run never writes into the first
     before = adapter_bytes(directory)

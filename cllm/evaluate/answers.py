@@ -29,7 +29,15 @@ from cllm.data.schema import Conversation
 from cllm.evaluate.results import Evaluation, Gap, Group, Sample, SystemScores
 from cllm.learn.loss import row_nll
 from cllm.messages import UserError, note
-from cllm.metrics import BLEU, ROUGE, Score, corpus_statistics, generation_scores, paired_bootstrap
+from cllm.metrics import (
+    BLEU,
+    FEWEST_PAIRS,
+    ROUGE,
+    Score,
+    corpus_statistics,
+    generation_scores,
+    paired_bootstrap,
+)
 from cllm.model.attention import packs
 from cllm.model.device import Precision, device_of, out_of_memory, release_memory
 from cllm.model.lora import disable_lora, lora_layers
@@ -88,14 +96,16 @@ def _values(table: Statistics, indices: Sequence[int]) -> dict[str, float]:
     return {metric: value(metric, [rows[i] for i in indices]) for metric, rows in table.items()}
 
 
-def versus(base: Statistics, system: Statistics) -> tuple[dict[str, list[float]], dict[str, Gap]]:
-    """(metric -> [low, high] of the system, metric -> its gap to the base) by paired bootstrap at
+def versus(other: Statistics, system: Statistics) -> tuple[dict[str, list[float]], dict[str, Gap]]:
+    """(metric -> [low, high] of the system, metric -> its gap to the other) by paired bootstrap at
     95 %, for the metrics that both have.
     """
     intervals, gaps = {}, {}
     for metric, rows in system.items():
-        if metric in base:
-            compared = paired_bootstrap(_SCORES.get(metric, _mean), base[metric], rows)
+        if metric in other and len(rows) < FEWEST_PAIRS:
+            gaps[metric] = Gap(value(metric, rows) - value(metric, other[metric]))
+        elif metric in other:
+            compared = paired_bootstrap(_SCORES.get(metric, _mean), other[metric], rows)
             intervals[metric] = [compared.b.low, compared.b.high]
             gaps[metric] = Gap(*compared.difference, compared.p_value)
     return intervals, gaps
@@ -187,6 +197,13 @@ def _general(tokenizer: Tokenizer) -> list[Example]:
 
 
 # --- Answers
+def draw(count: int, wanted: int, seed: int) -> list[int]:
+    """Which of `count` conversations are asked, in their order: `wanted` of them by chance, or all
+    if there are no more.
+    """
+    return sorted(random.Random(seed).sample(range(count), min(wanted, count)))
+
+
 def question_of(conversation: Conversation) -> Conversation:
     """Everything before the last answer."""
     return replace(conversation, messages=conversation.messages[:-1])
@@ -330,10 +347,13 @@ def score(
     scores = {}
     for name, table in tables.items():
         intervals, gaps = versus(tables.get("base", {}), table)
+        copying = tables.get("copy", {}) if name == "adapter" else {}
         scores[name] = SystemScores(
             {metric: value(metric, rows) for metric, rows in table.items()},
             intervals,
+            {metric: len(rows) for metric, rows in table.items()},
             {} if name == "base" else gaps,
+            versus(copying, table)[1],
             _grouped(answered.get(name, {}), lengths),
             _grouped(answered.get(name, {}), categories),
         )

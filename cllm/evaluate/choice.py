@@ -25,7 +25,7 @@ from cllm.data.message import Message
 from cllm.evaluate.answers import Rows, before_after, versus
 from cllm.evaluate.results import Accuracy, Exam, ExamSample, ExamScores, SubjectAccuracy
 from cllm.messages import UserError, read_json
-from cllm.metrics import wilson_interval
+from cllm.metrics import FEWEST_PAIRS, wilson_interval
 from cllm.model.device import out_of_memory
 from cllm.model.head import output_head
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
@@ -272,11 +272,13 @@ def _accuracy(rows: Rows) -> Accuracy:
 
 
 def _macro_interval(subjects: Sequence[Accuracy]) -> list[float]:
-    """95 %: drawing n answers of a subject again, of which a share p is right, is a binomial
-    draw.
+    """95 %, where there are enough questions: drawing n answers of a subject again, of which a
+    share p is right, is a binomial draw.
     """
     import numpy as np
 
+    if sum(subject.questions for subject in subjects) < FEWEST_PAIRS:
+        return []
     rng = np.random.default_rng(12345)
     draws = [
         rng.binomial(subject.questions, subject.accuracy / 100, 1000) / subject.questions

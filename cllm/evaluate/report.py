@@ -1,53 +1,111 @@
-"""What an evaluation shows: tables for the terminal, eval.json, samples.jsonl, scores.png and one
-report.html that needs no other file.
+"""What an evaluation shows: tables, their legend and a verdict for the terminal and the page,
+eval.json, samples.jsonl, scores.png and one report.html that needs no other file.
 """
 
 from __future__ import annotations
 
 import base64
+import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+import transformers
 from jinja2 import Environment
 
+from cllm import __version__
+from cllm.config import load_config
 from cllm.evaluate.answers import METRICS
 from cllm.evaluate.results import Evaluation, Exam, Gap, Sample, SystemScores, document
 from cllm.learn.log import LiveLine, draw_curve, duration
 from cllm.messages import language, note, say, table, to_json
-from cllm.metrics import BLEU, ROUGE
+from cllm.metrics import BLEU, FEWEST_PAIRS, ROUGE
 from cllm.plots import draw_scores
+from cllm.runs import read_metrics
 
-COLUMNS = ("loss", "general-ppl", "bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
+SCORES = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
+FALLING = ("loss", "general-ppl")
+"""Less is better."""
+COLUMNS = (*FALLING, *SCORES)
+EXPLAINED = ("copy", "majority", "base", "adapter", *FALLING, "exact", "p")
+SIGNIFICANT = 0.05
 SHOWN = 20  # samples at either end
+OTHERS = 1000  # samples between them
+WARM = 32  # answers before it is guessed when the others come
+LOGGED_SECONDS = 10
 LONGER = 1.2  # times the chosen answers' length that is worth a word
 _PAGE = Path(__file__).parents[1] / "assets" / "report.html"
 Table = list[list[str]]
 
 
-def number(value: float | None, sign: str = "") -> str:
-    """Three decimals below 10, one above; nothing for None."""
-    return "" if value is None else f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
+class Shown(NamedTuple):
+    """A table as people see it."""
+
+    title: str
+    rows: Table
+    legend: Sequence[str] = ()
 
 
-def score_table(scores: Mapping[str, Mapping[str, float]], gaps: Mapping[str, Gap]) -> Table:
+@dataclass(frozen=True)
+class About:
+    """What was evaluated, on what."""
+
+    base: str
+    data: str
+    """A file; empty: what the run held out."""
+    template: str
+    device: torch.device
+
+
+def number(value: float | None, decimals: int = 1, sign: str = "") -> str:
+    """With so many decimals and commas between thousands; nothing for None."""
+    return "" if value is None else f"{value:{sign},.{decimals}f}"
+
+
+def named(term: str) -> str:
+    """A system or a metric in the reader's language; `base 4-shot` keeps its number."""
+    name, _, rest = term.partition(" ")
+    return " ".join(filter(None, [say(f"eval.name.{name}"), rest]))
+
+
+def score_table(results: Evaluation) -> Shown:
     """One line a system, then what the adapter changed: difference to the base, its 95 % interval,
-    p-value.
+    p-value, where there are enough answers.
     """
-    columns = [c for c in COLUMNS if any(c in of_system for of_system in scores.values())]
-    lines = [["", *columns]]
-    for name, of_system in scores.items():
-        lines.append([name, *(number(of_system.get(c)) for c in columns)])
+    systems = results.systems
+    columns = [c for c in COLUMNS if any(c in system.scores for system in systems.values())]
+    decimals = [3 if c == "loss" else 1 for c in columns]
+    arrows = [f"{named(c)} {'↓' if c in FALLING else '↑'}" for c in columns]
+    lines = [["", *arrows]]
+    for name, system in systems.items():
+        cells = [number(system.scores.get(c), d) for c, d in zip(columns, decimals, strict=True)]
+        lines.append([named(name), *cells])
+    terms = {*systems, *columns}
+    gaps = systems["adapter"].versus_base if "adapter" in systems else {}
     if gaps:
-        changes = [gaps[c] for c in columns]
-        intervals = [f"{number(gap.low, '+')} … {number(gap.high, '+')}" for gap in changes]
-        lines.append([say("eval.difference"), *(number(gap.difference, "+") for gap in changes)])
-        lines.append([say("eval.interval"), *intervals])
-        lines.append(["p", *(f"{gap.p:.3f}" for gap in changes)])
-    return lines
+        changes = [(gaps.get(c, Gap(None)), d) for c, d in zip(columns, decimals, strict=True)]
+        told = [number(gap.difference, d, "+") for gap, d in changes]
+        lines.append([say("eval.difference"), *told])
+        if any(gap.p is not None for gap, _ in changes):
+            few = f"n < {FEWEST_PAIRS}"
+            bounds = [
+                few if gap.p is None else f"{number(gap.low, d, '+')} … {number(gap.high, d, '+')}"
+                for gap, d in changes
+            ]
+            lines.append([say("eval.interval"), *bounds])
+            lines.append(["p", *(few if gap.p is None else f"{gap.p:.3f}" for gap, _ in changes)])
+            terms.add("p")
+    legend = [say(f"eval.explain.{term}") for term in EXPLAINED if term in terms]
+    counts, n = results.counts, results.n
+    others = ", ".join(f"{named(c)} n = {counts[c]}" for c in columns if counts.get(c, n) != n)
+    title = say("eval.title", n=n or "?")
+    return Shown(f"{title} ({others})" if others else title, lines, legend)
 
 
-def group_table(systems: Mapping[str, SystemScores], key: str, metric: str) -> Table:
+def group_table(systems: Mapping[str, SystemScores], key: str, metric: str) -> list[Shown]:
     """The metric by category or by length, with the number of answers; nothing where there is only
     one group.
     """
@@ -56,54 +114,102 @@ def group_table(systems: Mapping[str, SystemScores], key: str, metric: str) -> T
     if not grouped:
         return []
     heads = [f"{name} ({group.answers})" for name, group in next(iter(grouped.values())).items()]
-    lines = [[say(f"eval.{key}"), *heads]]
+    lines = [["", *heads]]
     for name, groups in grouped.items():
-        lines.append([name, *(number(group.scores[metric]) for group in groups.values())])
-    return lines
+        lines.append([named(name), *(number(group.scores[metric]) for group in groups.values())])
+    return [Shown(say(f"eval.{key}"), lines)]
 
 
-def accuracy_table(exam: Exam) -> Table:
-    """One line per subject, then both averages with their intervals, one column per system."""
+def accuracy_table(exam: Exam) -> Shown:
+    """One line per subject, then both averages with their intervals and what the adapter changed;
+    one column per system.
+    """
 
     def cell(accuracy: float, interval: Sequence[float]) -> str:
-        return f"{accuracy:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+        bounds = " … ".join(number(bound) for bound in interval)
+        return f"{accuracy:.1f} [{bounds}]" if bounds else f"{accuracy:.1f}"
 
     systems = exam.systems.values()
-    lines = [["", say("eval.questions"), say("eval.shots"), *exam.systems]]
-    first = next(iter(systems))
-    for name, subject in first.subjects.items():
+    names = [named(name) for name in exam.systems]
+    lines = [["", say("eval.questions"), say("eval.shots"), *names]]
+    for name, subject in exam.systems["base"].subjects.items():
         rates = [system.subjects[name] for system in systems]
         cells = [cell(rate.accuracy, rate.interval) for rate in rates]
         lines.append([name, str(subject.questions), str(subject.shots), *cells])
     micro = [cell(system.accuracy, system.interval) for system in systems]
     macro = [cell(system.macro, system.macro_interval) for system in systems]
-    lines.append([say("eval.micro"), str(first.questions), "", *micro])
-    return [*lines, [say("eval.macro"), "", "", *macro]]
+    lines.append([say("eval.micro"), str(exam.n), "", *micro])
+    lines.append([say("eval.macro"), "", "", *macro])
+    if "adapter" in exam.systems:
+        gap = exam.systems["adapter"].versus_base["accuracy"]
+        cells = [number(gap.difference, 1, "+")]
+        if gap.p is not None:
+            cells = [f"{cells[0]} [{number(gap.low, 1, '+')} … {number(gap.high, 1, '+')}]"]
+        told = "" if gap.p is None else f"p {gap.p:.3f}"
+        lines.append([say("eval.difference"), "", told, "", *cells])
+    return Shown(say("eval.title", n=exam.n), lines, [say("eval.explain.accuracy")])
 
 
-def tables(results: Evaluation | Exam) -> list[Table]:
+def tables(results: Evaluation | Exam) -> list[Shown]:
     """Everything that is shown as a table."""
     if isinstance(results, Exam):
         return [accuracy_table(results)]
-    systems = results.systems
-    scores = {name: system.scores for name, system in systems.items()}
-    gaps = systems["adapter"].versus_base if "adapter" in systems else {}
-    pairs = [
-        ["", *results.preference],
-        [say("eval.pairs"), *map(number, results.preference.values())],
+    shown = [score_table(results)]
+    if pairs := results.preference:
+        rows = [["", *pairs], ["", *(number(value, 3) for value in pairs.values())]]
+        shown.append(Shown(say("eval.pairs", n=results.counts["loss"]), rows))
+    return [
+        *shown,
+        *group_table(results.systems, "by_category", "exact"),
+        *group_table(results.systems, "by_length", "rouge-l-char"),
     ]
-    shown = (
-        score_table(scores, gaps),
-        pairs if results.preference else [],
-        group_table(systems, "by_category", "exact"),
-        group_table(systems, "by_length", "rouge-l-char"),
-    )
-    return [rows for rows in shown if rows]
+
+
+def verdict(results: Evaluation | Exam) -> str:
+    """One sentence: in which scores the adapter is better than the base and than copying the
+    question, or that there are too few answers to tell; nothing without an adapter.
+    """
+    if "adapter" not in results.systems:
+        return ""
+    gaps = {"base": results.systems["adapter"].versus_base}
+    if isinstance(results, Evaluation):
+        gaps["copy"] = results.systems["adapter"].versus_copy
+    clear, compared = [], []
+    for rival, changes in gaps.items():
+        scores = [c for c in (*SCORES, "accuracy") if c in changes] or [*changes][:1]
+        told: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+        for score in scores:
+            gap = changes[score]
+            if gap.p is None:
+                return say("eval.few", n=results.n)
+            rises = (gap.difference or 0) > 0
+            kind = "better" if rises != (score in FALLING) else "worse"
+            told["unclear" if gap.p >= SIGNIFICANT else kind].append(named(score))
+        if scores and len(told["better"]) == len(scores):
+            clear.append(named(rival))
+            every = say("eval.every", count=len(scores)) if len(scores) > 1 else told["better"][0]
+        elif scores:
+            parts = (say(f"eval.is.{kind}", scores=", ".join(n)) for kind, n in told.items() if n)
+            compared.append(say("eval.beside", rival=named(rival), parts=", ".join(parts)))
+    if clear:
+        rivals = say("eval.and").join(clear)
+        compared.insert(0, say("eval.better", rivals=rivals, scores=every))
+    then = say("eval.then")
+    sentence = f"{then.join(compared)} (n = {results.n})" if compared else ""
+    forgot = gaps["base"].get("general-ppl", Gap(None))
+    forgetting = (forgot.difference or 0) > 0 and (forgot.p or 1) < SIGNIFICANT
+    if forgetting and isinstance(results, Evaluation):
+        before, after = (
+            results.systems[name].scores["general-ppl"] for name in ("base", "adapter")
+        )
+        return sentence + then + say("eval.forgot", before=number(before), after=number(after))
+    return sentence
 
 
 def summary(results: Evaluation | Exam) -> str:
-    """The tables for the terminal."""
-    return "\n\n".join(table(rows) for rows in tables(results))
+    """The tables with their legends for the terminal, and the verdict last."""
+    parts = ["\n".join([f"{s.title}", table(s.rows), *s.legend]) for s in tables(results)]
+    return "\n\n".join(filter(None, [*parts, verdict(results)]))
 
 
 def warn_of_length(results: Evaluation) -> None:
@@ -116,7 +222,7 @@ def warn_of_length(results: Evaluation) -> None:
         note("train.longer", times=f"{adapter / max(1, chosen):.1f}")
 
 
-def write_results(folder: Path, results: Evaluation | Exam) -> None:
+def write_results(folder: Path, results: Evaluation | Exam, about: About) -> None:
     """eval.json, samples.jsonl, scores.png and report.html, with the loss curve if `folder` or the
     one above it holds a run.
     """
@@ -124,56 +230,122 @@ def write_results(folder: Path, results: Evaluation | Exam) -> None:
     (folder / "eval.json").write_text(text, encoding="utf-8")
     lines = [to_json(sample.document()) + "\n" for sample in results.samples]
     (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    runs = [run for run in (folder, folder.parent) if (run / "config.toml").is_file()]
     plots: list[Path] = []
-    for run in (folder, folder.parent):
-        if not plots and (run / "metrics.jsonl").is_file():
+    if isinstance(results, Evaluation):
+        for run in runs[:1]:
             plots.append(folder / "loss.png")
             draw_curve(run / "metrics.jsonl", plots[0])
-    if isinstance(results, Evaluation) and results.samples:
-        plots.append(folder / "scores.png")
-        answering = results.samples[0].answers
-        draw_scores({name: results.systems[name] for name in answering}, plots[-1])
-    page = _page("/".join(folder.parts[-2:]), results, plots)
+        if results.samples:
+            plots.append(folder / "scores.png")
+            answering = results.samples[0].answers
+            draw_scores({name: results.systems[name] for name in answering}, plots[-1])
+    page = _page("/".join(folder.parts[-2:]), results, plots, _facts(results, about, runs))
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def _page(title: str, results: Evaluation | Exam, plots: Sequence[Path]) -> str:
+def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> dict[str, str]:
+    """What was evaluated, when, on what, and how the adapter came to be: label -> text."""
+    device = about.device
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU ({platform.machine()})"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    facts = {
+        "base": about.base,
+        "data": about.data,
+        "template": about.template,
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "machine": f"{name}; cllm {__version__}, {versions}",
+    }
+    for run in runs[:1]:
+        config = load_config(run / "config.toml")
+        trained_on = ", ".join(source.path for source in config.data.train)
+        if isinstance(results, Evaluation) and not about.data:
+            facts["data"] = say(
+                "eval.held_out",
+                data=config.data.eval or trained_on,
+                drawn=results.n,
+                count=results.counts["loss"],
+                seed=config.train.seed,
+            )
+        steps = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+        facts["trained"] = say(
+            "eval.trained",
+            data=trained_on,
+            steps=len(steps),
+            tokens=f"{sum(row['tokens'] for row in steps):,}",
+            time=duration(sum(row["tokens"] / row["tokens_per_second"] for row in steps)),
+        )
+        facts["settings"] = say(
+            "eval.settings",
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            rate=config.train.learning_rate,
+            row=config.train.row_tokens,
+            step=config.train.tokens_per_step,
+            quantize=config.model.quantize,
+        )
+    return {say(f"eval.fact.{key}"): text for key, text in facts.items()}
+
+
+def _page(
+    title: str, results: Evaluation | Exam, plots: Sequence[Path], facts: Mapping[str, str]
+) -> str:
     """The whole report as one HTML document; the template escapes every text of models and data."""
+    samples = results.samples if isinstance(results, Evaluation) else []
     signed = METRICS | {
         "rouge-l": ROUGE("rougeL", "jieba", "set"),
         "bleu-4": BLEU("char", "method3", effective_order=True),
     }
+    signatures = [f"{named(name)}: {metric.signature}" for name, metric in signed.items()]
     page = Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
     return page.render(
         lang=language(),
         title=say("eval.report", name=title),
+        verdict=verdict(results),
+        facts=facts,
         tables=tables(results),
-        images={path.stem: base64.b64encode(path.read_bytes()).decode() for path in plots},
-        ends=_ends(results) if isinstance(results, Evaluation) else {},
-        reference=say("eval.reference"),
-        notes=[say("eval.note"), *(f"{name}: {m.signature}" for name, m in signed.items())],
+        images={
+            say(f"eval.caption.{path.stem}"): base64.b64encode(path.read_bytes()).decode()
+            for path in plots
+            if path.is_file()
+        },
+        ends=_ends(samples, "adapter" if "adapter" in results.systems else "base"),
+        categories=sorted({sample.category for sample in samples} - {""}),
+        say=say,
+        named=named,
+        notes=[say("eval.beside_name"), *signatures] if samples else [],
     )
 
 
-def _ends(results: Evaluation) -> dict[str, list[Sample]]:
-    """Heading -> the worst and the best answers by ROUGE-L."""
-    system = "adapter" if "adapter" in results.systems else "base"
-    ranked = sorted(results.samples, key=lambda sample: sample.scores[system]["rouge-l-char"])
+def _ends(samples: Sequence[Sample], system: str) -> list[tuple[str, list[Sample]]]:
+    """Headings with the worst and the best answers by ROUGE-L, and those between."""
+    ranked = sorted(samples, key=lambda sample: sample.scores[system]["rouge-l-char"])
     count = min(SHOWN, (len(ranked) + 1) // 2)
-    if not count:
-        return {}
-    worst, best = say("eval.worst", count=count), say("eval.best", count=count)
-    return {worst: ranked[:count], best: ranked[::-1][:count]}
+    best = max(count, len(ranked) - count)
+    parts = {"worst": ranked[:count], "best": ranked[best:][::-1], "others": ranked[count:best]}
+    return [
+        (say(f"eval.{part}", count=len(rows)), rows[:OTHERS])
+        for part, rows in parts.items()
+        if rows
+    ]
 
 
 class AnswerCount:
-    """`3/40 answers … eta 12s` on stderr while an engine answers."""
+    """`3/40 answers … eta 12s` on stderr while an engine answers; the first answers, which wait for
+    all prompts, tell no pace.
+    """
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._line = LiveLine()
+        self._line = LiveLine(LOGGED_SECONDS)
+        self._warm: tuple[float, int] | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        remaining = (time.perf_counter() - self._start) / max(1, done) * (total - done)
-        line = say("eval.progress", done=done, total=total, eta=duration(remaining))
-        self._line.show(line, last=done == total)
+        now, eta = time.perf_counter(), ""
+        if self._warm is None and done >= min(WARM, total / 4):
+            self._warm = now, done
+        elif self._warm is not None:
+            start, before = self._warm
+            eta = say("eval.eta", eta=duration((now - start) / (done - before) * (total - done)))
+        line = say("eval.progress", done=done, total=total)
+        self._line.show(line + eta, last=done == total)

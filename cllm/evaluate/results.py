@@ -6,7 +6,7 @@ object a question, of `Sample` or `ExamSample`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,13 +15,16 @@ from cllm.data.message import Message
 
 @dataclass(frozen=True)
 class Gap:
-    """A system's score minus the base's, by paired bootstrap."""
+    """A system's score minus another's on the same answers, by paired bootstrap; of fewer than
+    FEWEST_PAIRS answers the difference alone.
+    """
 
-    difference: float
-    low: float
+    difference: float | None
+    """None in a file: not finite."""
+    low: float | None = None
     """Bounds of the 95 % interval."""
-    high: float
-    p: float
+    high: float | None = None
+    p: float | None = None
     """Two-sided p-value."""
 
 
@@ -40,9 +43,15 @@ class SystemScores:
     scores: dict[str, float]
     """Metric -> 0-100; `loss`: nats per token; `general-ppl`: a perplexity."""
     interval: dict[str, list[float]]
-    """Metric -> [low, high] at 95 %, for the metrics that the base has too."""
+    """Metric -> [low, high] at 95 %, for the metrics that the base has too, of FEWEST_PAIRS answers
+    or more.
+    """
+    n: dict[str, int]
+    """Metric -> of how many answers, conversations or texts."""
     versus_base: dict[str, Gap]
     """Metric -> what the system changed; empty for the base."""
+    versus_copy: dict[str, Gap]
+    """Metric -> what the adapter is beyond copying the question; empty for the others."""
     by_length: dict[str, Group]
     """Characters of the reference -> scores; empty for a system that answered nothing."""
     by_category: dict[str, Group]
@@ -78,6 +87,18 @@ class Evaluation:
     samples: list[Sample]
     preference: dict[str, float] = field(default_factory=dict)
     """What the held-out pairs tell of a preference run."""
+    drawn: list[int] = field(default_factory=list)
+    """After a training: which of the held-out conversations were asked, counted from 0."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Metric -> of how many answers, conversations or texts it is."""
+        return {c: n for system in self.systems.values() for c, n in system.n.items()}
+
+    @property
+    def n(self) -> int:
+        """Answers that were scored; without answers, conversations or texts."""
+        return self.counts.get("exact", self.counts.get("loss", 0))
 
 
 @dataclass(frozen=True)
@@ -104,7 +125,7 @@ class ExamScores(Accuracy):
     macro: float
     """Mean of the subjects' accuracies."""
     macro_interval: list[float]
-    """By resampling the questions of every subject."""
+    """By resampling the questions of every subject; empty for fewer than FEWEST_PAIRS."""
     subjects: dict[str, SubjectAccuracy]
     versus_base: dict[str, Gap]
     """Of `accuracy`; empty for the base."""
@@ -131,14 +152,36 @@ class Exam:
     systems: dict[str, ExamScores]
     samples: list[ExamSample]
 
+    @property
+    def n(self) -> int:
+        """Questions."""
+        return self.systems["base"].questions
+
 
 def document(results: Evaluation | Exam) -> dict[str, Any]:
     """The content of eval.json: a system's or a group's scores stand beside its other fields, and
     what is empty is left out.
     """
     systems = {name: _flat(asdict(system)) for name, system in results.systems.items()}
-    preference = results.preference if isinstance(results, Evaluation) else {}
-    return systems | ({"preference": preference} if preference else {})
+    if isinstance(results, Evaluation):
+        beside = {"preference": results.preference, "drawn": results.drawn}
+        systems |= {key: value for key, value in beside.items() if value}
+    return systems
+
+
+def scores_of(document: Mapping[str, Any]) -> Evaluation:
+    """The systems and scores of an eval.json that a training wrote."""
+    systems = {}
+    for name, entry in document.items():
+        if name not in ("preference", "drawn"):
+            base, copy = (
+                {metric: Gap(**gap) for metric, gap in entry.get(key, {}).items()}
+                for key in ("versus_base", "versus_copy")
+            )
+            scores = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+            n = entry.get("n", {})
+            systems[name] = SystemScores(scores, {}, n, base, copy, {}, {})
+    return Evaluation(systems, [])
 
 
 def _flat(value: Any) -> Any:

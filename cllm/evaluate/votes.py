@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cllm.messages import say
-from cllm.metrics import wilson_interval
+from cllm.metrics import FEWEST_PAIRS, wilson_interval
 
 OUTCOMES = ("wins", "losses", "ties", "both_bad")
 Votes = Sequence[Mapping[str, Any]]
@@ -71,12 +71,16 @@ def _outcome(first: str, row: Mapping[str, Any]) -> str:
 
 
 def vote_table(pairs: Sequence[PairVotes]) -> list[list[str]]:
-    """All votes of a pair, then one line per category; then the next pair."""
+    """All votes of a pair, then one line per category; then the next pair. No win rate of fewer
+    than FEWEST_PAIRS decided votes.
+    """
     heads = [say(f"eval.votes.{outcome}") for outcome in OUTCOMES]
     lines = [["", *heads, say("eval.votes.win_rate"), "95 %"]]
     for pair in pairs:
         for name, tally in {" ↔ ".join(pair.models): pair, **pair.by_category}.items():
             counts = [str(getattr(tally, outcome)) for outcome in OUTCOMES]
-            interval = f"{tally.low:.1%} … {tally.high:.1%}"
-            lines.append([name, *counts, f"{tally.win_rate:.1%}", interval])
+            told = [f"{tally.win_rate:.1%}", f"{tally.low:.1%} … {tally.high:.1%}"]
+            if tally.wins + tally.losses < FEWEST_PAIRS:
+                told = [f"n < {FEWEST_PAIRS}", ""]
+            lines.append([name, *counts, *told])
     return lines

@@ -73,15 +73,16 @@ class LiveLine:
     and then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = LOGGED_SECONDS) -> None:
         self.live = sys.stderr.isatty()
+        self._seconds = seconds
         self._printed = time.perf_counter()
 
     def show(self, line: str, *, due: bool = False, last: bool = False) -> None:
         """due: print it into a log file, too. last: leave it standing on a terminal."""
         if self.live:
             print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif due or time.perf_counter() - self._printed > LOGGED_SECONDS:
+        elif due or time.perf_counter() - self._printed > self._seconds:
             print(line, file=sys.stderr, flush=True)
             self._printed = time.perf_counter()
 

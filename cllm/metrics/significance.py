@@ -12,6 +12,8 @@ from typing import NamedTuple
 from cllm.metrics.score import Score
 
 Rows = Sequence[Sequence[float]]
+FEWEST_PAIRS = 20
+"""Of fewer pairs a resample says nothing: no interval and no p-value is told."""
 
 
 class Interval(NamedTuple):

@@ -5,6 +5,7 @@
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
 from collections.abc import Sequence
+from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import gradio as gr
 
 from cllm.assembly import Loaded, open_beside
 from cllm.config import load_config
-from cllm.evaluate.report import number, score_table
-from cllm.evaluate.results import Gap
+from cllm.evaluate.report import named, number, score_table, verdict
+from cllm.evaluate.results import scores_of
 from cllm.learn.log import duration, losses, seconds_a_step
 from cllm.messages import UserError, command, read_json, say, speaking
 from cllm.plots import smoothed
@@ -48,11 +49,11 @@ class TrainingTab:
             for _ in range(2):
                 with gr.Column(min_width=320):
                     charts.append(gr.Markdown(container=True, sanitize_html=False))
-        gr.Markdown(t("scores"))
+        legend = gr.Markdown()
         scores = gr.Dataframe(show_label=False, wrap=True)
         gr.Markdown(t("samples"))
         samples = gr.Dataframe(show_label=False, wrap=True, column_widths=["22%", *["26%"] * 3])
-        outputs = [chosen, over, standing, *charts, scores, samples]
+        outputs = [chosen, over, standing, *charts, scores, legend, samples]
         self.shown = self.follow, [chosen, over], outputs
         for menu in (chosen, over):
             menu.input(*self.shown, **QUIET)
@@ -68,7 +69,6 @@ class TrainingTab:
         curves = {known: self._rows(known) for known in (name, other) if known in names}
         texts, run = texts_for(request), self.root / (name or "-")
         rows, answers = curves.get(name, []), read_metrics(run / "samples.jsonl")
-        headers = [texts["ui.question"], *(texts[f"ui.system.{system}"] for system in SYSTEMS)]
         cells = [
             [row["messages"][-1]["content"], *(row.get(system, "") for system in SYSTEMS)]
             for row in answers[:SHOWN_SAMPLES]
@@ -76,13 +76,14 @@ class TrainingTab:
         with speaking(language_of(request)):
             scores = _scores(run / "eval.json", answers)
             standing = _standing(run, rows) if rows else " "
+            headers = [texts["ui.question"], *map(named, SYSTEMS)]
         return (
             gr.Dropdown(choices=names, value=name or None),
             gr.Dropdown(choices=[("-", ""), *names], value=other if other in names else ""),
             standing,
             chart(texts["ui.loss"], _losses(curves, texts)),
             chart(texts["ui.speed"], _speeds(curves)),
-            scores,
+            *scores,
             {"headers": headers, "data": cells},
         )
 
@@ -158,20 +159,23 @@ def _settings(run: Path) -> str:
     return " · ".join(f"{key} `{value}`" for key, value in settings.items() if value != "none")
 
 
-def _scores(file: Path, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table of eval.json, with the mean length of the answers where they are kept."""
-    results = read_json(file) if file.exists() else {}
+def _scores(file: Path, answers: list[dict[str, Any]]) -> tuple[Any, str]:
+    """The table of eval.json, with the mean length of the answers where they are kept; its verdict
+    and legend.
+    """
+    results = scores_of(read_json(file) if file.exists() else {})
+    if not results.systems:
+        return gr.Dataframe(value=[]), ""
+    title, rows, legend = score_table(results)
+    header, lines = rows[0], rows[1:]
     if answers:
-        results = {"reference": {}, **results}
-    changes = results.get("adapter", {}).get("versus_base", {})
-    gaps = {metric: Gap(**change) for metric, change in changes.items()}
-    header, *lines = score_table(results, gaps)
-    if answers:
-        header.append("length")
-        for line in lines:
-            lengths = [len(row[line[0]]) for row in answers if line[0] in row]
+        header.append(named("length"))
+        lines.insert(0, [named("reference"), *[""] * (len(header) - 2)])
+        for name, line in zip_longest(["reference", *results.systems], lines, fillvalue=""):
+            lengths = [len(row[name]) for row in answers if name in row]
             line.append(number(sum(lengths) / len(lengths) if lengths else None))
-    return {"headers": header, "data": lines}
+    told = "\n- ".join([f"**{title}** {verdict(results)}\n", *legend])
+    return gr.Dataframe(headers=header, value=lines), told
 
 
 def _losses(runs: dict[str, list[dict[str, Any]]], texts: dict[str, str]) -> list[Line]:
