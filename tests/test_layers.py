@@ -24,7 +24,6 @@ LAYER_1 = {
     "typed_toml",
     "messages",
     "memory",
-    "shapes",
     "plots",
     "runs",
     "data",

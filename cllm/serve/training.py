@@ -5,7 +5,7 @@
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -166,15 +166,16 @@ def _scores(file: Path, answers: list[dict[str, Any]]) -> tuple[Any, str]:
     results = scores_of(read_json(file) if file.exists() else {})
     if not results.systems:
         return gr.Dataframe(value=[]), ""
-    title, rows, legend = score_table(results)
-    header, lines = rows[0], rows[1:]
+    shown = score_table(results)
+    header, lines = shown.rows[0], shown.rows[1:]
     if answers:
         header.append(named("length"))
         lines.insert(0, [named("reference"), *[""] * (len(header) - 2)])
-        for name, line in zip_longest(["reference", *results.systems], lines, fillvalue=""):
+        names = chain(["reference", *results.systems], repeat(""))
+        for line, name in zip(lines, names, strict=False):
             lengths = [len(row[name]) for row in answers if name in row]
             line.append(number(sum(lengths) / len(lengths) if lengths else None))
-    told = "\n- ".join([f"**{title}** {verdict(results)}\n", *legend])
+    told = "\n- ".join([f"**{shown.title}** {verdict(results)}\n", *shown.legend])
     return gr.Dataframe(headers=header, value=lines), told
 
 
