@@ -105,7 +105,7 @@ def _exams(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every exam is read before the model is loaded."""
     from cllm.assembly import open_model
     from cllm.evaluate.choice import examine, read_subjects
-    from cllm.evaluate.report import AnswerCount
+    from cllm.learn.log import AnswerCount
 
     shots = EXAM_SHOTS if arguments.shots is None else arguments.shots
     exams = {}
@@ -129,7 +129,7 @@ def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
     from cllm.assembly import open_model
     from cllm.data.encode import encode_set
     from cllm.evaluate.answers import Asking, evaluate, example_nll
-    from cllm.evaluate.report import AnswerCount
+    from cllm.learn.log import AnswerCount
 
     file = Path(arguments.model) / "config.toml"
     config = load_config(file) if file.is_file() else Config()

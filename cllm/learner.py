@@ -21,6 +21,7 @@ from cllm.data.packing import PackedBatch
 from cllm.data.sources import Data
 from cllm.learn.dist import World
 from cllm.learn.ladder import Ladder
+from cllm.learn.log import AnswerCount
 from cllm.learn.loss import row_nll, sft_loss
 from cllm.learn.optim import StepOutOfMemoryError, Trainee, check_optimizer, make_optimizer
 from cllm.learn.preference import Preference
@@ -169,15 +170,16 @@ class Learner:
         measure = partial(
             self.trainee.preference.nats, self.model, rows, self.assembly.precision.autocast, world
         )
+        progress = None if world.rank else AnswerCount()
         try:
-            nats = measure(self.ladder.micro_tokens)
+            nats = measure(self.ladder.micro_tokens, progress)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             nats = None
         if nats is None:  # here, not in the handler: the traceback holds on to the failed tensors
             release_memory()
-            nats = measure(1)
+            nats = measure(1, progress)
         world.sum_([nats])
         return nats.cpu()
 

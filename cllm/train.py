@@ -388,8 +388,9 @@ class Training:
 
     def _final_scores(self, more: str) -> dict[str, Any]:
         from cllm.evaluate.answers import Asking, draw, evaluate, sequence_nll
-        from cllm.evaluate.report import About, AnswerCount, summary, warn_of_length, write_results
+        from cllm.evaluate.report import About, summary, warn_of_length, write_results
         from cllm.evaluate.results import document
+        from cllm.learn.log import AnswerCount
         from cllm.runs import writing
 
         learner, settings = self.learner, self.config.eval

@@ -20,7 +20,7 @@ from cllm import __version__
 from cllm.config import load_config
 from cllm.evaluate.answers import METRICS
 from cllm.evaluate.results import Evaluation, Exam, Gap, Sample, SystemScores, document
-from cllm.learn.log import LiveLine, draw_curve, duration
+from cllm.learn.log import draw_curve, duration
 from cllm.messages import language, note, say, table, to_json
 from cllm.metrics import BLEU, FEWEST_PAIRS, ROUGE
 from cllm.plots import draw_scores
@@ -34,8 +34,6 @@ EXPLAINED = ("copy", "majority", "base", "adapter", *FALLING, "exact", "p")
 SIGNIFICANT = 0.05
 SHOWN = 20  # samples at either end
 OTHERS = 1000  # samples between them
-WARM = 32  # answers before it is guessed when the others come
-LOGGED_SECONDS = 10
 LONGER = 1.2  # times the chosen answers' length that is worth a word
 _PAGE = Path(__file__).parents[1] / "assets" / "report.html"
 Table = list[list[str]]
@@ -329,23 +327,3 @@ def _ends(samples: Sequence[Sample], system: str) -> list[tuple[str, list[Sample
         for part, rows in parts.items()
         if rows
     ]
-
-
-class AnswerCount:
-    """`3/40 answers … eta 12s` on stderr while an engine answers; the first answers, which wait for
-    all prompts, tell no pace.
-    """
-
-    def __init__(self) -> None:
-        self._line = LiveLine(LOGGED_SECONDS)
-        self._warm: tuple[float, int] | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        now, eta = time.perf_counter(), ""
-        if self._warm is None and done >= min(WARM, total / 4):
-            self._warm = now, done
-        elif self._warm is not None:
-            start, before = self._warm
-            eta = say("eval.eta", eta=duration((now - start) / (done - before) * (total - done)))
-        line = say("eval.progress", done=done, total=total)
-        self._line.show(line + eta, last=done == total)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cllm.messages import UserError, note, to_json
+from cllm.messages import UserError, note, say, to_json
 from cllm.plots import draw_loss
 from cllm.runs import read_metrics
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 WATCHED = 20
 """Preference steps in a row that a warning takes."""
 PACE_STEPS = 50
+WARM = 32  # answers before it is guessed when the others come
+ANSWER_SECONDS = 10
 LOGGED_SECONDS = 30
 """A log file that is no terminal gets a line at least this often."""
 CLOCK_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
@@ -90,6 +92,26 @@ class LiveLine:
         """Leave the line standing before something else is printed."""
         if self.live:
             print(file=sys.stderr)
+
+
+class AnswerCount:
+    """`3/40 answers … eta 12s` on stderr while answers are generated or measured; the first ones,
+    which wait for all prompts, tell no pace.
+    """
+
+    def __init__(self) -> None:
+        self._line = LiveLine(ANSWER_SECONDS)
+        self._warm: tuple[float, int] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now, eta = time.perf_counter(), ""
+        if self._warm is None and done >= min(WARM, total / 4):
+            self._warm = now, done
+        elif self._warm is not None:
+            start, before = self._warm
+            eta = say("eval.eta", eta=duration((now - start) / (done - before) * (total - done)))
+        line = say("eval.progress", done=done, total=total)
+        self._line.show(line + eta, last=done == total)
 
 
 class RunLog:

@@ -118,11 +118,13 @@ class Preference:
         autocast: Callable[[], AbstractContextManager[Any]],
         world: World,
         micro_tokens: int = sys.maxsize,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """(2, N) float64: summed nats of each sequence of the rows in order, with what is beyond
         the shorter answer's length times `ld_alpha` (arXiv:2409.06411), and plain.
 
-        Row i is computed on rank i mod world; the others' columns are 0 here.
+        Row i is computed on rank i mod world; the others' columns are 0 here. `progress(done, of
+        how many)` is called for each of its sequences.
         """
         device, column = device_of(model), 0
         sizes = [len(row.cu_seqlens) - 1 for row in rows]
@@ -142,6 +144,8 @@ class Preference:
                 for pair in zip(weighed.split(lengths), nll.split(lengths), strict=True):
                     sums[:, column] = torch.stack([values.sum() for values in pair])
                     column += 1
+                    if progress:
+                        progress(column, len(sums[0]))
         return sums
 
     def weighed(self, rows: Sequence[PackedBatch], nats: Tensor) -> Weighed:
