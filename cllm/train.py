@@ -79,7 +79,7 @@ class Training:
         0 writes, all agree.
         """
         from cllm.learn.snapshot import adapter_fingerprint
-        from cllm.runs import base_fingerprint, locked, new_run
+        from cllm.runs import base_fingerprint, changes_since, locked, new_run
 
         base_sha256 = base_fingerprint(self.learner.base)
         hashes = {"data_sha256": self.learner.encoded.sha256, "checkpoint_sha256": base_sha256}
@@ -88,13 +88,21 @@ class Training:
         if self.learner.world.share(own) != own:
             raise UserError("dist.differs", rank=self.learner.world.rank)
         self.run = resume or Path(self.config.run.dir)
+        changes: list[str] = []
         if self.learner.world.rank == 0:
             self.run = resume or new_run(self.config.run.dir)
             resources.enter_context(locked(self.run))
-            self._write_manifest(hashes, resumed=resume is not None)
+            if resume:
+                changed = differences(load_config(self.run / "config.toml"), self.config)
+                allow = self.allow_changes
+                changes = changes_since(resume, changed, hashes, vital=STATE_SECTIONS, allow=allow)
+            else:
+                self._write_manifest(hashes, changes)
         self._announce()
         if resume:
             self._restore()
+            if changes:  # not before it has succeeded
+                self._write_manifest(hashes, changes)
             note("train.resumed", run=self.run, step=self.progress.step, total=self.total)
         else:
             self.learner.refer_to(None)
@@ -115,19 +123,12 @@ class Training:
             every=self.eval_every,
         )
 
-    def _write_manifest(self, hashes: dict[str, str], *, resumed: bool) -> None:
+    def _write_manifest(self, hashes: dict[str, str], changes: list[str]) -> None:
         """config.toml and manifest.json of a new run, or of a resumed one that was changed."""
         import torch
 
-        from cllm.runs import changes_since, manifest_of, replace_file
+        from cllm.runs import manifest_of, replace_file
 
-        changes: list[str] = []
-        if resumed:
-            changed = differences(load_config(self.run / "config.toml"), self.config)
-            allow = self.allow_changes
-            changes = changes_since(self.run, changed, hashes, vital=STATE_SECTIONS, allow=allow)
-            if not changes:
-                return
         device = self.learner.assembly.device
         manifest = manifest_of(
             torch.cuda.get_device_name(device) if device.type == "cuda" else "",

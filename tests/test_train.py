@@ -241,6 +241,7 @@ def test_harmless_changes_are_listed_and_others_need_leave(
         == 2
     )
     assert "snapshot does not belong to this model" in capsys.readouterr().err
+    assert load_config(directory / "config.toml").lora.rank == 4  # still what its snapshots are of
 
 
 def test_a_snapshot_is_due_by_time_and_one_writer_holds_the_run(
