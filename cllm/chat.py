@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cllm.data.message import Message
-from cllm.messages import CommandLine, UserError, note, print_result, say, to_json
+from cllm.messages import CommandLine, UserError, command, note, print_result, say, to_json
 
 if TYPE_CHECKING:
     from cllm.assembly import Loaded
@@ -183,7 +183,8 @@ def _questions_of(file: str) -> list[list[Message]]:
 
     conversations, rejects = read_file(DataConfig(), file, {})
     if not conversations:
-        raise UserError("data.empty", path=file, rejects=len(rejects))
+        look = command("check", file)
+        raise UserError("data.empty", path=file, rejects=len(rejects), command=look)
     return [[*item.messages[:-1]] for item in conversations]
 
 
