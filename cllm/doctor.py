@@ -158,7 +158,8 @@ def _machine() -> Iterator[Finding]:
 
 
 def _ram_bytes() -> int:
-    if sys.platform != "win32":
+    windows = sys.platform == "win32"  # mypy would not look at what follows a test of it
+    if not windows:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     ctypes: Any = importlib.import_module("ctypes")
     kibibytes = ctypes.c_ulonglong()

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     """
     arguments = _arguments(argv)
     if arguments.votes:
-        results = {"votes": _votes(Path(arguments.model))}
+        results: dict[str, Any] = {"votes": _votes(Path(arguments.model))}
     else:
         results = {"eval": (_exams if arguments.task else _conversations)(arguments)}
     propose(command("chat", arguments.model))
