@@ -341,10 +341,14 @@ def locate(name: str | Path) -> Located:
     if is_run and folder is None:
         raise UserError("run.no_adapter", run=run)
     if folder is None:
-        others = [] if run.exists() or run.parent == Path() else find_runs(run.parent)
-        if others:  # a mistyped run is not asked of hubs
+        alone = run.parent == Path()
+        others = [] if run.exists() else find_runs("runs" if alone else run.parent)
+        # A mistyped run is not asked of hubs.
+        if others and (not alone or "runs" / run in others):
             known = ", ".join(map(str, others[:5]))
             raise UserError("run.missing", run=run, known=known)
+        if not run.exists() and run.parts[:-1] == ("runs",):
+            raise UserError("run.none", root=run.parent)
         return Located(model, memory, None, str(name))
     base_name = adapter_config(folder).get("base_model_name_or_path") or ""
     if not base_name:

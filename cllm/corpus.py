@@ -14,7 +14,7 @@ from cllm.config import Config
 from cllm.data.pairs import REJECTED_KEYS, dialogue, sides
 from cllm.data.schema import Conversation
 from cllm.data.sources import Data, prepare, unread_names
-from cllm.messages import UserError, note
+from cllm.messages import UserError, command, note
 
 if TYPE_CHECKING:
     from cllm.data.cache import Slices
@@ -61,7 +61,9 @@ def read_corpus(config: Config, *, accept_rejects: bool) -> Data:
     shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in corpus.rejects[:3]]
     located = "\n  ".join([str(rejected), *shown])
     if not corpus.train:
-        raise UserError("data.empty", path=", ".join(s.path for s in data.train), rejects=located)
+        paths = [source.path for source in data.train]
+        look = command("check", paths[0])
+        raise UserError("data.empty", path=", ".join(paths), rejects=located, command=look)
     if rejected > MAX_REJECTED * corpus.rows and not accept_rejects:
         share = f"{rejected / corpus.rows:.0%}"
         raise UserError("train.rejects", share=share, count=rejected, examples=located)

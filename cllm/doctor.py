@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,10 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cllm.messages import language, say
+from cllm.messages import command, language, note, propose, say
 
 GIB = 2**30
 DISK_GIB = 20  # an 8B checkpoint in 16 bits, and a run
+RAM_GIB = 7  # an 8 GB machine; a 4B checkpoint in 16 bits, which an export's check holds, takes 7.5
 HUBS = {
     "Hugging Face": os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
     "hf-mirror": "https://hf-mirror.com",
@@ -155,6 +157,39 @@ def _machine() -> Iterator[Finding]:
     yield _judge("console", readable, console, _set_variable("PYTHONUTF8", "1"))
 
 
+def _ram_bytes() -> int:
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ctypes: Any = importlib.import_module("ctypes")
+    kibibytes = ctypes.c_ulonglong()
+    ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kibibytes))
+    return int(kibibytes.value) * 1024
+
+
+def _memory() -> Iterator[Finding]:
+    total = _ram_bytes() / GIB
+    yield _judge("ram", total >= RAM_GIB, f"{total:.1f} GiB", say("doctor.ram.mend"))
+
+
+def _windows() -> Iterator[Finding]:
+    """What breaks downloads and compilers there: paths over 260 characters, and a temporary folder
+    under a name that is not ASCII.
+    """
+    if sys.platform == "win32":
+        winreg: Any = importlib.import_module("winreg")
+        place = r"SYSTEM\CurrentControlSet\Control\FileSystem"
+        try:
+            key = winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place)
+            long = winreg.QueryValueEx(key, "LongPathsEnabled")[0] == 1
+        except OSError:
+            long = False
+        mend = say("doctor.long_paths.mend", place=place)
+        yield _judge("long paths", long, say(f"doctor.long_paths.{'on' if long else 'off'}"), mend)
+        temp = tempfile.gettempdir()
+        mend = "mkdir -Force C:\\Temp; " + _set_variable("TEMP", "C:\\Temp")
+        yield _judge("temp", temp.isascii(), temp, mend)
+
+
 def _reach(url: str) -> str:
     """ "" if the host answers at all, else why not."""
     try:
@@ -182,12 +217,19 @@ def _hubs() -> Iterator[Finding]:
 
 
 def examine() -> list[Finding]:
-    """Run every check; prints each finding as it comes, with its command below it."""
+    """Run every check; prints each finding as it comes, with its command below it, and last what it
+    comes to.
+    """
     findings = []
-    for check in (_python, _torch, _bitsandbytes, _machine, _hubs):
+    for check in (_python, _torch, _bitsandbytes, _machine, _memory, _windows, _hubs):
         for finding in check():
             print(f"{MARKS[finding.state]} {finding.topic:<13} {finding.found}")
             if finding.mend:
                 print(f"{'':15} → {finding.mend}")
             findings.append(finding)
+    if bad := [finding.topic for finding in findings if finding.state == "bad"]:
+        note("doctor.not_ready", topics=", ".join(bad))
+    else:
+        note("doctor.ready")
+        propose(command("train", "preset:quick"))
     return findings

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ def _votes(run: Path) -> list[dict[str, Any]]:
 
     votes = read_metrics(run / "votes.jsonl")
     if not votes:
-        raise UserError("eval.no_votes", path=run / "votes.jsonl")
+        raise UserError("eval.no_votes", path=run / "votes.jsonl", command=command("chat", run))
     pairs = summarise(votes)
     print(table(vote_table(pairs)))
     return [asdict(pair) for pair in pairs]
@@ -155,7 +155,8 @@ def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
         if left_out := sum(refused.values()):
             note("eval.left_out", count=left_out, reasons=", ".join(refused), limit=limit)
         if not examples:
-            raise UserError("eval.empty", path=data, rejects=left_out)
+            look = command("check", data)
+            raise UserError("eval.empty", path=data, rejects=left_out, command=look)
         note("eval.start", path=data, count=len(kept))
         losses = partial(example_nll, loaded.model, examples, precision, chunk_bytes, row_tokens)
         results = evaluate(
@@ -175,20 +176,28 @@ def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conversation]:
     """The file's conversations that end with an answer (texts, for a run that was trained on
-    texts); what is rejected is said.
+    texts), read with the columns that are named, else with the run's if the file has them; what is
+    rejected is said.
     """
     from cllm.evaluate.answers import with_answers
 
     pairs = (pair for pair in arguments.columns.split(",") if "=" in pair)
     columns = dict(pair.split("=", 1) for pair in pairs)
-    rows, rejects = read_file(config.data, data, columns)
+    maps = [columns]
+    if not columns:
+        maps = [config.data.columns, *(source.columns for source in config.data.train), {}]
+    for mapping in maps:
+        rows, rejects = read_file(replace(config.data, columns=mapping), data, {})
+        if rows:
+            break
     if rejects:
         shown = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejects[:3]]
         note("eval.rejects", count=len(rejects), path=data, examples="\n  ".join(shown))
     if config.data.kind == "chat":
         rows = with_answers(rows)
     if not rows:
-        raise UserError("eval.empty", path=data, rejects=len(rejects))
+        look = command("check", data)
+        raise UserError("eval.empty", path=data, rejects=len(rejects), command=look)
     return rows[: arguments.limit or None]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cllm.messages import language, messages
 
 if TYPE_CHECKING:
     from cllm.evaluate.results import SystemScores
@@ -14,20 +17,68 @@ Curve = Sequence[tuple[int, float]]
 PLOTTED = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
 COLOURS = ("#9bbcd8", "#d1a96b", "#1f5f99")
 SMOOTHING = 0.1
-"""Share of the newest loss in the smoothed curve."""
+"""Share of the newest loss in the smoothed curve of a long run."""
+CHINESE_FONTS = (
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Hiragino Sans GB",
+    "Heiti SC",
+    "Droid Sans Fallback",
+    "Noto Serif CJK SC",
+    "SimSun",
+)
+"""Those that systems come with."""
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Moving averages, weights falling by 1 - SMOOTHING a step, of the values so far alone: the
-    first ones do not hold the curve back (Adam's correction, arXiv:1412.6980, section 3).
+@functools.cache
+def _chinese_font() -> bool:
+    """Whether this machine can draw Chinese; from then on charts do, beside what was set."""
+    from matplotlib import font_manager, rcParams
+
+    fonts = font_manager.fontManager
+    if not _usable(fonts):  # matplotlib's list may be older than a font
+        fonts.ttflist = font_manager.FontManager().ttflist
+    rcParams["font.family"] = [*rcParams["font.family"], *_usable(fonts)[:1]]
+    return bool(_usable(fonts))
+
+
+def _usable(fonts: Any) -> list[str]:
+    """Fonts with Chinese in matplotlib's list, the best first."""
+    there = {font.name for font in fonts.ttflist}
+    return [name for name in CHINESE_FONTS if name in there]
+
+
+def _words(code: str, **values: object) -> list[str]:
+    """The texts of a chart in the user's language, in English where no font has Chinese."""
+    chinese = language() == "zh" and _chinese_font()
+    return messages()[code][chinese].format(**values).split("|")
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """The mean of two exponential moving averages, from the first loss on and from the last one
+    back, so that the curve does not lag behind a falling loss.
     """
-    total = weight = 0.0
-    averages = []
-    for value in values:
-        total += SMOOTHING * (value - total)
-        weight += SMOOTHING * (1 - weight)
-        averages.append(total / weight)
-    return averages
+    there, back = _averages(losses), reversed(_averages(losses[::-1]))
+    return [(a + b) / 2 for a, b in zip(there, back, strict=True)]
+
+
+def _averages(losses: Sequence[float]) -> list[float]:
+    """An exponential moving average over at most a tenth of the run, without the bias towards its
+    first value: divided by the sum of the weights, as Adam's moments are.
+    """
+    share = max(SMOOTHING, 1 / (1 + len(losses) / 10))
+    curve, value, weight = [], 0.0, 0.0
+    for loss in losses:
+        value += share * (loss - value)
+        weight += share * (1 - weight)
+        curve.append(value / weight)
+    return curve
 
 
 def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
@@ -35,14 +86,15 @@ def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
     from matplotlib.figure import Figure
 
     steps, losses = zip(*train, strict=True)
+    step, loss, raw, smooth, measured = _words("plot.loss")
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
     axes = figure.subplots()
-    axes.plot(steps, losses, color="#9bbcd8", linewidth=0.8, label="train")
-    axes.plot(steps, smoothed(losses), color="#1f5f99", linewidth=1.8, label="train, smoothed")
+    axes.plot(steps, losses, color="#9bbcd8", linewidth=0.8, label=raw)
+    axes.plot(steps, smoothed(losses), color="#1f5f99", linewidth=1.8, label=smooth)
     if held_out:
         steps, losses = zip(*held_out, strict=True)
-        axes.plot(steps, losses, "o-", color="#d1652b", linewidth=1.8, ms=5, label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
+        axes.plot(steps, losses, "o-", color="#d1652b", linewidth=1.8, ms=5, label=measured)
+    axes.set(xlabel=step, ylabel=loss)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -51,16 +103,21 @@ def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
 
 
 def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0) -> None:
-    """A histogram of the conversations' lengths in `unit`, with a line at `limit`, as a PNG."""
+    """A histogram of the conversations' lengths in `unit` (tokens or characters), with a line at
+    `limit`, as a PNG.
+    """
     from matplotlib.figure import Figure
+
+    [name] = _words(f"check.unit.{unit}")
+    length, conversations, line = _words("plot.lengths", unit=name, limit=limit)
 
     figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.hist(lengths, bins=60)
     if limit:
-        axes.axvline(limit, color="tab:red", label=f"limit {limit}")
+        axes.axvline(limit, color="tab:red", label=line)
         axes.legend()
-    axes.set(xlabel=f"{unit} per conversation", ylabel="conversations", yscale="log")
+    axes.set(xlabel=length, ylabel=conversations, yscale="log")
     figure.savefig(target)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import BOTH_KINDS
@@ -334,3 +335,66 @@ def test_foreign_libraries_are_silent(config: Path, tmp_path: Path) -> None:
     for done in (trained, exported, examined):
         for chatter in ("Loading weights", "kernels-community", "Warning", "it/s]"):
             assert chatter not in done.stderr + done.stdout, done.stderr
+
+
+# --- Names and files in errors
+def test_a_run_that_is_not_there_is_not_asked_of_hubs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for program in (["chat"], ["eval", "--data", "demo"], ["export", "--to", "peft", "out"]):
+        name, *options = program
+        assert run(name, ["runs/nope", *options]) == 2
+        assert "run.none" in capsys.readouterr().err
+    adapter = tmp_path / "runs" / "mine" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (adapter.parent / "config.toml").write_text("", encoding="utf-8")
+    for wrong in ("runs/nope", "mine"):
+        assert run("chat", [wrong]) == 2
+        error = capsys.readouterr().err
+        assert "run.missing" in error and "runs/mine" in error
+
+
+def test_commands_in_errors_are_quoted_and_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("我的 数据 (1).jsonl").write_text('{"x": 1}\n', encoding="utf-8")
+    name = "我的 数据 (1).jsonl"
+    for program in (
+        ["train", str(config), f"data.train={name}"],
+        ["train", str(config), f"data.eval={name}"],
+        ["eval", "tiny-zh", "--data", name],
+        ["chat", "tiny-zh", "--questions", name],
+    ):
+        assert run(program[0], program[1:]) == 2
+        error = capsys.readouterr().err
+        (command,) = re.findall(r"python -m cllm\.check (?:'[^']*'|\S+)", error)
+        assert shlex.split(command)[3:] == [name]
+
+
+@pytest.mark.parametrize("mapped", ["data", "source"])
+def test_eval_reads_a_file_with_the_columns_of_its_run_if_it_has_them(
+    mapped: str, config: Path, tmp_path: Path
+) -> None:
+    from cllm.eval import _read
+
+    columns = {"user": "客户 问题", "assistant": "回复"}
+    named = tmp_path / "test.jsonl"
+    row = {"客户 问题": "几点开门？", "回复": "九点。"}
+    named.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    usual = tmp_path / "usual.jsonl"
+    usual.write_text('{"instruction": "问", "output": "答"}\n', encoding="utf-8")
+    words = [f"data.columns.{role}={name}" for role, name in columns.items()]
+    if mapped == "source":
+        table = ", ".join(f'{role} = "{name}"' for role, name in columns.items())
+        words = [f'data.train=[{{path = "x.csv", columns = {{{table}}}}}]']
+    settings = load_config(config, words)
+    for file, question in ((named, "几点开门？"), (usual, "问")):
+        arguments = SimpleNamespace(columns="", limit=0)
+        (conversation,) = _read(str(file), settings, arguments)
+        assert conversation.messages[0].content == question
+    arguments = SimpleNamespace(columns="user=回复,assistant=客户 问题", limit=0)
+    (conversation,) = _read(str(named), settings, arguments)
+    assert conversation.messages[0].content == "九点。"

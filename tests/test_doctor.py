@@ -4,6 +4,7 @@ played.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import subprocess
@@ -101,7 +102,7 @@ def fake_torch(*, cuda: str | None, available: bool, free: int = 7, capability: 
             fake_torch(cuda=None, available=False),
             "580.1, RTX 4060, 8188 MiB",
             "bad",
-            "pip uninstall -y torch",
+            "pip install torch==2.13.0 --index-url INDEX",
         ),
         (
             fake_torch(cuda="13.0", available=False),
@@ -166,14 +167,74 @@ def test_a_full_disk_and_an_ascii_console(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+@pytest.mark.parametrize(("ram", "state"), [(31.7, "ok"), (7.7, "ok"), (3.8, "note")])
+def test_little_ram_is_said(monkeypatch: pytest.MonkeyPatch, ram: float, state: str) -> None:
+    assert doctor._ram_bytes() > doctor.GIB // 4  # this machine's
+    monkeypatch.setattr(doctor, "_ram_bytes", lambda: int(ram * doctor.GIB))
+    (finding,) = doctor._memory()
+    assert finding.state == state and f"{ram} GiB" in finding.found
+    assert ("--no-check" in finding.mend) == (state == "note")
+
+
+def play_windows(monkeypatch: pytest.MonkeyPatch, *, long_paths: int | None, temp: str) -> None:
+    """Windows' registry, kernel32 and temporary folder, as far as the doctor asks them."""
+
+    def query(key: str, name: str) -> tuple[int, int]:
+        assert key.endswith(r"Control\FileSystem") and name == "LongPathsEnabled"
+        if long_paths is None:
+            raise FileNotFoundError
+        return long_paths, 4
+
+    def installed(kibibytes: Any) -> None:
+        kibibytes._obj.value = 16 * 2**20
+
+    registry = SimpleNamespace(
+        HKEY_LOCAL_MACHINE=0, OpenKey=lambda _root, place: place, QueryValueEx=query
+    )
+    kernel = SimpleNamespace(GetPhysicallyInstalledSystemMemory=installed)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "winreg", registry)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", lambda: temp)
+
+
+@pytest.mark.parametrize("value", [None, 0, 1])
+def test_windows_long_paths_and_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, value: int | None
+) -> None:
+    assert not list(doctor._windows())  # elsewhere there is nothing to say
+    temp = r"C:\Users\me\Temp" if value else r"C:\Users\小明\Temp"
+    play_windows(monkeypatch, long_paths=value, temp=temp)
+    paths, folder = doctor._windows()
+    assert paths.state == folder.state == ("ok" if value else "note")
+    assert bool(paths.mend) == bool(folder.mend) == (not value)
+    if not value:
+        assert r"HKLM:\SYSTEM\CurrentControlSet\Control\FileSystem LongPathsEnabled 1" in paths.mend
+        assert folder.mend == 'mkdir -Force C:\\Temp; $env:TEMP = "C:\\Temp"'
+    (ram,) = doctor._memory()
+    assert ram.found == "16.0 GiB"
+
+
+def test_it_ends_with_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor.examine()
+    assert "python -m cllm.train preset:quick" in capsys.readouterr().err
+    bad = [doctor.Finding("torch", "bad", "?", "pip install torch")]
+    monkeypatch.setattr(doctor, "_torch", lambda: bad)
+    doctor.examine()
+    error = capsys.readouterr().err
+    assert "torch" in error and "preset:quick" not in error
+
+
 def test_what_mends_windows_runs_in_powershell(monkeypatch: pytest.MonkeyPatch) -> None:
     """PowerShell 5.1 has neither `&&` nor `export`, and no `set` that programs see."""
-    monkeypatch.setattr(sys, "platform", "win32")
+    play_windows(monkeypatch, long_paths=0, temp=r"C:\Users\小明\Temp")
     monkeypatch.setattr(sys, "version_info", (3, 9, 0))
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="ascii"))
     monkeypatch.setattr(doctor, "_reach", lambda url: "timed out" if "huggingface" in url else "")
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    for check in (doctor._python, doctor._machine, doctor._hubs):
+    for check in (doctor._python, doctor._machine, doctor._windows, doctor._hubs):
         for finding in check():
             assert not re.search(r"&&|\bexport |\bset ", finding.mend), finding
     mends = {f.topic: f.mend for check in (doctor._machine, doctor._hubs) for f in check()}

@@ -5,7 +5,6 @@ is installed.
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ if sys.version_info < (3, 11) and not importlib.util.find_spec("tomli"):
     sys.modules["tomli"] = tomli
 
 from cllm.doctor import examine
+from cllm.messages import print_result
 
 sys.stdout.reconfigure(errors="replace")
-print(json.dumps({"findings": [finding._asdict() for finding in examine()]}, ensure_ascii=False))
+print_result({"findings": [finding._asdict() for finding in examine()]}, "--json" in sys.argv)

@@ -22,7 +22,7 @@ from cllm.data.reader import Unread, list_files, read_conversations, sample_rows
 from cllm.data.schema import Conversation, Reject
 from cllm.data.text import RowError, TextOptions
 from cllm.data.turns import named, row_turns
-from cllm.messages import UserError, file_name, language, note
+from cllm.messages import UserError, command, file_name, language, note
 
 SHOWN = 8  # names in one line
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -164,7 +164,8 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
         if data.eval:
             given, refused = read_file(data, data.eval, {}, unread, pairs=pairs)
         if data.eval and not given:
-            raise UserError("data.empty", path=data.eval, rejects=len(refused))
+            look = command("check", data.eval)
+            raise UserError("data.empty", path=data.eval, rejects=len(refused), command=look)
         train, held_out, dropped = divide(data, groups, given)
         rejects += refused
         rows = sum(map(len, groups)) + len(given) + len(rejects)
