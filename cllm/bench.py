@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import shapes
-from cllm.config import Config, is_config, load_config
+from cllm.config import PRESETS, Config, is_config, load_config
 from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
 from cllm.memory import GIB
 from cllm.messages import CommandLine, UserError, note, say, table, to_json
@@ -213,6 +213,20 @@ def config_of(name: str, overrides: list[str]) -> Config:
     return load_config(os.devnull, [path, "model.quantize=nf4", *overrides])
 
 
+def _training(name: str, known: str, row_tokens: int) -> list[str]:
+    """What `cllm.train` takes for a config, or for a model that is `known` so: its preset, or one
+    of another model, with the rows of the plan.
+    """
+    if is_config(name):
+        return [name]
+    path = name if "/" in name or known == name else known
+    words = ["preset:qwen3-4b", f"model.path={path}", f"run.dir=runs/{Path(path).name}"]
+    for preset in sorted(PRESETS.glob("*.toml"), reverse=True):
+        if load_config(preset).model.path == path:
+            words = [f"preset:{preset.stem}"]
+    return [*words, f"train.row_tokens={row_tokens}"]
+
+
 def published(config: Config, layers: int) -> tuple[str, Record]:
     """(name, config.json) of the config's model, as published or with so many `layers`."""
     name = config.model.path
@@ -224,7 +238,10 @@ def published(config: Config, layers: int) -> tuple[str, Record]:
     elif built_in.is_file():
         _, original = shapes.find_config(str(built_in))
     else:
-        name, original = shapes.find_config(name)
+        known, original = shapes.find_config(name)
+        if known.rpartition("/")[2].lower() != name.rpartition("/")[2].lower():
+            note("bench.same_shape", name=name, known=known)
+        name = known
     if layers:
         keys = ("num_layers", "n_layer", "num_hidden_layers")
         original = {**original, next((k for k in keys if k in original), keys[-1]): layers}
@@ -296,7 +313,9 @@ def main(argv: list[str]) -> int:
         for name, config in configs.items():
             known, original = published(config, arguments.layers)
             work = _work(config, original, rate) if is_config(name) else None
-            plans.append(show_plan(config, known, original, work, rate))
+            words = _training(name, known, config.train.row_tokens)
+            words = [*words, *(word for word in arguments.overrides if word not in words)]
+            plans.append(show_plan(config, known, original, work, rate, words))
         print(to_json({"plans": plans}))
         return 0
     if arguments.generate:

@@ -113,7 +113,7 @@ class VramEstimate:
             name: f"{size / MIB:>10,.1f}"
             for name, size in {**self.items, "total": self.total}.items()
         }
-        return say("memory.table", **mebibytes, moment=self.moment)
+        return say("memory.table", **mebibytes, moment=say(f"memory.moment.{self.moment}"))
 
 
 def streamed_layers(layers: int, count: int) -> list[int]:

@@ -4,13 +4,16 @@ long.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from cllm.assembly import adapter_of
 from cllm.config import Config, PrecisionName
-from cllm.fit import Step, decided, estimate_vram, fewest_recomputed, ladder, longest_row, savings
+from cllm.fit import Step, estimate_vram, fewest_recomputed, ladder, longest_row, savings
 from cllm.memory import GIB, Settings
 from cllm.messages import say, table
 
@@ -49,31 +52,36 @@ class Workload:
 
 
 def show_plan(
-    config: Config, name: str, original: dict[str, Any], work: Workload | None, rate: float
+    config: Config,
+    name: str,
+    original: dict[str, Any],
+    work: Workload | None,
+    rate: float,
+    words: Sequence[str],
 ) -> dict[str, Any]:
-    """Print the plan of one model for people: items, rows x settings, the ladder, and time at
-    `rate` operations a second; returns it for the JSON.
+    """Print the plan of one model for people: the answer with its command (`words` are what
+    `cllm.train` takes for it), rows x settings, items, and time at `rate` operations a second;
+    returns it for the JSON.
     """
     budget = config.memory.budget_gib or BUDGET_GIB
     limit = int(budget * GIB)
     precision = "bf16" if config.model.precision == "auto" else config.model.precision
     settings = settings_of(config, precision, "cuda")
-    asked, *changes = ladder(original, settings, limit)
-    estimate, fits = asked.estimate, asked.total <= limit
-    print(say("bench.plan", name=name, **asdict(settings)))
+    rungs = ladder(original, settings, limit)
+    estimate, fits = rungs[0].estimate, rungs[0].total <= limit
+    grid, shown = _grid(original, settings, limit)
+    longest = grid[0]["longest_row"]
+    _answer(config, name, original, rungs, longest, limit, words)
+    print(f"\n{table(shown)}\n\n{say('bench.plan', name=name, **asdict(settings))}")
     print(estimate.table())
     host, reading = f"{estimate.host / GIB:.2f}", f"{estimate.conversion / GIB:.2f}"
     print(say("bench.host", host=host, conversion=reading))
-    grid = _grid(original, settings, budget)
-    longest = longest_row(original, settings, budget)
     fewest = fewest_recomputed(original, settings, limit)
-    state = "bench.fits" if fits else "bench.too_big"
-    print(say(state, budget=f"{budget:g}", longest=longest, fewest=fewest))
-    for step in changes:
-        print(
-            say("bench.rung", total=f"{step.total / GIB:6.2f}", **_price(step), change=step.change)
-        )
-    chosen = decided(original, settings, limit)
+    chosen = settings
+    if settings.checkpoint_layers < 0:
+        chosen = replace(settings, checkpoint_layers=fewest)
+        if fewest >= 0:
+            print(say("bench.recomputed", fewest=fewest))
     return {
         "model": name,
         "budget_gib": budget,
@@ -85,8 +93,79 @@ def show_plan(
         "longest_row": longest,
         "fewest": fewest,
         "time": _time(config, estimate_vram(original, chosen).flops, work, rate),
-        "ladder": [{"total": step.total, **_figures(step)} for step in changes],
+        "ladder": [{"total": step.total, **_figures(step)} for step in rungs[1:]],
     }
+
+
+def _answer(
+    config: Config,
+    name: str,
+    original: dict[str, Any],
+    rungs: Sequence[Step],
+    longest: int,
+    limit: int,
+    words: Sequence[str],
+) -> None:
+    """Say whether it fits, and what to add where it does not or for longer rows, each with its
+    command.
+    """
+    settings = rungs[0].settings
+    budget = f"{limit / GIB:g}"
+    asked = {"name": name, "budget": budget, "row": f"{settings.row_tokens:,}"}
+    asked["total"] = f"{rungs[0].total / GIB:.2f}"
+    wanted = next((row for row in PLAN_ROWS if row > longest), 0)
+    if rungs[-1].total > limit:
+        least = min(step.total for step in rungs)
+        print(say("bench.answer.hopeless", **asked, least=f"{least / GIB:.2f}"))
+    elif len(rungs) > 1:
+        changes, total = _needed(original, rungs, limit)
+        print(say("bench.answer.changed", **asked, changes=" ".join(changes), least=total))
+        print(_command(words, changes))
+    else:
+        most = f"{max(longest, settings.row_tokens):,}"
+        print(say("bench.answer.fits", **asked, longest=most), _command(words, []), sep="\n")
+        rungs = ladder(original, replace(settings, row_tokens=wanted), limit) if wanted else rungs
+        if len(rungs) > 1 and rungs[-1].total <= limit and rungs[-1].settings.row_tokens == wanted:
+            changes, total = _needed(original, rungs, limit)
+            added = " ".join(changes)
+            print(say("bench.answer.longer", row=f"{wanted:,}", changes=added, total=total))
+            changes.append(f"train.row_tokens={wanted}")
+            if 0 < config.train.tokens_per_step < wanted:
+                changes.append(f"train.tokens_per_step={wanted}")
+            print(_command(words, changes))
+    if not config.memory.budget_gib:
+        print(say("bench.display", budget=f"{BUDGET_GIB - 1:g}"))
+
+
+def _command(words: Sequence[str], changes: Sequence[str]) -> str:
+    """The training of `words` with `changes`, which replace what they say of the same settings."""
+    changed = {change.partition("=")[0] for change in changes}
+    kept = [word for word in words if word.partition("=")[0] not in changed]
+    return f"  python -m cllm.train {shlex.join([*kept, *changes])}"
+
+
+def _needed(original: dict[str, Any], rungs: Sequence[Step], limit: int) -> tuple[list[str], str]:
+    """Those of a ladder's savings without which it does not fit, and the GiB that it then takes;
+    the costliest are left out first.
+    """
+    fields = {
+        after.change: {
+            key: value
+            for key, value in asdict(after.settings).items()
+            if value != getattr(before.settings, key)
+        }
+        for before, after in pairwise(rungs)
+    }
+    total = rungs[-1].total
+    for change in [step.change for step in rungs[-2:0:-1]]:
+        fewer = {key: value for key, value in fields.items() if key != change}
+        settings = replace(
+            rungs[0].settings, **{k: v for f in fewer.values() for k, v in f.items()}
+        )
+        taken = estimate_vram(original, settings).total
+        if taken <= limit:
+            fields, total = fewer, taken
+    return [*fields], f"{total / GIB:.2f}"
 
 
 def _figures(step: Step) -> dict[str, Any]:
@@ -95,25 +174,26 @@ def _figures(step: Step) -> dict[str, Any]:
     return {"change": step.change, "slowdown": step.slowdown, "crossing": crossing}
 
 
-def _price(step: Step) -> dict[str, str]:
-    """What a saving costs, for people."""
-    return {"slowdown": f"{step.slowdown:.2f}", "crossing": f"{step.estimate.crossing / GIB:.1f}"}
-
-
-def _grid(original: dict[str, Any], settings: Settings, budget: float) -> list[dict[str, Any]]:
+def _grid(
+    original: dict[str, Any], settings: Settings, limit: int
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """For each saving, on top of those before it: bytes at the usual row lengths, and the longest
-    row that fits. Prints them as a table.
+    row that fits; the same as a table for people.
     """
-    grid, rows = [], [[f"GiB / {budget:g}", *map(str, PLAN_ROWS), *say("bench.grid").split("|")]]
-    for step in savings(original, settings, int(budget * GIB)):
+    heads = say("bench.grid").split("|")
+    grid, rows = [], [[heads[0], *(f"{n:,}  " for n in PLAN_ROWS), *heads[1:]]]
+    for step in savings(original, settings, limit):
         lengths = {n: replace(step.settings, row_tokens=n) for n in PLAN_ROWS}
         totals = {n: estimate_vram(original, row).total for n, row in lengths.items()}
-        longest = longest_row(original, step.settings, budget)
+        longest = longest_row(original, step.settings, limit / GIB)
         grid.append({**_figures(step), "totals": totals, "longest_row": longest})
-        sizes = [f"{total / GIB:.2f}" for total in totals.values()]
-        rows.append([f"+ {step.change}", *sizes, str(longest), *_price(step).values()])
-    print(table(rows))
-    return grid
+        key = step.change.partition("=")[0]
+        label = say(f"bench.saving.{key}") if key else say("bench.as_configured")
+        sizes = [f"{size / GIB:.2f} {' ✓'[size <= limit]}" for size in totals.values()]
+        crossing = f"{step.estimate.crossing / GIB:.1f}" if step.estimate.crossing else "–"
+        most = f"{longest:,}" if longest else "–"
+        rows.append([f"{label}  {step.change}", *sizes, most, f"x{step.slowdown:.2f}", crossing])
+    return grid, rows
 
 
 def _time(config: Config, flops: int, work: Workload | None, rate: float) -> dict[str, Any]:
@@ -140,6 +220,8 @@ def _time(config: Config, flops: int, work: Workload | None, rate: float) -> dic
             rate=f"{rate / 1e12:.2f}",
         )
     )
+    if not work:
+        print(say("bench.time.no_data"))
     return {
         "tokens": round(tokens),
         "exact_tokens": bool(work and work.fill),

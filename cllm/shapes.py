@@ -1,31 +1,54 @@
-"""The config.json of published models, by name: their sizes, without a download."""
+"""The config.json of models by name, without their weights: their sizes are kept for published
+ones, and fetched for any other that a hub serves.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
 
 from cllm.messages import UserError, read_json
+from cllm.model.source import resolve
 
 SHAPES = Path(__file__).parent / "assets" / "shapes.json"
+DISTILLED = {
+    "deepseek-r1-distill-qwen-7b": "qwen2.5-7b",
+    "deepseek-r1-distill-qwen-14b": "qwen2.5-14b",
+    "deepseek-r1-distill-qwen-32b": "qwen2.5-32b",
+    "deepseek-r1-distill-llama-8b": "llama-3.1-8b",
+    "deepseek-r1-0528-qwen3-8b": "qwen3-8b",
+}
+"""Models with every size of their base; the 1.5B one has a head of its own, which its base has
+not.
+"""
 
 
 def find_config(name: str) -> tuple[str, dict[str, Any]]:
-    """(name, config) of a checkpoint directory or config.json, or of a published model by its name,
-    whoever its owner.
+    """(name, config) of a checkpoint directory or config.json, of a published model by its name,
+    whoever its owner, or of any other model as a hub has it.
+
+    Raises UserError, with the nearest published names, where no hub serves it.
     """
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
     if file.suffix == ".json" and file.is_file():
         return name, read_json(file)
     published: dict[str, dict[str, Any]] = read_json(SHAPES)
-    for known, config in published.items():
-        if _stem(known) == _stem(name):
-            return known, config
-    raise UserError("memory.name", name=name, known=", ".join(published))
+    stems = {_stem(known): known for known in published}
+    if known := stems.get(_stem(name)):
+        return known, published[known]
+    try:
+        return name, read_json(resolve(name, only="config.json") / "config.json")
+    except UserError as error:
+        near = difflib.get_close_matches(_stem(name), stems, 3, 0.0)
+        nearest = ", ".join(map(stems.__getitem__, near))
+        raise UserError("memory.name", name=name, near=nearest, reason=error.args[0]) from error
 
 
 def _stem(name: str) -> str:
-    """Owners move and chat models have their base's shape: neither counts."""
-    return re.sub(r"-(base|chat|instruct|hf)$", "", re.split("[:/]", name)[-1].lower())
+    """Owners move, and chat models have their base's shape: neither counts."""
+    last = re.split("[:/]", name)[-1].lower()
+    stem = re.sub(r"(-(instruct|thinking)-2507|-(base|chat|instruct|hf|it))$", "", last)
+    return DISTILLED.get(stem, stem)

@@ -23,7 +23,6 @@ LAYER_1 = {
     "config",
     "messages",
     "memory",
-    "shapes",
     "plots",
     "runs",
     "data",

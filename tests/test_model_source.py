@@ -166,6 +166,52 @@ def files_of(model: Path) -> set[str]:
     return {path.name for path in model.iterdir() if not path.name.startswith(".")}
 
 
+def test_a_config_json_is_fetched_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    from cllm import bench
+    from cllm.shapes import find_config
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **heads}
+    hub.files["config.json"] = json.dumps(config).encode()
+    for down in ("", "hf"):
+        hub.down = {down}
+        name = "modelscope:org/name" if down else "org/name"
+        assert find_config(name) == (name, config)
+        fetched = [asked.path for asked in hub.requests if "config.json" in asked.path]
+        assert fetched and not any("safetensors" in asked.path for asked in hub.requests)
+        (cached,) = source.Path(source.os.environ["CLLM_CACHE"]).iterdir()
+        assert files_of(cached) == {"config.json"}
+        count = len(hub.requests)
+        assert bench.main(["--plan", name]) == 0 and len(hub.requests) == count, "kept"
+        (cached / "config.json").unlink()
+    assert f"model.path={name}" in capsys.readouterr().out
+    hub.down = set()
+    find_config("org/name")
+    assert files_of(resolve("org/name")) == MODEL, "the rest still comes when it is wanted"
+
+
+def test_a_name_that_no_hub_serves_is_answered_with_the_nearest(hub: Hub) -> None:
+    from cllm.shapes import SHAPES, _stem, find_config
+
+    hub.down = {"hf", "modelscope"}
+    for known in json.loads(SHAPES.read_text(encoding="utf-8")):
+        mistyped = f"nobody/{_stem(known)}x"
+        with pytest.raises(UserError) as caught:
+            find_config(mistyped)
+        assert caught.value.code == "memory.name" and known in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for name in ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "THUDM/GLM-4-9B-0414"):
+        with pytest.raises(UserError):  # a head of its own; other layers
+            find_config(name)
+    same = {
+        "Qwen/Qwen3-4B-Instruct-2507": "Qwen/Qwen3-4B",
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "Qwen/Qwen2.5-7B",
+        "google/gemma-3-270m-it": "google/gemma-3-270m",
+    }
+    assert {name: find_config(name)[0] for name in same} == same
+
+
 def test_local_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve("tiny-zh") == source.ASSETS / "tiny-zh"

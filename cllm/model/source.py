@@ -43,9 +43,9 @@ class RemoteFile(NamedTuple):
     """Brings the file to this path. Raises whatever the hub's client raises."""
 
 
-def resolve(name: str, *, download: bool = True) -> Path:
+def resolve(name: str, *, download: bool = True, only: str = "") -> Path:
     """The local directory (or `.gguf` file) of a model: `tiny-zh`, a path, `org/name`,
-    `hf:org/name`, `modelscope:org/name`.
+    `hf:org/name`, `modelscope:org/name`; for somebody who needs the file `only`, that has it.
 
     Downloads what is not there, unless `download` or HF_HUB_OFFLINE says not to. Raises UserError
     if nothing has this name or no hub serves it: each host that failed, and the ways round it.
@@ -64,12 +64,12 @@ def resolve(name: str, *, download: bool = True) -> Path:
         raise UserError("source.not_found", name=name, built_in=", ".join(BUILT_IN))
     directory = Path(os.environ.get("CLLM_CACHE", "~/.cache/cllm/models")).expanduser()
     directory /= identifier.replace("/", "--")
-    if (directory / _COMPLETE).is_file():
+    if (directory / _COMPLETE).is_file() or (only and (directory / only).is_file()):
         return directory
     order = [forced] if forced else ["hf", "modelscope"]
     caches = _foreign_caches(identifier)
     for hub in order:
-        if _is_complete(caches[hub]):
+        if _is_complete(caches[hub]) or (only and (caches[hub] / only).is_file()):
             return caches[hub]
     if not download or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise UserError("source.offline", name=identifier)
@@ -81,7 +81,8 @@ def resolve(name: str, *, download: bool = True) -> Path:
     for address, list_files in map(hubs.__getitem__, order):
         host = urlsplit(address).netloc or address
         try:
-            return _download(partial(list_files, address.rstrip("/"), identifier), host, directory)
+            listed = partial(list_files, address.rstrip("/"), identifier)
+            return _download(listed, host, directory, only)
         except Exception as error:  # the clients pass on their HTTP libraries' own exceptions
             detail = " ".join(str(error).split())
             failures.append(f"{host}: {detail}")
@@ -118,18 +119,23 @@ def _is_complete(directory: Path) -> bool:
         return False
 
 
-def _download(list_files: Callable[[], list[RemoteFile]], host: str, directory: Path) -> Path:
-    """Fill `directory` with what is wanted of a repository and mark it as complete. Of several
-    processes one does it, and the others wait for it.
+def _download(
+    list_files: Callable[[], list[RemoteFile]], host: str, directory: Path, only: str
+) -> Path:
+    """Fill `directory` with what is wanted of a repository and mark it as complete, or with the
+    file `only`. Of several processes one does it, and the others wait for it.
     """
     from filelock import FileLock
 
     directory.mkdir(parents=True, exist_ok=True)
-    marker = directory / _COMPLETE
+    marker = directory / (only or _COMPLETE)
     with FileLock(directory / ".lock"):
         if marker.is_file():
             return directory
-        files = wanted(list_files())
+        files = list_files()
+        files = [file for file in files if file.name == only] if only else wanted(files)
+        if not files:
+            raise ValueError(f"the repository holds no {only}")
         gib = sum(file.size_bytes for file in files) / 2**30
         note("source.fetch", host=host, count=len(files), gib=f"{gib:.2f}", path=directory)
         for file in files:
@@ -142,7 +148,8 @@ def _download(list_files: Callable[[], list[RemoteFile]], host: str, directory: 
                 target.unlink()
                 expected = file.sha256 or file.size_bytes
                 raise OSError(f"{file.name}: the SHA-256 of what arrived is not {expected}")
-        marker.touch()
+        if not only:
+            marker.touch()
     return directory
 
 
