@@ -158,7 +158,8 @@ def _machine() -> Iterator[Finding]:
 
 
 def _ram_bytes() -> int:
-    if hasattr(os, "sysconf"):
+    windows = sys.platform == "win32"  # mypy would not look at what follows a test of it
+    if not windows:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     ctypes: Any = importlib.import_module("ctypes")
     kibibytes = ctypes.c_ulonglong()
@@ -175,7 +176,8 @@ def _windows() -> Iterator[Finding]:
     """What breaks downloads and compilers there: paths over 260 characters, and a temporary folder
     under a name that is not ASCII.
     """
-    if sys.platform == "win32":
+    windows = sys.platform == "win32"
+    if windows:
         winreg: Any = importlib.import_module("winreg")
         place = r"SYSTEM\CurrentControlSet\Control\FileSystem"
         try:

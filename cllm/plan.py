@@ -187,13 +187,11 @@ def _grid(
         longest = longest_row(original, step.settings, limit / GIB)
         grid.append({**_figures(step), "totals": totals, "longest_row": longest})
         key = step.change.partition("=")[0]
-        label = (
-            f"{say(f'bench.saving.{key}')}  {step.change}" if key else say("bench.as_configured")
-        )
+        label = say(f"bench.saving.{key}") if key else say("bench.as_configured")
         sizes = [f"{size / GIB:.2f} {' ✓'[size <= limit]}" for size in totals.values()]
         crossing = f"{step.estimate.crossing / GIB:.1f}" if step.estimate.crossing else "–"
         most = f"{longest:,}" if longest else "–"
-        rows.append([label, *sizes, most, f"x{step.slowdown:.2f}", crossing])
+        rows.append([f"{label}  {step.change}", *sizes, most, f"x{step.slowdown:.2f}", crossing])
     return grid, rows
 
 
