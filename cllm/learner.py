@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -36,6 +36,9 @@ from cllm.model.offload import checkpoint_layers, embedding_on_cpu
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer
 from cllm.runs import base_fingerprint, replace_files, writing
+
+if TYPE_CHECKING:
+    from cllm.evaluate.results import Evaluation
 
 HIGH_RATE, LARGE = 1e-3, 100_000_000
 """A learning rate above the one ruins models with more parameters than the other."""
@@ -202,6 +205,29 @@ class Learner:
             return weighed.loss, dict(weighed.figures) | bounds
         rows, precision = encoded.held_rows, self.assembly.precision
         return held_out_loss(self.model, rows, precision, self.chunk_bytes), {}
+
+    def evaluated(self) -> Evaluation:
+        """Base and adapter on the same held-out conversations, their losses and answers."""
+        from cllm.evaluate.answers import Asking, draw, evaluate, sequence_nll
+
+        config, encoded, precision = self.config, self.encoded, self.assembly.precision
+        settings, seed = config.eval, config.train.seed
+        wanted = settings.samples if config.data.kind == "chat" else 0
+        drawn = draw(len(encoded.held_out), wanted, seed)
+        if drawn:
+            note("train.answering", count=len(drawn))
+        results = evaluate(
+            self.engine,
+            self.tokenizer,
+            [encoded.held_out[number] for number in drawn],
+            partial(sequence_nll, self.model, encoded.held_rows, precision, self.chunk_bytes),
+            precision,
+            self.chunk_bytes,
+            Asking([*encoded.train], settings.shots, settings.max_new_tokens, seed, AnswerCount()),
+        )
+        if config.preference.active:
+            results = replace(results, preference=self.held_out()[1])
+        return replace(results, drawn=drawn) if results.samples else results
 
     def prove(self) -> tuple[list[PackedBatch], str]:
         """(the largest rows: most tokens, and most of one sequence; why a step on them does not fit

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import sys
 import time
@@ -388,48 +387,21 @@ class Training:
         return {}
 
     def _final_scores(self, more: str) -> dict[str, Any]:
-        from cllm.evaluate.answers import Asking, draw, evaluate, sequence_nll
         from cllm.evaluate.report import About, summary, warn_of_length, write_results
         from cllm.evaluate.results import document
-        from cllm.learn.log import AnswerCount
         from cllm.runs import writing
 
-        learner, settings = self.learner, self.config.eval
-        encoded, precision = learner.encoded, learner.assembly.precision
-        wanted = settings.samples if self.config.data.kind == "chat" else 0
-        drawn = draw(len(encoded.held_out), wanted, self.config.train.seed)
-        asked = [encoded.held_out[number] for number in drawn]
-        if asked:
-            note("train.answering", count=len(asked))
-        results = evaluate(
-            learner.engine,
-            learner.tokenizer,
-            asked,
-            functools.partial(
-                sequence_nll, learner.model, encoded.held_rows, precision, learner.chunk_bytes
-            ),
-            precision,
-            learner.chunk_bytes,
-            Asking(
-                list(encoded.train),
-                settings.shots,
-                settings.max_new_tokens,
-                self.config.train.seed,
-                AnswerCount(),
-            ),
-        )
+        learner = self.learner
+        results = learner.evaluated()
         if self.config.preference.active:
-            results = replace(results, preference=learner.held_out()[1])
             warn_of_length(results)
-        if results.samples:
-            results = replace(results, drawn=drawn)
         template, device = learner.tokenizer.template.name, learner.assembly.device
         about = About(self.config.model.path, "", template, device)
         with writing(self.run / "eval.json"):
             write_results(self.run, results, about)
         print(summary(results))
-        steps = self.progress.step
-        print(verdict(results, len(encoded.held_out), steps, more), file=sys.stderr)
+        held_out, steps = len(learner.encoded.held_out), self.progress.step
+        print(verdict(results, held_out, steps, more), file=sys.stderr)
         return document(results)
 
 
