@@ -185,7 +185,8 @@ def _read(data: str, config: Config, arguments: argparse.Namespace) -> list[Conv
     columns = dict(pair.split("=", 1) for pair in pairs)
     maps = [columns]
     if not columns:
-        maps = [config.data.columns, *(source.columns for source in config.data.train), {}]
+        sources = (source.columns for source in config.data.train)
+        maps = [*filter(None, (config.data.columns, *sources)), {}]
     for mapping in maps:
         rows, rejects = read_file(replace(config.data, columns=mapping), data, {})
         if rows:

@@ -290,42 +290,36 @@ def described(run: Path) -> dict[str, Any]:
     """What a run directory holds, for the list: `state` is training, finished, unfinished (it can
     be resumed) or broken. `score` is the adapter's rouge-l-char, `bytes` what it takes on the disk.
     """
-    config_file = run / "config.toml"
+    config_file, scores = run / "config.toml", run / "eval.json"
+    rows = read_metrics(run / "metrics.jsonl")
+    losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    step = max((row["step"] for row in rows), default=0)
     started = (config_file if config_file.is_file() else run).stat().st_mtime
-    facts: dict[str, Any] = {
+    facts = {
         "run": str(run),
         "base": "",
         "data": "",
-        "step": 0,
+        "step": step,
         "steps": None,
-        "eval_loss": None,
+        "eval_loss": min(losses, default=None),
         "score": None,
-        "bytes": sum(file.stat().st_size for file in run.rglob("*") if file.is_file()),
+        "bytes": _size(run),
         "started": datetime.fromtimestamp(started).isoformat(" ", "minutes"),
         "state": "broken",
     }
-    scores = run / "eval.json"
-    try:
+    with contextlib.suppress(UserError):  # of what cannot be read
         config = load_config(config_file)
-        manifest = read_json(run / "manifest.json")
-        adapter = read_json(scores).get("adapter", {}) if scores.is_file() else {}
-    except UserError:
-        return facts
-    rows = read_metrics(run / "metrics.jsonl")
-    facts["base"] = config.model.path
-    facts["data"] = ", ".join(Path(source.path).name for source in config.data.train)
-    facts["step"] = max((row["step"] for row in rows), default=0)
-    facts["steps"] = manifest.get("steps")
-    losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
-    facts["eval_loss"] = min(losses, default=None)
-    facts["score"] = adapter.get("rouge-l-char")
-    whole = facts["step"] == facts["steps"] and (run / "adapter").is_dir()
-    if _is_held(run):
-        facts["state"] = "training"
-    elif scores.is_file() or whole:
-        facts["state"] = "finished"
-    elif any(run.glob("snapshots/*step-*")):
-        facts["state"] = "unfinished"
+        facts["base"] = config.model.path
+        facts["data"] = ", ".join(Path(source.path).name for source in config.data.train)
+        facts["steps"] = read_json(run / "manifest.json").get("steps")
+        if scores.is_file():
+            facts["score"] = read_json(scores).get("adapter", {}).get("rouge-l-char")
+        if _is_held(run):
+            facts["state"] = "training"
+        elif scores.is_file() or (step == facts["steps"] and (run / "adapter").is_dir()):
+            facts["state"] = "finished"
+        elif any(run.glob("snapshots/*step-*")):
+            facts["state"] = "unfinished"
     return facts
 
 
@@ -342,6 +336,16 @@ def run_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         line = [Path(row["run"]).name, row["base"], row["data"], steps, loss, score, size]
         lines.append([*line, row["started"], state])
     return lines
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files; a run that is training takes some away meanwhile."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += Path(place, name).stat().st_size
+    return size
 
 
 def _is_held(run: Path) -> bool:

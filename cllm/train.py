@@ -31,7 +31,7 @@ FOREIGN = (LookupError, TypeError, ValueError, RuntimeError, OverflowError, Attr
 """What reading another program's state raises."""
 STATE_SECTIONS = ("model", "lora", "data", "train", "preference")
 """Settings that decide what the next step does: a resumed run must agree on them."""
-RESUMABLE = ("run.unwritable", "train.memory", "train.nonfinite", "dist.lost")
+RESUMABLE = ("run.unwritable", "train.memory", "dist.lost")
 """Ends of a run after which it can go on from its snapshots, once their cause is mended."""
 
 
@@ -461,12 +461,13 @@ def _train(training: Training, arguments: argparse.Namespace) -> int:
             return 130
         results = training.finish(more)
     except KeyboardInterrupt:
+        print(file=sys.stderr)
         propose(again)
         raise
     except UserError as error:
         if error.code not in RESUMABLE:
             raise
-        print(error, file=sys.stderr)
+        print(f"\n{error}", file=sys.stderr)
         propose(again)
         return 2
     run, config = training.run, training.config

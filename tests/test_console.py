@@ -155,6 +155,22 @@ def test_words_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.Monkey
     assert command("chat", r"D:\我的 数据\a") == r'python -m cllm.chat "D:\我的 数据\a"'
 
 
+@pytest.mark.parametrize(
+    ("words", "program"), [("preset:quick train.steps=3", "train"), ("tiny-zh", "check")]
+)
+def test_a_measurement_says_how_to_train_what_was_measured(
+    words: str, program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("cllm.bench._measure", lambda *_: None)
+    assert run("bench", words.split()) == 0
+    [command] = proposed(capsys.readouterr().err)
+    assert command[2] == f"cllm.{program}"
+    if program == "train":
+        assert command[3:] == words.split()
+    else:
+        assert command[3:] == ["my.jsonl", "--init", "my.toml", f"model.path={words}"]
+
+
 # --- JSON for programs
 PRINT = """
 import sys
@@ -398,3 +414,35 @@ def test_eval_reads_a_file_with_the_columns_of_its_run_if_it_has_them(
     arguments = SimpleNamespace(columns="user=回复,assistant=客户 问题", limit=0)
     (conversation,) = _read(str(named), settings, arguments)
     assert conversation.messages[0].content == "九点。"
+
+
+def test_a_run_is_listed_while_its_files_come_and_go(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(load_config(config))
+    walk = os.walk
+
+    def vanishing(folder: Path) -> list:
+        return [(place, folders, [*names, "gone"]) for place, folders, names in walk(folder)]
+
+    monkeypatch.setattr(os, "walk", vanishing)
+    facts = described(training.run)
+    training.close()
+    assert facts["state"] == "training" and facts["bytes"] > 1000
+
+
+def test_free_memory_of_a_card_is_said_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import torch
+
+    rows = SimpleNamespace(steps=lambda per_step: 20)
+    learner = SimpleNamespace(
+        encoded=SimpleNamespace(rows=rows, rows_per_step=1),
+        assembly=SimpleNamespace(device=torch.device("cuda", 0)),
+    )
+    monkeypatch.setattr("cllm.model.device.free_bytes", lambda device: 7 * 2**30)
+    parts = SimpleNamespace(learner=learner, run=Path("runs/my-2"), total=60, eval_every=12)
+    Training._announce(parts)
+    line = capsys.readouterr().err
+    assert all(part in line for part in ("runs/my-2", "cuda:0", "7.0 GiB", "3 epochs", "60", "12"))

@@ -5,6 +5,7 @@ is installed.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 
@@ -17,5 +18,6 @@ if sys.version_info < (3, 11) and not importlib.util.find_spec("tomli"):
 from cllm.doctor import examine
 from cllm.messages import print_result
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as cllm.__main__ does
 sys.stdout.reconfigure(errors="replace")
 print_result({"findings": [finding._asdict() for finding in examine()]}, "--json" in sys.argv)
