@@ -437,7 +437,7 @@ class Training:
         if self.config.preference.active:
             results = replace(results, preference=learner.held_out()[1])
             warn_of_length(results)
-        if results.samples:
+        if 0 < len(results.samples) < len(encoded.held_out):
             results = replace(results, drawn=drawn)
         template, device = learner.tokenizer.template.name, learner.assembly.device
         about = About(self.config.model.path, "", template, device)

@@ -116,7 +116,8 @@ def group_table(systems: Mapping[str, SystemScores], key: str, metric: str) -> l
     lines = [["", *heads]]
     for name, groups in grouped.items():
         lines.append([named(name), *(number(group.scores[metric]) for group in groups.values())])
-    return [Shown(say(f"eval.{key}"), lines)]
+    n = sum(group.answers for group in next(iter(grouped.values())).values())
+    return [Shown(say(f"eval.{key}", n=n), lines)]
 
 
 def accuracy_table(exam: Exam) -> Shown:
@@ -197,10 +198,7 @@ def verdict(results: Evaluation | Exam) -> str:
     sentence = f"{then.join(compared)} (n = {results.n})" if compared else ""
     forgot = gaps["base"].get("general-ppl", Gap(None))
     if (forgot.difference or 0) > 0 and (forgot.p or 1) < SIGNIFICANT:
-        before, after = (
-            results.systems[name].scores["general-ppl"] for name in ("base", "adapter")
-        )
-        return sentence + then + say("eval.forgot", before=number(before), after=number(after))
+        return sentence + then + say("eval.forgot", rise=number(forgot.difference))
     return sentence
 
 

@@ -4,7 +4,6 @@
 # handlers.
 import os
 import time
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def _scores(file: Path, answers: list[dict[str, Any]]) -> tuple[Any, str]:
     if answers:
         header.append(named("length"))
         lines.insert(0, [named("reference"), *[""] * (len(header) - 2)])
-        for name, line in zip_longest(["reference", *results.systems], lines, fillvalue=""):
+        for name, line in zip(["reference", *results.systems, *[""] * 3], lines, strict=False):
             lengths = [len(row[name]) for row in answers if name in row]
             line.append(number(sum(lengths) / len(lengths) if lengths else None))
     told = "\n- ".join([verdict(results) + "\n", *legend])
