@@ -181,7 +181,7 @@ def verdict(results: Evaluation | Exam) -> str:
         for score in scores:
             gap = changes[score]
             if gap.p is None:
-                return say("eval.few", n=results.n)
+                return say("eval.few", n=results.n, fewest=FEWEST_PAIRS)
             rises = (gap.difference or 0) > 0
             kind = "better" if rises != (score in FALLING) else "worse"
             told["unclear" if gap.p >= SIGNIFICANT else kind].append(named(score))
@@ -265,11 +265,12 @@ def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> di
                 seed=config.train.seed,
             )
         steps = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+        tokens = sum(row["tokens"] for row in steps)
         facts["trained"] = say(
             "eval.trained",
             data=trained_on,
             steps=len(steps),
-            tokens=f"{sum(row['tokens'] for row in steps):,}",
+            tokens=f"{tokens:,}",
             time=duration(sum(row["tokens"] / row["tokens_per_second"] for row in steps)),
         )
         facts["settings"] = say(
@@ -278,7 +279,7 @@ def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> di
             alpha=config.lora.alpha,
             rate=config.train.learning_rate,
             row=config.train.row_tokens,
-            step=config.train.tokens_per_step,
+            step=f"{tokens / max(1, len(steps)):,.0f}",
             quantize=config.model.quantize,
         )
     return {say(f"eval.fact.{key}"): text for key, text in facts.items()}
