@@ -193,7 +193,9 @@ class EvalConfig:
     patience: int = _at_least(0, 0)
     """Stop after so many evaluations without a lower loss; 0: never."""
     samples: int = _at_least(0, 200)
-    """Held-out conversations answered for the table at the end; 0: no generation."""
+    """Held-out conversations answered for the table at the end, drawn by train.seed; 0: no
+    generation.
+    """
     shots: int = _at_least(0, 0)
     """Also answer with the base given so many training examples in the prompt."""
     max_new_tokens: int = _at_least(1, 256)

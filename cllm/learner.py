@@ -227,7 +227,8 @@ class Learner:
         )
         if config.preference.active:
             results = replace(results, preference=self.held_out()[1])
-        return replace(results, drawn=drawn) if results.samples else results
+        some = 0 < len(drawn) < len(encoded.held_out)
+        return replace(results, drawn=drawn) if some else results
 
     def prove(self) -> tuple[list[PackedBatch], str]:
         """(the largest rows: most tokens, and most of one sequence; why a step on them does not fit

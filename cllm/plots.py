@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 Curve = Sequence[tuple[int, float]]
 """(step, loss) in the order of the steps."""
-PLOTTED = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
+PLOTTED = {
+    "bleu-zh": "corpus BLEU",
+    "rouge-l-char": "ROUGE-L\ncharacters",
+    "bleu-4": "mean BLEU-4",
+    "rouge-l": "ROUGE-L\nwords",
+    "exact": "exact",
+}
 COLOURS = ("#9bbcd8", "#d1a96b", "#1f5f99")
 SMOOTHING = 0.1
 """Share of the newest loss in the smoothed curve of a long run."""
@@ -134,7 +140,7 @@ def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
         scores = [system.scores[metric] for metric in PLOTTED]
         by_length = [group.scores["rouge-l-char"] for group in system.by_length.values()]
         bounds = None
-        if system.interval.keys() >= {*PLOTTED}:
+        if system.interval.keys() >= PLOTTED.keys():
             bounds = [
                 [abs(system.scores[metric] - system.interval[metric][side]) for metric in PLOTTED]
                 for side in (0, 1)
@@ -154,7 +160,8 @@ def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
             )
     lengths = next(iter(systems.values())).by_length
     counts = [f"{length}\nn={group.answers}" for length, group in lengths.items()]
-    for axes, label, names in zip(panels, ("", "rouge-l-char"), (PLOTTED, counts), strict=True):
+    ticks = [*PLOTTED.values()], counts
+    for axes, label, names in zip(panels, ("", "ROUGE-L characters"), ticks, strict=True):
         axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
         axes.set(ylabel=label, ylim=(0, None))
         axes.grid(axis="y", alpha=0.25)

@@ -115,7 +115,8 @@ def group_table(systems: Mapping[str, SystemScores], key: str, metric: str) -> l
     lines = [["", *heads]]
     for name, groups in grouped.items():
         lines.append([named(name), *(number(group.scores[metric]) for group in groups.values())])
-    return [Shown(say(f"eval.{key}"), lines)]
+    n = sum(group.answers for group in next(iter(grouped.values())).values())
+    return [Shown(say(f"eval.{key}", n=n), lines)]
 
 
 def accuracy_table(exam: Exam) -> Shown:
@@ -179,7 +180,7 @@ def verdict(results: Evaluation | Exam) -> str:
         for score in scores:
             gap = changes[score]
             if gap.p is None:
-                return say("eval.few", n=results.n)
+                return say("eval.few", n=results.n, fewest=FEWEST_PAIRS)
             rises = (gap.difference or 0) > 0
             kind = "better" if rises != (score in FALLING) else "worse"
             told["unclear" if gap.p >= SIGNIFICANT else kind].append(named(score))
@@ -195,12 +196,8 @@ def verdict(results: Evaluation | Exam) -> str:
     then = say("eval.then")
     sentence = f"{then.join(compared)} (n = {results.n})" if compared else ""
     forgot = gaps["base"].get("general-ppl", Gap(None))
-    forgetting = (forgot.difference or 0) > 0 and (forgot.p or 1) < SIGNIFICANT
-    if forgetting and isinstance(results, Evaluation):
-        before, after = (
-            results.systems[name].scores["general-ppl"] for name in ("base", "adapter")
-        )
-        return sentence + then + say("eval.forgot", before=number(before), after=number(after))
+    if (forgot.difference or 0) > 0 and (forgot.p or 1) < SIGNIFICANT:
+        return sentence + then + say("eval.forgot", rise=number(forgot.difference))
     return sentence
 
 
@@ -267,11 +264,12 @@ def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> di
                 seed=config.train.seed,
             )
         steps = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+        tokens = sum(row["tokens"] for row in steps)
         facts["trained"] = say(
             "eval.trained",
             data=trained_on,
             steps=len(steps),
-            tokens=f"{sum(row['tokens'] for row in steps):,}",
+            tokens=f"{tokens:,}",
             time=duration(sum(row["tokens"] / row["tokens_per_second"] for row in steps)),
         )
         facts["settings"] = say(
@@ -280,7 +278,7 @@ def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> di
             alpha=config.lora.alpha,
             rate=config.train.learning_rate,
             row=config.train.row_tokens,
-            step=config.train.tokens_per_step,
+            step=f"{tokens / max(1, len(steps)):,.0f}",
             quantize=config.model.quantize,
         )
     return {say(f"eval.fact.{key}"): text for key, text in facts.items()}

@@ -88,7 +88,9 @@ class Evaluation:
     preference: dict[str, float] = field(default_factory=dict)
     """What the held-out pairs tell of a preference run."""
     drawn: list[int] = field(default_factory=list)
-    """After a training: which of the held-out conversations were asked, counted from 0."""
+    """After a training, where not all were asked: which of the held-out conversations, counted
+    from 0.
+    """
 
     @property
     def counts(self) -> dict[str, int]:
