@@ -428,6 +428,8 @@ def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> 
         return tuple(_section(Source, row, key, where, problems) for row in tables)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint == dict[str, str] and isinstance(value, dict):  # the number of a column
+        value = {name: str(part) if type(part) is int else part for name, part in value.items()}
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
     fits = value in choices if choices else _fits(hint, value)
     if not fits:

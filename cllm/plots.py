@@ -6,12 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cllm.messages import language, messages
+
 if TYPE_CHECKING:
     from cllm.evaluate.results import SystemScores
 
 Curve = Sequence[tuple[int, float]]
 """(step, loss) in the order of the steps."""
 PLOTTED = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
+CHINESE_FONTS = (
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",  # the first of the one file that holds all
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Noto Serif CJK JP",
+)
 COLOURS = ("#9bbcd8", "#d1a96b", "#1f5f99")
 SMOOTHING = 0.1
 """Share of the newest loss in the smoothed curve."""
@@ -41,18 +54,35 @@ def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
     figure.savefig(target)
 
 
+def chinese_font() -> str:
+    """A font of this machine that has Chinese characters; "" for none."""
+    from matplotlib.font_manager import fontManager
+
+    known = {font.name for font in fontManager.ttflist}
+    return next((name for name in CHINESE_FONTS if name in known), "")
+
+
 def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0) -> None:
-    """A histogram of the conversations' lengths in `unit`, with a line at `limit`, as a PNG."""
+    """A histogram of the conversations' lengths in `unit` ("tokens" or "characters"), in bins of
+    equal ratio, with a line at `limit`, as a PNG; in the reader's language if a font is there.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    axes.hist(lengths, bins=60)
-    if limit:
-        axes.axvline(limit, color="tab:red", label=f"limit {limit}")
-        axes.legend()
-    axes.set(xlabel=f"{unit} per conversation", ylabel="conversations", yscale="log")
-    figure.savefig(target)
+    font = chinese_font() if language() == "zh" else ""
+    low = max(1, min(lengths, default=1))
+    high = max([2 * low, *lengths])
+    with rc_context({"font.sans-serif": [font, "DejaVu Sans"]} if font else {}):
+        figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        axes.hist(lengths, bins=[*(low * (high / low) ** (n / 40) for n in range(40)), high])
+        if limit:
+            shown = messages()["plot.limit"][bool(font)].format(limit=limit)
+            axes.axvline(limit, color="tab:red", label=shown)
+            axes.legend()
+        labels = [messages()[code][bool(font)] for code in (f"plot.{unit}", "plot.conversations")]
+        axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log")
+        figure.savefig(target)
 
 
 def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
