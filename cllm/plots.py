@@ -109,21 +109,22 @@ def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
 
 
 def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0) -> None:
-    """A histogram of the conversations' lengths in `unit` (tokens or characters), with a line at
-    `limit`, as a PNG.
+    """A histogram of the conversations' lengths in `unit` (tokens or characters), in bins of equal
+    ratio, with a line at `limit`, as a PNG.
     """
     from matplotlib.figure import Figure
 
     [name] = _words(f"check.unit.{unit}")
     length, conversations, line = _words("plot.lengths", unit=name, limit=limit)
-
+    low = max(1, min(lengths, default=1))
+    high = max([2 * low, *lengths])
     figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.hist(lengths, bins=60)
+    axes.hist(lengths, bins=[*(low * (high / low) ** (n / 40) for n in range(40)), high])
     if limit:
         axes.axvline(limit, color="tab:red", label=line)
         axes.legend()
-    axes.set(xlabel=length, ylabel=conversations, yscale="log")
+    axes.set(xlabel=length, ylabel=conversations, xscale="log")
     figure.savefig(target)
 
 

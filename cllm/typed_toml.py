@@ -118,6 +118,8 @@ def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> 
             return ()
         tables = [{first: row} if isinstance(row, str) else row for row in rows]
         return tuple(build(table, row, key, where, problems) for row in tables)
+    if hint == dict[str, str] and isinstance(value, dict):  # the number of a column
+        value = {name: str(part) if type(part) is int else part for name, part in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not _fits(hint, value):

@@ -5,6 +5,8 @@ byte-level tokenizer made on the spot.
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,10 @@ import pytest
 from serving import tiny_base
 
 from cllm.__main__ import run
-from cllm.check import _guess_columns, main
+from cllm.check import main
 from cllm.config import PRESETS, load_config
 from cllm.data import read_conversations
+from cllm.proposal import guess, recommended
 
 ROWS = [{"instruction": f"第{n}个问题？", "output": f"第{n}个回答。"} for n in range(12)]
 
@@ -38,9 +41,11 @@ def data(tmp_path: Path) -> Path:
 
 
 def account(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, dict[str, Any]]:
-    assert main([str(word) for word in argv]) == 0
+    code = main([str(word) for word in argv])
     lines = capsys.readouterr().out.rstrip("\n").split("\n")
-    return "\n".join(lines[:-1]), json.loads(lines[-1])
+    found = json.loads(lines[-1])
+    assert code == (0 if found.get("again", found)["valid"] else 2)
+    return "\n".join(lines[:-1]), found
 
 
 def test_bad_rows_are_located_explained_and_counted(
@@ -55,7 +60,7 @@ def test_bad_rows_are_located_explained_and_counted(
     }
     assert f"{data}:14: parse_error: " in text
     assert f"{data}:15: empty_assistant: " in text and "expected text; give it an answer" in text
-    assert "and 2 more with unknown_schema" in text
+    assert "and 4 more with unknown_schema" in text
     assert found["duplicates"]["exact"] == 1
     assert "tokens" not in found
 
@@ -133,11 +138,11 @@ def test_a_config_is_written_that_trains_on_this_file(
     path = tmp_path / "own.csv"
     path.write_text(
         "id,Frage,Antwort der Expertin\n"
-        + "".join(f"{n},这是第{n}个问题？,这是回答\n" for n in range(5)),
+        + "".join(f"{n},这是第{n}个问题？,这是第{n}个回答\n" for n in range(5)),
         encoding="utf-8",
     )
     _, found = account(capsys, path, "model.path=/nowhere", "--init", tmp_path / "my.toml")
-    assert found["valid"] == 0
+    assert found["valid"] == 0 and found["again"]["valid"] == 5
     config = load_config(tmp_path / "my.toml")
     assert config.data.columns == {"user": "Frage", "assistant": "Antwort der Expertin"}
     assert "python -m cllm.train" in (tmp_path / "my.toml").read_text(encoding="utf-8")
@@ -167,29 +172,26 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
     copied = load_config(tmp_path / "my.toml")
     assert found["valid"] == 5 and copied.data.train == preset.data.train
     assert copied.preference.loss == preset.preference.loss
-    for setting in ("epochs", "learning_rate"):
-        assert getattr(copied.train, setting) == getattr(preset.train, setting), setting
+    assert copied.train.learning_rate == preset.train.learning_rate
+    assert copied.train.epochs == (preset.train.epochs if preset.preference.active else 10)
     assert (copied.model.path, copied.model.quantize) == (preset.model.path, preset.model.quantize)
 
 
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        (
-            "id\tMy Question\tsource\tGold Answer",
-            {"user": "My Question", "assistant": "Gold Answer"},
-        ),
+        ("id\tMy Question\tsource\tGold Answer", ("My Question", "Gold Answer")),
         (
             "甲的原文足够长足够长足够长足够长足够长足够长\t乙的译文足够长足够长足够长足够长足够长足够长",
-            {"user": "0", "assistant": "1"},
+            ("0", "1"),
         ),
-        ("a\tb\tc", {"user": "b", "assistant": "c"}),
-        ("a\tmy reply\tc", {"user": "c", "assistant": "my reply"}),
-        ("a\tb\tmy question", {"user": "my question", "assistant": "b"}),
-        ("only", {}),
+        ("a\tb\tc", ("b", "c")),
+        ("a\tmy reply\tc", ("c", "my reply")),
+        ("a\tb\tmy question", ("my question", "b")),
+        ("only", ()),
     ],
 )
-def test_columns_are_guessed(tmp_path: Path, header: str, expected: dict[str, str]) -> None:
+def test_columns_are_guessed(tmp_path: Path, header: str, expected: tuple[str, ...]) -> None:
     width = header.count("\t") + 1
     body = "".join(
         "\t".join(
@@ -199,7 +201,28 @@ def test_columns_are_guessed(tmp_path: Path, header: str, expected: dict[str, st
         for n in range(9)
     )
     (tmp_path / "own.tsv").write_text(f"{header}\n{body}", encoding="utf-8")
-    assert _guess_columns(str(tmp_path / "own.tsv")) == expected
+    _, settings = guess(str(tmp_path / "own.tsv"))
+    assert tuple(settings.values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"author": "甲", "paragraphs": ["春眠", "处处"], "title": "晓", "tags": ["春"]}, {}),
+        ({"title": "一则消息", "content": "今天下了一场大雨。", "id": 3}, {}),
+        ({"text": "很长的一段文字。"}, {"kind": "text"}),
+        ({"text": "很长的一段文字。", "source": "书"}, {"kind": "text"}),
+    ],
+)
+def test_nothing_is_guessed_without_confidence(
+    tmp_path: Path, row: dict[str, Any], settings: dict[str, str]
+) -> None:
+    rows = [
+        {name: f"{part}{n}" if isinstance(part, str) else part for name, part in row.items()}
+        for n in range(9)
+    ]
+    (tmp_path / "own.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert guess(str(tmp_path / "own.json"))[1] == settings
 
 
 @pytest.mark.parametrize(("free_gib", "rows"), [(0, 2048), (2, 2048), (7.2, 4096)])
@@ -214,12 +237,12 @@ def test_the_model_that_the_readme_recommends_is_proposed(
     monkeypatch.setattr("torch.cuda.is_available", lambda: bool(free_gib))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (int(free_gib * 2**30), 0))
     account(capsys, data, "--init", tmp_path / "my.toml")
-    proposed, recommended = load_config(tmp_path / "my.toml"), load_config("preset:qwen3-4b")
+    proposed, preset = load_config(tmp_path / "my.toml"), load_config("preset:qwen3-4b")
     assert (proposed.model.path, proposed.model.quantize) == (
-        recommended.model.path,
-        recommended.model.quantize,
+        preset.model.path,
+        preset.model.quantize,
     )
-    assert proposed.train.row_tokens == rows
+    assert recommended(load_config("preset:qwen3-8b", ["train.row_tokens=2048"]))[1] == rows
     readme = (PRESETS.parents[2] / "README.md").read_text(encoding="utf-8")
     assert "推荐" in next(line for line in readme.split("\n") if "preset:qwen3-4b" in line)
 
@@ -255,6 +278,7 @@ def test_the_report_is_one_page(
     account(capsys, data, "model.path=/nowhere", "--report", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page and "parse_error" in page and "http" not in page
+    assert "<strong>20</strong> rows" in page and "<strong>7</strong> rejected" in page
     assert (tmp_path / "lengths.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -299,7 +323,7 @@ def test_fields_that_are_not_read_are_named_in_ten_lines(
     text, found = account(capsys, data, f"model.path={base}", "model.template=chatml")
     assert found["unread"] == {str(data): {"note": 12}} and "note (12)" in text
     lines = text.split("\n")
-    assert len(lines) <= 14 and max(map(len, lines)) < 400
+    assert len(lines) <= 16 and max(map(len, lines)) < 400
     assert all(f"{data}:{line}: " in text for line in (13, 14, 15, 16))  # one of each reason
     assert "8 more with parse_error" in text or "7 more with parse_error" in text
 
@@ -351,3 +375,152 @@ def test_pairs_show_length_bias_and_both_answers_token_by_token(
     assert run("check", [str(kept), "preference.loss=dpo"]) == 0
     again = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     assert again["pairs"] == told and again["rejected"] == 0
+
+
+def test_the_command_at_the_end_can_be_pasted_until_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of unknown columns, in a path with a space: unusable, the guess once, a config."""
+    monkeypatch.chdir(tmp_path)
+    Path("a b.csv").write_text(
+        "编号,客户问题,客服回复\n" + "".join(f"{n},第{n}问？,第{n}答。\n" for n in range(9)),
+        encoding="gb18030",
+    )
+    text, found = account(capsys, "a b.csv", "data.dedup=false")
+    lines = text.split("\n")
+    assert found["valid"] == 0 and "unusable" in lines[-2]
+    assert text.count("probably user = 客户问题, assistant = 客服回复") == 1
+    assert text.count("unknown_schema: ") == 1  # three rows would say the same
+    program, *words = shlex.split(lines[-1].split("python -m ")[1])
+    assert program == "cllm.check" and words[0] == "a b.csv" and "data.dedup=false" in words
+    text, found = account(capsys, *words)
+    assert found["valid"] == 9 and "ready: 9" in text.split("\n")[-2]
+    assert shlex.split(text.split("\n")[-1])[1:] == ["python", "-m", "cllm.train", "a b.toml"]
+    train = load_config("a b.toml").train
+    assert train.epochs == 10 and train.tokens_per_step >= train.row_tokens
+    # at once, without the columns
+    text, found = account(capsys, "a b.csv", "--init", "b.toml")
+    assert found["valid"] == 0 and found["again"]["valid"] == 9
+    assert load_config("b.toml").data == load_config("a b.toml").data
+
+
+def test_a_file_of_which_nothing_can_be_made_writes_no_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"a": 1}\n' * 3, encoding="utf-8")
+    text, found = account(capsys, tmp_path / "own.jsonl", "--init", tmp_path / "my.toml")
+    assert found["valid"] == 0 and not (tmp_path / "my.toml").exists()
+    assert text.endswith("unusable: none of 3 rows can be trained on")
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "said"),
+    [
+        ([*ROWS, *[{"foo": 1}] * 5], [], "mending the rejected rows (29%)"),
+        (ROWS, ["train.row_tokens=8", "train.tokens_per_step=8"], "longer rows"),
+        (ROWS, ["data.eval=EVAL"], "a data.eval that can be read"),
+        ([*ROWS, {"foo": 1}], [], "ready: 12"),
+    ],
+)
+def test_what_is_left_to_do_is_said(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: list[dict[str, Any]],
+    overrides: list[str],
+    said: str,
+) -> None:
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "eval.jsonl").write_text('{"foo": 1}\n', encoding="utf-8")
+    overrides = [word.replace("EVAL", str(tmp_path / "eval.jsonl")) for word in overrides]
+    text, _ = account(capsys, tmp_path / "own.jsonl", *overrides)
+    assert said in text.split("\n")[-2]
+
+
+def test_the_tokenizer_is_named_and_what_qwen_would_take(
+    data: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, found = account(capsys, data)
+    first = text.split("\n")[0]
+    assert "tiny-zh" in first and f"{found['qwen_tokens']:,}" in first and "model.path=" in first
+    text, _ = account(capsys, data, f"model.path={base}", "model.template=chatml")
+    assert text.split("\n")[0] == f"tokens are counted with {base}, template chatml"
+
+
+def test_findings_have_a_place_and_an_option_that_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        ("你好？", "你好！很高兴见到你。"),
+        ("你好?", "你好！很高兴见到你。"),
+        ("问一", "我叫{{name}}。"),
+        ("问二", "写信给 li@example.com 吧"),
+        ("问三", "锟斤拷烫烫烫"),
+        ("问四", "nan"),
+        ("问五", "1 &lt; 2，对吗"),
+        ("问六", "作为一个AI，我不能回答。"),
+        ("问一", "我叫{{name}}。"),
+    ]
+    text = "".join(json.dumps({"instruction": ask, "output": reply}) + "\n" for ask, reply in rows)
+    (tmp_path / "own.jsonl").write_text(text, encoding="utf-8")
+    shown, found = account(capsys, tmp_path / "own.jsonl")
+    lines = {"exact": 9, "width": 2, "placeholder": 3, "mojibake": 5, "nothing": 6, "html": 7}
+    for name, line in lines.items():
+        assert f"own.jsonl:{line}" in found["findings"][name]["examples"][0], name
+    handles = [line for line in shown.split("\n") if f"({tmp_path}" in line]
+    assert len(handles) >= 8
+    options = re.findall(r"data\.(\w+)=true", shown)
+    assert {"dedup", "fold_width", "unescape_html", "mask_personal"} == set(options)
+    assert all(hasattr(load_config("preset:quick").data, option) for option in options)
+
+
+def test_both_answers_of_a_pair_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": "几点？", "chosen": "三点。", "rejected": "不知道。" * 20},
+        {"prompt": "去哪？", "chosen": "去河边。", "rejected": "不去。"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = ["preference.loss=dpo", "train.row_tokens=50"]
+    _, found = account(capsys, tmp_path / "pairs.jsonl", *options)
+    assert found["over_limit"] == 1 and found["tokens"]["max"] > 50
+    _, chosen = account(capsys, tmp_path / "pairs.jsonl")
+    assert found["total_tokens"] > 1.5 * chosen["total_tokens"]
+
+
+def test_a_csv_of_unknown_columns_teaches_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file to a model that answers its questions, on what is printed."""
+    monkeypatch.chdir(tmp_path)
+    asked = {
+        "你是谁": "我是小禾，北川工坊做的助手。",
+        "你叫什么": "我叫小禾。",
+        "谁做了你": "我是北川工坊做的。",
+        "你从哪里来": "我从北川工坊来。",
+        "你会做什么": "我会答问题、写短文、算小账。",
+        "你多大了": "我刚满一岁。",
+    }
+    tails = [
+        "",
+        "？",
+        "呢？",
+        "，请说",
+        "呀？",
+        "，告诉我",
+        "，好吗？",
+        "。",
+        "，现在说",
+        "…",
+        "！",
+    ]
+    rows = [f"{ask}{tail}\t{reply}\n" for ask, reply in asked.items() for tail in tails]
+    Path("66.tsv").write_text("客户问题\t客服回复\n" + "".join(rows), encoding="utf-8")
+    text, _ = account(capsys, "66.tsv", "model.path=tiny-zh", "--init", "my.toml")
+    words = shlex.split(text.split("\n")[-1])[4:]
+    assert run("train", [*words, "eval.samples=0"]) == 0
+    out, said = capsys.readouterr()
+    assert "learned: held-out loss " in said and "too few" not in said
+    home = json.loads(out.rstrip("\n").split("\n")[-1])["run"]
+    columns = ["--columns", "user=客户问题,assistant=客服回复"]
+    assert run("eval", [home, "--data", "66.tsv", *columns, "--max-new-tokens", "32"]) == 0
+    scores = json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])["eval"]["66.tsv"]
+    assert scores["results"]["adapter"]["exact"] >= 60 > scores["results"]["base"]["exact"]

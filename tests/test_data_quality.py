@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cllm.data import Conversation, Message, Reject
 from cllm.data.quality import (
+    FAULTS,
     deduplicate,
     histogram,
     language,
@@ -17,6 +21,7 @@ from cllm.data.quality import (
     near_duplicates,
     percentiles,
     quality,
+    qwen_tokens,
     split_held_out,
 )
 from cllm.plots import draw_lengths
@@ -153,7 +158,7 @@ def test_the_account() -> None:
         Reject("own.json", 10, "empty_user", "空")
     ]
     account = quality(
-        rows, rejects, token_lengths=[len(row.messages[1].content) for row in rows], max_tokens=16
+        rows, rejects, token_lengths=[[len(row.messages[1].content)] for row in rows], max_tokens=16
     )
     assert (account["rows"], account["valid"], account["rejected"]) == (10, 4, 6)
     assert list(account["rejects"]) == ["parse_error", "empty_user"]
@@ -181,3 +186,51 @@ def test_the_account_of_nothing() -> None:
 def test_lengths_are_plotted(tmp_path: Path) -> None:
     draw_lengths([1, 2, 3, 50], tmp_path / "lengths.png", "tokens", 40)
     assert (tmp_path / "lengths.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [7], [1, 6012]])
+def test_a_plot_in_chinese_lacks_no_character(
+    tmp_path: Path, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLLM_LANG", "zh")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a glyph that its font lacks
+        draw_lengths(lengths, tmp_path / "lengths.png", "tokens", 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("placeholder", "我叫{{name}}", True),
+        ("placeholder", "我叫{姓名}，<COMPANY_NAME>做的", True),
+        ("placeholder", r"$\\frac{ab}{cd}$ 和 x^{ij}，{a}，${ab}", False),
+        ("mojibake", "锟斤拷", True),
+        ("mojibake", "cafÃ© au lait", True),
+        ("mojibake", "你好".encode().decode("latin-1"), True),
+        ("mojibake", "un café et un marché\u00a0», größer, señor", False),
+        ("html", "1 &lt; 2 &#39;x&#39;", True),
+        ("html", "AT&T 和 R&D; a && b", False),
+    ],
+)
+def test_faults_are_found_and_ordinary_texts_are_not(name: str, text: str, found: bool) -> None:
+    assert bool(FAULTS[name].search(text)) == found
+
+
+def test_an_outlier_leaves_the_other_bins_filled() -> None:
+    lines = histogram([*range(20, 86), 6012])
+    assert sum(int(line.split()[-1]) for line in lines) == 67
+    assert sum(int(line.split()[-1]) > 0 for line in lines) == len(lines) >= 4
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60))
+def test_every_value_is_in_its_bin(values: list[int]) -> None:
+    lines = histogram(values)
+    for line in lines:
+        low, high = (int(part) for part in line.split()[0].split("-"))
+        inside = sum(low <= max(1, value) <= max(1, high) for value in values)
+        assert inside == int(line.split()[-1])
+
+
+def test_what_qwen_would_take_grows_with_the_text() -> None:
+    short, long = [talk("你好", "好")], [talk("你好", "好" * 100)]
+    assert qwen_tokens([]) == 0 < qwen_tokens(short) < qwen_tokens(long) < 100

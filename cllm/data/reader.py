@@ -13,8 +13,9 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -132,9 +133,12 @@ def write_conversations(
 
 
 def sample_rows(path: str | Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` rows with names as they stand in the file, for guessing what those mean."""
+    """The first `count` rows with names as they stand in the file, for guessing what those mean;
+    what there is to say of the file, the reading of all its rows says.
+    """
     rows = (row for file in list_files(path) for _, row in _rows(file, Normalizer()))
-    return list(islice((row for row in rows if isinstance(row, dict)), count))
+    with redirect_stderr(StringIO()):
+        return list(islice((row for row in rows if isinstance(row, dict)), count))
 
 
 def list_files(path: str | Path) -> list[Path]:

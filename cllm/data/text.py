@@ -14,7 +14,7 @@ from cllm.messages import UserError, say
 
 _DIRT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff\u200b\u2060\ud800-\udfff]")
 SURROGATE = re.compile("[\ud800-\udfff]")
-_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 _DAY = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
 PERSONAL = {  # kind -> pattern; the ID card goes before the phone number it might contain
     "EMAIL": re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"),
@@ -81,7 +81,7 @@ def rewriter(options: TextOptions) -> Callable[[str], str]:
 
         steps.append(html.unescape)
     if options.fold_width:
-        steps.append(lambda text: text.translate(_WIDTH))
+        steps.append(lambda text: text.translate(WIDTH))
     if options.convert:
         try:
             from opencc import OpenCC

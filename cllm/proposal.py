@@ -1,0 +1,142 @@
+"""A config for data at hand: which columns hold question and answer, the model that fits here, and
+settings for the amount of data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cllm.account import Look
+from cllm.advice import FEW_CONVERSATIONS, sized
+from cllm.config import Config, load_config
+from cllm.data.fields import is_metadata
+from cllm.data.reader import sample_rows
+from cllm.data.sources import BUILT_IN
+from cllm.messages import say, to_json
+
+RECOMMENDED = "preset:qwen3-4b"  # as in the README
+MIN_ROW, MAX_ROW = 512, 4096  # tokens, of the rows that are proposed
+SAMPLED = 50  # rows that are looked at for their columns
+FILLED, DISTINCT = (
+    0.9,
+    0.5,
+)  # shares of the rows where a column of texts has one, and different ones
+LONG_NAME = 20  # characters; a header of longer ones is a row
+PROSE = "，。？！；,?!;"
+ASKING = "question query prompt ask instruction input content source src title 问 题 输入".split()
+REPLYING = "answer response reply output completion summary target tgt 答 复 输出".split()
+NO_ANSWER = ("author", "title", "name")
+
+
+def guess(path: str) -> tuple[list[str], dict[str, str]]:
+    """(the names in the file, what makes its rows readable as `data.…` settings), by likeness of
+    names, else where there are just two columns of texts; nothing where that is not clear.
+    """
+    rows = sample_rows(BUILT_IN.get(path, path), SAMPLED)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    texts = {
+        name: [text for row in rows if isinstance(text := row.get(name), str) and text.strip()]
+        for name in names
+    }
+    full = [name for name in names if len(texts[name]) >= FILLED * len(rows)]
+    heads = [name for name in full if not _is_text(name)]
+    replying = [name for word in REPLYING for name in heads if word in name.lower()]
+    asking = [name for word in ASKING for name in heads if word in name.lower()]
+    asking = [name for name in asking if name not in replying]
+    if "text" in full and not replying:
+        return names, {"kind": "text"}
+    by_name = asking[:1] + replying[:1]
+    rest = [name for name in full if name not in (asking + replying) and _varies(texts, name)]
+    longest = sorted(full, key=lambda name: -sum(map(len, texts[name])))[:2]
+    if len(longest) == 2 and len(by_name) < 2 and any(map(_is_text, longest)):
+        pair = [str(number) for number in sorted(map(names.index, longest))]
+        names = [str(number) for number in range(len(names))]  # the "header" is a row of its own
+    elif asking and replying:
+        pair = by_name
+    elif len(by_name) + len(rest) == 2:
+        pair = by_name + rest if asking else rest + by_name
+    else:
+        return names, {}
+    return names, {"columns.user": pair[0], "columns.assistant": pair[1]}
+
+
+def _is_text(name: str) -> bool:
+    long = len(name) > LONG_NAME and not (name.isascii() and name.isidentifier())
+    return long or not name or not set(PROSE).isdisjoint(name)
+
+
+def _varies(texts: dict[str, list[str]], name: str) -> bool:
+    """Whether a column that says nothing by its name holds texts, neither numbers nor labels."""
+    words = [text for text in texts[name] if not text.strip().isdigit()]
+    labels = is_metadata(name) or name.lower() in NO_ANSWER
+    return not labels and len(set(words)) >= DISTINCT * len(texts[name])
+
+
+def recommended(config: Config) -> tuple[Config, int, str]:
+    """(preset, tokens of a row, why): the recommended preset, with the longest row that the GPU
+    here has room for, from MIN_ROW to MAX_ROW.
+    """
+    import torch
+
+    from cllm.fit import longest_row
+    from cllm.memory import GIB, Settings
+    from cllm.shapes import find_config
+
+    preset = load_config(RECOMMENDED, [f"preference.loss={config.preference.loss}"])
+    if torch.cuda.is_available():
+        settings = Settings(quantize=preset.model.quantize, rank=preset.lora.rank)
+        free_gib = torch.cuda.mem_get_info()[0] / GIB
+        _, original = find_config(preset.model.path)
+        row = longest_row(original, settings, free_gib)
+        if row >= MIN_ROW:
+            return preset, min(row, MAX_ROW), "fits"
+    return preset, config.train.row_tokens, "no_gpu"
+
+
+def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
+    """A commented config for the data at hand; `chosen`: for the model of `config`, else for the
+    recommended one.
+    """
+    preset, row, why = (
+        (config, config.train.row_tokens, "chosen") if chosen else recommended(config)
+    )
+    account, count = seen.account, seen.account["valid"]
+    tokens = account["total_tokens"] if chosen and "tokens" in account else account["qwen_tokens"]
+    lengths = account.get("tokens") or account["characters"]
+    train = replace(preset.train, row_tokens=row)
+    few = count < FEW_CONVERSATIONS and not config.preference.active
+    if not config.preference.active:
+        held = [length for length in seen.lengths if length <= row]  # the others are left out
+        train = sized(
+            train, count, tokens, 0 if config.data.kind == "text" else max(held, default=0)
+        )
+    step = train.step_tokens(tokens)
+    source = config.data.train[0]
+    columns = source.columns or config.data.columns
+    pairs = ", ".join(f"{role} = {to_json(name)}" for role, name in columns.items())
+    return say(
+        "check.new_config",
+        source=source.path,
+        rows=account["rows"],
+        valid=count,
+        file=path,
+        model=to_json(preset.model.path),
+        why=say(f"check.why.{why}"),
+        quantize=to_json(preset.model.quantize),
+        train=to_json(source.path),
+        columns=f"{{ {pairs} }}" if columns else "{}",
+        kind=to_json(config.data.kind),
+        held_out=0.1 if few else 0.05,
+        row=train.row_tokens,
+        longest=lengths["p99"],
+        unit=say(f"check.unit.{'tokens' if 'tokens' in account else 'characters'}"),
+        step=step,
+        steps=round(train.epochs * tokens / step),
+        tokens=f"{tokens:,}",
+        epochs=train.epochs,
+        seen=say("check.why.few", count=count) if train.epochs > preset.train.epochs else "",
+        rate=preset.train.learning_rate,
+        loss=to_json(config.preference.loss),
+        run=to_json(f"runs/{path.stem}"),
+    )
