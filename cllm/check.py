@@ -57,8 +57,8 @@ def main(argv: list[str]) -> int:
     parser = CommandLine("check")
     parser.take("target")
     parser.take("overrides", nargs="*", metavar="section.key=value")
-    for option in ("--init", "--write", "--report"):
-        parser.take(option, type=Path, metavar="FILE")
+    for switch in ("--init", "--write", "--report"):
+        parser.take(switch, type=Path, metavar="FILE")
     options = parser.parse_intermixed_args(argv)
     for path in filter(None, (options.write, options.init, options.report)):
         if path.exists():
@@ -300,9 +300,9 @@ def _report(path: Path, title: str, text: str, seen: Look) -> None:
     counts = {key: account[key] for key in ("rows", "valid", "rejected")}
     counts |= {"exact": account["duplicates"]["exact"], "near": account["duplicates"]["near"]}
     counts[unit] = sum(seen.lengths)
+    named = {say(f"check.card.{key}"): count for key, count in counts.items()}
     cards = "".join(
-        f"<div><strong>{count:,}</strong> {say(f'check.card.{key}')}</div>"
-        for key, count in counts.items()
+        f"<div><strong>{count:,}</strong> {name}</div>" for name, count in named.items()
     )
     body = html.escape("\n".join([text, *histogram(seen.lengths)]))
     page = say("check.page", title=html.escape(title), image=image, body=body, cards=cards)

@@ -42,10 +42,12 @@ def data(tmp_path: Path) -> Path:
 
 def account(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, dict[str, Any]]:
     code = main([str(word) for word in argv])
-    lines = capsys.readouterr().out.rstrip("\n").split("\n")
-    found = json.loads(lines[-1])
+    out, err = capsys.readouterr()
+    *lines, document = out.rstrip("\n").split("\n")
+    found = json.loads(document)
     assert code == (0 if found.get("again", found)["valid"] else 2)
-    return "\n".join(lines[:-1]), found
+    proposed = [line.strip() for line in err.split("\n") if line.startswith("  python -m ")]
+    return "\n".join([*lines, *proposed]), found
 
 
 def test_bad_rows_are_located_explained_and_counted(
@@ -395,7 +397,7 @@ def test_the_command_at_the_end_can_be_pasted_until_it_trains(
     assert program == "cllm.check" and words[0] == "a b.csv" and "data.dedup=false" in words
     text, found = account(capsys, *words)
     assert found["valid"] == 9 and "ready: 9" in text.split("\n")[-2]
-    assert shlex.split(text.split("\n")[-1])[1:] == ["python", "-m", "cllm.train", "a b.toml"]
+    assert shlex.split(text.split("\n")[-1]) == ["python", "-m", "cllm.train", "a b.toml"]
     train = load_config("a b.toml").train
     assert train.epochs == 10 and train.tokens_per_step >= train.row_tokens
     # at once, without the columns
