@@ -517,10 +517,11 @@ def test_a_csv_of_unknown_columns_teaches_what_it_says(
     rows = [f"{ask}{tail}\t{reply}\n" for ask, reply in asked.items() for tail in tails]
     Path("66.tsv").write_text("客户问题\t客服回复\n" + "".join(rows), encoding="utf-8")
     text, _ = account(capsys, "66.tsv", "model.path=tiny-zh", "--init", "my.toml")
-    words = shlex.split(text.split("\n")[-1])[4:]
+    words = shlex.split(text.split("\n")[-1])[3:]
     assert run("train", [*words, "eval.samples=0"]) == 0
     out, said = capsys.readouterr()
-    assert "learned: held-out loss " in said and "too few" not in said
+    before, after = map(float, re.findall(r"held-out loss ([\d.]+) -> ([\d.]+)", said)[0])
+    assert after < before / 2 and "too few to be sure" in said and "too few steps" not in said
     home = json.loads(out.rstrip("\n").split("\n")[-1])["run"]
     columns = ["--columns", "user=客户问题,assistant=客服回复"]
     assert run("eval", [home, "--data", "66.tsv", *columns, "--max-new-tokens", "32"]) == 0
