@@ -7,6 +7,7 @@ Needs nothing but the standard library to start, so that it answers before torch
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -158,10 +159,9 @@ def _machine() -> Iterator[Finding]:
 
 
 def _ram_bytes() -> int:
-    windows = sys.platform == "win32"  # mypy would not look at what follows a test of it
-    if not windows:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     ctypes: Any = importlib.import_module("ctypes")
+    if not hasattr(ctypes, "windll"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     kibibytes = ctypes.c_ulonglong()
     ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kibibytes))
     return int(kibibytes.value) * 1024
@@ -176,20 +176,19 @@ def _windows() -> Iterator[Finding]:
     """What breaks downloads and compilers there: paths over 260 characters, and a temporary folder
     under a name that is not ASCII.
     """
-    windows = sys.platform == "win32"
-    if windows:
-        winreg: Any = importlib.import_module("winreg")
-        place = r"SYSTEM\CurrentControlSet\Control\FileSystem"
-        try:
-            key = winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place)
-            long = winreg.QueryValueEx(key, "LongPathsEnabled")[0] == 1
-        except OSError:
-            long = False
-        mend = say("doctor.long_paths.mend", place=place)
-        yield _judge("long paths", long, say(f"doctor.long_paths.{'on' if long else 'off'}"), mend)
-        temp = tempfile.gettempdir()
-        mend = "mkdir -Force C:\\Temp; " + _set_variable("TEMP", "C:\\Temp")
-        yield _judge("temp", temp.isascii(), temp, mend)
+    if sys.platform != "win32":
+        return
+    winreg: Any = importlib.import_module("winreg")
+    place = r"SYSTEM\CurrentControlSet\Control\FileSystem"
+    long = 0
+    with contextlib.suppress(OSError):
+        key = winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place)
+        long = winreg.QueryValueEx(key, "LongPathsEnabled")[0]
+    mend = say("doctor.long_paths", place=place)
+    yield _judge("long paths", bool(long), f"LongPathsEnabled = {long}", mend)
+    mend = "mkdir -Force C:\\Temp; " + _set_variable("TEMP", "C:\\Temp")
+    temp = tempfile.gettempdir()
+    yield _judge("temp", temp.isascii(), temp, mend)
 
 
 def _reach(url: str) -> str:
