@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,16 +15,16 @@ if TYPE_CHECKING:
 Curve = Sequence[tuple[int, float]]
 """(step, loss) in the order of the steps."""
 PLOTTED = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
+# files of Windows, macOS and Linux
 CHINESE_FONTS = (
-    "Microsoft YaHei",
-    "PingFang SC",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",  # the first of the one file that holds all
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "SimHei",
-    "Noto Serif CJK JP",
+    "msyh.ttc",
+    "simhei.ttf",
+    "PingFang.ttc",
+    "STHeiti Medium.ttc",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "NotoSerifCJK-Regular.ttc",
 )
 COLOURS = ("#9bbcd8", "#d1a96b", "#1f5f99")
 SMOOTHING = 0.1
@@ -55,11 +56,14 @@ def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
 
 
 def chinese_font() -> str:
-    """A font of this machine that has Chinese characters; "" for none."""
-    from matplotlib.font_manager import fontManager
+    """The name of a font of this machine that has Chinese characters; "" for none."""
+    from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager
 
-    known = {font.name for font in fontManager.ttflist}
-    return next((name for name in CHINESE_FONTS if name in known), "")
+    files = {Path(file).name: file for file in findSystemFonts()}
+    file = next((files[name] for name in CHINESE_FONTS if name in files), "")
+    if file:
+        fontManager.addfont(file)  # its own list may be older than the font
+    return FontProperties(fname=file).get_name() if file else ""
 
 
 def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0) -> None:
@@ -75,13 +79,17 @@ def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0
     with rc_context({"font.sans-serif": [font, "DejaVu Sans"]} if font else {}):
         figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
         axes = figure.subplots()
-        axes.hist(lengths, bins=[*(low * (high / low) ** (n / 40) for n in range(40)), high])
-        if limit:
+        # whole numbers: a bin without one would stand empty between the others
+        edges = sorted({math.ceil(low * (high / low) ** (n / 40)) for n in range(40)})
+        axes.hist(lengths, bins=[*edges, high + 1])
+        if 0 < limit < 4 * high:
             shown = messages()["plot.limit"][bool(font)].format(limit=limit)
             axes.axvline(limit, color="tab:red", label=shown)
             axes.legend()
         labels = [messages()[code][bool(font)] for code in (f"plot.{unit}", "plot.conversations")]
         axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log")
+        axes.minorticks_off()
+        axes.set_xticks(edges[::8], map(str, edges[::8]))
         figure.savefig(target)
 
 
