@@ -4,20 +4,21 @@ a model.
 
 from __future__ import annotations
 
+import math
 import sys
 from itertools import chain
 from statistics import correlation, mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.config import Config
-from cllm.corpus import tokenizer_of
+from cllm.corpus import MAX_REJECTED, tokenizer_of
 from cllm.data.pairs import dialogue, sides
 from cllm.data.quality import NEAR_LIMIT, counts, leaks, quality
 from cllm.data.reader import Unread, list_files, sample_rows
 from cllm.data.schema import Conversation, Reject
 from cllm.data.sources import BUILT_IN, divide, read_file, read_sources
 from cllm.data.turns import SPECIAL_KEYS, named
-from cllm.messages import UserError, file_name, note
+from cllm.messages import UserError, file_name, note, say
 
 if TYPE_CHECKING:
     from cllm.data.encode import Ids
@@ -101,6 +102,31 @@ def look(config: Config) -> Look:
         sum(len(turn.content) + len(turn.parts) for turn in item) for item in conversations
     ]
     return Look(account, conversations, lengths, tokenizer)
+
+
+def verdict(config: Config, account: dict[str, Any]) -> tuple[str, list[str]]:
+    """(whether the data can be trained on, what the command for that takes more)."""
+    if not account["valid"]:
+        return say("check.unusable", rows=account["rows"]), []
+    after: list[str] = []
+    additions: list[str] = []
+    dropped = config.data.kind == "chat" and config.data.truncate == "drop"
+    if dropped and account.get("over_limit") == account["valid"]:
+        row = math.ceil(account["tokens"]["max"] / 64) * 64
+        additions += [f"train.row_tokens={row}", "train.tokens_per_step=0"]
+        after.append(say("check.after.row"))
+    if account.get("end_token_trained") is False:
+        after.append(say("check.no_end"))
+    tested = account.get("eval", {"rows": 0, "valid": 1, "rejected": 0})
+    if not tested["valid"]:
+        after.append(say("check.after.eval"))
+    share = (account["rejected"] + tested["rejected"]) / (account["rows"] + tested["rows"])
+    if share > MAX_REJECTED:
+        additions.append("--accept-rejects")
+        after.append(say("check.after.rejects", share=f"{share:.0%}"))
+    if after:
+        return say("check.usable", after="; ".join(after)), additions
+    return say("check.ready", count=account["valid"]), additions
 
 
 def _encoded(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 import os
 import sys
 from collections import Counter
@@ -17,9 +16,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.account import Look, look
+from cllm.account import Look, look, verdict
 from cllm.config import Config, is_config, load_config
-from cllm.corpus import MAX_REJECTED
 from cllm.data.pairs import dialogue, sides
 from cllm.data.quality import deduplicate, histogram
 from cllm.data.reader import write_conversations
@@ -77,7 +75,7 @@ def main(argv: list[str]) -> int:
             first.account["again"] = last.account
             text = _show(last, config, chosen)
     usable = bool(last.account["valid"])
-    state, additions = _verdict(config, last.account)
+    state, additions = verdict(config, last.account)
     print(state)
     if options.init and usable:
         proposed = new_config(config, last, options.init, chosen=chosen)
@@ -122,31 +120,6 @@ def _guessed(config: Config) -> list[str]:
     meant = ", ".join(f"{key.rpartition('.')[2]} = {value}" for key, value in settings.items())
     print(say("check.guess", names=f"{shown:.200}", meant=meant))
     return [f"data.{key}={value}" for key, value in settings.items()]
-
-
-def _verdict(config: Config, account: dict[str, Any]) -> tuple[str, list[str]]:
-    """(whether the data can be trained on, what the command for that takes more)."""
-    if not account["valid"]:
-        return say("check.unusable", rows=account["rows"]), []
-    after: list[str] = []
-    additions: list[str] = []
-    dropped = config.data.kind == "chat" and config.data.truncate == "drop"
-    if dropped and account.get("over_limit") == account["valid"]:
-        row = math.ceil(account["tokens"]["max"] / 64) * 64
-        additions += [f"train.row_tokens={row}", "train.tokens_per_step=0"]
-        after.append(say("check.after.row"))
-    if account.get("end_token_trained") is False:
-        after.append(say("check.no_end"))
-    tested = account.get("eval", {"rows": 0, "valid": 1, "rejected": 0})
-    if not tested["valid"]:
-        after.append(say("check.after.eval"))
-    share = (account["rejected"] + tested["rejected"]) / (account["rows"] + tested["rows"])
-    if share > MAX_REJECTED:
-        additions.append("--accept-rejects")
-        after.append(say("check.after.rejects", share=f"{share:.0%}"))
-    if after:
-        return say("check.usable", after=JOINT.join(after)), additions
-    return say("check.ready", count=account["valid"]), additions
 
 
 def _show(seen: Look, config: Config, chosen: bool) -> str:
@@ -300,12 +273,10 @@ def _report(path: Path, title: str, text: str, seen: Look) -> None:
     counts = {key: account[key] for key in ("rows", "valid", "rejected")}
     counts |= {"exact": account["duplicates"]["exact"], "near": account["duplicates"]["near"]}
     counts[unit] = sum(seen.lengths)
-    named = {say(f"check.card.{key}"): count for key, count in counts.items()}
-    cards = "".join(
-        f"<div><strong>{count:,}</strong> {name}</div>" for name, count in named.items()
-    )
+    cards = {say(f"check.card.{key}"): f"<strong>{n:,}</strong>" for key, n in counts.items()}
+    shown = "".join(f"<div>{number} {label}</div>" for label, number in cards.items())
     body = html.escape("\n".join([text, *histogram(seen.lengths)]))
-    page = say("check.page", title=html.escape(title), image=image, body=body, cards=cards)
+    page = say("check.page", title=html.escape(title), image=image, body=body, cards=shown)
     path.write_text(page.replace("⟦", "<b>").replace("⟧", "</b>"), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,11 +121,15 @@ def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0
     high = max([2 * low, *lengths])
     figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.hist(lengths, bins=[*(low * (high / low) ** (n / 40) for n in range(40)), high])
-    if limit:
+    # whole numbers: a bin without one would stand empty between the others
+    edges = sorted({math.ceil(low * (high / low) ** (n / 40)) for n in range(40)})
+    axes.hist(lengths, bins=[*edges, high + 1])
+    if 0 < limit < 4 * high:
         axes.axvline(limit, color="tab:red", label=line)
         axes.legend()
     axes.set(xlabel=length, ylabel=conversations, xscale="log")
+    axes.minorticks_off()
+    axes.set_xticks(edges[::8], map(str, edges[::8]))
     figure.savefig(target)
 
 
