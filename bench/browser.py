@@ -135,7 +135,7 @@ def changing(page: Page, question: str) -> dict[str, str]:
     is the one that was answered.
     """
     page.get_by_text("Settings").click()
-    page.get_by_label("system prompt").fill("Answer in one word.")
+    page.get_by_label("System prompt", exact=True).fill("Answer in one word.")
     ask(page, question)
     answer(page)
     page.get_by_role("button", name="Retry").last.click()
@@ -233,7 +233,7 @@ def keeping(page: Page, question: str) -> dict[str, Any]:
         said.append(answer(page))
     assert len({*said}) == 3, said
     ask(page, question)
-    page.wait_for_timeout(300)
+    page.locator("button.stop-button:visible, [data-testid=stop-button]:visible").first.wait_for()
     box.fill("后来的问题")
     page.keyboard.press("Enter")
     answer(page)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from cllm.model.tokenizer import Tokenizer
 
 FILES_NAMED = 5
+SPOILT = ("placeholder", "mojibake", "nothing")
+"""Findings that would be learned as they stand."""
+FEWEST = 5
 
 
 class Look(NamedTuple):
@@ -117,6 +120,10 @@ def verdict(config: Config, account: dict[str, Any]) -> tuple[str, list[str]]:
         after.append(say("check.after.row"))
     if account.get("end_token_trained") is False:
         after.append(say("check.no_end"))
+    if spoilt := sum(account["findings"][name]["count"] for name in SPOILT):
+        after.append(say("check.after.findings", count=spoilt))
+    if account["valid"] < FEWEST:
+        after.append(say("check.after.few", count=account["valid"]))
     tested = account.get("eval", {"rows": 0, "valid": 1, "rejected": 0})
     if not tested["valid"]:
         after.append(say("check.after.eval"))

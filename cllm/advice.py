@@ -65,7 +65,8 @@ def verdict(results: Evaluation, held_out: int, steps: int, command: str) -> str
     gap = adapter.versus_base["loss"]
     facts = {**losses, "steps": steps, "count": held_out}
     if (gap.high or 0) < 0 and not rates:
-        return say("train.learned", **facts)
+        few = command and steps < FEW_STEPS
+        return say("train.learning" if few else "train.learned", **facts, command=command)
     if (gap.low or 0) > 0 and not rates:
         return say("train.worse", **facts)
     little = adapter.scores["loss"] > HARDLY * base.scores["loss"]

@@ -326,6 +326,8 @@ def main(argv: list[str]) -> int:
             work = _work(config, original, rate) if is_config(name) else None
             words = _training(name, known, config.train.row_tokens)
             words = [*words, *(word for word in arguments.overrides if word not in words)]
+            if not work and not any(word.startswith("data.train=") for word in words):
+                words.append("data.train=my.jsonl")
             plans.append(show_plan(config, known, original, work, rate, words))
         print_result({"plans": plans}, arguments.json)
         return 0

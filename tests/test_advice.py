@@ -65,6 +65,7 @@ def scores(loss: float, gap: Gap | None = None) -> SystemScores:
         (3.8, (), 2, "nothing learned: 2 steps, .* try: REPEAT$"),
         (3.8, (), 100, "held-out loss 3.90 -> 3.80 after 100 steps; 4 held out are too few"),
         (3.8, (-0.2, -0.1), 100, r"learned: held-out loss 3.90 -> 3.80 \(40 held out\)$"),
+        (2.1, (-1.9, -1.7), 20, "it learns, .* 3.90 -> 2.10 after only 20 steps .* try: REPEAT$"),
         (3.8, (-0.2, 0.1), 100, "not clear"),
         (3.8, (-0.2, 0.1), 2, "nothing learned: 2 steps, .* try: REPEAT$"),
         (4.0, (0.05, 0.15), 100, "worse than before"),

@@ -422,6 +422,8 @@ def test_a_file_of_which_nothing_can_be_made_writes_no_config(
         (ROWS, ["train.row_tokens=8", "train.tokens_per_step=8"], "longer rows"),
         (ROWS, ["data.eval=EVAL"], "a data.eval that can be read"),
         ([*ROWS, {"foo": 1}], [], "ready: 12"),
+        ([*ROWS, {"instruction": "你是谁？", "output": "我叫{{name}}。"}], [], "removing 1 place"),
+        (ROWS[:2], [], "adding rows: 2 teach nothing"),
     ],
 )
 def test_what_is_left_to_do_is_said(
