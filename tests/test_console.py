@@ -382,7 +382,6 @@ def test_commands_in_errors_are_quoted_and_run(
         ["train", str(config), f"data.train={name}"],
         ["train", str(config), f"data.eval={name}"],
         ["eval", "tiny-zh", "--data", name],
-        ["chat", "tiny-zh", "--questions", name],
     ):
         assert run(program[0], program[1:]) == 2
         error = capsys.readouterr().err

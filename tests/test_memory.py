@@ -531,9 +531,9 @@ def test_a_config_that_lacks_sizes_is_said() -> None:
         estimate_vram({"model_type": "nobody"}, Settings(64))
 
 
-def test_unknown_name_lists_the_known_ones() -> None:
+def test_an_unknown_name_is_answered_with_the_nearest_ones() -> None:
     with pytest.raises(UserError, match="Qwen/Qwen3-8B"):
-        published("nobody/nothing")
+        published("Qwen/Qwen3-9B")
 
 
 def test_a_second_start_traces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
