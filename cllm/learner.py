@@ -164,16 +164,18 @@ class Learner:
         stored.seek(*position)
         nats = torch.zeros(self.encoded.answers, dtype=torch.float64)
         numbers = [row.numbers for row in rows if row.numbers is not None]
-        nats[torch.cat(numbers)] = self._measured(rows, self.world)[0]
+        progress = None if self.world.rank else AnswerCount()
+        nats[torch.cat(numbers)] = self._measured(rows, self.world, progress)[0]
         return nats.numpy()
 
-    def _measured(self, rows: Sequence[PackedBatch], world: World) -> Tensor:
+    def _measured(
+        self, rows: Sequence[PackedBatch], world: World, progress: AnswerCount | None = None
+    ) -> Tensor:
         """`Preference.nats` of all ranks, in host memory."""
         assert self.trainee.preference is not None
         measure = partial(
             self.trainee.preference.nats, self.model, rows, self.assembly.precision.autocast, world
         )
-        progress = None if world.rank else AnswerCount()
         try:
             nats = measure(self.ladder.micro_tokens, progress)
         except Exception as error:

@@ -447,7 +447,8 @@ def _train(training: Training, arguments: argparse.Namespace) -> int:
     again = command("train", training.run, "--resume")
     once_more = command("train", arguments.config, *arguments.overrides)
     settings, encoded = training.config.train, training.learner.encoded
-    more = more_steps(settings, encoded, training.total, once_more)
+    pairs = training.config.preference.active  # more epochs of them are learned by heart
+    more = "" if pairs else more_steps(settings, encoded, training.total, once_more)
     try:
         loss = training.loop()
         training.learner.world.leave()
