@@ -22,6 +22,7 @@ from serving import open_two
 from cllm.assembly import Loaded
 from cllm.data.message import Message
 from cllm.data.template import TEMPLATES
+from cllm.messages import UserError
 from cllm.runs import locked
 from cllm.serve.answer import Answer
 from cllm.serve.api import HEADERS, Guard, build_app
@@ -529,11 +530,18 @@ def test_a_file_of_questions_is_answered_by_all_models(page: Page, tmp_path: Pat
     assert [row[1:] for row in table.value["data"]] == expected
     lines = Path(download.value["path"]).read_text(encoding="utf-8").splitlines()
     kept = [json.loads(line) for line in lines]
-    assert [[row["demo"], row["base"]] for row in kept] == expected
+    assert [[*row["answers"].values()] for row in kept] == expected
+    assert table.wrap and len(table.column_widths) == 3
+    _, _, again = page.call("answer", browser(), str(file), [], "助手", False, *GREEDY)
+    assert again.value["path"] != download.value["path"]  # and of all models, as none is ticked
+    first = Path(again.value["path"]).read_text(encoding="utf-8").splitlines()[0]
+    assert [*json.loads(first)["answers"]] == ["demo", "other", "base"]
     assert kept[0]["messages"][0] == {"role": "system", "content": "短"}
     from cllm.data.sources import read_questions
 
     assert [said[-1].content for said in read_questions(plain)] == asked
+    with pytest.raises(UserError, match=r"nowhere\.txt"):
+        read_questions(tmp_path / "nowhere.txt")
     file.write_text("{}\n", encoding="utf-8")
     told, *_ = page.call("answer", browser(), str(file), names, "", False, *GREEDY)
     assert "asks nothing" in told

@@ -69,9 +69,9 @@ def read_questions(path: str | Path) -> list[list[Message]]:
     """What the rows of a data file ask, or the lines of a .txt file: each question after what was
     said before it, whether the row has an answer or not. Raises UserError if there is none.
     """
-    path = Path(path)
-    if path.suffix.lower() == ".txt":
-        raw = path.read_bytes()
+    files = list_files(path)  # says so where there is none
+    if files[0].suffix.lower() == ".txt":
+        raw = files[0].read_bytes()
         lines = raw.decode(sniff_encoding(raw), "replace").splitlines()
         asked = [[Message("user", line.strip())] for line in lines if line.strip()]
     else:

@@ -63,7 +63,7 @@ class Batch:
                     )
                     for said in asked
                 ]
-                for name in names
+                for name in names or self.loaded.models
             }
             every = [*chain(*answers.values())]
             async for _ in watched(every):
@@ -76,20 +76,28 @@ class Batch:
         except (UserError, ModelError) as error:
             yield str(error.args[0]), gr.skip(), gr.skip()
             return
-        told = {name: [answer.text for answer in column] for name, column in answers.items()}
+        headers = [texts["ui.question"], *answers]
         rows = [
-            {"messages": [m.row() for m in said], **dict(zip(told, texts_of, strict=True))}
-            for said, *texts_of in zip(asked, *told.values(), strict=True)
+            (said, [answer.text for answer in answered])
+            for said, *answered in zip(asked, *answers.values(), strict=True)
         ]
-        out = Path(self._files.name) / f"{Path(path).stem}-answers.jsonl"
-        out.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
-        cells = [
-            [said[-1].content, *texts_of]
-            for said, *texts_of in zip(asked, *told.values(), strict=True)
+        lines = [
+            to_json(
+                {
+                    "messages": [message.row() for message in said],
+                    "answers": dict(zip(answers, told, strict=True)),
+                }
+            )
+            for said, told in rows
         ]
-        shown = {"headers": [texts["ui.question"], *told], "data": cells[:SHOWN]}
-        yield (
-            gr.skip(),
-            gr.Dataframe(shown, visible=True),
-            gr.DownloadButton(value=str(out), interactive=True),
+        # A folder of its own: other people's files may be called the same.
+        out = Path(tempfile.mkdtemp(dir=self._files.name)) / f"{Path(path).stem}-answers.jsonl"
+        out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        cells = [[said[-1].content, *told] for said, told in rows[:SHOWN]]
+        shown = gr.Dataframe(
+            {"headers": headers, "data": cells},
+            visible=True,
+            wrap=True,
+            column_widths=[f"{100 / len(headers):.1f}%"] * len(headers),
         )
+        yield gr.skip(), shown, gr.DownloadButton(value=str(out), interactive=True)
