@@ -162,7 +162,8 @@ def first_texts(loaded: Loaded, engine: Engine, tokens: int) -> dict[str, float]
     """
     import uvicorn
 
-    from cllm.serve.api import Guard, build_app
+    from cllm.serve.api import build_app
+    from cllm.serve.guard import Guard
 
     started, times, ids = (
         dict[tuple[int, ...], float](),

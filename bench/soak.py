@@ -22,7 +22,8 @@ import httpx
 import uvicorn
 
 from cllm.assembly import open_model
-from cllm.serve.api import Guard, build_app
+from cllm.serve.api import build_app
+from cllm.serve.guard import Guard
 from cllm.serve.ui import mount_page
 
 WAVES = 10

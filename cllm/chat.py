@@ -128,7 +128,8 @@ def serve(
     import uvicorn
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read where Gradio is imported
-    from cllm.serve.api import ANY, LOOPBACK, Guard, build_app
+    from cllm.serve.api import build_app
+    from cllm.serve.guard import ANY, LOOPBACK, Guard
     from cllm.serve.ui import mount_page
 
     key = os.environ.get("CLLM_KEY", "") or ("" if host in LOOPBACK else secrets.token_urlsafe(24))

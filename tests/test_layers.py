@@ -76,6 +76,7 @@ PROGRAMS = {
     "check",
     "export",
     "serve.api",
+    "serve.guard",
     "serve.monitor",
     "serve.ui",
     "serve.compare",

@@ -18,8 +18,9 @@ import uvicorn
 from serving import open_tiny
 
 from cllm.assembly import Loaded
-from cllm.serve.api import BODY_BYTES, HEADERS, MAX_WAITING, UPLOAD, Guard, build_app
+from cllm.serve.api import MAX_WAITING, build_app
 from cllm.serve.engine import Engine
+from cllm.serve.guard import BODY_BYTES, HEADERS, UPLOAD, Guard
 
 KEY = "k-" + "s" * 20
 HELLO = [{"role": "user", "content": "你好"}]

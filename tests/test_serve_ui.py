@@ -25,9 +25,10 @@ from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
 from cllm.runs import locked
 from cllm.serve.answer import Answer
-from cllm.serve.api import HEADERS, Guard, build_app
+from cllm.serve.api import build_app
 from cllm.serve.charts import Line, chart
 from cllm.serve.compare import VOTES, Duel
+from cllm.serve.guard import HEADERS, Guard
 from cllm.serve.sampling import Sampling
 from cllm.serve.ui import build_page, mount_page
 

@@ -16,10 +16,10 @@ import gradio as gr
 from cllm.assembly import Loaded
 from cllm.messages import UserError, messages
 from cllm.serve.answer import Answer, ModelError
-from cllm.serve.api import BODY_BYTES
 from cllm.serve.batch import Batch
 from cllm.serve.compare import KEYS, CompareTab, Questions, listed
 from cllm.serve.engine import Engine
+from cllm.serve.guard import BODY_BYTES
 from cllm.serve.history import History, conversation
 from cllm.serve.monitor import count_sessions, monitor_tab
 from cllm.serve.training import TrainingTab
