@@ -172,6 +172,37 @@ def test_no_other_kernel_than_flash_gets_grouped_heads(
     assert calls == [True]
 
 
+@pytest.mark.parametrize("card", [TURING, ADA])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_decoded_token_repeats_no_keys(
+    monkeypatch: pytest.MonkeyPatch, card: Card, mask: str, softcap: float | None
+) -> None:
+    """Grouped heads of one position equal those of keys repeated by hand, and keys and values go
+    into the product as they lie in the cache.
+    """
+    torch.manual_seed(8)
+    query, key, value = (torch.randn(3, n, q, 16) for n, q in ((6, 1), (2, 20), (2, 20)))
+    visible = torch.rand(3, 1, 1, 20) < 0.7
+    visible[..., -1] = True
+    given = {"none": None, "bool": visible, "float": visible.logical_not() * -1e9}[mask]
+    scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) / 4
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask != "none":
+        scores = scores.masked_fill(~visible, -torch.inf)
+    expected = (scores.softmax(-1) @ value.repeat_interleave(3, 1)).transpose(1, 2)
+    repeated: list[bool] = []
+    repeat = torch.Tensor.repeat_interleave
+    monkeypatch.setattr(
+        torch.Tensor, "repeat_interleave", lambda *how: repeated.append(True) or repeat(*how)
+    )
+    monkeypatch.setattr(attention, "card_of", lambda _device: card)
+    output, _ = packed_attention(nn.Module(), query, key, value, given, softcap=softcap)
+    torch.testing.assert_close(output, expected)
+    assert not repeated
+
+
 def sequence_by_sequence(extra: int) -> Any:
     """A stand-in for `varlen_attn` whose windows see `extra` positions too many."""
 

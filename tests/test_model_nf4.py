@@ -1,6 +1,7 @@
 """NF4: the definition, bitsandbytes' bits, gradients, memory, and life without bitsandbytes."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +177,91 @@ def test_a_kernel_that_differs_is_not_used(monkeypatch, capsys):
     finally:
         nf4._bitsandbytes.cache_clear()
     assert "NF4" in capsys.readouterr().err
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    monkeypatch.setattr(nf4, "_refusals", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_rows_are_multiplied_with_the_packed_weight_while_answering(monkeypatch, probes, dtype):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = NF4Linear(torch.randn(96, 128), torch.randn(96))
+    copies = []
+    dense = NF4Linear.dequantize
+    x = torch.randn(2, nf4.FEW_ROWS // 2 + 1, 128, dtype=dtype, requires_grad=True)
+    few = x[:, :-1]
+    expected = layer(few)
+    monkeypatch.setattr(NF4Linear, "dequantize", lambda *how: copies.append(1) or dense(*how))
+    layer(few)
+    assert copies == [1]  # in training
+    layer.eval()
+    answer = layer(few)
+    assert copies == [1] and answer.dtype == dtype
+    torch.testing.assert_close(answer, expected)
+    (grad,) = torch.autograd.grad(answer.sum(), x, retain_graph=True)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
+    copies.clear()
+    layer(x)
+    assert copies == [1]
+
+
+def _wrong(x, weight, bias):
+    """The first of two groups has a scale that is a fifth too large."""
+    scales = weight.scales.clone()
+    scales.view(torch.float32)[0] *= 1.2
+    return nn.functional.linear(x, dequantize(weight._replace(scales=scales), x.dtype), bias)
+
+
+def _raising(x, weight, bias):
+    raise RuntimeError("no kernel image is available")
+
+
+class _Older:
+    """bitsandbytes before it had the product."""
+
+    def __init__(self, operators):
+        self.dequantize_4bit = operators.dequantize_4bit
+        self.dequantize_blockwise = operators.dequantize_blockwise
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raising", "absent"])
+def test_a_product_that_is_wrong_raises_or_is_absent_is_not_used(
+    monkeypatch, probes, capsys, fault
+):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layers = [NF4Linear(torch.randn(rows, 128)).eval() for rows in (256, 320)]
+    x = torch.randn(1, 128)
+    expected = [nn.functional.linear(x, layer.dequantize()) for layer in layers]
+    if fault == "absent":
+        monkeypatch.setattr(torch.ops, "bitsandbytes", _Older(torch.ops.bitsandbytes))
+    else:
+        monkeypatch.setattr(nf4, "_packed_product", _wrong if fault == "wrong" else _raising)
+    for _ in range(2):
+        assert all(map(torch.equal, [layer(x) for layer in layers], expected))
+    assert capsys.readouterr().err.count("cannot multiply with packed NF4 weights") == 1
+
+
+def test_one_decoded_row_moves_little_more_than_the_packed_weight(probes):
+    """Counted as bench/decode_bytes.py does."""
+    pytest.importorskip("bitsandbytes")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    from decode_bytes import Traffic
+
+    layer = NF4Linear(torch.randn(1024, 2048)).eval()
+    x = torch.randn(1, 2048, dtype=torch.bfloat16)
+    stored = sum(tensor.nbytes for tensor in layer.buffers())
+    moved = {}
+    with torch.no_grad():
+        layer(x)  # the probe
+        for mode in ("packed", "dequantized"):
+            with Traffic() as traffic:
+                layer.train(mode == "dequantized")(x)
+            moved[mode] = traffic.bytes / stored
+    assert 1 <= moved["packed"] < 1.05 and moved["dequantized"] > 7
 
 
 def qlora_pair(dtype):

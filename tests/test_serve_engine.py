@@ -160,6 +160,19 @@ def test_the_head_sees_whole_rows_of_the_last_positions_only(name: str) -> None:
     assert seen and all(whole and shape[1] == 1 for whole, shape in seen)
 
 
+def test_keys_and_values_are_kept_as_attention_computes_them() -> None:
+    """A model in float32 under autocast, as on cards without bf16."""
+    engine = Engine(
+        tiny_model(adapter=False),
+        autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        stop_ids=frozenset(),
+    )
+    engine.waiting.append(engine._row(prompts([5])[0], Sampling(max_new_tokens=4), 0))
+    engine.step()
+    layers: Any = engine.batch.cache.layers
+    assert {buffer.dtype for layer in layers for buffer in layer.buffers} == {torch.bfloat16}
+
+
 def test_a_small_budget_preempts_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     batch = prompts([20, 35, 8, 50, 13, 28])

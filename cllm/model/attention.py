@@ -172,7 +172,12 @@ def _attend(
     slopes: Tensor | None,
 ) -> Tensor:
     """(B, H, Q, d) of one batch or sequence, by the kernel that needs least memory."""
-    features, groups = value.shape[-1], query.shape[1] // key.shape[1]
+    heads, features, groups = query.shape[:-1], value.shape[-1], query.shape[1] // key.shape[1]
+    causal = mask is None and query.shape[2] > 1
+    if query.shape[2] == 1 and slopes is None:
+        # Of one new token, the heads that share a key head are asked as positions of that head:
+        # keys and values need not be repeated.
+        query, groups = query.reshape(len(query), key.shape[1], groups, -1), 1
     if slopes is not None:
         query, key, value = _with_alibi(query, key, value, slopes.to(query.device) / scale)
     card = card_of(query.device)
@@ -180,12 +185,14 @@ def _attend(
     if groups > 1 and (softcap is not None or (card.type == "cuda" and not flash)):
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if softcap is not None:
+        if causal:
+            mask = _causal_mask(query.shape[2], key.shape[2], None, query.device)
         weights = _capped_weights(query, key, mask, scale, softcap)
-        return (F.dropout(weights, dropout) @ value)[..., :features]
-    causal = mask is None and query.shape[2] > 1
+        return (F.dropout(weights, dropout) @ value)[..., :features].reshape(*heads, -1)
     # With dropout the CPU's is the kernel of all scores, as without values.
     if query.is_meta and not (card.type == "cpu" and dropout):
-        return _traced_sdpa(flash, query, key, value, mask, dropout, causal, scale)[..., :features]
+        output = _traced_sdpa(flash, query, key, value, mask, dropout, causal, scale)
+        return output[..., :features].reshape(*heads, -1)
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -196,7 +203,7 @@ def _attend(
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return output[..., :features]
+    return output[..., :features].reshape(*heads, -1)
 
 
 def _traced_sdpa(
@@ -233,11 +240,10 @@ def _capped_weights(
     query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
     """Softmax of capped scores, written out: no kernel of SDPA has them."""
-    if mask is None:
-        mask = _causal_mask(query.shape[2], key.shape[2], None, query.device)
     scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
-    low = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
+    if mask is not None:
+        low = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
 
 

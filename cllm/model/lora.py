@@ -102,9 +102,7 @@ class _LoraMatmul(torch.autograd.Function):
         dtype = autocast_dtype(x.device) or x.dtype
         ctx.base, ctx.scaling, ctx.act, ctx.dtype = base, scaling, act, dtype
         inputs = _product(x, up, act, dtype)
-        bias: Tensor | None = getattr(base, "bias", None)
-        bias = None if bias is None else bias.to(dtype)
-        output = F.linear(inputs, base_weight(base, dtype), bias)
+        output: Tensor = base(inputs)
         low = F.linear(inputs, A.to(dtype))
         output.view(-1, len(B)).addmm_(low.view(-1, len(A)), B.to(dtype).T, alpha=scaling)
         ctx.save_for_backward(x, up, low, A, B)

@@ -10,12 +10,16 @@ Two kernels, equal bit for bit: bitsandbytes' (if it imports and passes a probe)
 bf16, 4096 x 4096, one thread: 25 ms against 61 ms. bitsandbytes' AVX-512 kernel reads wrong scales
 where the row length is a multiple of 16 but not of 64; it is therefore given such weights as one
 long row.
+
+Dequantizing reads half a byte a weight, writes two and reads two again. Where few rows are answered
+(decoding) that is all of the time, so they go through bitsandbytes' product with the packed weight
+instead, which on a card reads half a byte and writes none.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, reduce
 from typing import Any, NamedTuple, cast
 
@@ -218,6 +222,66 @@ def _bitsandbytes(device: str) -> bool:
     return not reason
 
 
+FEW_ROWS = 64
+"""Up to so many rows are multiplied with the packed weight; from which number on a dequantized copy
+pays is calibrated in bitsandbytes, card by card.
+"""
+# largest difference from the dequantized product, in units of its root mean square: a few roundings
+# of an output five times as large; never below what sums in another order come to in float32
+_ROUNDINGS, _SUM_ERROR = 8, 1e-4
+
+
+def _packed_product(x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b (…, out) from the packed weight, whose rows are whole blocks."""
+    scales = weight.scales.view(torch.float32)
+    product: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+        x,
+        weight.packed,
+        weight.shape,
+        scales[:-1],
+        BLOCK,
+        "nf4",
+        bias,
+        absmax_8bit=weight.absmax,
+        absmax_code=dynamic_map(x.device),
+        absmax_offset=scales[-1],
+    )
+    return product
+
+
+_refusals: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], str] = {}
+
+
+def _multiplies_packed(weight: NF4Tensor, dtype: torch.dtype) -> bool:
+    """Whether `_packed_product` is here and agrees with the dequantized product for weights of this
+    shape, tried on the first of them; else say why not.
+    """
+    device = weight.packed.device
+    key = device, dtype, weight.shape
+    if weight.shape[1] % BLOCK or not _bitsandbytes(device.type):
+        return False
+    if key not in _refusals:
+        inputs = torch.arange(FEW_ROWS * weight.shape[1], device=device).float().sin()
+        x = inputs.view(FEW_ROWS, -1).to(dtype)
+        expected = nn.functional.linear(x, dequantize(weight, dtype)).float()
+        tolerance = max(_ROUNDINGS * torch.finfo(dtype).eps, _SUM_ERROR)
+        limit = tolerance * expected.square().mean().sqrt()
+        try:
+            # one, few and many rows have kernels of their own
+            close = [
+                (_packed_product(x[:rows], weight, None) - expected[:rows]).abs().max() <= limit
+                for rows in (1, FEW_ROWS // 8, FEW_ROWS)
+            ]
+            reason = "" if all(close) else "its values differ from the dequantized product's"
+        # whatever goes wrong inside is not fatal
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if reason and reason not in _refusals.values():
+            note("nf4.product", reason=reason)
+        _refusals[key] = reason
+    return not _refusals[key]
+
+
 Tile = tuple[slice, Tensor, Tensor | None]
 """Some rows of a weight: which, their dense weight, their bias."""
 
@@ -228,10 +292,9 @@ class _FrozenMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tiles: Callable[[torch.dtype], Iterator[Tile]]) -> Tensor:
-        ctx.tiles = tiles
-        parts = [nn.functional.linear(x, weight, bias) for _, weight, bias in tiles(x.dtype)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    def forward(ctx: Any, x: Tensor, linear: QuantizedLinear) -> Tensor:
+        ctx.tiles = linear.tiles
+        return linear.product(x)
 
     @staticmethod
     @once_differentiable
@@ -257,9 +320,14 @@ class QuantizedLinear(nn.Module, ABC):
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         """All rows, dequantized some at a time."""
 
+    def product(self, x: Tensor) -> Tensor:
+        """The output (…, out) in the dtype of x (…, in), without gradients."""
+        parts = [nn.functional.linear(x, weight, bias) for _, weight, bias in self.tiles(x.dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(autocast_dtype(x.device) or x.dtype)
-        return cast(Tensor, _FrozenMatmul.apply(x, self.tiles))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _FrozenMatmul.apply(x, self))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -286,12 +354,25 @@ class NF4Linear(QuantizedLinear):
         self.packed, self.absmax, self.scales, _ = quantize_nf4(weight, device)
         self.bias = None if bias is None else bias.detach().clone()
 
+    @property
+    def stored(self) -> NF4Tensor:
+        """The weight as it lies."""
+        shape = (self.out_features, self.in_features)
+        return NF4Tensor(self.packed, self.absmax, self.scales, shape)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in)."""
-        shape = (self.out_features, self.in_features)
-        return dequantize(NF4Tensor(self.packed, self.absmax, self.scales, shape), dtype)
+        return dequantize(self.stored, dtype)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         """The whole weight at once."""
         bias = None if self.bias is None else self.bias.to(dtype)
         yield slice(None), self.dequantize(dtype), bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """Of few rows while answering, with the weight as it lies."""
+        few = x.numel() <= FEW_ROWS * self.in_features and not (self.training or x.is_meta)
+        if few and _multiplies_packed(self.stored, x.dtype):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return _packed_product(x, self.stored, bias)
+        return super().product(x)

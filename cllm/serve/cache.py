@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from cllm.model.device import autocast_dtype
+
 
 class RowLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values of all rows in preallocated buffers (rows, heads, slots,
@@ -34,6 +36,9 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if dtype := autocast_dtype(key_states.device):
+            # what attention computes in: kept wider, they would be cast again for every token
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
