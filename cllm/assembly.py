@@ -37,7 +37,7 @@ from cllm.model.lora import inject_lora
 from cllm.model.offload import place
 from cllm.model.source import resolve
 from cllm.model.tokenizer import Tokenizer, load_tokenizer, with_trained_end, within
-from cllm.runs import find_runs
+from cllm.runs import refuse_missing
 from cllm.serve.engine import Engine
 
 PREFILL_TOKENS = 2048
@@ -341,14 +341,7 @@ def locate(name: str | Path) -> Located:
     if is_run and folder is None:
         raise UserError("run.no_adapter", run=run)
     if folder is None:
-        alone = run.parent == Path()
-        others = [] if run.exists() else find_runs("runs" if alone else run.parent)
-        # A mistyped run is not asked of hubs.
-        if others and (not alone or "runs" / run in others):
-            known = ", ".join(map(str, others[:5]))
-            raise UserError("run.missing", run=run, known=known)
-        if not run.exists() and run.parts[:-1] == ("runs",):
-            raise UserError("run.none", root=run.parent)
+        refuse_missing(run)  # a mistyped run is not asked of hubs
         return Located(model, memory, None, str(name))
     base_name = adapter_config(folder).get("base_model_name_or_path") or ""
     if not base_name:

@@ -13,15 +13,13 @@ from cllm.config import Config, load_config
 from cllm.data.fields import is_metadata
 from cllm.data.reader import sample_rows
 from cllm.data.sources import BUILT_IN
-from cllm.messages import say, to_json
+from cllm.messages import command, say, to_json
 
 RECOMMENDED = "preset:qwen3-4b"  # as in the README
 MIN_ROW, MAX_ROW = 512, 4096  # tokens, of the rows that are proposed
 SAMPLED = 50  # rows that are looked at for their columns
-FILLED, DISTINCT = (
-    0.9,
-    0.5,
-)  # shares of the rows where a column of texts has one, and different ones
+# shares of the rows where a column of texts has one, and different ones
+FILLED, DISTINCT = 0.9, 0.5
 LONG_NAME = 20  # characters; a header of longer ones is a row
 PROSE = "，。？！；,?!;"
 ASKING = "question query prompt ask instruction input content source src title 问 题 输入".split()
@@ -120,7 +118,7 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
         source=source.path,
         rows=account["rows"],
         valid=count,
-        file=path,
+        command=command("train", path),
         model=to_json(preset.model.path),
         why=say(f"check.why.{why}"),
         quantize=to_json(preset.model.quantize),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -107,6 +108,21 @@ def last_run(directory: str, *, alone: bool = False) -> Path:
     if not runs:
         raise UserError("snapshot.none", path=wanted)
     return runs[0]
+
+
+def refuse_missing(run: Path, needs: str = "adapter/adapter_config.json") -> None:
+    """Raises UserError where `run` can only be a run that is not there, naming those that have
+    `needs`, the likeliest first.
+    """
+    alone = run.parent == Path()
+    others = [] if run.exists() else find_runs("runs" if alone else run.parent, needs=needs)
+    if others and (not alone or "runs" / run in others):
+        names = {other.name: other for other in others}
+        near = difflib.get_close_matches(run.name, names, 5, 0.0)
+        known = ", ".join(str(names[name]) for name in near)
+        raise UserError("run.missing", run=run, known=known)
+    if not run.exists() and run.parts[:-1] == ("runs",):
+        raise UserError("run.none", root=run.parent)
 
 
 def newest_run(root: str | Path = "runs") -> Path:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.advice import more_steps, verdict
-from cllm.config import Config, differences, load_config, to_toml
+from cllm.config import Config, differences, is_config, load_config, to_toml
 from cllm.corpus import read_corpus
 from cllm.data.sources import without_demo
 from cllm.memory import GIB
 from cllm.messages import CommandLine, UserError, command, note, print_result, propose, to_json
-from cllm.runs import Progress, last_run
+from cllm.runs import Progress, last_run, refuse_missing
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
@@ -423,6 +423,9 @@ def main(argv: list[str]) -> int:
     "steps", "loss", "eval"}. Under torchrun rank 0 speaks.
     """
     arguments = _arguments(argv)
+    if not is_config(arguments.config):
+        needs = "snapshots/*step-*" if arguments.resume else "config.toml"
+        refuse_missing(Path(arguments.config), needs)
     config = load_config(arguments.config, arguments.overrides)
     config = replace(config, data=without_demo(config.data, pairs=config.preference.active))
     resume = None
@@ -475,7 +478,7 @@ def _train(training: Training, arguments: argparse.Namespace) -> int:
     note("train.done", run=run)
     propose(
         command("chat", run),
-        command("eval", run, "--data", config.data.eval or "test.jsonl"),
+        *([command("eval", run, "--data", config.data.eval)] if config.data.eval else []),
         command("export", run, "--to", "ollama", Path("out") / run.name),
     )
     result = {"run": str(run), "steps": steps, "loss": loss, "eval": results}

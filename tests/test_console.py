@@ -142,6 +142,9 @@ def test_after_training_the_commands_are_of_this_run_and_work(
     assert run("eval", [*evaluate[3:], "--limit", "2"]) == 0
     assert proposed(capsys.readouterr().err) == [chat]
     assert export[2] == "cllm.export" and export[3] == chat[3] and export[-1] == "out/甲 乙"
+    assert run("train", [str(config), "train.steps=1", "eval.samples=0", "data.eval="]) == 0
+    programs = [words[2] for words in proposed(capsys.readouterr().err)]
+    assert programs == ["cllm.chat", "cllm.export"]  # no file to evaluate on is known
 
 
 def test_words_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +373,23 @@ def test_a_run_that_is_not_there_is_not_asked_of_hubs(
         assert run("chat", [wrong]) == 2
         error = capsys.readouterr().err
         assert "run.missing" in error and "runs/mine" in error
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_training_names_the_runs_there_are_the_likeliest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, resume: list
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("train", ["runs/nope", *resume]) == 2
+    assert "run.none" in capsys.readouterr().err
+    for name in ("other", "service-2", "demo"):
+        snapshot = tmp_path / "runs" / name / "snapshots" / "step-000001"
+        snapshot.mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.toml").write_text("", encoding="utf-8")
+    assert run("train", ["runs/servce-2", *resume]) == 2
+    error = capsys.readouterr().err
+    assert "run.missing" in error
+    assert error.index("runs/service-2") < min(error.index("runs/demo"), error.index("runs/other"))
 
 
 def test_commands_in_errors_are_quoted_and_run(
