@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cllm.assembly import Assembly, assemble
-from cllm.config import Config
+from cllm.config import Config, differences
 from cllm.corpus import Encoded, encode_corpus, tokenizer_of
 from cllm.data import cache
 from cllm.data.packing import PackedBatch
@@ -98,6 +98,8 @@ class Learner:
             seed=config.train.seed,
         )
         self.trainee = trainee_of(config, self.assembly)
+        if config.lora.init_from:
+            self._continue()
         self._introduce()
         self.single = not self.assembly.packed
         other_step = step != self.encoded.tokens_per_step
@@ -269,6 +271,17 @@ class Learner:
             same = kept_of.equal(self._reference_of())
             self.refer_to(reference if same else None)  # the policy is still that of step 0
         restore(self.model, self.trainee.optimizer, tensors)
+
+    def _continue(self) -> None:
+        """[lora] becomes what the adapter is like that it continues from, and that is said."""
+        asked, like = self.config, next(iter(lora_layers(self.model).values())).settings
+        lora = replace(
+            asked.lora, rank=like.rank, alpha=like.alpha, rslora=like.rslora, dora=like.dora
+        )
+        self.config = replace(asked, lora=lora)
+        if changes := differences(asked, self.config):
+            told = ", ".join(f"{name} {values}" for name, values in changes.items())
+            note("lora.continued", path=lora.init_from, changes=told)
 
     def _introduce(self) -> None:
         """One line about the model and its adapter."""

@@ -314,10 +314,22 @@ def test_held_out_rows_are_measured_once_an_evaluation(
     assert len(calls) == len(told) > 0
 
 
-def test_init_from_continues_an_adapter(config: Path, tmp_path: Path) -> None:
+def test_init_from_continues_an_adapter_as_it_is(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("train", [str(config), "eval.samples=0"]) == 0
-    training = Training(load_config(config, [f"lora.init_from={tmp_path / 'runs' / 'a'}"]))
+    init_from = f"lora.init_from={tmp_path / 'runs' / 'a'}"
+    capsys.readouterr()
+    training = Training(load_config(config, [init_from]))
+    assert "is continued" not in capsys.readouterr().err
     training.learner.save(training.run)
+    training.close()
+    rank, alpha = training.config.lora.rank, training.config.lora.alpha
+    other = Training(load_config(config, [init_from, f"lora.rank={rank + 3}", "lora.alpha=5"]))
+    other.close()
+    assert f"lora.rank {rank + 3} -> {rank}, lora.alpha 5.0 -> {alpha}" in capsys.readouterr().err
+    stored = load_config(other.run / "config.toml").lora
+    assert (stored.rank, stored.alpha) == (rank, alpha)
     first, second = (
         load_file(tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors")
         for name in ("a", "a-2")
