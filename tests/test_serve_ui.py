@@ -266,7 +266,7 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         assert [m.content for m in second.said] == ["另", "乙？", "乙。", "丙？"]
         typed = made.call("duel", browser(), "别的", pair, 1, [], False, "", False, *GREEDY)[2]
         assert typed.said == [Message("user", "别的")]
-        told, line, *_ = made.call("record", browser(), "b", second, "", "某人", "好", 4)
+        told, last, *_ = made.call("record", browser(), "b", second, 1, "", "某人", "好", 4)
         row = json.loads(votes.read_text(encoding="utf-8"))
         assert row["history"] == [["乙？", "乙。"]] and row["system"] == "另"
         assert (row["rater"], row["comment"], row["score"]) == ("某人", "好", 4)
@@ -279,11 +279,16 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         ]
         assert made.call("after_vote", 0, True)[:2] == ("", 0)  # there is more to ask about it
         assert made.call("after_vote", 0, False)[:2] == ("丙？", 1)
-        assert made.call("take_back", line, 1)[2] == -1
+        asked, number, button, before, undo, *shown = made.call("take_back", last)
+        assert (asked, number, button.value) == ("丙？", 1, "2 / 2 →")
+        assert before == second.said[:-1] and undo.interactive is False
+        sides, restored = shown[:2], shown[2]
+        assert restored is second and all(button.interactive for button in shown[4:])
+        assert [side[-1]["content"] for side in sides] == second.answers
         assert votes.read_text(encoding="utf-8") == ""
         assert os.name != "posix" or votes.stat().st_mode & 0o777 == 0o600
         for number in range(20):
-            told = made.call("record", browser("zh"), "ab"[number % 2], first, "", "", "", 0)[0]
+            told = made.call("record", browser("zh"), "ab"[number % 2], first, 0, "", "", "", 0)[0]
         assert "20 票" in told and "50%" in told and "票后" not in told
     finally:
         made.engine.close()
@@ -306,7 +311,7 @@ def test_votes_are_blind_private_and_complete(page: Page) -> None:
             page.greedy("你好", adapter=page.loaded.models[name]) for name in names
         ]
         assert (
-            page.call("record", browser(), VOTES[choice], kept, " 闲聊 ", "", "", 0)[0]
+            page.call("record", browser(), VOTES[choice], kept, -1, " 闲聊 ", "", "", 0)[0]
             == f"that was **A** {names[0]} · **B** {names[1]} · "
             + f"{said[pair]} votes; what they say is told from 20 on"
         )
@@ -356,7 +361,7 @@ def test_votes_of_many_at_once_are_whole_lines(page: Page) -> None:
         [Message("user", "问" * 9000)], ["demo", "base"], ["甲" * 9000, "乙" * 9000], Sampling()
     )
     voters = [
-        threading.Thread(target=page.call, args=("record", browser(), "a", kept, "", "", "", 0))
+        threading.Thread(target=page.call, args=("record", browser(), "a", kept, -1, "", "", "", 0))
         for _ in range(16)
     ]
     for voter in voters:
@@ -493,7 +498,7 @@ def test_another_run_is_opened_while_the_first_answers(tmp_path: Path) -> None:
 def test_a_follow_up_goes_on_from_the_better_answer(page: Page) -> None:
     pair = "demo ↔ base"
     first = page.call("duel", browser(), "你好", pair, -1, [], False, "", False, *GREEDY)[2]
-    _, _, before, *_ = page.call("record", browser(), "b", first, "", "", "", 0)
+    _, _, before, *_ = page.call("record", browser(), "b", first, -1, "", "", "", 0)
     assert [m.content for m in before] == ["你好", first.answers[1]]
     shown_a, _, second, *_ = page.call(
         "duel", browser(), "再问", pair, -1, before, True, "", False, *GREEDY
@@ -501,7 +506,7 @@ def test_a_follow_up_goes_on_from_the_better_answer(page: Page) -> None:
     assert second.said == [*before, Message("user", "再问")] and len(shown_a) == 4
     unticked = page.call("duel", browser(), "再问", pair, -1, before, False, "", False, *GREEDY)[2]
     assert unticked.said == [Message("user", "再问")]
-    page.call("record", browser(), "a", second, "", "", "", 0)
+    page.call("record", browser(), "a", second, -1, "", "", "", 0)
     votes = page.loaded.home / "votes.jsonl"
     row = json.loads(votes.read_text(encoding="utf-8").splitlines()[-1])
     assert row["history"] == [["你好", first.answers[1]]] and row["instruction"] == "再问"

@@ -27,7 +27,17 @@ from cllm.runs import read_metrics, replace_file
 from cllm.serve.answer import Answer, ModelError
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
-from cllm.serve.widgets import FIELD, LATEX, QUIET, SETTINGS, asked_of, choice, texts_for, watched
+from cllm.serve.widgets import (
+    FIELD,
+    LATEX,
+    QUIET,
+    SETTINGS,
+    Turns,
+    asked_of,
+    choice,
+    texts_for,
+    watched,
+)
 
 VOTES = ("a", "b", "tie", "bad")
 ENOUGH_VOTES = 20
@@ -53,6 +63,12 @@ class Duel:
     """Of the models."""
     answers: list[str]
     sampling: Sampling
+
+    @property
+    def sides(self) -> list[Turns]:
+        """What A's and B's chat show."""
+        asked = [{"role": m.role, "content": m.content} for m in self.said if m.role != "system"]
+        return [[*asked, {"role": "assistant", "content": text}] for text in self.answers]
 
 
 class CompareTab:
@@ -99,20 +115,22 @@ class CompareTab:
             ]
             notes.append(gr.Dropdown([(t("score"), 0), *range(1, 6)], value=0, **FIELD))
         gr.Markdown(t("votes_kept"), elem_classes="cost")
-        duel, last, place, before = gr.State(), gr.State(""), gr.State(-1), gr.State([])
+        duel, last, place, before = gr.State(), gr.State(), gr.State(-1), gr.State([])
         inputs = [question, self.pair, place, before, follow_up, *knobs]
         answers = [*sides, duel, verdict, *buttons]
         asked = [question, place, following]
-        question.submit(self.duel, inputs, answers, **QUIET)
+        coming = [question.submit(self.duel, inputs, answers, **QUIET)]
         chosen = following.click(self.following, place, asked, **QUIET)
-        chosen.then(self.duel, inputs, answers, **QUIET)
+        coming.append(chosen.then(self.duel, inputs, answers, **QUIET))
         for word, button in zip(VOTES, buttons, strict=True):
             outputs = [verdict, last, before, undo, *buttons]
-            voted = button.click(self.record, [gr.State(word), duel, *notes], outputs, **QUIET)
+            filled = [gr.State(word), duel, place, *notes]
+            voted = button.click(self.record, filled, outputs, **QUIET)
             if questions:
                 chosen = voted.success(self.after_vote, [place, follow_up], asked, **QUIET)
-                chosen.then(self.duel, inputs, answers, **QUIET)
-        undo.click(self.take_back, [last, place], [verdict, last, place, undo], **QUIET)
+                coming.append(chosen.then(self.duel, inputs, answers, **QUIET))
+        restored = [*asked, before, undo, *answers]
+        undo.click(self.take_back, last, restored, cancels=coming, **QUIET)
 
     async def duel(
         self,
@@ -142,10 +160,8 @@ class CompareTab:
                 for model in models
             ]
             async for done in watched(answers):
-                texts = [answer.text for answer in answers]
-                asked = [{"role": m.role, "content": m.content} for m in said if m.role != "system"]
-                shown = [[*asked, {"role": "assistant", "content": text}] for text in texts]
-                yield *shown, Duel(said, names, texts, sampling), gr.skip(), *_buttons(done)
+                shown = Duel(said, names, [answer.text for answer in answers], sampling)
+                yield *shown.sides, shown, gr.skip(), *_buttons(done)
         except (UserError, ModelError) as error:
             yield gr.skip(), gr.skip(), None, str(error.args[0]), *_buttons(False)
 
@@ -160,28 +176,38 @@ class CompareTab:
             said = [*before, Message("user", words)]
         return said if said[0].role == "system" else system + said
 
-    def record(self, request: gr.Request, vote: str, voted: Duel, *filled: Any) -> tuple[Any, ...]:
+    def record(
+        self, request: gr.Request, vote: str, voted: Duel, number: int, *filled: Any
+    ) -> tuple[Any, ...]:
         """The vote is kept, and the voter told who was who."""
         line, texts = append_vote(vote, voted, self.loaded, filled), texts_for(request)
         told = texts["ui.told"].format(a=voted.names[0], b=voted.names[1])
         told += _tally(self.loaded, voted.names, texts)
         better = Message("assistant", voted.answers[vote == "b"])
-        return told, line, [*voted.said, better], gr.Button(interactive=True), *_buttons(False)
+        said = [*voted.said, better]
+        return told, (line, voted, number), said, gr.Button(interactive=True), *_buttons(False)
 
     def following(self, number: int) -> tuple[str, int, Any]:
         """The next question of the list."""
         number = (number + 1) % len(self.questions)
-        shown = gr.Button(f"{number + 1} / {len(self.questions)} →")
-        return self.questions[number][-1].content, number, shown
+        return self.questions[number][-1].content, number, self._counted(number)
+
+    def _counted(self, number: int) -> Any:
+        return gr.Button(f"{number + 1} / {len(self.questions)} →")
 
     def after_vote(self, number: int, follow_up: bool) -> tuple[Any, int, Any]:
         """The next question of the list, unless there is more to ask about this one."""
         return ("", number, gr.skip()) if follow_up else self.following(number)
 
-    def take_back(self, line: str, number: int) -> tuple[Any, ...]:
-        """The last vote was none; of a list its question is the next one again."""
+    def take_back(self, last: tuple[str, Duel, int]) -> tuple[Any, ...]:
+        """The last vote was none: its question and answers are there again, to be voted on."""
+        line, voted, number = last
         _remove_vote(line, self.loaded)
-        return " ", "", max(-1, number - 2), gr.Button(interactive=False)
+        *before, asked = voted.said
+        nothing = gr.Button(interactive=False)
+        shown = self._counted(number) if number >= 0 else gr.skip()
+        question = asked.content, number, shown, before, nothing
+        return *question, *voted.sides, voted, " ", *_buttons(True)
 
 
 def pairs_of(loaded: Loaded) -> dict[str, tuple[str, str]]:
