@@ -119,7 +119,7 @@ class CompareTab:
         inputs = [question, self.pair, place, before, follow_up, *knobs]
         answers = [*sides, duel, verdict, *buttons]
         asked = [question, place, following]
-        coming = [question.submit(self.duel, inputs, answers, **QUIET)]
+        coming: list[Any] = [question.submit(self.duel, inputs, answers, **QUIET)]
         chosen = following.click(self.following, place, asked, **QUIET)
         coming.append(chosen.then(self.duel, inputs, answers, **QUIET))
         for word, button in zip(VOTES, buttons, strict=True):
