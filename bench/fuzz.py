@@ -31,8 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from serving import open_tiny  # noqa: E402 - after the path
 
 from cllm.serve.answer import chat_sampling  # noqa: E402
-from cllm.serve.api import ChatMessage, ChatRequest, build_app  # noqa: E402
+from cllm.serve.api import build_app  # noqa: E402
 from cllm.serve.guard import Guard  # noqa: E402
+from cllm.serve.requests import ChatMessage, ChatRequest  # noqa: E402
 from cllm.serve.ui import mount_page  # noqa: E402
 
 URL = "http://127.0.0.1:7897"

@@ -17,7 +17,7 @@ from cllm.data.encode import IGNORE_INDEX, rendered
 from cllm.data.reader import read_conversations
 from cllm.data.schema import Conversation, Reject
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
-from cllm.serve.api import ChatMessage
+from cllm.serve.requests import ChatMessage
 
 SHARED = Path(__file__).parents[2] / "shared"
 CASES = SHARED / "cases"

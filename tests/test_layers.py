@@ -76,6 +76,7 @@ PROGRAMS = {
     "check",
     "export",
     "serve.api",
+    "serve.requests",
     "serve.guard",
     "serve.monitor",
     "serve.ui",

@@ -7,6 +7,7 @@ tokens that are not special are words, as the families' own tokenizers have it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _CONTROL_LIKE = re.compile(r"<[^<>\s]+>|\[\w+\]")
 _HTML = re.compile(  # user-defined pieces of Baichuan2, Yi and Gemma that are text all the same
     r"</?(?:h\d|t(?:able|body|head|foot|[dhr])|caption|blockquote|strong|em|[abipsu]|su[bp]|code"
@@ -78,6 +80,8 @@ class SentencePiece:
     """A SentencePiece model; `added` names tokens beyond or instead of its pieces; `strip`:
     decoding drops a first space, as Llama's.
     """
+
+    byte_level = False
 
     def __init__(self, model: bytes, added: Mapping[str, int], *, strip: bool = False) -> None:
         import sentencepiece
@@ -182,6 +186,7 @@ class Bpe:
             if token.special or MARKUP_TOKEN.fullmatch(token.content)
         }
         self.hidden = frozenset(id for id, token in added.items() if token.special)
+        self.byte_level = model.decoder and '"ByteLevel"' in model.decoder.__getstate__().decode()
         self.size = max([model.get_vocab_size(), *(id + 1 for id in added)])
 
     def encode(self, texts: list[str]) -> list[array[int]]:
@@ -230,6 +235,27 @@ class Bpe:
 Vocabulary: TypeAlias = SentencePiece | Bpe
 TokenIds: TypeAlias = Mapping[str, int]
 Added: TypeAlias = Mapping[str, tuple[int, bool]]  # name -> (id, special)
+
+
+def token_bytes(vocabulary: Vocabulary, id: int) -> bytes:
+    """What a token adds to a text, in UTF-8; a control token's name."""
+    name = vocabulary.name(id)
+    if id in vocabulary.hidden:
+        return name.encode()
+    letters = _letters() if vocabulary.byte_level else {}
+    if all(letter in letters for letter in name):
+        return bytes(letters[letter] for letter in name)
+    if byte := _BYTE.fullmatch(name):
+        return bytes.fromhex(byte[1])
+    return name.replace("▁", " ").encode()
+
+
+@functools.cache
+def _letters() -> dict[str, int]:
+    """The letter that stands for a byte in byte-level vocabularies -> the byte."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def prefixed(vocabulary: Vocabulary) -> bool:

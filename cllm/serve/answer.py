@@ -18,7 +18,7 @@ from cllm.data.message import Message
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
-from cllm.serve.sampling import Listener, Request, Sampling
+from cllm.serve.sampling import Listener, Logprob, Request, Sampling
 
 ANSWER_SHARE = 4
 """A shortened conversation leaves the answer one part in so many of the context."""
@@ -33,7 +33,8 @@ class Answer:
     answer` in an event loop.
 
     `shorten`: the oldest rounds of a conversation that does not fit are left out, `left_out` of
-    them, so that an answer has room. Raises UserError where the last question alone is too long.
+    them, so that an answer has room. `prompt`: ids that are continued as they are, instead of
+    messages. Raises UserError where the last question alone is too long.
 
     Afterwards `finish_reason` is "stop", "length" or "cancelled"; raises ModelError if the engine
     failed. Closing the iterator early frees the row.
@@ -49,16 +50,17 @@ class Answer:
         stop: Sequence[str] = (),
         *,
         shorten: bool = False,
+        prompt: Sequence[int] = (),
     ) -> None:
         self._engine = engine
         self._sampling = sampling
         self._adapter = adapter
         self._stop = tuple(stop)
         clean = [
-            m._replace(content=_encodable(m.content), reasoning=_encodable(m.reasoning))
+            m._replace(content=encodable(m.content), reasoning=encodable(m.reasoning))
             for m in messages
         ]
-        self.prompt = tokenizer.encode_chat(clean)
+        self.prompt = list(prompt) or tokenizer.encode_chat(clean)
         self.left_out = 0
         reserve = min(sampling.max_new_tokens, engine.max_tokens // ANSWER_SHARE) * shorten
         while shorten and len(self.prompt) > engine.max_tokens - max(1, reserve):
@@ -72,10 +74,14 @@ class Answer:
             self.prompt = tokenizer.encode_chat(clean)
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
             raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
-        self._decoder = tokenizer.stream(reply=True)
+        self._decoder = tokenizer.stream(reply=not prompt)
+        for id in prompt[-16:]:  # what goes on with it may begin with a blank
+            self._decoder.push(id)
         # Qwen3.5's prompt opens the reasoning
         opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")
-        self._held = "<think>\n" if opened else ""
+        self._held = "<think>\n" if opened and not prompt else ""
+        self._begins: list[int] = []  # where the text of each token begins
+        self._scored = 0
         self._cancelled = False
         self._request: Request | None = None
         self.text = ""
@@ -148,9 +154,25 @@ class Answer:
             piece = self._release(self._decoder.end(), last=True)
             self.finish_reason = self.finish_reason or request.finish_reason
             return piece
+        self._begins.append(len(self.text) + len(self._held))
         self.tokens += 1
         self.first_seconds = self.first_seconds or time.perf_counter() - self.started
         return self._release(self._decoder.push(token))
+
+    def scored(self) -> list[tuple[int, Logprob, int]]:
+        """(id, log-probabilities, where its text begins) of each token whose text came since the
+        last call; nothing unless the sampling asks for them.
+        """
+        if self._request is None or self._sampling.logprobs is None:
+            return []
+        ended = self.finish_reason and not self._held  # not by a stop string, which stays behind
+        start = self._scored
+        while self._scored < self.tokens and (ended or self._begins[self._scored] < len(self.text)):
+            self._scored += 1
+        ids = self._request.ids[self.prompt_tokens :]
+        return [
+            (ids[i], self._request.logprobs[i], self._begins[i]) for i in range(start, self._scored)
+        ]
 
     def _release(self, text: str, last: bool = False) -> str:
         """What of held and new text cannot be part of a stop string; a whole one ends the answer
@@ -169,7 +191,7 @@ class Answer:
         return piece
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """The text without half surrogate pairs, which JSON and terminals can hold and no tokenizer can
     read.
     """

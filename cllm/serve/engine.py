@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +32,8 @@ from cllm.serve.sampling import Listener, Request, Sampling, sample
 # what an admitted row is expected to grow by; a wrong guess costs one preemption
 HEADROOM_TOKENS = 128
 CPU_CACHE_BYTES = 2 * 2**30
+FIRST_TOKEN_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper ends of the histogram's buckets; one more is without end."""
 # one per model: its gate and its mode are shared state
 _owners: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
@@ -93,7 +96,11 @@ class Engine:
         self.prefill_tokens = prefill_tokens or (2048 if on_gpu else 256)
         self.healthy = True
         self.steps = 0
+        self.requests = 0
+        self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.first_tokens = [0] * (len(FIRST_TOKEN_SECONDS) + 1)
+        self.first_seconds = 0.0
         self._closed = False
         self.waiting: deque[Request] = deque()
         self.prefill: _Batch | None = None
@@ -246,6 +253,8 @@ class Engine:
             raise UserError("serve.empty")
         if len(prompt) >= self.max_tokens:
             raise UserError("serve.context", tokens=len(prompt), limit=self.max_tokens)
+        self.requests += 1
+        self.prompt_tokens += len(prompt)
         longest = min(sampling.max_new_tokens, self.max_tokens - len(prompt))
         return Request(prompt, replace(sampling, max_new_tokens=longest), adapter, listener)
 
@@ -364,13 +373,19 @@ class Engine:
         # a copy: rows that end leave the batch's own list
         for row, token in zip(rows[:], sample(logits, rows), strict=True):
             if token < 0:
-                self._drop(row, "error", say("serve.not_finite"))
+                detail = row.grammar and row.grammar.error
+                failed = say("serve.grammar_failed", detail=detail) if detail else ""
+                self._drop(row, "error", failed or say("serve.not_finite"))
             elif token in (
                 self.stop_ids if row.sampling.stop_ids is None else row.sampling.stop_ids
             ):
                 self._drop(row, "stop")
             else:
                 row.ids.append(token)
+                if len(row.ids) == row.prompt_tokens + 1:
+                    seconds = time.perf_counter() - row.created
+                    self.first_tokens[bisect_left(FIRST_TOKEN_SECONDS, seconds)] += 1
+                    self.first_seconds += seconds
                 row.put(token)
                 self.generated_tokens += 1
                 if row.remaining <= 0:

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cllm.messages import say
+from cllm.messages import say, speaking
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = frozenset({"0.0.0.0", "::"})
@@ -51,6 +51,12 @@ def error_response(
     return JSONResponse(body, status, headers)
 
 
+def preferred(languages: str) -> str:
+    """The first of Chinese and English in an Accept-Language header, "" for neither."""
+    match = re.search(r"(?:^|,)\s*(zh|en)\b", languages.lower())
+    return match[1] if match else ""
+
+
 class Guard:
     """ASGI middleware: key, Host and Origin, JSON only, small bodies, and headers that keep a page
     from loading anything else.
@@ -78,6 +84,10 @@ class Guard:
             await send(message)
 
         request = Request(scope, receive)
+        with speaking(preferred(request.headers.get("accept-language", ""))):
+            return await self._answer(request, receive, guarded)
+
+    async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
         refusal = self._refusal(request)
         whole: list[Message] = []
         if refusal is None and request.method not in ("GET", "HEAD", "OPTIONS"):
@@ -96,7 +106,7 @@ class Guard:
         async def replay() -> Message:
             return whole.pop() if whole else await receive()
 
-        return await (refusal or self.app)(scope, replay, guarded)
+        return await (refusal or self.app)(request.scope, replay, send)
 
     def _refusal(self, request: Request) -> Response | None:
         """What answers instead of the application, if something must."""

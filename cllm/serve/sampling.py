@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import queue
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cllm.messages import UserError
+from cllm.serve.grammar import Grammar
 
 MAX_TOP_K = 1024
 LIMITS = {
@@ -22,21 +25,27 @@ LIMITS = {
     "top_k": (1, MAX_TOP_K),
     "min_p": (0, 1),
     "repetition_penalty": (0.1, 10),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
 }
 Listener = Callable[[int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one row is continued. Order as in Transformers: repetition penalty, temperature, top-k,
-    top-p, min-p.
+    """How one row is continued. Order as in vLLM: grammar, logit bias, repetition penalty,
+    frequency and presence penalty, temperature, top-k, top-p, min-p.
 
     `temperature` 0 is greedy. Candidates are always the `top_k` (1 … 1024) most likely tokens, with
     their probabilities renormalised; then the smallest set whose probability reaches `top_p`
     (nucleus sampling, arXiv:1904.09751); then those with at least `min_p` times the best one's
-    probability (arXiv:2407.01082). `repetition_penalty` is CTRL's (arXiv:1909.05858). `seed` None
-    draws one. `stop_ids` None means the engine's; the empty set never stops early. Raises UserError
-    naming every value out of range.
+    probability (arXiv:2407.01082). `repetition_penalty` is CTRL's (arXiv:1909.05858), over the
+    prompt too; the next two are OpenAI's, over the c times that a token was generated: logit -= c *
+    frequency_penalty + (c > 0) * presence_penalty. `logit_bias` is added to the logits of its ids.
+    `logprobs` asks for the log-probabilities of each token and of so many of the most likely ones,
+    by the model's own distribution, before all of this. `seed` None draws one. `stop_ids` None
+    means the engine's; the empty set never stops early. Raises UserError naming every value out of
+    range.
     """
 
     max_new_tokens: int = 256
@@ -45,6 +54,11 @@ class Sampling:
     top_k: int = 64
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    grammar: Grammar | None = None
     seed: int | None = None
     stop_ids: frozenset[int] | None = None
 
@@ -58,9 +72,16 @@ class Sampling:
             raise UserError("serve.sampling", problems="; ".join(wrong))
 
 
+class Logprob(NamedTuple):
+    """The natural logarithm of a token's probability, and the most likely ids with theirs."""
+
+    value: float
+    top: list[tuple[int, float]]
+
+
 class Request:
     """One request and the token ids of its answer: iterate over it in any thread. Stop ids are not
-    among them.
+    among them. `logprobs`, if asked for, has the entry of an id before the id comes.
 
     With `listener`, every id and finally None go to that function instead, called in the engine's
     thread. After the end `finish_reason` is "stop", "length", "cancelled" or "error" (then `error`
@@ -77,6 +98,9 @@ class Request:
         self.sampling = sampling
         self.adapter = adapter
         self.random = random.Random(sampling.seed)
+        self.grammar = sampling.grammar.start() if sampling.grammar else None
+        self.logprobs: list[Logprob] = []
+        self.created = time.perf_counter()
         self.finish_reason = ""
         self.error = ""
         self.cancelled = False
@@ -105,16 +129,44 @@ def sample(logits: Tensor, rows: Sequence[Request]) -> list[int]:
     """The next token of every row from logits (B, V), which are overwritten; -1 where they are not
     finite.
     """
-    for i, row in enumerate(rows):
-        if (penalty := row.sampling.repetition_penalty) != 1:
-            seen = torch.tensor(sorted(set(row.ids)), device=logits.device)
-            score = logits[i, seen]
-            logits[i, seen] = torch.where(score > 0, score / penalty, score * penalty)
+    asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    logprobs = logits[asked].log_softmax(-1).clamp(min=-9999) if asked else logits[:0]
+    for scores, row in zip(logits, rows, strict=True):
+        _adjust(scores, row)
     best = logits.max(dim=-1)
     tokens = best.indices
     if drawn := [i for i, row in enumerate(rows) if row.sampling.temperature > 0]:
         tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
-    return torch.where(best.values.isfinite(), tokens, -1).tolist()
+    ids: list[int] = torch.where(best.values.isfinite(), tokens, -1).tolist()
+    for i, values in zip(asked, logprobs, strict=True):
+        top = values.topk(min(rows[i].sampling.logprobs or 0, len(values)))
+        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        rows[i].logprobs.append(Logprob(values[ids[i]].item(), pairs))
+    for row, id in zip(rows, ids, strict=True):
+        if row.grammar and id >= 0:
+            row.grammar.advance(id)
+    return ids
+
+
+def _adjust(logits: Tensor, row: Request) -> None:
+    """Everything before the temperature, to one row's logits (V,)."""
+    plan = row.sampling
+    if row.grammar:
+        row.grammar.mask(logits)
+    if plan.logit_bias:
+        biased, bias = zip(*plan.logit_bias, strict=True)
+        logits[list(biased)] += torch.tensor(bias, device=logits.device)
+    if plan.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(row.ids)), device=logits.device)
+        score = logits[seen]
+        logits[seen] = torch.where(
+            score > 0, score / plan.repetition_penalty, score * plan.repetition_penalty
+        )
+    if plan.frequency_penalty or plan.presence_penalty:
+        generated = torch.tensor(row.ids[row.prompt_tokens :], dtype=torch.long)
+        used, counts = generated.unique(return_counts=True)
+        penalty = counts * plan.frequency_penalty + plan.presence_penalty
+        logits[used.to(logits.device)] -= penalty.to(logits.device)
 
 
 def _draw(logits: Tensor, rows: Sequence[Request]) -> Tensor:
@@ -139,6 +191,7 @@ def _draw(logits: Tensor, rows: Sequence[Request]) -> Tensor:
     probabilities = torch.softmax(scores, dim=-1)
     more_likely = probabilities.cumsum(-1) - probabilities
     kept = (more_likely < top_p) & (probabilities >= min_p * probabilities[:, :1])
+    kept &= probabilities > 0  # rounding must not draw what a grammar forbids
     cumulative = (probabilities * kept).cumsum(-1)
     index = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)
     return candidates.gather(1, index.clamp(max=kept.sum(-1, keepdim=True) - 1))[:, 0]

@@ -1,0 +1,111 @@
+"""Answers that follow a JSON schema or another grammar: which tokens may come next, by llguidance.
+
+It needs the bytes of every token, so byte-level and SentencePiece vocabularies alike will do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm.messages import UserError, to_json
+from cllm.model.tokenizer import Tokenizer
+from cllm.model.vocabulary import token_bytes
+
+INSTALL = "pip install llguidance"
+# Between the tokens of JSON: a model that goes on with blanks for ever comes to an end.
+BLANKS = r"[ \t\r\n]{0,20}"
+
+
+class Grammar:
+    """A compiled grammar: `start` one for every answer."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def start(self) -> Grammar:
+        """The same at its beginning."""
+        return Grammar(self._matcher.deep_copy())
+
+    def mask(self, logits: Tensor) -> None:
+        """Minus infinity into the logits (V,) of tokens that may not come next; NaN into all of
+        them after an error.
+        """
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        forbidden = np.unpackbits(packed, bitorder="little")[: len(logits)] == 0
+        logits[len(forbidden) :] = -torch.inf
+        logits[: len(forbidden)].masked_fill_(
+            torch.from_numpy(forbidden).to(logits.device), torch.nan if self.error else -torch.inf
+        )
+
+    def advance(self, id: int) -> None:
+        """The answer goes on with this token."""
+        self._matcher.consume_token(id)
+
+    @property
+    def error(self) -> str:
+        """Why it cannot go on, in one line, "" if it can."""
+        return str(self._matcher.get_error()).partition("\n")[0]
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, and remembers the last of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._compiled = functools.lru_cache(maxsize=64)(self._compile)
+
+    def compile(self, source: Mapping[str, Any] | str) -> Grammar:
+        """Of a JSON schema, or of a grammar in llguidance's Lark. Raises UserError without the
+        library, and for a grammar that it refuses.
+        """
+        try:
+            return self._compiled(source if isinstance(source, str) else to_json(source))
+        except RecursionError as error:
+            raise UserError("serve.grammar", detail=error) from error
+
+    def _compile(self, text: str) -> Grammar:
+        if text.startswith("{"):
+            text = self._library.LLMatcher.grammar_from_json_schema(
+                text, overrides={"whitespace_pattern": BLANKS}
+            )
+        matcher = self._library.LLMatcher(self._vocabulary, text, log_level=0)
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # some have no answer at all
+        if error := Grammar(first).error:
+            raise UserError("serve.grammar", detail=error)
+        return Grammar(matcher)
+
+    @functools.cached_property
+    def _library(self) -> Any:
+        try:
+            import llguidance
+        except ImportError as error:
+            raise UserError("serve.no_grammar", command=INSTALL) from error
+        return llguidance
+
+    @functools.cached_property
+    def _vocabulary(self) -> Any:
+        """The tokenizer as the library knows it."""
+        wrapper = self._library.TokenizerWrapper(_Words(self._tokenizer))
+        ends = sorted(self._tokenizer.stop_ids)
+        return self._library.LLTokenizer(wrapper, eos_token=ends)
+
+
+class _Words:
+    """What the library asks of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        vocabulary = tokenizer.vocabulary
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.tokens = [token_bytes(vocabulary, id) for id in range(vocabulary.size)]
+        self.special_token_ids = sorted(vocabulary.hidden)
+        self.encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self.encode(text)
