@@ -103,16 +103,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
 
 # --- Writing
 # general.file_type of what the package can quantize; k-quants need llama.cpp
-TYPES = {
-    "f32": 0,
-    "bf16": 32,
-    "f16": 1,
-    "q8_0": 7,
-    "q5_1": 9,
-    "q5_0": 8,
-    "q4_1": 3,
-    "q4_0": 2,
-}
+TYPES = {"f32": 0, "bf16": 32, "f16": 1, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
 _SLICE = 2**22  # weights converted at a time
 
 
