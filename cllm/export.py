@@ -110,6 +110,7 @@ def _write_gguf(
 
 def _write_peft(merge: Merge, located: Located, folder: Path) -> None:
     from cllm.model.adapter import read_adapter, write_adapter
+    from cllm.model.checkpoint import original_config
     from cllm.model.lora import LoraSettings
 
     assert located.adapter is not None
@@ -117,11 +118,16 @@ def _write_peft(merge: Merge, located: Located, folder: Path) -> None:
     settings, _ = read_adapter(located.adapter)
     if settings.dora:
         raise UserError("export.dora", path=located.adapter)
-    if merge.checkpoint.family.config:
+    path, family, config, _ = merge.checkpoint
+    within = "model."
+    if family.config:
         note("export.native_names", base=base_name)
+    elif original_config(path).get("model_type") != config.model_type:  # it is the text part's
+        within = "model.language_model."
+        note("export.language_model", base=base_name, within=within)
     # The factor is baked into alpha: llama.cpp's converter knows alpha / r only.
     baked = LoraSettings(settings.rank, merge.scaling * settings.rank)
-    write_adapter(merge.model, folder, merge.adapter, baked, base=base_name)
+    write_adapter(merge.model, folder, merge.adapter, baked, base=base_name, within=within)
 
 
 def _modelfile(tokenizer: Tokenizer, template: str) -> str:
@@ -150,9 +156,10 @@ def held_out_of(run: Path) -> list[Conversation]:
     return with_answers(conversations)[:COMPARED]
 
 
-def next_commands(out: Path, to: str, kind: str, base: Path) -> list[str]:
-    """What reads the export in `out` of an adapter of `base`, as command lines; and what makes
-    Q4_K_M of a GGUF file whose `kind` is not quantized yet.
+def next_commands(out: Path, to: str, kind: str, base: Path, *, native: bool = True) -> list[str]:
+    """What reads the export in `out` of an adapter of `base`, as command lines; what makes Q4_K_M
+    of a GGUF file whose `kind` is not quantized yet; and before an adapter's the `native` base whose
+    layers it names.
     """
     name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("._-") or "my"
     whole = not kind.startswith("q")
@@ -170,7 +177,11 @@ def next_commands(out: Path, to: str, kind: str, base: Path) -> list[str]:
     rank = read_json(out / "adapter_config.json")["r"]
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
     options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={out}"]
-    return [shell("vllm", "serve", base, *options)]
+    if native:
+        return [shell("vllm", "serve", base, *options)]
+    copy = out.with_name(f"{out.name}-base")
+    convert = shell("python", "tools/convert.py", base, copy)
+    return [convert, shell("vllm", "serve", copy, *options)]
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -233,7 +244,8 @@ def main(argv: list[str]) -> int:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     note("export.written", path=out, gib=f"{size / 2**30:.2f}")
-    propose(*next_commands(out, to, kind, base))
+    native = not merge.checkpoint.family.config
+    propose(*next_commands(out, to, kind, base, native=native))
     result = {"run": run, "to": to, "out": str(out), "bytes": size, "check": report}
     print_result(result, arguments.json)
     return 0
