@@ -3,18 +3,29 @@ for token.
 
     python bench/llama_cpp.py RUN [RUN …] --json bench/results/llama_cpp.json
 
+    python bench/llama_cpp.py RUN [RUN …] --types --json bench/results/gguf_types.json
+    python bench/llama_cpp.py --shuffle models/SmolLM2-135M-Instruct.Q4_1.gguf BASE
+
 Needs llama-cpp-python, built from its source package (`pip install llama-cpp-python`; a compiler is
 enough). Each run is exported as f32 and llama.cpp keeps its cache in f32, so that what differs is
 the program and not the rounding. Each answer is generated freely by both; then both are fed cllm's
 answer, and their logits are compared at every token: the largest difference, and how close cllm's
 best two ever are. Exit code 1 if a token differs, or a logit by more than `CLOSE` of the range of
 its position's logits.
+
+--types exports each run in every number format, and llama.cpp reads each file: its size, an answer,
+and, over the sentences of assets/general.txt, perplexity and KL(f32 || format), beside what the
+export's own check says of the run's held-out answers. Exit code 1 unless more bits are nearer.
+
+--shuffle writes a model with its channels in another order, which computes the same: weights
+published in 4 bits would else lie on the very grid that they are to be rounded to.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -42,6 +53,7 @@ TEXTS = (
     "x = [i**2 for i in range(10)]  # 注释",
 )
 NEW = 64
+CHECKED = ("positions", "mean_kl", "top1_agreement", "perplexity_trained", "perplexity_exported")
 CLOSE = 1e-5  # of the range of the logits at a position, largest less smallest
 
 
@@ -171,14 +183,157 @@ def judge(run: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def shuffled(file: str, out: str) -> None:
+    """The model of `file` into the directory `out`: the channels of the residual stream, of every
+    MLP and of every value head each in a random order.
+    """
+    from cllm.model import load_model, load_tokenizer
+
+    model: Any = load_model(file)
+    torch.manual_seed(0)
+    inner, config = model.model, model.config
+    stream = torch.randperm(config.hidden_size)
+    with torch.no_grad():
+        embedding = inner.embed_tokens.weight
+        embedding.copy_(embedding[:, stream])
+        if model.lm_head.weight is not embedding:
+            model.lm_head.weight.copy_(model.lm_head.weight[:, stream])
+        for name, module in inner.named_modules():
+            leaf = name.rpartition(".")[2]
+            weight = getattr(module, "weight", None)
+            if leaf.endswith("norm") and weight.shape == stream.shape:
+                weight.copy_(weight[stream])
+            elif leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+                weight.copy_(weight[:, stream])
+            elif leaf in ("o_proj", "down_proj"):
+                weight.copy_(weight[stream])
+        for layer in inner.layers:
+            mlp, attention = layer.mlp, layer.self_attn
+            channels = torch.randperm(config.intermediate_size)
+            mlp.gate_proj.weight.copy_(mlp.gate_proj.weight[channels])
+            mlp.up_proj.weight.copy_(mlp.up_proj.weight[channels])
+            mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, channels])
+            within = torch.randperm(attention.head_dim)
+            values, output = attention.v_proj.weight, attention.o_proj.weight
+            values.copy_(values.unflatten(0, (-1, attention.head_dim))[:, within].flatten(0, 1))
+            output.copy_(output.unflatten(1, (-1, attention.head_dim))[:, :, within].flatten(1))
+    model.bfloat16().save_pretrained(out)
+    load_tokenizer(file).save(Path(out))
+
+
+def judge_types(run: str, folder: Path) -> list[dict[str, Any]]:
+    """One row a number format, finest first."""
+    import llama_cpp
+
+    from cllm import export
+    from cllm.data.message import Message
+    from cllm.model import load_tokenizer
+    from cllm.model.gguf import TYPES
+
+    text = Path(export.__file__).parent / "assets" / "general.txt"
+    rows: list[dict[str, Any]] = []
+    exact: list[Tensor] = []
+    for kind in TYPES:
+        out = folder / f"{Path(run).name}-{kind}"
+        if export.main([run, "--to", "gguf", str(out), "--type", kind, "--json"]):
+            raise SystemExit(1)
+        check = json.loads((out / "fidelity.json").read_text(encoding="utf-8"))
+        file = out / "model.gguf"
+        tokenizer = load_tokenizer(file)
+        theirs = llama_cpp.Llama(
+            str(file), n_ctx=512, n_threads=1, logits_all=True, verbose=False, flash_attn=False
+        )
+        nll, kl, tokens = 0.0, 0.0, 0
+        for index, line in enumerate(text.read_text(encoding="utf-8").splitlines()):
+            ids = tokenizer.encode(line)
+            theirs.reset()
+            theirs.eval(ids)
+            scores = torch.tensor(theirs.scores[: len(ids) - 1].copy()).log_softmax(-1)
+            if kind == "f32":
+                exact.append(scores)
+            p = exact[index]
+            nll -= float(scores.gather(1, torch.tensor(ids[1:])[:, None]).double().sum())
+            kl += float((p.exp() * (p - scores)).sum(-1).double().sum())
+            tokens += len(ids) - 1
+        theirs.reset()
+        prompt = tokenizer.encode_chat([Message("user", QUESTIONS[0])])
+        answer: list[int] = []
+        for token in theirs.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            answer.append(token)
+            if len(answer) == 16:
+                break
+        rows.append(
+            {
+                "type": kind,
+                "bytes": file.stat().st_size,
+                "check": {key: check[key] for key in CHECKED},
+                "llama_cpp": {
+                    "tokens": tokens,
+                    "perplexity": math.exp(nll / tokens),
+                    "mean_kl": kl / tokens,
+                    "answer": tokenizer.decode(answer),
+                },
+            }
+        )
+        print(json.dumps(rows[-1], ensure_ascii=False), file=sys.stderr, flush=True)
+        file.unlink()
+    return rows
+
+
+def ordered(rows: list[dict[str, Any]]) -> bool:
+    """Whether formats of fewer bits are further away, in llama.cpp and in the export's check."""
+    bits = {"f32": 0, "f16": 1, "q8_0": 2, "q5_1": 3, "q5_0": 3, "q4_1": 4, "q4_0": 4}
+    steps = [
+        (bits[row["type"]], row[side]["mean_kl"])
+        for side in ("llama_cpp", "check")
+        for row in rows
+        if row["type"] in bits
+    ]
+    half = len(steps) // 2
+    return all(
+        kl <= other
+        for side in (steps[:half], steps[half:])
+        for step, kl in side
+        for further, other in side
+        if step < further
+    )
+
+
+def types(runs: list[str], file: Path | None) -> int:
+    """--types."""
+    import llama_cpp
+
+    with tempfile.TemporaryDirectory() as scratch:
+        results = {Path(run).name: judge_types(run, Path(scratch)) for run in runs}
+    right = all(map(ordered, results.values()))
+    document = {
+        "llama_cpp_python": llama_cpp.__version__,
+        "command": "python bench/llama_cpp.py RUN … --types",
+        "right": right,
+        "results": results,
+    }
+    print(json.dumps(document, ensure_ascii=False))
+    if file:
+        text = json.dumps(document, indent=1, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
+    return 0 if right else 1
+
+
 def main(argv: list[str]) -> int:
     """Judge each run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="+")
+    parser.add_argument("run", nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--types", action="store_true")
+    parser.add_argument("--shuffle", nargs=2, metavar=("FILE", "OUT"))
     options = parser.parse_args(argv)
+    if options.shuffle:
+        shuffled(*options.shuffle)
+        return 0
+    if options.types:
+        return types(options.run, options.json)
     import llama_cpp
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -4,6 +4,7 @@ plan, base, adapter, placement and tokenizer. And runs, adapters and bare models
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,15 +65,21 @@ class Assembly:
     """Bytes of the device that may be taken; 0: no limit, as on a CPU."""
     packed: bool
     """Whether sequences may share a row, as far as it is to be trained on rows."""
+    context: int = 0
+    """Tokens that an engine's cache may hold; 0: as many as fit."""
 
     def engine(self) -> Engine:
-        """The engine for this model, with its stop ids and its number format."""
-        autocast = self.precision.autocast
-        if self.tokenizer is None:
-            return Engine(self.model, autocast=autocast)
-        stop_ids = self.tokenizer.stop_ids
-        pad_id = self.tokenizer.pad_id
-        return Engine(self.model, stop_ids=stop_ids, pad_id=pad_id, autocast=autocast)
+        """The engine for this model, with its stop ids, its number format and its context."""
+        known = self.tokenizer
+        engine = Engine(
+            self.model,
+            stop_ids=known.stop_ids if known else frozenset(),
+            pad_id=known.pad_id if known else 0,
+            autocast=self.precision.autocast,
+        )
+        if self.context:
+            engine.kv_tokens = self.context + engine.row_tokens
+        return engine
 
 
 class Adapter(NamedTuple):
@@ -115,12 +122,15 @@ def assemble(
     tokenizer: Tokenizer | None = None,
     name: str = "",
     seed: int = 0,
+    context: int = 0,
+    formats: Sequence[Quantize] = (),
 ) -> Assembly:
     """Put the checkpoint `source` (a dict: random weights of that config.json) together.
 
     device: default [model]'s. adapter: [lora] for a new one (or the one that it continues from), a
     folder for a trained one. row_tokens: to be trained on rows of so many tokens with `optimizer`;
-    0: to answer. `name` is what messages call the model, `seed` decides what is random.
+    0: to answer, with at most `context` tokens in the cache (0: as many as fit). `name` is what
+    messages call the model, `seed` decides what is random. formats: see `plan_answering`.
 
     What does not fit the budget on paper is refused before weights are read (training), or held in
     host memory (answering); memory that runs out all the same moves layers to the host. Raises
@@ -144,30 +154,22 @@ def assemble(
         tokenizer = within(tokenizer, open_checkpoint(source).config.vocab_size)
     plan = None
     if budget:
-        settings, plan = _planned(original, name or model.path, settings, budget, bool(row_tokens))
+        try:
+            if row_tokens:
+                settings, plan = plan_training(original, name or model.path, settings, budget)
+            else:
+                settings, plan = plan_answering(original, settings, budget, context, formats)
+        except UserError as error:
+            # It only runs with values: its longest row is tried before the first step.
+            if error.code != "memory.untraced":
+                raise
+            note("memory.unplanned", name=name or model.path, reason=error.args[0])
     torch.manual_seed(seed)
     built, settings = _build(source, chosen, settings, precision, target)
     if tokenizer is not None and not isinstance(adapter, Path):
         tokenizer = with_trained_end(tokenizer, built)
     packed = bool(row_tokens) and _rows_may_be_shared(built, precision)
-    return Assembly(built, tokenizer, target, precision, settings, plan, budget, packed)
-
-
-def _planned(
-    original: dict[str, Any], name: str, settings: Settings, budget: int, training: bool
-) -> tuple[Settings, VramEstimate | None]:
-    """The settings as they fit the budget, and the plan; None for a model that only runs with
-    values: its longest row is tried before the first step.
-    """
-    try:
-        if training:
-            return plan_training(original, name, settings, budget)
-        return plan_answering(original, settings, budget)
-    except UserError as error:
-        if error.code != "memory.untraced":
-            raise
-        note("memory.unplanned", name=name, reason=error.args[0])
-        return settings, None
+    return Assembly(built, tokenizer, target, precision, settings, plan, budget, packed, context)
 
 
 def _rows_may_be_shared(model: Any, precision: Precision) -> bool:
@@ -367,13 +369,16 @@ def open_model(
     quantize: Quantize | None = None,
     memory: MemoryConfig | None = None,
     adapter: bool = True,
+    context: int = 0,
+    formats: Sequence[Quantize] = (),
 ) -> Loaded:
     """Open what `locate` finds, under the same [memory] and budget as it was trained (or under
     `memory`).
 
     A run is opened as it was trained unless `precision`, `device` or `quantize` (of the base; its
-    head is then 16-bit) say otherwise; anything else in "auto" precision, not quantized.
-    adapter=False: its base alone, with its tokenizer. Raises UserError as `locate` and `assemble`.
+    head is then 16-bit) say otherwise; anything else in "auto" precision, not quantized or, on a
+    budget, in the first of `formats` that fits. adapter=False: its base alone, with its tokenizer.
+    Raises UserError as `locate` and `assemble`.
     """
     located = locate(name)
     model = located.model
@@ -389,6 +394,8 @@ def open_model(
         adapter=located.adapter if adapter else None,
         tokenizer=open_tokenizer(located),
         name=located.base_name,
+        context=context,
+        formats=() if located.adapter else formats,
     )
     assembly.model.eval().requires_grad_(False)
     return Loaded(assembly, _home(located.adapter), located.base_name)

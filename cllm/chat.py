@@ -174,6 +174,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.take("--host", default="127.0.0.1", metavar="H")
     parser.take("--port", type=int, default=7860, metavar="P")
     parser.take("--questions", metavar="FILE")
+    parser.take("--quantize", choices=("nf4", "none"))
+    parser.take("--context", type=int, metavar="N")
+    parser.take("--precision", choices=("bf16", "fp16", "fp32"))
     return parser.parse_args(argv)
 
 
@@ -184,12 +187,20 @@ def main(argv: list[str]) -> int:
     from cllm.data.sources import read_questions
     from cllm.runs import newest_run
 
+    if arguments.context is not None and arguments.context < 1:
+        raise UserError("chat.context", tokens=arguments.context)
     questions = read_questions(arguments.questions) if arguments.questions else None
     if not arguments.terminal:
         _check_port(arguments.host, arguments.port)
     name, *more = arguments.models or [newest_run()]
     note("chat.loading", model=name)
-    loaded = open_model(name)
+    loaded = open_model(
+        name,
+        precision=arguments.precision,
+        quantize=arguments.quantize,
+        context=arguments.context or 0,
+        formats=() if arguments.quantize else ("none", "nf4"),
+    )
     for other in more:
         note("chat.loading", model=other)
         open_beside(loaded, other)

@@ -9,6 +9,7 @@ name OUT is whole, and passed its check.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -55,6 +56,7 @@ def write(
     if to == "peft":
         _write_peft(merge, located, folder)
     else:
+        _say_size(merge.bytes)
         folder.mkdir(parents=True)
         write_merged(merge, folder)
         stops = {
@@ -68,28 +70,47 @@ def write(
     portable(tokenizer, folder)
 
 
+def _say_size(size: int) -> None:
+    """How many bytes of weights will be written, and whether this machine's card holds them beside
+    CUDA's context; without one, whether the plan's does.
+    """
+    import torch
+
+    from cllm.memory import CONTEXT_BYTES, GIB
+    from cllm.plan import BUDGET_GIB
+
+    card = BUDGET_GIB
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0).total_memory / GIB
+    left = card - (size + CONTEXT_BYTES) / GIB
+    figures = {"gib": f"{size / GIB:.2f}", "card": f"{card:.0f}", "left": f"{left:.1f}"}
+    note("export.size" if left > 0 else "export.size.too_big", **figures)
+
+
 def _write_gguf(
     merge: Merge, tokenizer: Tokenizer, folder: Path, kind: str, *, ollama: bool
 ) -> None:
     import torch
 
     from cllm.data.dialects import go
-    from cllm.model.gguf import architecture, write_gguf
+    from cllm.model.gguf import place, write_gguf
 
     config = merge.checkpoint.config
-    architecture(config)
+    placed = place(config, merge.layout, kind)
     keys = tokenizer.to_gguf(config.vocab_size)
     template = go(tokenizer.template) if ollama else ""
+    _say_size(sum(math.prod(stored.shape) for stored in placed.values()))
     folder.mkdir(parents=True)
     # float32, so that the writer alone rounds: a 16-bit base would round the sums before
     tensors = merge.tensors(torch.float32)
-    write_gguf(folder / "model.gguf", config, merge.layout, tensors, kind, keys)
+    write_gguf(folder / "model.gguf", config, placed, tensors, kind, keys)
     if template:
         (folder / "Modelfile").write_text(_modelfile(tokenizer, template), encoding="utf-8")
 
 
 def _write_peft(merge: Merge, located: Located, folder: Path) -> None:
     from cllm.model.adapter import read_adapter, write_adapter
+    from cllm.model.checkpoint import original_config
     from cllm.model.lora import LoraSettings
 
     assert located.adapter is not None
@@ -97,11 +118,16 @@ def _write_peft(merge: Merge, located: Located, folder: Path) -> None:
     settings, _ = read_adapter(located.adapter)
     if settings.dora:
         raise UserError("export.dora", path=located.adapter)
-    if merge.checkpoint.family.config:
+    path, family, config, _ = merge.checkpoint
+    within = "model."
+    if family.config:
         note("export.native_names", base=base_name)
+    elif original_config(path).get("model_type") != config.model_type:  # it is the text part's
+        within = "model.language_model."
+        note("export.language_model", base=base_name, within=within)
     # The factor is baked into alpha: llama.cpp's converter knows alpha / r only.
     baked = LoraSettings(settings.rank, merge.scaling * settings.rank)
-    write_adapter(merge.model, folder, merge.adapter, baked, base=base_name)
+    write_adapter(merge.model, folder, merge.adapter, baked, base=base_name, within=within)
 
 
 def _modelfile(tokenizer: Tokenizer, template: str) -> str:
@@ -130,29 +156,43 @@ def held_out_of(run: Path) -> list[Conversation]:
     return with_answers(conversations)[:COMPARED]
 
 
-def next_commands(out: Path, to: str, base: Path) -> list[str]:
-    """What reads the export in `out` of an adapter of `base`, as command lines."""
+def next_commands(out: Path, to: str, kind: str, base: Path, *, native: bool = True) -> list[str]:
+    """What reads the export in `out` of an adapter of `base`, as command lines; what makes Q4_K_M
+    of a GGUF file whose `kind` is not quantized yet; and before an adapter's the `native` base whose
+    layers it names.
+    """
     name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("._-") or "my"
+    whole = not kind.startswith("q")
     if to == "ollama":
-        create = shell("ollama", "create", name, "-f", out / "Modelfile")
-        return [create, shell("ollama", "run", name)]
+        of_file = ("-f", out / "Modelfile")
+        smaller = shell("ollama", "create", f"{name}-q4_k_m", "-q", "q4_K_M", *of_file)
+        create = shell("ollama", "create", name, *of_file)
+        return [create, shell("ollama", "run", name), *[smaller][:whole]]
     if to == "gguf":
-        return [shell("llama-cli", "-m", out / "model.gguf")]
+        file = out / "model.gguf"
+        smaller = shell("llama-quantize", file, out / "model-Q4_K_M.gguf", "Q4_K_M")
+        return [shell("llama-cli", "-m", file), *[smaller][:whole]]
     if to == "merged":
         return [shell("vllm", "serve", out)]
     rank = read_json(out / "adapter_config.json")["r"]
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
     options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={out}"]
-    return [shell("vllm", "serve", base, *options)]
+    if native:
+        return [shell("vllm", "serve", base, *options)]
+    copy = out.with_name(f"{out.name}-base")
+    convert = shell("python", "tools/convert.py", base, copy)
+    return [convert, shell("vllm", "serve", copy, *options)]
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
+    from cllm.model.gguf import TYPES
+
     parser = CommandLine("export")
     parser.take("run", metavar="RUN")
     parser.take("out", metavar="OUT", type=Path)
     parser.take("--to", choices=TARGETS, required=True)
     parser.take("--into", choices=("16bit", "dequantized-nf4"))
-    parser.take("--type", choices=("f32", "f16", "bf16", "q8_0"), default="f16")
+    parser.take("--type", choices=tuple(TYPES), default="f16")
     parser.take("--check", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 
@@ -204,7 +244,8 @@ def main(argv: list[str]) -> int:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     note("export.written", path=out, gib=f"{size / 2**30:.2f}")
-    propose(*next_commands(out, to, base))
+    native = not merge.checkpoint.family.config
+    propose(*next_commands(out, to, kind, base, native=native))
     result = {"run": run, "to": to, "out": str(out), "bytes": size, "check": report}
     print_result(result, arguments.json)
     return 0

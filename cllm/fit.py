@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import accumulate, compress, pairwise
 from typing import Any, NamedTuple
 
+from cllm.config import Quantize
 from cllm.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION_BYTES,
@@ -124,13 +125,17 @@ def estimate_vram(config: Config, settings: Settings) -> VramEstimate:
     )
 
 
+def _with_adapter(settings: Settings) -> Settings:
+    """A bare model is traced with the smallest adapter there is: what is trained is not frozen."""
+    return replace(settings, rank=max(1, settings.rank))
+
+
 def estimate_answering(config: Config, settings: Settings) -> VramEstimate:
     """Bytes while prompts of `row_tokens` tokens are read without gradients, before any cache: the
     weights as in training, an adapter without gradients or moments, the widest layer's forward and
     its mask.
     """
-    # A bare model is traced with the smallest adapter there is.
-    settings = replace(settings, rank=max(1, settings.rank))
+    settings = _with_adapter(settings)
     trained = estimate_vram(config, settings)
     *layers, _loss = traced(config, settings, True)
     width = 4 if settings.precision == "fp32" else 2
@@ -286,14 +291,24 @@ def plan_training(
 
 
 def plan_answering(
-    config: Config, settings: Settings, budget: int
+    config: Config,
+    settings: Settings,
+    budget: int,
+    context: int = 0,
+    formats: Sequence[Quantize] = (),
 ) -> tuple[Settings, VramEstimate]:
     """How a model is to be held for answering: with as few more streamed layers as fit `budget`
-    bytes beside a prefill of `row_tokens` tokens and its keys and values; said in a line.
+    bytes beside a prefill of `row_tokens` tokens and the keys and values of `context` (0: of the
+    prefill); said in a line. `formats`: in the first of them, finest first, that fits whole.
     """
-    weights = weighed(config, settings)
+    weights = weighed(config, _with_adapter(settings))
     layers, token = len(weights.linears), weights.token
-    room = budget - token * settings.row_tokens
+    room = budget - token * (context or settings.row_tokens)
+    if formats:
+        need = budget - room + estimate_answering(config, settings).total
+        settings = _first_fitting(config, settings, room, "quantize", formats, estimate_answering)
+        if settings.quantize == "nf4":
+            note("memory.nf4", need=f"{need / GIB:.2f}", budget=f"{budget / GIB:.2f}")
     least = settings.stream_layers
     counts = [least, *range(max(3, least), layers + 1)]
     settings = _first_fitting(config, settings, room, "stream_layers", counts, estimate_answering)

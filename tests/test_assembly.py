@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from serving import tiny_run
 from cllm import assembly, export, fidelity
 from cllm.assembly import assemble, open_model
 from cllm.config import LoraConfig, MemoryConfig, ModelConfig
-from cllm.memory import GIB
+from cllm.fit import estimate_answering
+from cllm.memory import GIB, Settings
 from cllm.messages import UserError
-from cllm.model.checkpoint import Placement, load_model
+from cllm.model.checkpoint import Placement, load_model, original_config
 from cllm.model.device import cap_allocator, choose_device, free_bytes
 from cllm.model.offload import decoder_layers
+from cllm.trace import weighed
 
 CPU = torch.device("cpu")
 
@@ -98,6 +101,37 @@ def test_a_run_is_opened_as_its_memory_section_says(tmp_path: Path) -> None:
     ids = torch.arange(3, 9)[None]
     streamed, resident = (m(input_ids=ids).logits for m in (opened.model, plain.model))
     assert torch.equal(streamed, resident)
+
+
+def test_a_bare_model_is_held_in_the_finest_format_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the keys and values of the context; a run stays as it was trained."""
+    base = byte_checkpoint(tmp_path / "base")
+    original = original_config(base)
+    settings = Settings.of(
+        ModelConfig(), MemoryConfig(), None, row_tokens=2048, precision="fp32", device="cpu"
+    )
+    need, least = (
+        estimate_answering(original, replace(settings, quantize=name)).total
+        for name in ("none", "nf4")
+    )
+    assert least < need
+    token = weighed(original, replace(settings, rank=1)).token
+
+    def opened(budget: int, source: Path = base, **options: Any) -> tuple[str, str]:
+        memory = MemoryConfig(budget_gib=budget / GIB)
+        options = {"formats": ("none", "nf4"), "device": "cpu", **options}
+        loaded = open_model(source, memory=memory, **options)
+        return loaded.assembly.settings.quantize, capsys.readouterr().err
+
+    assert opened(need + 2048 * token)[0] == "none"
+    chosen, said = opened(need + 2047 * token)
+    assert chosen == "nf4" and "--quantize none" in said
+    assert opened(need + 2047 * token, context=2047)[0] == "none"
+    assert opened(need + 2048 * token, context=4096)[0] == "nf4"
+    assert opened(need, formats=(), quantize="none")[0] == "none"
+    assert opened(need, tiny_run(tmp_path))[0] == "none"
 
 
 def test_a_run_from_another_machine_is_opened_where_one_can(

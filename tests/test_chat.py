@@ -335,3 +335,38 @@ def test_a_list_of_questions_is_read_before_a_model_is_loaded(
     monkeypatch.setattr(assembly, "open_model", lambda *_: pytest.fail("loaded"))
     assert run("chat", ["tiny-zh", "--questions", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_a_base_is_tried_in_4_bits_with_a_bounded_context(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cllm.__main__ import run
+    from cllm.model.nf4 import NF4Linear
+
+    opened: list[Terminal] = []
+    monkeypatch.setattr(Terminal, "run", lambda self: opened.append(self))
+    options = ["--terminal", "--quantize", "nf4", "--context", "96", "--precision", "bf16"]
+    assert run("chat", ["tiny-zh", *options]) == 0
+    assert run("chat", ["tiny-zh", "--terminal"]) == 0
+    bounded, plain = opened
+    layers = bounded.loaded.model.model.layers
+    assert isinstance(layers[0].mlp.up_proj, NF4Linear)
+    assert bounded.loaded.precision.name == "bf16"
+    assert bounded.engine.max_tokens == 96 < plain.engine.max_tokens
+    assert isinstance(plain.loaded.model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    capsys.readouterr()
+    assert run("chat", ["tiny-zh", "--terminal", "--context", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_context_of_recurrent_layers_has_room_for_their_state() -> None:
+    from conftest import tiny_config
+
+    from cllm.assembly import assemble
+    from cllm.config import MemoryConfig, ModelConfig
+
+    hybrid = tiny_config("qwen3.5").to_dict()
+    for tokens in (1, 40):
+        options = {"device": "cpu", "context": tokens}
+        engine = assemble(hybrid, ModelConfig(), MemoryConfig(), **options).engine()
+        assert engine.row_tokens > 0 and engine.max_tokens == tokens

@@ -329,13 +329,18 @@ def test_an_export_says_what_reads_it(name: str, model: str, tmp_path: Path) -> 
     out.mkdir()
     (out / "adapter_config.json").write_text('{"r": 24}', encoding="utf-8")
 
-    def commands(to: str) -> list[list[str]]:
-        return [shlex.split(line) for line in next_commands(out, to, Path("the base"))]
+    def commands(to: str, kind: str = "q8_0") -> list[list[str]]:
+        return [shlex.split(line) for line in next_commands(out, to, kind, Path("the base"))]
 
     create, talk = commands("ollama")
     assert create == ["ollama", "create", model, "-f", str(out / "Modelfile")]
     assert talk == ["ollama", "run", model]
     assert commands("gguf") == [["llama-cli", "-m", str(out / "model.gguf")]]
+    quantize = ["llama-quantize", str(out / "model.gguf"), str(out / "model-Q4_K_M.gguf"), "Q4_K_M"]
+    assert commands("gguf", "bf16")[1] == quantize
+    smaller = commands("ollama", "f16")[2]
+    assert smaller[:5] == ["ollama", "create", f"{model}-q4_k_m", "-q", "q4_K_M"]
+    assert smaller[5:] == create[3:]
     assert commands("merged") == [["vllm", "serve", str(out)]]
     [vllm] = commands("peft")
     assert vllm[:3] == ["vllm", "serve", "the base"]

@@ -277,35 +277,103 @@ def _named(layers: dict[str, dict[str, Tensor]]) -> nn.Module:
 
 
 # --- GGUF
+VOCABULARY = {
+    "ggml.tokens": ["a"],
+    "ggml.eos_token_id": 1,
+    "ggml.bos_token_id": 2,
+    "ggml.padding_token_id": 0,
+}
+
+
+def written(name: str, kind: str, folder: Path) -> tuple[nn.Module, Any]:
+    """A tiny model with an adapter, and the merge of it that was written to `folder`/x.gguf. From a
+    base in bf16: what is summed must not be rounded to its type on the way to a finer one.
+    """
+    from cllm.model.gguf import place, write_gguf
+
+    tiny_model(name).bfloat16().save_pretrained(folder / "base")
+    model = adapted(load_model(folder / "base"), folder / "adapter")
+    merge = open_merge(folder / "base", folder / "adapter")
+    config = merge.checkpoint.config
+    placed = place(config, merge.layout, kind)
+    tensors = merge.tensors(torch.float32)
+    write_gguf(folder / "x.gguf", config, placed, tensors, kind, VOCABULARY)
+    return model, merge
+
+
+# how far a logit of these tiny random models moves at most
+ERRORS = {"f32": 1e-5, "f16": 2e-2, "q8_0": 0.5, "q5_1": 2, "q5_0": 2, "q4_1": 3, "q4_0": 3}
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llama", "f32"), ("qwen2", "f32"), ("qwen3", "f16"), ("glm", "f32"), ("llama", "q8_0")],
+    [
+        ("llama", "f32"),
+        ("qwen2", "f32"),
+        ("qwen3", "f16"),
+        ("glm", "f32"),
+        *product(["llama"], ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
+    ],
 )
 def test_gguf_read_back(name: str, kind: str, tmp_path: Path) -> None:
-    """From a base in bf16: what is summed must not be rounded to its type on the way to a finer
-    one.
-    """
-    from cllm.model.gguf import write_gguf
-
-    tiny_model(name).bfloat16().save_pretrained(tmp_path / "base")
-    expected = logits(adapted(load_model(tmp_path / "base"), tmp_path / "adapter"))
-    merge = open_merge(tmp_path / "base", tmp_path / "adapter")
-    keys = {
-        "ggml.tokens": ["a"],
-        "ggml.eos_token_id": 1,
-        "ggml.bos_token_id": 2,
-        "ggml.padding_token_id": 0,
-    }
-    write_gguf(
-        tmp_path / "x.gguf",
-        merge.checkpoint.config,
-        merge.layout,
-        merge.tensors(torch.float32),
-        kind,
-        keys,
-    )
+    expected = logits(written(name, kind, tmp_path)[0])
     error = (logits(load_model(tmp_path / "x.gguf")) - expected).abs().max()
-    assert error < {"f32": 1e-5, "f16": 2e-2, "q8_0": 0.5}[kind]
+    assert error < ERRORS[kind]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_gguf_holds_the_bytes_that_ggufs_own_quantizer_makes(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    """Tensor by tensor: vectors in float32, rows of no whole block in f16, the head (or the
+    embedding that it is tied to) of 4 and 5 bits in 8.
+    """
+    from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, quantize
+
+    from cllm.model.gguf import TYPES, place
+
+    _, merge = written("llama-tied" if tied else "llama", kind, tmp_path)
+    placed = place(merge.checkpoint.config, merge.layout, kind)
+    native = {stored.ggml_name: name for name, stored in placed.items()}
+    merged_tensors = {name: tensor.clone() for name, tensor in merge.tensors(torch.float32)}
+    reader = GGUFReader(tmp_path / "x.gguf")
+    stored_in = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    assert stored_in.keys() == native.keys()
+    for tensor in reader.tensors:
+        expected = merged_tensors[native[tensor.name]]
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):  # rotary pairs side by side
+            heads = merge.checkpoint.config
+            count = (
+                heads.num_attention_heads if "attn_q" in tensor.name else heads.num_key_value_heads
+            )
+            halves = expected.reshape(count, 2, -1, expected.shape[1])
+            expected = halves.transpose(1, 2).reshape(expected.shape)
+        as_bytes = quantize(expected.float().numpy(), tensor.tensor_type).tobytes()
+        assert tensor.data.tobytes() == as_bytes, tensor.name
+    asked = GGMLQuantizationType[kind.upper()]
+    head = "token_embd.weight" if tied else "output.weight"
+    small = kind.startswith(("q4", "q5"))
+    assert stored_in[head] == (GGMLQuantizationType.Q8_0 if small else asked)
+    assert stored_in["blk.0.ffn_up.weight"] == asked
+    assert stored_in["blk.0.attn_norm.weight"] == GGMLQuantizationType.F32
+    said = reader.fields["general.file_type"].contents()
+    assert LlamaFileType(said).name.removeprefix("MOSTLY_").removeprefix("ALL_") == kind.upper()
+    assert len(TYPES) == 8
+
+
+def test_rows_of_no_whole_block_stay_f16(tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType
+
+    from cllm.model.gguf import place
+
+    _, merge = written("llama", "q4_1", tmp_path)
+    odd = {name: ((*dims[:-1], 40), dtype) for name, (dims, dtype) in merge.layout.items()}
+    placed = place(merge.checkpoint.config, odd, "q4_1")
+    kinds = {name: stored.kind for name, stored in placed.items()}
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == GGMLQuantizationType.F16
+    assert kinds["lm_head.weight"] == GGMLQuantizationType.F16
+    assert kinds["model.norm.weight"] == GGMLQuantizationType.F32
 
 
 def test_gguf_refuses_what_llama_cpp_would_compute_differently(tmp_path: Path) -> None:

@@ -92,8 +92,12 @@ def write_adapter(
     settings: LoraSettings,
     *,
     base: str = "",
+    within: str = "model.",
 ) -> None:
-    """PEFT's two files from layer name -> tensors of an adapter of `model`, wrapped or not."""
+    """PEFT's two files from layer name -> tensors of an adapter of `model`, wrapped or not.
+
+    `within`: what a reader calls `model.`, as where it loads the whole of a multimodal base.
+    """
     last_parts = {name.rpartition(".")[2] for name in layers}
     linears = [
         name.removesuffix(".base")
@@ -103,7 +107,9 @@ def write_adapter(
     # PEFT matches a target at the end of any module's name: short names only if they select exactly
     # what was adapted.
     exact = {name for name in linears if name.rpartition(".")[2] in last_parts} == set(layers)
+    short = exact and within == "model."  # a vision tower may have layers of the same short names
     first = model.get_submodule(next(iter(layers)))
+    layers = {re.sub(r"^model\.", within, name): parts for name, parts in layers.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -113,7 +119,7 @@ def write_adapter(
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
-        "target_modules": sorted(last_parts if exact else layers),
+        "target_modules": sorted(last_parts if short else layers),
         "bias": "none",
         "modules_to_save": None,
         "fan_in_fan_out": is_conv1d(first.base if isinstance(first, LoraLinear) else first),

@@ -13,6 +13,7 @@ docs/gguf.md, versions 2 and 3; conventions as in llama.cpp's converter.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -102,7 +103,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
 
 # --- Writing
 # general.file_type of what the package can quantize; k-quants need llama.cpp
-TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+TYPES = {"f32": 0, "bf16": 32, "f16": 1, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
 _SLICE = 2**22  # weights converted at a time
 
 
@@ -181,24 +182,64 @@ def _encoded(
     return encoded.reshape(shape)
 
 
-# native name -> how its bytes are stored, and their shape
-Placed = dict[str, tuple["GGMLQuantizationType", tuple[int, ...]]]
+class Placed(NamedTuple):
+    """How one tensor is stored."""
+
+    ggml_name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    """Of its bytes."""
+
+
+def place(config: Any, layout: Mapping[str, Any], kind: str) -> dict[str, Placed]:
+    """Native name -> how it is stored in a file of `kind`, one of `TYPES`, in `layout`'s order.
+
+    As llama.cpp's quantizer does: vectors stay float32, rows that a block of 32 does not divide
+    become f16, and in a file of 4 or 5 bits the output head, or the embedding that is tied to it,
+    has more: q8_0 here, where llama.cpp takes q6_K, which the package cannot write. Raises
+    UserError for a model that llama.cpp does not know.
+    """
+    from gguf import (
+        GGML_QUANT_SIZES,
+        MODEL_ARCH_NAMES,
+        GGMLQuantizationType,
+        get_tensor_name_map,
+        quant_shape_to_byte_shape,
+    )
+
+    arch = architecture(config)
+    number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch)
+    names = get_tensor_name_map(number, config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    placed = {}
+    for name, (dims, _) in layout.items():
+        if tied and name == "lm_head.weight":
+            continue
+        stored = GGMLQuantizationType[kind.upper()] if len(dims) > 1 else GGMLQuantizationType.F32
+        if name == head and kind.startswith(("q4", "q5")):
+            stored = GGMLQuantizationType.Q8_0
+        if dims[-1] % GGML_QUANT_SIZES[stored][0]:
+            stored = GGMLQuantizationType.F16
+        ggml_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if ggml_name is None:
+            raise UserError("export.gguf", architecture=arch, detail=name, known=", ".join(GGUF))
+        placed[name] = Placed(ggml_name, stored, tuple(quant_shape_to_byte_shape(dims, stored)))
+    return placed
 
 
 def write_gguf(
     path: Path,
     config: Any,
-    layout: Mapping[str, Any],
+    placed: Mapping[str, Placed],
     tensors: Iterable[tuple[str, Tensor]],
     kind: str,
     tokenizer: Mapping[str, Any],
 ) -> None:
-    """Write native (name, tensor) pairs, in `layout`'s order, and the `tokenizer.` keys
-    (`cllm.model.tokenizer.Tokenizer.to_gguf`).
-
-    kind: one of `TYPES`; vectors stay float32, and so do rows that q8_0's blocks of 32 do not
-    divide (as f16).
+    """Write native (name, tensor) pairs, in the order of `placed` (`place` of the same `kind`), and
+    the `tokenizer.` keys (`cllm.model.tokenizer.Tokenizer.to_gguf`).
     """
+    import numpy as np
     from gguf import GGUFWriter
 
     arch = architecture(config)
@@ -214,44 +255,17 @@ def write_gguf(
     keys |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
     for key, value in (_shape(config, arch) | keys).items():
         adders[type(value)](key, value)
-    placed = _announce(writer, config, layout, kind, arch)
+    for name, stored, shape in placed.values():
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), stored)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, tensor in tensors:
             if name in placed:
+                _, stored, shape = placed[name]
                 expected = _for_llama_cpp(name, tensor, config, arch)
-                writer.write_tensor_data(_encoded(expected, *placed[name]))
+                writer.write_tensor_data(_encoded(expected, stored, shape))
             del tensor  # before the next one is read
     finally:
         writer.close()
-
-
-def _announce(writer: Any, config: Any, layout: Mapping[str, Any], kind: str, arch: str) -> Placed:
-    """Tell the writer name, type and size of every tensor that will come."""
-    import numpy as np
-    from gguf import (
-        GGML_QUANT_SIZES,
-        MODEL_ARCH_NAMES,
-        GGMLQuantizationType,
-        get_tensor_name_map,
-        quant_shape_to_byte_shape,
-    )
-
-    number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch)
-    names = get_tensor_name_map(number, config.num_hidden_layers)
-    placed: Placed = {}
-    for name, (dims, _) in layout.items():
-        if config.tie_word_embeddings and name == "lm_head.weight":
-            continue
-        stored = GGMLQuantizationType[kind.upper()] if len(dims) > 1 else GGMLQuantizationType.F32
-        if dims[-1] % GGML_QUANT_SIZES[stored][0]:
-            stored = GGMLQuantizationType.F16
-        shape = tuple(quant_shape_to_byte_shape(dims, stored))
-        placed[name] = stored, shape
-        llama_cpp = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if llama_cpp is None:
-            raise UserError("export.gguf", architecture=arch, detail=name, known=", ".join(GGUF))
-        writer.add_tensor_info(llama_cpp, shape, np.dtype(np.uint8), int(np.prod(shape)), stored)
-    return placed

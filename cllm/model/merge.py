@@ -9,6 +9,7 @@ is coarser than the update. Numbers as `cllm.model.lora.LoraLinear`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,11 @@ class Merge(NamedTuple):
     scaling: float
     nf4: bool
     """The base's linears are rounded to NF4 first, as the adapter was trained on them."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors in `layout`."""
+        return sum(dtype.itemsize * math.prod(dims) for dims, dtype in self.layout.values())
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Native (name, tensor) pairs of `layout`, in its order, merged; the sums in `dtype`, by
