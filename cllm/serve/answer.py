@@ -15,6 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from cllm.data.message import Message
+from cllm.data.schema import Conversation
+from cllm.data.template import Segment
+from cllm.data.text import overlap
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
@@ -32,6 +35,8 @@ class Answer:
     """One request, submitted when iterated: `for piece in answer` in a thread, `async for piece in
     answer` in an event loop.
 
+    tools: those that may be called, as JSON; the text then has the control tokens of calls. begun:
+    what the answer begins with.
     `shorten`: the oldest rounds of a conversation that does not fit are left out, `left_out` of
     them, so that an answer has room. Raises UserError where the last question alone is too long.
 
@@ -49,6 +54,8 @@ class Answer:
         stop: Sequence[str] = (),
         *,
         shorten: bool = False,
+        tools: str = "",
+        begun: Sequence[tuple[str, bool]] = (),
     ) -> None:
         self._engine = engine
         self._sampling = sampling
@@ -58,7 +65,15 @@ class Answer:
             m._replace(content=_encodable(m.content), reasoning=_encodable(m.reasoning))
             for m in messages
         ]
-        self.prompt = tokenizer.encode_chat(clean)
+        forced = [Segment(text, False, markup) for text, markup in begun]
+
+        def encoded() -> list[int]:
+            chat = Conversation(tuple(clean), tools=tools)
+            return tokenizer.encode_segments([*tokenizer.segments(chat, open_turn=True), *forced])[
+                0
+            ]
+
+        self.prompt = encoded()
         self.left_out = 0
         reserve = min(sampling.max_new_tokens, engine.max_tokens // ANSWER_SHARE) * shorten
         while shorten and len(self.prompt) > engine.max_tokens - max(1, reserve):
@@ -69,13 +84,13 @@ class Answer:
             second = roles.index("user", first + 1)
             del clean[first:second]
             self.left_out += 1
-            self.prompt = tokenizer.encode_chat(clean)
+            self.prompt = encoded()
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
             raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
-        self._decoder = tokenizer.stream(reply=True)
+        self._decoder = tokenizer.stream(reply=not begun, calls=bool(tools))
         # Qwen3.5's prompt opens the reasoning
         opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")
-        self._held = "<think>\n" if opened else ""
+        self._held = "<think>\n" if opened else "".join(text for text, _ in begun)
         self._cancelled = False
         self._request: Request | None = None
         self.text = ""
@@ -163,7 +178,7 @@ class Answer:
             self.finish_reason = "stop"
             self.cancel()
         elif not last:
-            keep -= _overlap(self._held, self._stop)
+            keep -= overlap(self._held, self._stop)
         piece, self._held = self._held[:keep], self._held[keep:]
         self.text += piece
         return piece
@@ -176,10 +191,10 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    starts = (stop[:length] for stop in stops for length in range(1, len(stop)))
-    return max((len(start) for start in starts if text.endswith(start)), default=0)
+def asked_to_think(tokenizer: Tokenizer, think: bool) -> Tokenizer:
+    """The tokenizer whose prompts ask for reasoning, or for none, where its template can."""
+    template = replace(tokenizer.template, thinking="keep" if think else "off")
+    return replace(tokenizer, template=template) if tokenizer.template.switches else tokenizer
 
 
 def chat_sampling(**values: Any) -> Sampling:

@@ -20,11 +20,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cllm.assembly import Loaded
 from cllm.data import message
+from cllm.data.template import Template
 from cllm.data.text import RowError
+from cllm.data.tools import Parts, Tools, opened
 from cllm.messages import UserError, say, to_json
-from cllm.serve.answer import Answer, ModelError, chat_sampling
+from cllm.model.chat_template import tool_style
+from cllm.model.tokenizer import Tokenizer
+from cllm.serve.answer import Answer, ModelError, asked_to_think, chat_sampling
 from cllm.serve.engine import Engine
 from cllm.serve.guard import error_response
+from cllm.serve.reply import Reply
 from cllm.serve.sampling import LIMITS, MAX_TOP_K
 
 MAX_WAITING = 64
@@ -65,6 +70,23 @@ class ChatMessage(Strict):
         return message.Message(role, text, self.reasoning_content or "", calls)
 
 
+class Function(Strict):
+    """A tool by name; offered it has a description and a JSON schema of its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(pattern=r"^[\w.:-]+$", max_length=64)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Strict):
+    """An offered tool, or the one that is to be called."""
+
+    type: Literal["function"]
+    function: Function
+
+
 class StreamOptions(Strict):
     """Whether the last event of a stream tells the usage."""
 
@@ -100,19 +122,21 @@ class ChatRequest(Strict):
     seed: Annotated[int, Whole] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     n: Annotated[Literal[1], Whole] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = None
 
 
 # Of the fields that are not understood, those pass that never change an answer, and the others
 # where they are empty or say what happens anyway.
 HARMLESS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
-    " parallel_tool_calls cache_salt priority request_id stream_interval keep_alive".split()
+    " cache_salt priority request_id stream_interval keep_alive".split()
 )
 USUAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "text": ({"format": {"type": "text"}},),
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "reasoning_effort": ("none",),
     "best_of": (1,),
@@ -125,13 +149,29 @@ USUAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _unsupported(fields: Mapping[str, Any], thinking: bool) -> list[str]:
-    """The names of fields that ask for another answer than what is sampled; `thinking`: whether
-    the template keeps the reasoning.
+THINKING: dict[bool, tuple[Any, ...]] = {
+    True: (True, {"type": "enabled"}, {"enable_thinking": True}),
+    False: (False, {"type": "disabled"}, {"enable_thinking": False}, "none"),
+}
+
+
+def _thinking(fields: Mapping[str, Any], template: Template) -> bool:
+    """Whether the answer is to be thought out first: as a field says, where the template can be
+    asked, else as it was trained.
     """
-    kind = "enabled" if thinking else "disabled"
-    template = {"enable_thinking": (thinking,), "thinking": ({"type": kind}, thinking)}
-    usual = {**USUAL, **template, "chat_template_kwargs": ({}, {"enable_thinking": thinking})}
+    names = ("chat_template_kwargs", "enable_thinking", "thinking", "reasoning_effort")
+    asked = [fields[name] for name in names if fields.get(name) is not None]
+    wanted = [mode for mode, ways in THINKING.items() if any(way in ways for way in asked)]
+    usual = template.thinking == "keep"
+    return wanted[0] if template.switches and len(wanted) == 1 else usual
+
+
+def _unsupported(fields: Mapping[str, Any], thinking: bool) -> list[str]:
+    """The names of fields that ask for another answer than what is sampled, with `thinking` or
+    without.
+    """
+    names = ("chat_template_kwargs", "enable_thinking", "thinking")
+    usual = USUAL | dict.fromkeys(names, ({}, *THINKING[thinking]))
     return [
         name
         for name, value in fields.items()
@@ -139,6 +179,18 @@ def _unsupported(fields: Mapping[str, Any], thinking: bool) -> list[str]:
         and value is not None
         and (value not in usual[name] if name in usual else bool(value))
     ]
+
+
+# of errors that are found behind the request's shape: the field that is at fault
+PARAMS = {
+    "serve.call": "messages",
+    "serve.tool_choice": "tool_choice",
+    "serve.unforced": "tool_choice",
+    "template.no_tools": "tools",
+    "template.no_calls": "tools",
+    "template.drops": "tools",
+    "template.token": "tools",
+}
 
 
 class ErrorDetail(BaseModel):
@@ -162,11 +214,11 @@ ERRORS: Any = {"default": {"description": "An error in OpenAI's shape", "model":
 EVENTS: Any = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
-def _completion(answer: Answer, head: dict[str, Any]) -> dict[str, Any]:
+def _completion(answer: Answer, reply: Reply, head: dict[str, Any]) -> dict[str, Any]:
     choice = {
         "index": 0,
-        "message": {"role": "assistant", "content": answer.text},
-        "finish_reason": answer.finish_reason,
+        "message": reply.message(),
+        "finish_reason": reply.finish_reason(answer.finish_reason),
         "logprobs": None,
     }
     return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
@@ -208,29 +260,57 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
         name = body.model or next(iter(loaded.models))
         if name not in loaded.models:
             return unknown(name)
-        thinking = loaded.tokenizer.template.thinking == "keep"
-        if fields := _unsupported(body.model_extra or {}, thinking):
+        extra = body.model_extra or {}
+        thinking = _thinking(extra, loaded.tokenizer.template)
+        if fields := _unsupported(extra, thinking):
             message = say("serve.unsupported", fields=", ".join(fields))
             return error_response(400, message, param=fields[0])
         if len(engine.waiting) >= MAX_WAITING:
             return error_response(429, say("serve.busy"), headers={"Retry-After": "5"})
-        answer = await run_in_threadpool(_answer, body, name, loaded, engine)
+        answer, reply = await run_in_threadpool(_answer, body, name, loaded, engine, thinking)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(_events(answer, head, usage), media_type="text/event-stream")
+            return StreamingResponse(
+                _events(answer, reply, head, usage), media_type="text/event-stream"
+            )
         try:
-            async for _ in answer:
+            async for _ in reply.deltas(answer):
                 if await request.is_disconnected():
                     answer.cancel()
         finally:
             answer.cancel()
-        return JSONResponse(_completion(answer, head))
+        return JSONResponse(_completion(answer, reply, head))
 
     return app
 
 
-def _answer(body: ChatRequest, name: str, loaded: Loaded, engine: Engine) -> Answer:
+def _offered(body: ChatRequest, tokenizer: Tokenizer) -> tuple[Tools, str, Parts]:
+    """(the tools that may be called, the style of their calls, what the answer begins with where
+    one has to be).
+    """
+    choice, named = body.tool_choice or "auto", ""
+    listed = [] if choice == "none" else body.tools or []
+    tools = [tool.function.model_dump(exclude_unset=True, exclude={"strict"}) for tool in listed]
+    names = [tool["name"] for tool in tools]
+    if isinstance(choice, Tool):
+        named = choice.function.name
+    elif choice == "required" and len({*names}) == 1:
+        named = names[0]
+    forced = named or choice == "required"
+    if forced and (named not in names if named else not names):
+        known = ", ".join(names) or "-"
+        raise UserError("serve.tool_choice", name=named or choice, known=known)
+    style = tool_style(tokenizer) if tools else "qwen"
+    begun = opened(style, named) if forced else []
+    if forced and not begun:
+        raise UserError("serve.unforced", known=", ".join(names))
+    return tools, style, begun
+
+
+def _answer(
+    body: ChatRequest, name: str, loaded: Loaded, engine: Engine, thinking: bool
+) -> tuple[Answer, Reply]:
     length = body.max_completion_tokens or body.max_tokens
     values = body.model_dump(include={*LIMITS, "seed"})
     if body.top_p is not None:
@@ -240,7 +320,13 @@ def _answer(body: ChatRequest, name: str, loaded: Loaded, engine: Engine) -> Ans
     sampling = chat_sampling(max_new_tokens=length, **values)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     messages = [message.plain() for message in body.messages]
-    return Answer(engine, loaded.tokenizer, messages, sampling, loaded.models[name], stop)
+    tools, style, begun = _offered(body, loaded.tokenizer)
+    # a call that is begun leaves no room for thoughts
+    tokenizer = asked_to_think(loaded.tokenizer, thinking and not begun)
+    offered = to_json(tools) if tools else ""
+    model = loaded.models[name]
+    answer = Answer(engine, tokenizer, messages, sampling, model, stop, tools=offered, begun=begun)
+    return answer, Reply(style, tools, parallel=body.parallel_tool_calls is not False)
 
 
 def _handle_errors(app: Any) -> None:
@@ -254,7 +340,7 @@ def _handle_errors(app: Any) -> None:
             return _refusal_of(error.errors())
         if isinstance(error, UserError):
             code = "context_length_exceeded" if error.code == "serve.context" else None
-            return error_response(400, error.args[0], code=code)
+            return error_response(400, error.args[0], param=PARAMS.get(error.code), code=code)
         return error_response(500, str(error))
 
     for kind in (RequestValidationError, HTTPException, UserError, ModelError):
@@ -281,10 +367,12 @@ def _refusal_of(problems: Sequence[Any]) -> JSONResponse:
     return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)
 
 
-async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
+async def _events(
+    answer: Answer, reply: Reply, head: dict[str, Any], usage: bool
+) -> AsyncIterator[str]:
     """Server-sent events: the role, the pieces, the reason, the usage if asked for, [DONE]."""
 
-    def event(delta: dict[str, str] | None, reason: str | None = None) -> str:
+    def event(delta: dict[str, Any] | None, reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         choices = [] if delta is None else [choice]
         chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
@@ -294,9 +382,10 @@ async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIte
 
     try:
         yield event({"role": "assistant", "content": ""})
-        async for piece in answer:
-            yield event({"content": piece})
-        yield event({}, answer.finish_reason)
+        async for deltas in reply.deltas(answer):
+            for delta in deltas:
+                yield event(delta)
+        yield event({}, reply.finish_reason(answer.finish_reason))
         if usage:
             yield event(None)
     except ModelError as error:
