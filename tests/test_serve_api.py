@@ -535,7 +535,7 @@ def test_random_requests_are_answered_or_refused_as_described(server: Server) ->
     ]
     chance = random.Random(0)
     seen = set()
-    for _ in range(300):
+    for _ in range(600):
         body = {"messages": HELLO, "max_tokens": 2}
         for field in chance.sample([*schema["properties"], "unknown"], chance.randrange(1, 4)):
             body[field] = chance.choice(scraps)

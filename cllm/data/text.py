@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -137,6 +137,12 @@ def text_of(value: object, name: str) -> str:
         return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
     kind = type(value).__name__
     raise RowError("row.no_text", "invalid_text", name=name, found=f"{value!s:.20}", type=kind)
+
+
+def overlap(text: str, marks: Iterable[str]) -> int:
+    """Length of the longest end of `text` that begins one of `marks` and may become it."""
+    starts = (mark[:length] for mark in marks for length in range(1, len(mark)))
+    return max((len(start) for start in starts if text.endswith(start)), default=0)
 
 
 def json_text(value: object) -> str:

@@ -1,5 +1,5 @@
-"""Tools in each model's own format: how the system turn announces them, and how the assistant calls
-them.
+"""Tools in each model's own format: how the system turn announces them, how the assistant calls
+them, and how a call is read back from an answer.
 
 A conversation brings the tools in JSON, as OpenAI lists them. Sources: the chat code published with
 each checkpoint.
@@ -7,16 +7,23 @@ each checkpoint.
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from cllm.data.message import Call
+from cllm.data.message import Call, read_calls
+from cllm.data.text import RowError, overlap
 from cllm.messages import load_toml, to_json
 
 Tools: TypeAlias = list[dict[str, Any]]
 Parts: TypeAlias = list[tuple[str, bool]]  # (text, markup); an empty one is an edge of two strings
+# (text, where a call may begin, tools) -> the calls there and where they end; None: none, or not
+# yet whole
+Read: TypeAlias = "Callable[[str, int, Tools], tuple[list[Call], int] | None]"
 _TEXTS = load_toml("tools.toml")  # what stands before and behind the tools
 
 
@@ -31,6 +38,12 @@ class ToolStyle:
     arguments: Callable[[str, dict[str, Any]], str]
     # (what opens an answer, its words, names and texts of the calls) -> the parts of each turn.
     call: Callable[[Parts, str, list[str], list[str]], list[Parts]]
+    # How calls are read from where one may begin.
+    read: Read
+    # What a call begins with ({}: each tool's name), `turn` included.
+    opens: tuple[str, ...]
+    # What an answer begins behind, where that is a part of what a call begins with.
+    turn: str = ""
     # Where the announcement stands in the system turn, or that it has a turn of its own.
     place: Literal["behind words", "before words", "own turn"] = "behind words"
 
@@ -112,6 +125,195 @@ def _xml(name: str, values: dict[str, Any]) -> str:
     return text + "</function>"
 
 
+# --- Read back
+def _offered(values: list[Any], tools: Tools) -> list[Call] | None:
+    """The values as calls; None if one is no call of these tools, or JSON cannot say its
+    arguments.
+    """
+    try:
+        calls = list(read_calls(values))
+    except (RowError, ValueError, RecursionError):
+        return None
+    return calls if calls and {c.name for c in calls} <= {tool["name"] for tool in tools} else None
+
+
+def _json_value(text: str, at: int = 0) -> tuple[Any, int]:
+    """The value behind blanks, and where it ends. Raises ValueError or RecursionError."""
+    return _JSON.raw_decode(text, _BLANKS.match(text, at).end())  # type: ignore[union-attr]
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)  # NaN and Infinity, which are no JSON
+
+
+_JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
+_BLANKS = re.compile(r"\s*")
+_PYTHON = re.compile(r"<\|assistant\|>(.+)\n```python\n")
+_FENCE = re.compile(r"\)\s*```")
+_FUNCTION = re.compile(r"<tool_call>\s*<function=([^>\n]+)>\s*")
+_PARAMETER = re.compile(
+    r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>(?=\s*(?:<parameter=|</function>))\s*", re.S
+)
+_FUNCTION_END = re.compile(r"</function>\s*(?:</tool_call>|\Z)")
+
+
+def _json_calls(opening: str, closing: str) -> Read:
+    """Reads JSON between two patterns: objects or lists of them that say name and arguments, or
+    arguments alone behind an opening that captures the name.
+    """
+    begin, end = re.compile(opening), re.compile(closing)
+
+    def read(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
+        if not (opened := begin.match(text, start)):
+            return None
+        values: list[Any] = []
+        at, closed = opened.end(), None
+        try:
+            while not closed:
+                value, at = _json_value(text, at)
+                values += value if isinstance(value, list) else [value]
+                closed = end.match(text, at)
+        except (ValueError, RecursionError):
+            return None
+        if begin.groups:
+            values = [{"name": opened[1], "arguments": value} for value in values]
+        calls = _offered(values, tools)
+        return (calls, closed.end()) if calls else None
+
+    return read
+
+
+def _read_python(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
+    """ChatGLM3's call: literals as keywords of a Python call, which is never executed."""
+    if not (opened := _PYTHON.match(text, start)):
+        return None
+    for end in _FENCE.finditer(text, opened.end()):
+        try:
+            code: Any = ast.parse(text[opened.end() : end.start() + 1], mode="eval").body
+            # anything else than a call by keywords has not all of these attributes
+            plain = code.func.id == "tool_call" and not code.args
+            values = {part.arg: ast.literal_eval(part.value) for part in code.keywords}
+        except (AttributeError, SyntaxError, ValueError, MemoryError, RecursionError):
+            continue
+        if not plain or None in values:
+            return None
+        calls = _offered([{"name": opened[1], "arguments": values}], tools)
+        return (calls, end.end()) if calls else None
+    return None
+
+
+def _read_xml(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
+    """Qwen3.5's call. Its values have no quotes, so types come from the tool's schema: a string
+    where it may be one, else JSON or Python's words for it; without a type JSON if that is a list
+    or an object, else a string. A string that goes on like the end of a parameter is cut there.
+    """
+    if not (function := _FUNCTION.match(text, start)):
+        return None
+    tool = next((tool for tool in tools if tool["name"] == function[1]), {})
+    schemas = _part(_part(tool, "parameters"), "properties")
+    values, at = {}, function.end()
+    while pair := _PARAMETER.match(text, at):
+        values[pair[1]] = _typed(pair[2], _part(schemas, pair[1]))
+        at = pair.end()
+    calls = _offered([{"name": function[1], "arguments": values}], tools)
+    closed = _FUNCTION_END.match(text, at)
+    return (calls, closed.end()) if calls and closed else None
+
+
+def _part(schema: object, key: str) -> Any:
+    """A part of a schema, {} where it is none."""
+    return (schema.get(key) if isinstance(schema, dict) else None) or {}
+
+
+def _types(schema: object) -> set[str]:
+    """The JSON types that a schema allows; none where it does not say."""
+    names = _part(schema, "type")
+    several = [*_part(schema, "anyOf"), *_part(schema, "oneOf")]
+    return set().union([names] if isinstance(names, str) else names, *map(_types, several))
+
+
+def _typed(text: str, schema: object) -> Any:
+    try:
+        types = _types(schema)
+    except TypeError:  # whatever a client calls a schema
+        types = set()
+    if "string" in types or (not types and text.lstrip()[:1] not in ("[", "{")):
+        return text
+    try:
+        value, end = _json_value({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except (ValueError, RecursionError):
+        return text
+    return text if text[end:].strip() else value
+
+
+class CallReader:
+    """Words and calls of an answer that arrives piece by piece: the same however it is cut. What is
+    no call of these tools is words, as it stands; blanks before a call and behind the last are not.
+    """
+
+    def __init__(self, style: str, tools: Tools) -> None:
+        self._style, self._tools = TOOL_STYLES[style], tools
+        names = [tool["name"] for tool in tools]
+        self._opens = {text.replace("{}", name) for text in self._style.opens for name in names}
+        self._opening = re.compile("|".join(map(re.escape, self._opens)) or "(?!)")
+        self._text = self._style.turn
+        self._done = 0  # what stands before is out
+        self._called = False  # and nothing was said since
+
+    def push(self, piece: str, *, last: bool = False) -> list[str | Call]:
+        """What is certain now, in order; `last`: nothing follows."""
+        self._text += piece
+        said: list[str | Call] = []
+        at, size = self._done, len(self._text)
+        while match := self._opening.search(self._text, at):
+            read = self._style.read(self._text, match.start(), self._tools)
+            if read and (last or read[1] < size):
+                said += [*filter(None, [self._words(match.start()).rstrip()]), *read[0]]
+                self._done = at = read[1]
+                self._called = True
+            elif last:
+                at = match.end()
+            else:
+                break
+        stop = match.start() if match else size
+        if last:
+            words = self._words(size)
+            words = words if words.strip() or not self._called else ""
+        else:
+            words = self._words(min(stop, size - overlap(self._text, self._opens))).rstrip()
+        if words:
+            self._called = False
+            said.append(words)
+            self._done = max(self._done, len(self._style.turn)) + len(words)
+        return said
+
+    def _words(self, stop: int) -> str:
+        return self._text[max(self._done, len(self._style.turn)) : stop]
+
+
+def parse(style: str, text: str, tools: Tools) -> tuple[str, tuple[Call, ...]]:
+    """(words, calls) of a whole answer, calls of these tools only."""
+    said = CallReader(style, tools).push(text, last=True)
+    words = "".join(part for part in said if isinstance(part, str))
+    return words, tuple(part for part in said if isinstance(part, Call))
+
+
+def opened(style: str, name: str = "") -> Parts:
+    """What every call begins with, or every one of this tool: a model that finds it at the end of
+    its prompt writes the rest. Nothing of a format whose calls begin with the name.
+    """
+    pair = Call(name or "a", {}), Call(name or "b", {"c": 1})
+    turns = [called(style, [], "", (call,))[0] for call in pair]
+    texts = ["".join(text for text, _ in turn) for turn in turns]
+    # `{` and a blank are one token with what follows
+    size, parts = len(os.path.commonprefix(texts).rstrip("{(< ")), []
+    for text, markup in turns[0]:
+        parts.append((text[:size], markup))
+        size = max(0, size - len(text))
+    return parts if parts[0][0] else []
+
+
+# --- The formats
 def _in_tags(space: str) -> Callable[[Parts, str, list[str], list[str]], list[Parts]]:
     """Each call in tags; `space` stands between the words and the first."""
 
@@ -148,6 +350,8 @@ TOOL_STYLES = {
         ),
         arguments=lambda name, values: to_json({"name": name, "arguments": values}),
         call=_in_tags("\n"),
+        read=_json_calls("<tool_call>", r"\s*(?:</tool_call>|\Z)"),
+        opens=("<tool_call>",),
     ),
     "qwen3.5": ToolStyle(
         announce=lambda before, behind, tools, words: (
@@ -157,6 +361,8 @@ TOOL_STYLES = {
         ),
         arguments=_xml,
         call=_in_tags("\n\n"),
+        read=_read_xml,
+        opens=("<tool_call>",),
         place="before words",
     ),
     "glm4": ToolStyle(
@@ -167,6 +373,9 @@ TOOL_STYLES = {
         ),
         arguments=lambda name, values: to_json(values),
         call=_by_name,
+        read=_json_calls(r"<\|assistant\|>(.+)\n", ""),
+        opens=("<|assistant|>{}\n",),
+        turn="<|assistant|>",
     ),
     "chatglm3": ToolStyle(
         announce=lambda before, behind, tools, words: (
@@ -176,6 +385,9 @@ TOOL_STYLES = {
         ),
         arguments=_python,
         call=_by_name,
+        read=_read_python,
+        opens=("<|assistant|>{}\n",),
+        turn="<|assistant|>",
     ),
     "internlm2": ToolStyle(
         announce=lambda before, behind, tools, words: ("", to_json(tools, 4), ""),
@@ -189,6 +401,8 @@ TOOL_STYLES = {
                 ("<|action_end|>", True),
             ]
         ],
+        read=_json_calls(r"<\|action_start\|>\s*<\|plugin\|>", r"\s*(?:<\|action_end\|>|\Z)"),
+        opens=("<|action_start|>",),
         place="own turn",
     ),
     "llama3": ToolStyle(
@@ -201,6 +415,9 @@ TOOL_STYLES = {
         call=lambda opening, words, names, texts: _as_text(
             opening, words, texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
         ),
+        read=_json_calls(r"\n", r"\s*\Z"),
+        opens=('\n{"name"', '\n{"type"', '\n[{"name"', '\n[{"type"'),
+        turn="\n",
     ),
     "react": ToolStyle(
         announce=lambda before, behind, tools, words: (
@@ -210,5 +427,8 @@ TOOL_STYLES = {
         ),
         arguments=lambda name, values: f"Action: {name}\nAction Input: {to_json(values)}",
         call=lambda opening, words, names, texts: _as_text(opening, words, "\n".join(texts)),
+        read=_json_calls(r"\nAction:[ \t]*(.+?)[ \t]*\n\s*Action Input:", ""),
+        opens=("\nAction:",),
+        turn="\n",
     ),
 }

@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.message import Message, block_of, with_block
+from cllm.data.message import Call, Message, block_of, with_block
+from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES, Chat, Segment, Template, messages_of, render
-from cllm.data.tools import Tools, read_tools
+from cllm.data.tools import TOOL_STYLES, Tools, called, parse, read_tools
 from cllm.messages import UserError, to_json
 from cllm.model.vocabulary import Bpe
 
@@ -211,6 +212,34 @@ def _probed(template: Template) -> list[str]:
         "".join(segment.text for segment in render(turns, template, open_turn=opened))
         for turns, opened in _PROBES
     ]
+
+
+def tool_style(tokenizer: Tokenizer) -> str:
+    """In which of TOOL_STYLES its template writes calls; of a chat_template, the one that reads
+    them back. Raises UserError if there is none, or no place for the tools.
+    """
+    template = tokenizer.template
+    tools: Tools = [{"name": "probe", "description": "p", "parameters": {}}]
+    calls = (Call("probe", {"text": "a"}),)
+    turns = (Message("user", "a"), Message("assistant", "", "", calls))
+    segments = tokenizer.segments(Conversation(turns, tools=to_json(tools)))
+    if not template.jinja:
+        return template.tools
+    answer = [segment for segment in segments if segment.supervised]
+    text = tokenizer.decode(tokenizer.encode_segments(answer)[0])
+    for style in TOOL_STYLES:
+        if parse(style, text, tools) == ("", calls):
+            return style
+    raise UserError("template.no_calls")
+
+
+def call_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Control tokens with which its calls are written, which `decode` leaves out."""
+    turns = called(tool_style(tokenizer), [], "a", (Call("a", {}),) * 2)
+    texts = ["".join(text for text, _ in turn) for turn in turns]
+    ids = tokenizer.encode(tokenizer.template.assistant.join(texts), markup=True)
+    hidden = tokenizer.vocabulary.hidden.intersection(ids)
+    return {id: tokenizer.vocabulary.name(id) for id in hidden}
 
 
 def renders_like(tokenizer: Tokenizer, source: str) -> bool:

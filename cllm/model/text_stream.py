@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 
 
 class TextStream:
@@ -16,8 +16,10 @@ class TextStream:
         hidden: Container[int],
         *,
         drop_blank: bool = False,
+        named: Mapping[int, str] | None = None,
     ) -> None:
         self._decode, self._hidden = decode, hidden
+        self._named = named or {}  # control tokens that are shown all the same
         self._blank = drop_blank  # still at the white space to be dropped
         self._ids: list[int] = []
         # ids before `_read` are out; those from `_start` on give the next ones their context
@@ -25,6 +27,9 @@ class TextStream:
 
     def push(self, id: int) -> str:
         """The text that `id` completes; "" while a character is still incomplete."""
+        if id in self._named:
+            self._blank = False
+            return self.end() + self._named[id]
         if id in self._hidden:
             return ""
         self._ids.append(id)

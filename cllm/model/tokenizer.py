@@ -24,6 +24,7 @@ from cllm.data.template import TEMPLATES, Chat, Segment, Template, render
 from cllm.messages import UserError, note, read_json, to_json
 from cllm.model import gguf
 from cllm.model.chat_template import (
+    call_tokens,
     choose_template,
     published_template,
     render_native,
@@ -104,12 +105,14 @@ class Tokenizer:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         return {kind: "" if id is None else self.vocabulary.name(id) for kind, id in ids.items()}
 
-    def stream(self, *, reply: bool = False) -> TextStream:
+    def stream(self, *, reply: bool = False, calls: bool = False) -> TextStream:
         """A decoder for ids that arrive one by one. reply=True: without the white space that opens
-        an answer in ChatGLM's formats.
+        an answer in ChatGLM's formats; calls=True: with the control tokens that calls are written
+        with.
         """
         drop_blank = reply and bool(self.template.lead)
-        return TextStream(self.decode, self.vocabulary.hidden, drop_blank=drop_blank)
+        named = call_tokens(self) if calls else {}
+        return TextStream(self.decode, self.vocabulary.hidden, drop_blank=drop_blank, named=named)
 
     def segments(self, conversation: Chat, *, open_turn: bool = False) -> list[Segment]:
         """The conversation in this tokenizer's template (see `cllm.data.template.render`).

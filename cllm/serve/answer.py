@@ -15,6 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from cllm.data.message import Message
+from cllm.data.schema import Conversation
+from cllm.data.template import Segment
+from cllm.data.text import overlap
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
@@ -32,6 +35,8 @@ class Answer:
     """One request, submitted when iterated: `for piece in answer` in a thread, `async for piece in
     answer` in an event loop.
 
+    tools: those that may be called, as JSON; the text then has the control tokens of calls. begun:
+    what the answer begins with.
     `shorten`: the oldest rounds of a conversation that does not fit are left out, `left_out` of
     them, so that an answer has room. `prompt`: ids that are continued as they are, instead of
     messages. Raises UserError where the last question alone is too long.
@@ -51,6 +56,8 @@ class Answer:
         *,
         shorten: bool = False,
         prompt: Sequence[int] = (),
+        tools: str = "",
+        begun: Sequence[tuple[str, bool]] = (),
     ) -> None:
         self._engine = engine
         self._sampling = sampling
@@ -60,7 +67,14 @@ class Answer:
             m._replace(content=encodable(m.content), reasoning=encodable(m.reasoning))
             for m in messages
         ]
-        self.prompt = list(prompt) or tokenizer.encode_chat(clean)
+        forced = [Segment(text, False, markup) for text, markup in begun]
+
+        def encoded() -> list[int]:
+            chat = Conversation(tuple(clean), tools=tools)
+            turns = tokenizer.segments(chat, open_turn=True)
+            return tokenizer.encode_segments([*turns, *forced])[0]
+
+        self.prompt = list(prompt) or encoded()
         self.left_out = 0
         reserve = min(sampling.max_new_tokens, engine.max_tokens // ANSWER_SHARE) * shorten
         while shorten and len(self.prompt) > engine.max_tokens - max(1, reserve):
@@ -71,15 +85,15 @@ class Answer:
             second = roles.index("user", first + 1)
             del clean[first:second]
             self.left_out += 1
-            self.prompt = tokenizer.encode_chat(clean)
+            self.prompt = encoded()
         if len(self.prompt) >= engine.max_tokens:  # known before anything is streamed
             raise UserError("serve.context", tokens=len(self.prompt), limit=engine.max_tokens)
-        self._decoder = tokenizer.stream(reply=not prompt)
+        self._decoder = tokenizer.stream(reply=not (prompt or begun), calls=bool(tools))
         for id in prompt[-16:]:  # what goes on with it may begin with a blank
             self._decoder.push(id)
         # Qwen3.5's prompt opens the reasoning
-        opened = tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")
-        self._held = "<think>\n" if opened and not prompt else ""
+        opened = not prompt and tokenizer.decode(self.prompt[-16:]).rstrip().endswith("<think>")
+        self._held = "<think>\n" if opened else "".join(text for text, _ in begun)
         self._begins: list[int] = []  # where the text of each token begins
         self._scored = 0
         self._cancelled = False
@@ -185,7 +199,7 @@ class Answer:
             self.finish_reason = "stop"
             self.cancel()
         elif not last:
-            keep -= _overlap(self._held, self._stop)
+            keep -= overlap(self._held, self._stop)
         piece, self._held = self._held[:keep], self._held[keep:]
         self.text += piece
         return piece
@@ -198,10 +212,10 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    starts = (stop[:length] for stop in stops for length in range(1, len(stop)))
-    return max((len(start) for start in starts if text.endswith(start)), default=0)
+def asked_to_think(tokenizer: Tokenizer, think: bool) -> Tokenizer:
+    """The tokenizer whose prompts ask for reasoning, or for none, where its template can."""
+    template = replace(tokenizer.template, thinking="keep" if think else "off")
+    return replace(tokenizer, template=template) if tokenizer.template.switches else tokenizer
 
 
 def chat_sampling(**values: Any) -> Sampling:

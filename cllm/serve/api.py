@@ -25,18 +25,23 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cllm.assembly import Loaded
 from cllm.data import message
+from cllm.data.tools import Parts, Tools, opened
 from cllm.messages import UserError, say, to_json
+from cllm.model.chat_template import tool_style
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.model.vocabulary import token_bytes
-from cllm.serve.answer import Answer, ModelError, encodable
+from cllm.serve.answer import Answer, ModelError, asked_to_think, encodable
 from cllm.serve.engine import FIRST_TOKEN_SECONDS, Engine
 from cllm.serve.grammar import Grammar, Grammars
 from cllm.serve.guard import error_response
+from cllm.serve.reply import Reply
 from cllm.serve.requests import (
     ChatRequest,
     CompletionRequest,
     ResponseFormat,
     Settings,
+    Tool,
+    thinking_of,
     unsupported,
 )
 from cllm.serve.sampling import Logprob
@@ -47,6 +52,12 @@ PARAMS = {
     "serve.context": "messages",
     "serve.empty": "messages",
     "serve.call": "messages",
+    "serve.tool_choice": "tool_choice",
+    "serve.unforced": "tool_choice",
+    "template.no_tools": "tools",
+    "template.no_calls": "tools",
+    "template.drops": "tools",
+    "template.token": "tools",
     "serve.bias": "logit_bias",
     "serve.prompt": "prompt",
     "serve.no_schema": "response_format",
@@ -77,16 +88,36 @@ EVENTS: Any = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 @dataclass(frozen=True)
-class _Reply:
+class _Response:
     """The answers to one request, `n` to each prompt, in the shape of one of the two endpoints, and
-    the head of all that is sent.
+    the head of all that is sent; of a chat's the parts that each consists of.
     """
 
     answers: list[Answer]
+    replies: list[Reply]
     tokenizer: Tokenizer
-    chat: bool
     n: int
     head: dict[str, Any]
+
+    @property
+    def chat(self) -> bool:
+        """Whether a conversation is answered, not a text continued."""
+        return bool(self.replies)
+
+    def take(self, index: int, piece: str | None) -> list[dict[str, Any]]:
+        """What the next piece of an answer, None at its end, adds to a stream."""
+        if not self.chat:
+            return [{"text": piece}] if piece else []
+        reply = self.replies[index]
+        deltas = reply.push(piece or "", last=piece is None)
+        if reply.full:  # nothing more is wanted
+            self.answers[index].cancel()
+        return [{"delta": delta} for delta in deltas]
+
+    def reason(self, index: int) -> str:
+        """Why an answer ended, in OpenAI's words."""
+        reason = self.answers[index].finish_reason
+        return self.replies[index].finish_reason(reason) if self.chat else reason
 
     def choice(self, index: int, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
         """One choice; with the log-probabilities, if asked for, of what was not sent before."""
@@ -138,14 +169,17 @@ def _readable(piece: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def _completion(reply: _Reply) -> dict[str, Any]:
-    choices = []
-    for index, answer in enumerate(reply.answers):
-        message = {"role": "assistant", "content": answer.text}
-        said = {"message": message} if reply.chat else {"text": answer.text}
-        choices.append(reply.choice(index, said, answer.finish_reason))
-    kind = "chat.completion" if reply.chat else "text_completion"
-    return {**reply.head, "object": kind, "choices": choices, "usage": reply.usage()}
+def _completion(response: _Response) -> dict[str, Any]:
+    said: list[dict[str, Any]]
+    if response.chat:
+        said = [{"message": reply.message()} for reply in response.replies]
+    else:
+        said = [{"text": answer.text} for answer in response.answers]
+    choices = [
+        response.choice(index, what, response.reason(index)) for index, what in enumerate(said)
+    ]
+    kind = "chat.completion" if response.chat else "text_completion"
+    return {**response.head, "object": kind, "choices": choices, "usage": response.usage()}
 
 
 async def _pieces(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, str | None], None]:
@@ -217,25 +251,26 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
         name = body.model or next(iter(loaded.models))
         if name not in loaded.models:
             return unknown(name)
-        thinking = loaded.tokenizer.template.thinking == "keep"
-        if fields := unsupported(body.model_extra or {}, thinking):
+        extra = body.model_extra or {}
+        thinking = thinking_of(extra, loaded.tokenizer.template)
+        if fields := unsupported(extra, thinking):
             message = say("serve.unsupported", fields=", ".join(fields))
             return error_response(400, message, param=fields[0])
         if len(engine.waiting) >= MAX_WAITING:
             return error_response(429, say("serve.busy"), headers={"Retry-After": "5"})
-        chat = isinstance(body, ChatRequest)
-        kind = "chatcmpl" if chat else "cmpl"
+        kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
         head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        answers = await run_in_threadpool(maker.answers, body, name)
-        reply = _Reply(answers, loaded.tokenizer, chat, body.n or 1, head)
+        made = await run_in_threadpool(maker.answers, body, name, thinking)
+        response = _Response(*made, loaded.tokenizer, body.n or 1, head)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(_events(reply, usage), media_type="text/event-stream")
-        async with aclosing(_pieces(answers)) as pieces:
-            async for _ in pieces:
+            return StreamingResponse(_events(response, usage), media_type="text/event-stream")
+        async with aclosing(_pieces(response.answers)) as pieces:
+            async for index, piece in pieces:
+                response.take(index, piece)
                 if await request.is_disconnected():
                     break
-        return JSONResponse(_completion(reply))
+        return JSONResponse(_completion(response))
 
     @app.post("/v1/chat/completions", responses=ERRORS | EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -259,42 +294,55 @@ class _Maker:
     def _plain(self) -> Tokenizer:
         return load_tokenizer(self._loaded.tokenizer.source, template="text")
 
-    def answers(self, body: Settings, name: str) -> list[Answer]:
-        """`n` to each prompt, the first one's first; their seeds count up."""
-        last = self._loaded.tokenizer.vocab_size - 1
-        messages, prompts, shorten = list[message.Message](), list[list[int]]([[]]), False
+    def answers(
+        self, body: Settings, name: str, thinking: bool
+    ) -> tuple[list[Answer], list[Reply]]:
+        """`n` to each prompt, the first one's first; their seeds count up. Of a chat also what
+        tells the parts of each apart.
+        """
+        loaded, count = self._loaded, body.n or 1
+        tokenizer, last = loaded.tokenizer, loaded.tokenizer.vocab_size - 1
+        messages, tools, begun = list[message.Message](), Tools(), Parts()
+        replies, shorten = list[Reply](), False
         if isinstance(body, CompletionRequest):
-            prompts = [self._ids(prompt, last) for prompt in body.prompts()]
-            sampling = body.sampling(
-                last, max_new_tokens=body.max_tokens or 16, logprobs=body.logprobs
-            )
+            texts = [self._ids(prompt, last) for prompt in body.prompts()]
+            prompts = [ids for ids in texts for _ in range(count)]
+            length = body.max_tokens or 16
+            sampling = body.sampling(last, max_new_tokens=length, logprobs=body.logprobs)
         else:
             assert isinstance(body, ChatRequest)
+            prompts = [[]] * count
             messages = [said.plain() for said in body.messages]
             shorten = body.truncation == "auto"
+            tools, style, begun = _offered(body, tokenizer)
+            # a call that is begun leaves no room for thoughts
+            tokenizer = asked_to_think(tokenizer, thinking and not begun)
+            parallel = body.parallel_tool_calls is not False
+            replies = [Reply(style, tools, parallel=parallel) for _ in prompts]
             sampling = body.sampling(
                 last,
                 max_new_tokens=body.max_completion_tokens or body.max_tokens,
                 logprobs=body.top_logprobs or (0 if body.logprobs else None),
                 grammar=self._grammar(body.response_format),
             )
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         answers = []
-        for index in range(len(prompts) * (body.n or 1)):
+        for index, prompt in enumerate(prompts):
             seed = None if sampling.seed is None else sampling.seed + index
             answers.append(
                 Answer(
                     self._engine,
-                    self._loaded.tokenizer,
+                    tokenizer,
                     messages,
                     replace(sampling, seed=seed),
-                    self._loaded.models[name],
-                    stop,
+                    loaded.models[name],
+                    [body.stop] if isinstance(body.stop, str) else body.stop or [],
                     shorten=shorten,
-                    prompt=prompts[index // (body.n or 1)],
+                    prompt=prompt,
+                    tools=to_json(tools) if tools else "",
+                    begun=begun,
                 )
             )
-        return answers
+        return answers, replies
 
     def _ids(self, prompt: str | list[int], last: int) -> list[int]:
         """A text as evaluation encodes it: with the beginning that the vocabulary gives it."""
@@ -314,6 +362,29 @@ class _Maker:
         if wanted.json_schema is None:
             raise UserError("serve.no_schema")
         return self._grammars.compile(wanted.json_schema.schema_)
+
+
+def _offered(body: ChatRequest, tokenizer: Tokenizer) -> tuple[Tools, str, Parts]:
+    """(the tools that may be called, the style of their calls, what the answer begins with where
+    one has to be).
+    """
+    choice, named = body.tool_choice or "auto", ""
+    listed = [] if choice == "none" else body.tools or []
+    tools = [tool.function.model_dump(exclude_unset=True, exclude={"strict"}) for tool in listed]
+    names = [tool["name"] for tool in tools]
+    if isinstance(choice, Tool):
+        named = choice.function.name
+    elif choice == "required" and len({*names}) == 1:
+        named = names[0]
+    forced = named or choice == "required"
+    if forced and (named not in names if named else not names):
+        known = ", ".join(names) or "-"
+        raise UserError("serve.tool_choice", name=named or choice, known=known)
+    style = tool_style(tokenizer) if tools else "qwen"
+    begun = opened(style, named) if forced else []
+    if forced and not begun:
+        raise UserError("serve.unforced", known=", ".join(names))
+    return tools, style, begun
 
 
 def _metrics(engine: Engine) -> str:
@@ -381,27 +452,27 @@ def _refusal_of(problems: Sequence[Any]) -> JSONResponse:
     return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)
 
 
-async def _events(reply: _Reply, usage: bool) -> AsyncIterator[str]:
+async def _events(response: _Response, usage: bool) -> AsyncIterator[str]:
     """Server-sent events: the roles, the pieces, the reasons, the usage if asked for, [DONE]."""
 
     def event(choices: list[dict[str, Any]]) -> str:
-        kind = "chat.completion.chunk" if reply.chat else "text_completion"
-        chunk = {**reply.head, "object": kind, "choices": choices}
+        kind = "chat.completion.chunk" if response.chat else "text_completion"
+        chunk = {**response.head, "object": kind, "choices": choices}
         if usage:
-            chunk["usage"] = None if choices else reply.usage()
+            chunk["usage"] = None if choices else response.usage()
         return f"data: {to_json(chunk)}\n\n"
 
     try:
-        if reply.chat:
-            for index in range(len(reply.answers)):
-                role = {"role": "assistant", "content": ""}
-                yield event([reply.choice(index, {"delta": role}, None)])
-        async with aclosing(_pieces(reply.answers)) as pieces:
+        for index in range(len(response.replies)):
+            role = {"role": "assistant", "content": ""}
+            yield event([response.choice(index, {"delta": role}, None)])
+        async with aclosing(_pieces(response.answers)) as pieces:
             async for index, piece in pieces:
-                reason = reply.answers[index].finish_reason if piece is None else None
-                delta = {} if piece is None else {"content": piece}
-                said = {"delta": delta} if reply.chat else {"text": piece or ""}
-                yield event([reply.choice(index, said, reason)])
+                for said in response.take(index, piece):
+                    yield event([response.choice(index, said, None)])
+                if piece is None:
+                    said = {"delta": {}} if response.chat else {"text": ""}
+                    yield event([response.choice(index, said, response.reason(index))])
         if usage:
             yield event([])
     except ModelError as error:

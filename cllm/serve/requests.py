@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cllm.data import message
+from cllm.data.template import Template
 from cllm.data.text import RowError
 from cllm.messages import UserError
 from cllm.serve.answer import chat_sampling
@@ -47,6 +48,23 @@ class ChatMessage(Strict):
         except RowError as error:
             raise UserError("serve.call", detail=error.args[1]) from error
         return message.Message(role, text, self.reasoning_content or "", calls)
+
+
+class Function(Strict):
+    """A tool by name; offered it has a description and a JSON schema of its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(pattern=r"^[\w.:-]+$", max_length=64)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Strict):
+    """An offered tool, or the one that is to be called."""
+
+    type: Literal["function"]
+    function: Function
 
 
 class StreamOptions(Strict):
@@ -126,6 +144,9 @@ class ChatRequest(Settings):
     top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = None
     response_format: ResponseFormat | None = None
     truncation: Literal["auto", "disabled"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(Settings):
@@ -153,12 +174,11 @@ class CompletionRequest(Settings):
 # where they are empty or say what happens anyway.
 HARMLESS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
-    " parallel_tool_calls cache_salt priority request_id stream_interval keep_alive".split()
+    " cache_salt priority request_id stream_interval keep_alive".split()
 )
 USUAL: dict[str, tuple[Any, ...]] = {
     "text": ({"format": {"type": "text"}},),
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "reasoning_effort": ("none",),
     "best_of": (1,),
@@ -171,13 +191,29 @@ USUAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def unsupported(fields: Mapping[str, Any], thinking: bool) -> list[str]:
-    """The names of fields that ask for another answer than what is sampled; `thinking`: whether
-    the template keeps the reasoning.
+THINKING: dict[bool, tuple[Any, ...]] = {
+    True: (True, {"type": "enabled"}, {"enable_thinking": True}),
+    False: (False, {"type": "disabled"}, {"enable_thinking": False}, "none"),
+}
+
+
+def thinking_of(fields: Mapping[str, Any], template: Template) -> bool:
+    """Whether the answer is to be thought out first: as a field says, where the template can be
+    asked, else as it was trained.
     """
-    kind = "enabled" if thinking else "disabled"
-    template = {"enable_thinking": (thinking,), "thinking": ({"type": kind}, thinking)}
-    usual = {**USUAL, **template, "chat_template_kwargs": ({}, {"enable_thinking": thinking})}
+    names = ("chat_template_kwargs", "enable_thinking", "thinking", "reasoning_effort")
+    asked = [fields[name] for name in names if fields.get(name) is not None]
+    wanted = [mode for mode, ways in THINKING.items() if any(way in ways for way in asked)]
+    usual = template.thinking == "keep"
+    return wanted[0] if template.switches and len(wanted) == 1 else usual
+
+
+def unsupported(fields: Mapping[str, Any], thinking: bool) -> list[str]:
+    """The names of fields that ask for another answer than what is sampled, with `thinking` or
+    without.
+    """
+    names = ("chat_template_kwargs", "enable_thinking", "thinking")
+    usual = USUAL | dict.fromkeys(names, ({}, *THINKING[thinking]))
     return [
         name
         for name, value in fields.items()

@@ -4,7 +4,6 @@
 # handlers.
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -14,7 +13,7 @@ from cllm.data.message import Message
 from cllm.messages import UserError, messages
 from cllm.model.tokenizer import Tokenizer
 from cllm.runs import read_metrics
-from cllm.serve.answer import Answer, chat_sampling
+from cllm.serve.answer import Answer, asked_to_think, chat_sampling
 from cllm.serve.sampling import Sampling
 
 # of a streamed answer: smooth to the eye, and 16 readers do not slow the engine down
@@ -121,10 +120,7 @@ def asked_of(loaded: Loaded, values: Sequence[Any]) -> tuple[Tokenizer, list[Mes
     if seed and not seed.isdecimal():
         raise UserError("ui.no_seed", found=seed)
     sampling = chat_sampling(**settings | {"seed": int(seed) if seed else None})
-    words, tokenizer = (system or "").strip(), loaded.tokenizer
-    if tokenizer.template.switches:
-        mode = "keep" if thinking else "off"
-        tokenizer = replace(tokenizer, template=replace(tokenizer.template, thinking=mode))
+    words, tokenizer = (system or "").strip(), asked_to_think(loaded.tokenizer, bool(thinking))
     return tokenizer, [Message("system", words)] if words else [], sampling
 
 
