@@ -414,7 +414,7 @@ def _handle_errors(app: Any) -> None:
     """Whatever is raised while a request is handled answers in OpenAI's shape."""
     from fastapi.exceptions import RequestValidationError
 
-    async def reply(request: Request, error: Any) -> JSONResponse:
+    async def reply(request: Request, error: Any) -> Response:
         if isinstance(error, HTTPException):
             return error_response(error.status_code, str(error.detail), headers=error.headers)
         if isinstance(error, RequestValidationError):
@@ -431,7 +431,7 @@ def _handle_errors(app: Any) -> None:
         app.add_exception_handler(kind, reply)
 
 
-def _refusal_of(problems: Sequence[Any]) -> JSONResponse:
+def _refusal_of(problems: Sequence[Any]) -> Response:
     """The answer to a body that is no request: where it is wrong, without the names that pydantic
     gives to the alternatives of a field.
     """

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cllm.messages import say, speaking
+from cllm.messages import say, speaking, to_json
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = frozenset({"0.0.0.0", "::"})
@@ -41,14 +41,16 @@ def error_response(
     param: str | None = None,
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
+) -> Response:
     """An error in OpenAI's shape."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     if status == 429:
         kind = "rate_limit_error"
     error = {"message": message, "type": kind, "param": param}
-    body = {"error": {**error, "code": code or ERROR_CODES.get(status)}}
-    return JSONResponse(body, status, headers)
+    body = to_json({"error": {**error, "code": code or ERROR_CODES.get(status)}})
+    # what a request quotes may hold half surrogate pairs
+    content = body.encode("utf-8", "replace")
+    return Response(content, status, headers, "application/json")
 
 
 def preferred(languages: str) -> str:
