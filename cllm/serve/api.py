@@ -32,7 +32,7 @@ from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.model.vocabulary import token_bytes
 from cllm.serve.answer import Answer, ModelError, asked_to_think, encodable
 from cllm.serve.engine import FIRST_TOKEN_SECONDS, Engine
-from cllm.serve.grammar import Grammar, Grammars
+from cllm.serve.grammar import Grammar, Grammars, call_grammar
 from cllm.serve.guard import error_response
 from cllm.serve.reply import Reply
 from cllm.serve.requests import (
@@ -88,7 +88,7 @@ EVENTS: Any = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 @dataclass(frozen=True)
-class _Response:
+class _Choices:
     """The answers to one request, `n` to each prompt, in the shape of one of the two endpoints, and
     the head of all that is sent; of a chat's the parts that each consists of.
     """
@@ -169,7 +169,7 @@ def _readable(piece: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def _completion(response: _Response) -> dict[str, Any]:
+def _completion(response: _Choices) -> dict[str, Any]:
     said: list[dict[str, Any]]
     if response.chat:
         said = [{"message": reply.message()} for reply in response.replies]
@@ -261,7 +261,7 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
         kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
         head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         made = await run_in_threadpool(maker.answers, body, name, thinking)
-        response = _Response(*made, loaded.tokenizer, body.n or 1, head)
+        response = _Choices(*made, loaded.tokenizer, body.n or 1, head)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(_events(response, usage), media_type="text/event-stream")
@@ -323,7 +323,7 @@ class _Maker:
                 last,
                 max_new_tokens=body.max_completion_tokens or body.max_tokens,
                 logprobs=body.top_logprobs or (0 if body.logprobs else None),
-                grammar=self._grammar(body.response_format),
+                grammar=self._grammar(body.response_format) or self._rest(style, tools, begun),
             )
         answers = []
         for index, prompt in enumerate(prompts):
@@ -353,6 +353,13 @@ class _Maker:
         if (id := max(prompt)) > last:
             raise UserError("serve.prompt", id=id, last=last)
         return prompt
+
+    def _rest(self, style: str, tools: Tools, begun: Parts) -> Grammar | None:
+        """What may follow the beginning of a call; without the library, or in a format whose
+        arguments are no JSON, the model decides.
+        """
+        text = call_grammar(style, tools, begun) if begun and self._grammars.available else ""
+        return self._grammars.compile(text) if text else None
 
     def _grammar(self, wanted: ResponseFormat | None) -> Grammar | None:
         if wanted is None or wanted.type == "text":
@@ -452,7 +459,7 @@ def _refusal_of(problems: Sequence[Any]) -> Response:
     return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)
 
 
-async def _events(response: _Response, usage: bool) -> AsyncIterator[str]:
+async def _events(response: _Choices, usage: bool) -> AsyncIterator[str]:
     """Server-sent events: the roles, the pieces, the reasons, the usage if asked for, [DONE]."""
 
     def event(choices: list[dict[str, Any]]) -> str:

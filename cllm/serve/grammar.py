@@ -6,6 +6,7 @@ It needs the bytes of every token, so byte-level and SentencePiece vocabularies 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cllm.data.message import Call
+from cllm.data.tools import Parts, Tools, called
 from cllm.messages import UserError, to_json
 from cllm.model.tokenizer import Tokenizer
 from cllm.model.vocabulary import token_bytes
@@ -20,6 +23,7 @@ from cllm.model.vocabulary import token_bytes
 INSTALL = "pip install llguidance"
 # Between the tokens of JSON: a model that goes on with blanks for ever comes to an end.
 BLANKS = r"[ \t\r\n]{0,20}"
+NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
 
 
 class Grammar:
@@ -53,12 +57,45 @@ class Grammar:
         return str(self._matcher.get_error()).partition("\n")[0]
 
 
+def call_grammar(style: str, tools: Tools, begun: Parts) -> str:
+    """Lark of what follows the beginning of a call: the rest of one of these tools' calls, its
+    arguments after the tool's schema; "" for a format whose arguments are no JSON.
+    """
+    start, rules = "".join(text for text, _ in begun), list[str]()
+    for tool in tools:
+        call = called(style, [], "", (Call(tool["name"], {}),))[0]
+        whole = "".join(text for text, _ in call)
+        if not whole.startswith(start):  # another one is to be called
+            continue
+        at = whole.rfind("{}")
+        if at < len(start):
+            return ""
+        # what is markup behind the arguments may be left out at the end of an answer
+        closing = next(text for text, markup in reversed(call) if not markup).rpartition("{}")[2]
+        schema = {"type": "object", **(tool.get("parameters") or NO_PARAMETERS)}
+        schema["x-guidance"] = {"whitespace_pattern": BLANKS}
+        # `{` may be one token with the blank before it
+        opening = to_json(whole[len(start) : at].rstrip(" "))
+        number = len(rules)
+        rules.append(
+            f'call{number}: {opening} " "? args{number} {to_json(closing)}\n'
+            f"args{number}: %json {to_json(schema)}"
+        )
+    calls = " | ".join(f"call{number}" for number in range(len(rules)))
+    return "\n".join([f"start: {calls}", *rules])
+
+
 class Grammars:
     """Compiles grammars for one tokenizer, and remembers the last of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._compiled = functools.lru_cache(maxsize=64)(self._compile)
+
+    @property
+    def available(self) -> bool:
+        """Whether the library is installed."""
+        return importlib.util.find_spec("llguidance") is not None
 
     def compile(self, source: Mapping[str, Any] | str) -> Grammar:
         """Of a JSON schema, or of a grammar in llguidance's Lark. Raises UserError without the
