@@ -74,6 +74,25 @@ def test_nf4_linear_gradient_equals_the_dense_layer() -> None:
     torch.testing.assert_close(found, grad @ layer.dequantize())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1024, 4096), (12288, 4096), (4096, 12288)])
+def test_few_rows_are_multiplied_packed_as_dequantized(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from cllm.model import nf4
+
+    torch.manual_seed(2)
+    layer = nf4.NF4Linear(torch.randn(shape, device="cuda") * 0.02).eval()
+    dense = layer.dequantize(dtype)
+    for rows in (1, 2, 5, 16, nf4.FEW_ROWS):
+        x = torch.randn(rows, shape[1], device="cuda", dtype=dtype)
+        expected = torch.nn.functional.linear(x, dense).float()
+        error = (layer(x).float() - expected).abs().max() / expected.square().mean().sqrt()
+        assert error < nf4._ROUNDINGS * torch.finfo(dtype).eps
+    assert nf4._refusals == dict.fromkeys(nf4._refusals, "")
+
+
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_few_steps_lower_the_loss(precision: str, quantize: str) -> None:
