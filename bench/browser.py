@@ -262,9 +262,18 @@ def voting(page: Page, count: int) -> dict[str, Any]:
             page.wait_for_timeout(200)
         before = told.inner_text()
     tally = before
+    # the last question comes back with both answers, while the next one's are on their way
+    question = page.locator("textarea:visible").first
+    following = question.input_value()
     page.get_by_role("button", name="撤销投票").click()
+    page.locator(".vote:visible:enabled").first.wait_for()
+    page.wait_for_timeout(3000)
+    assert question.input_value() != following, "undo does not show the question again"
+    shown = page.locator(".bot:visible").all_inner_texts()
+    assert len(shown) == 2 and all(text.strip() for text in shown), shown
+    page.keyboard.press("1")
     page.wait_for_timeout(1000)
-    return {"tally": tally}
+    return {"tally": tally, "taken_back": question.input_value() == following}
 
 
 def together(page: Page, other: str, images: Path, questions: list[str]) -> dict[str, Any]:
