@@ -323,7 +323,9 @@ class _Maker:
                 last,
                 max_new_tokens=body.max_completion_tokens or body.max_tokens,
                 logprobs=body.top_logprobs or (0 if body.logprobs else None),
-                grammar=self._grammar(body.response_format) or self._rest(style, tools, begun),
+                grammar=self._rest(style, tools, begun)
+                if begun  # a call is no answer in a format
+                else self._grammar(body.response_format),
             )
         answers = []
         for index, prompt in enumerate(prompts):
@@ -358,7 +360,7 @@ class _Maker:
         """What may follow the beginning of a call; without the library, or in a format whose
         arguments are no JSON, the model decides.
         """
-        text = call_grammar(style, tools, begun) if begun and self._grammars.available else ""
+        text = call_grammar(style, tools, begun) if self._grammars.available else ""
         return self._grammars.compile(text) if text else None
 
     def _grammar(self, wanted: ResponseFormat | None) -> Grammar | None:

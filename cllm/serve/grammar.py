@@ -22,7 +22,7 @@ from cllm.model.vocabulary import token_bytes
 
 INSTALL = "pip install llguidance"
 # Between the tokens of JSON: a model that goes on with blanks for ever comes to an end.
-BLANKS = r"[ \t\r\n]{0,20}"
+BLANKS = r"(\r?\n)?[ \t]{0,16}"
 NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
 
 
