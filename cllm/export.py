@@ -158,8 +158,8 @@ def held_out_of(run: Path) -> list[Conversation]:
 
 def next_commands(out: Path, to: str, kind: str, base: Path, *, native: bool = True) -> list[str]:
     """What reads the export in `out` of an adapter of `base`, as command lines; what makes Q4_K_M
-    of a GGUF file whose `kind` is not quantized yet; and before an adapter's the `native` base whose
-    layers it names.
+    of a GGUF file whose `kind` is not quantized yet; and what makes the copy whose layers an
+    adapter names, where `base` is not `native`.
     """
     name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("._-") or "my"
     whole = not kind.startswith("q")
