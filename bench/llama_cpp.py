@@ -13,9 +13,9 @@ answer, and their logits are compared at every token: the largest difference, an
 best two ever are. Exit code 1 if a token differs, or a logit by more than `CLOSE` of the range of
 its position's logits.
 
---types exports each run in every number format, and llama.cpp reads each file: its size, an answer,
-and, over the sentences of assets/general.txt, perplexity and KL(f32 || format), beside what the
-export's own check says of the run's held-out answers. Exit code 1 unless more bits are nearer.
+--types writes each run in every number format, and llama.cpp reads each file: its size, an answer,
+and over held-out conversations perplexity, KL(f32 || format) and how often the best token is the
+same. Exit code 1 unless more bits are nearer.
 
 --shuffle writes a model with its channels in another order, which computes the same: weights
 published in 4 bits would else lie on the very grid that they are to be rounded to.
@@ -53,7 +53,7 @@ TEXTS = (
     "x = [i**2 for i in range(10)]  # 注释",
 )
 NEW = 64
-CHECKED = ("positions", "mean_kl", "top1_agreement", "perplexity_trained", "perplexity_exported")
+ASKED = 3  # held-out conversations that --types feeds
 CLOSE = 1e-5  # of the range of the logits at a position, largest less smallest
 
 
@@ -221,90 +221,78 @@ def shuffled(file: str, out: str) -> None:
     load_tokenizer(file).save(Path(out))
 
 
-def judge_types(run: str, folder: Path) -> list[dict[str, Any]]:
-    """One row a number format, finest first."""
+def judge_types(run: str, file: Path) -> list[dict[str, Any]]:
+    """One row a number format, float32 first; each is written to `file` and read by llama.cpp."""
     import llama_cpp
 
-    from cllm import export
+    from cllm.assembly import locate, open_tokenizer
     from cllm.data.message import Message
-    from cllm.model import load_tokenizer
-    from cllm.model.gguf import TYPES
+    from cllm.export import held_out_of
+    from cllm.model.gguf import place, write_gguf
+    from cllm.model.merge import open_merge
 
-    text = Path(export.__file__).parent / "assets" / "general.txt"
-    rows: list[dict[str, Any]] = []
+    located = locate(run)
+    assert located.adapter is not None
+    merge, tokenizer = open_merge(located.base(), located.adapter), open_tokenizer(located)
+    config = merge.checkpoint.config
+    keys = tokenizer.to_gguf(config.vocab_size)
+    asked = [conversation.messages for conversation in held_out_of(Path(run))[:ASKED]]
+    fed = [tokenizer.encode_segments(tokenizer.segments(messages))[0] for messages in asked]
+    prompt = tokenizer.encode_chat([Message("user", QUESTIONS[-1])])
     exact: list[Tensor] = []
-    for kind in TYPES:
-        out = folder / f"{Path(run).name}-{kind}"
-        if export.main([run, "--to", "gguf", str(out), "--type", kind, "--json"]):
-            raise SystemExit(1)
-        check = json.loads((out / "fidelity.json").read_text(encoding="utf-8"))
-        file = out / "model.gguf"
-        tokenizer = load_tokenizer(file)
+    rows: list[dict[str, Any]] = []
+    for kind in ("f32", "f16", "q8_0", "q4_0", "q5_1", "q4_1", "q5_0", "bf16"):
+        placed = place(config, merge.layout, kind)
+        write_gguf(file, config, placed, merge.tensors(torch.float32), kind, keys)
         theirs = llama_cpp.Llama(
             str(file), n_ctx=512, n_threads=1, logits_all=True, verbose=False, flash_attn=False
         )
-        nll, kl, tokens = 0.0, 0.0, 0
-        for index, line in enumerate(text.read_text(encoding="utf-8").splitlines()):
-            ids = tokenizer.encode(line)
+        nll, kl, agreed = 0.0, 0.0, 0
+        for index, ids in enumerate(fed):
             theirs.reset()
             theirs.eval(ids)
             scores = torch.tensor(theirs.scores[: len(ids) - 1].copy()).log_softmax(-1)
-            if kind == "f32":
+            if len(rows) == 0:
                 exact.append(scores)
             p = exact[index]
             nll -= float(scores.gather(1, torch.tensor(ids[1:])[:, None]).double().sum())
             kl += float((p.exp() * (p - scores)).sum(-1).double().sum())
-            tokens += len(ids) - 1
+            agreed += int((p.argmax(-1) == scores.argmax(-1)).sum())
         theirs.reset()
-        prompt = tokenizer.encode_chat([Message("user", QUESTIONS[0])])
         answer: list[int] = []
         for token in theirs.generate(prompt, temp=0.0, repeat_penalty=1.0):
             answer.append(token)
             if len(answer) == 16:
                 break
-        rows.append(
-            {
-                "type": kind,
-                "bytes": file.stat().st_size,
-                "check": {key: check[key] for key in CHECKED},
-                "llama_cpp": {
-                    "tokens": tokens,
-                    "perplexity": math.exp(nll / tokens),
-                    "mean_kl": kl / tokens,
-                    "answer": tokenizer.decode(answer),
-                },
-            }
-        )
-        print(json.dumps(rows[-1], ensure_ascii=False), file=sys.stderr, flush=True)
-        file.unlink()
+        tokens = sum(map(len, fed)) - len(fed)
+        row = {
+            "type": kind,
+            "bytes": file.stat().st_size,
+            "tokens": tokens,
+            "perplexity": math.exp(nll / tokens),
+            "mean_kl": kl / tokens,
+            "top1_agreement": agreed / tokens,
+            "answer": tokenizer.decode(answer),
+        }
+        print(json.dumps(row, ensure_ascii=False), file=sys.stderr, flush=True)
+        rows.append(row)
     return rows
 
 
 def ordered(rows: list[dict[str, Any]]) -> bool:
-    """Whether formats of fewer bits are further away, in llama.cpp and in the export's check."""
+    """Whether formats of fewer bits are further away."""
     bits = {"f32": 0, "f16": 1, "q8_0": 2, "q5_1": 3, "q5_0": 3, "q4_1": 4, "q4_0": 4}
-    steps = [
-        (bits[row["type"]], row[side]["mean_kl"])
-        for side in ("llama_cpp", "check")
-        for row in rows
-        if row["type"] in bits
-    ]
-    half = len(steps) // 2
-    return all(
-        kl <= other
-        for side in (steps[:half], steps[half:])
-        for step, kl in side
-        for further, other in side
-        if step < further
-    )
+    known = [(bits[row["type"]], row["mean_kl"]) for row in rows if row["type"] in bits]
+    return all(kl <= other for step, kl in known for further, other in known if step < further)
 
 
-def types(runs: list[str], file: Path | None) -> int:
+def types(runs: list[str], out: Path | None) -> int:
     """--types."""
     import llama_cpp
 
     with tempfile.TemporaryDirectory() as scratch:
-        results = {Path(run).name: judge_types(run, Path(scratch)) for run in runs}
+        file = Path(scratch) / "model.gguf"
+        results = {Path(run).name: judge_types(run, file) for run in runs}
     right = all(map(ordered, results.values()))
     document = {
         "llama_cpp_python": llama_cpp.__version__,
@@ -313,9 +301,9 @@ def types(runs: list[str], file: Path | None) -> int:
         "results": results,
     }
     print(json.dumps(document, ensure_ascii=False))
-    if file:
+    if out:
         text = json.dumps(document, indent=1, ensure_ascii=False)
-        file.write_text(text + "\n", encoding="utf-8")
+        out.write_text(text + "\n", encoding="utf-8")
     return 0 if right else 1
 
 

@@ -232,8 +232,11 @@ def _training(name: str, known: str, row_tokens: int) -> list[str]:
     path = name if "/" in name or known == name else known
     words = ["preset:qwen3-4b", f"model.path={path}", f"run.dir=runs/{Path(path).name}"]
     for preset in sorted(PRESETS.glob("*.toml"), reverse=True):
-        if load_config(preset).model.path == path:
+        trained = load_config(preset).model
+        if trained.path == path:
             words = [f"preset:{preset.stem}"]
+            if trained.quantize == "none":
+                words.append("model.quantize=nf4")  # as a name alone is planned
     return [*words, f"train.row_tokens={row_tokens}"]
 
 

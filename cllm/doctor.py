@@ -44,6 +44,8 @@ PACKAGES = (
     "matplotlib",
     "gguf",
 )
+# module -> distribution: the kernels of recurrent layers, which Transformers takes where they are
+RECURRENT = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 MARKS = {"ok": "✓", "note": "·", "bad": "✗"}
 
 
@@ -105,6 +107,10 @@ def _torch() -> Iterator[Finding]:
     if torch.cuda.is_available():
         yield Finding("torch", "ok", build)
         yield from _cards(torch, driver)
+        missing = [name for name in RECURRENT if importlib.util.find_spec(name) is None]
+        state = say("doctor.missing", names=", ".join(RECURRENT[name] for name in missing))
+        mend = say("doctor.recurrent", packages=" ".join(RECURRENT.values()))
+        yield _judge("recurrent", not missing, state if missing else "ok", mend)
     elif driver:
         fault = "old_driver" if cuda else "cpu_build"
         state = say(f"doctor.unused.{fault}", build=build, driver=driver)

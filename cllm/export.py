@@ -158,20 +158,19 @@ def held_out_of(run: Path) -> list[Conversation]:
 
 def next_commands(out: Path, to: str, kind: str, base: Path, *, native: bool = True) -> list[str]:
     """What reads the export in `out` of an adapter of `base`, as command lines; what makes Q4_K_M
-    of a GGUF file whose `kind` is not quantized yet; and before an adapter's the `native` base
-    whose layers it names.
+    of a GGUF file whose `kind` is not quantized yet; and what makes the copy whose layers an
+    adapter names, where `base` is not `native`.
     """
     name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("._-") or "my"
-    whole = not kind.startswith("q")
-    if to == "ollama":
-        of_file = ("-f", out / "Modelfile")
-        smaller = shell("ollama", "create", f"{name}-q4_k_m", "-q", "q4_K_M", *of_file)
-        create = shell("ollama", "create", name, *of_file)
-        return [create, shell("ollama", "run", name), *[smaller][:whole]]
-    if to == "gguf":
+    if to in ("gguf", "ollama"):
         file = out / "model.gguf"
+        commands = [shell("llama-cli", "-m", file)]
         smaller = shell("llama-quantize", file, out / "model-Q4_K_M.gguf", "Q4_K_M")
-        return [shell("llama-cli", "-m", file), *[smaller][:whole]]
+        if to == "ollama":
+            of_file = ("-f", out / "Modelfile")
+            commands = [shell("ollama", "create", name, *of_file), shell("ollama", "run", name)]
+            smaller = shell("ollama", "create", f"{name}-q4_k_m", "-q", "q4_K_M", *of_file)
+        return commands if kind.startswith("q") else [*commands, smaller]
     if to == "merged":
         return [shell("vllm", "serve", out)]
     rank = read_json(out / "adapter_config.json")["r"]

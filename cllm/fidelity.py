@@ -25,7 +25,13 @@ from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
 
-LIMITS = {"q8_0": (0.97, 1e-2)}
+LIMITS = {
+    "q8_0": (0.97, 1e-2),
+    "q5_1": (0.9, 0.5),
+    "q5_0": (0.9, 0.5),
+    "q4_1": (0.8, 1.0),
+    "q4_0": (0.8, 1.0),
+}
 """GGUF type -> least share of positions with an equal choice, largest mean KL in nats."""
 LIMIT = (0.99, 1e-3)
 """The same of every other export."""

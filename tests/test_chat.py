@@ -230,7 +230,7 @@ def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded
 
 
 def test_the_adapters_files_are_what_vllm_documents(tmp_path: Path) -> None:
-    """docs/serving.md: one r and alpha, bias none, no modules_to_save, no DoRA, PEFT's tensor
+    """docs/serving.en.md: one r and alpha, bias none, no modules_to_save, no DoRA, PEFT's tensor
     names, and prompts of the training's ids.
     """
     from safetensors.torch import load_file
@@ -251,7 +251,7 @@ def test_the_adapters_files_are_what_vllm_documents(tmp_path: Path) -> None:
     assert not config.get("rank_pattern") and not config.get("alpha_pattern")
     told = re.search(
         r"--max-lora-rank (\d+)",
-        (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8"),
+        (Path(__file__).parents[1] / "docs" / "serving.en.md").read_text(encoding="utf-8"),
     )
     assert told is not None and config["r"] <= int(told[1])
     modules = dict(model.named_modules())

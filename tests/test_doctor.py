@@ -134,7 +134,7 @@ def test_a_card(
     )
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1, RTX 4060, 8188 MiB")
     monkeypatch.setattr(sys, "platform", "win32")
-    build, card, windows = doctor._torch()
+    build, card, windows, recurrent = doctor._torch()
     assert (
         build.state == "ok"
         and card.state == state
@@ -142,6 +142,9 @@ def test_a_card(
         and "580.1" in card.found
     )
     assert "Sysmem Fallback" in windows.mend
+    assert recurrent.state == "note" and "pip install flash-linear-attention" in recurrent.mend
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)
+    assert list(doctor._torch())[3] == doctor.Finding("recurrent", "ok", "ok")
 
 
 def test_hubs_name_who_failed_and_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from conftest import SHARED, byte_checkpoint, tiny_model
 from serving import tiny_run
 from torch import Tensor, nn
 
-from cllm import export
+from cllm import assembly, export
 from cllm.data.dialects import go, jinja
 from cllm.data.message import Message
 from cllm.data.template import TEMPLATES, render
@@ -360,6 +361,30 @@ def test_gguf_holds_the_bytes_that_ggufs_own_quantizer_makes(
     said = reader.fields["general.file_type"].contents()
     assert LlamaFileType(said).name.removeprefix("MOSTLY_").removeprefix("ALL_") == kind.upper()
     assert len(TYPES) == 8
+
+
+@pytest.mark.parametrize("to", ["gguf", "merged"])
+def test_the_size_is_said_before_and_whether_the_card_holds_it(
+    to: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(kind: str) -> str:
+        out = tmp_path / kind
+        assert run(trained, to, out, "--no-check", "--type", kind) == 0
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "of weights" in line]
+        size = sum(file.stat().st_size for file in out.glob("model*"))
+        assert abs(float(line.split(" GiB")[0].split()[-1]) - size / 2**30) < 0.01
+        return line
+
+    assert "8 GiB" in told("f16") and "--type q4_0" not in told("q4_0")
+    card = SimpleNamespace(total_memory=450 * 2**20)  # CUDA's own context fills it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(assembly, "choose_device", lambda _: torch.device("cpu"))
+    assert "--type q4_0" in told("q8_0")
 
 
 def test_rows_of_no_whole_block_stay_f16(tmp_path: Path) -> None:
