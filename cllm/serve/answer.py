@@ -68,7 +68,7 @@ class Answer:
         forced = [Segment(text, False, markup) for text, markup in begun]
 
         def encoded() -> list[int]:
-            chat = Conversation(tuple(clean), tools=tools)
+            chat = Conversation(tuple(clean), tools=_encodable(tools))
             return tokenizer.encode_segments([*tokenizer.segments(chat, open_turn=True), *forced])[
                 0
             ]
