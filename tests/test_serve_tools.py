@@ -5,6 +5,7 @@ it real.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ class Scripted:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.text, self.reason = tokenizer, "", "stop"
+        self.later: list[str] = []  # what further answers say
         self.waiting: list[Any] = []
         self.prompt: list[int] = []
 
@@ -60,6 +62,7 @@ class Scripted:
         for id in self.tokenizer.encode(self.text, markup=True):
             request.put(id)
         request.finish(self.reason)
+        self.text = self.later.pop(0) if self.later else self.text
         return request
 
 
@@ -444,3 +447,21 @@ def test_openais_own_client_calls_and_streams(loaded: Loaded) -> None:
     assert [call.function.arguments for call in last.message.tool_calls] == [
         call.function.arguments for call in whole.message.tool_calls
     ]
+
+
+@pytest.mark.parametrize("page", ["docs/cookbook.md", "docs/cookbook.en.md"])
+def test_the_cookbooks_loop_runs(
+    page: str, api: Api, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    openai = pytest.importorskip("openai")
+    real = openai.OpenAI
+    local = {"base_url": "http://localhost/v1", "http_client": api.client}
+    monkeypatch.setattr(openai, "OpenAI", lambda **given: real(**given | local))
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = (block for block in blocks if "tools=" in block)
+    api.engine.text = CALL.replace("zone", "city")
+    api.engine.later = ["现在八点半。"]
+    exec(block.replace('"my"', '"demo"'), {})
+    assert capsys.readouterr().out == "现在八点半。\n"
+    assert "北京 20:30" in api.loaded.tokenizer.decode(api.engine.prompt)
