@@ -1,13 +1,14 @@
 """Tools through the API: a short training on Chinese tool calls, then OpenAI's own client asks
 held-out questions whose reference is a call, of the trained model and of its base.
 
-    python tools/fetch_model.py smollm2
-    python bench/tools.py [--model models/SmolLM2-135M-Instruct.Q4_1.gguf] [--template chatml]
-        [--data ../shared/data/dev/chat/glaive_toolcall_zh.json] [--questions 50] [--rows 120]
-        [--tokens 640] [--out bench/results/tools.json]
+    python tools/fetch_model.py gemma3-270m
+    python bench/tools.py [--model models/gemma-3-270m-q4_k_m.gguf] [--template gemma]
+        [--data ../shared/data/dev/chat/glaive_toolcall_zh.json] [--questions 50] [--rows 64]
+        [--tokens 460] [--streams 5] [--run runs/tools] [--out bench/results/tools.json]
 
-Needs `pip install openai`. The rows are those of at most `--tokens` tokens that share no question
-with the held-out ones. An answer tries to call if it holds a call that was read, or its opening.
+Needs `pip install openai`. A run that is there already is not trained again. The rows are those of
+at most `--tokens` tokens that share no question with the held-out ones, those with calls first. An
+answer tries to call if it holds a call that was read, or its opening.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import random
 import socket
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +36,10 @@ from cllm.data.tools import opened, read_tools  # noqa: E402
 from cllm.model.source import resolve  # noqa: E402
 from cllm.model.tokenizer import load_tokenizer  # noqa: E402
 
+LONGEST = 120  # tokens of an answer
 SETTINGS = (
     "model.precision=bf16 lora.rank=8 lora.alpha=16 data.eval= data.held_out=0 "
-    "train.row_tokens=1024 train.tokens_per_step=1024 train.epochs=1 train.learning_rate=1e-3 "
+    "train.row_tokens=512 train.tokens_per_step=512 train.epochs=1 train.learning_rate=1e-3 "
     "train.warmup=0.1 eval.samples=0 eval.every=1000"
 ).split()
 
@@ -62,7 +63,7 @@ def split(options: argparse.Namespace) -> tuple[list[Conversation], list[dict[st
         for row in rows
         if len(tokenizer.encode_segments(tokenizer.segments(row))[0]) <= options.tokens
     ]
-    with_calls = [row for row in rows if any(message.calls for message in row)]
+    with_calls = [row for row in fits if any(message.calls for message in row)]
     held = with_calls[: options.questions]
     known = {m.content for row in held for m in row if m.role == "user"}
     left = [row for row in fits if not known & {m.content for m in row if m.role == "user"}]
@@ -95,7 +96,7 @@ def answered(client: Any, model: str, questions: list[dict[str, Any]]) -> list[A
     """The choice of each question, greedy, some at once."""
 
     def ask(question: dict[str, Any]) -> Any:
-        request = {"model": model, "temperature": 0, "max_tokens": 160} | question["request"]
+        request = {"model": model, "temperature": 0, "max_tokens": LONGEST} | question["request"]
         return client.chat.completions.create(**request).choices[0]
 
     with ThreadPoolExecutor(16) as pool:
@@ -130,7 +131,7 @@ def counted(choices: list[Any], questions: list[dict[str, Any]], opening: str) -
 
 def streamed(client: Any, model: str, question: dict[str, Any]) -> tuple[Any, ...]:
     """(content, [(name, arguments)], reason) put together from a stream's deltas."""
-    request = {"model": model, "temperature": 0, "max_tokens": 160} | question["request"]
+    request = {"model": model, "temperature": 0, "max_tokens": LONGEST} | question["request"]
     content, calls, reason = "", dict[int, list[str]](), ""
     for chunk in client.chat.completions.create(stream=True, **request):
         delta = chunk.choices[0].delta
@@ -180,53 +181,53 @@ def loop(client: Any, model: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    model = ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = ROOT / "models/gemma-3-270m-q4_k_m.gguf"
     data = ROOT.parent / "shared/data/dev/chat/glaive_toolcall_zh.json"
     parser.add_argument("--model", type=Path, default=model)
-    parser.add_argument("--template", default="chatml")
+    parser.add_argument("--template", default="gemma")
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--questions", type=int, default=50)
-    parser.add_argument("--rows", type=int, default=120)
-    parser.add_argument("--tokens", type=int, default=640)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=460)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/tools")
+    parser.add_argument("--streams", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/tools.json")
     options = parser.parse_args()
     start = time.perf_counter()
     rows, questions = split(options)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_conversations(rows, folder / "rows.jsonl")
+    home = options.run
+    if not (home / "adapter").is_dir():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        write_conversations(rows, f"{home}.jsonl")
         named = [f"model.path={options.model}", f"model.template={options.template}"]
-        paths = [f"data.train={folder}/rows.jsonl", f"run.dir={folder}/tools"]
+        paths = [f"data.train={home}.jsonl", f"run.dir={home}"]
         assert run("train", ["cllm.toml", *named, *paths, *SETTINGS]) == 0
-        home = next(folder.glob("tools*"))
-        steps = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
-        trained = round(time.perf_counter() - start, 1)
-        client, server = serve(home)
-        names = [entry.id for entry in client.models.list()]
-        tokenizer = load_tokenizer(home / "adapter")
-        opening = "".join(text for text, _ in opened(tokenizer.template.tools)).split("\n")[0]
-        answers = {name: answered(client, name, questions) for name in names}
-        checked = range(min(10, len(questions)))
-        report = {
-            "command": " ".join(["python bench/tools.py", *sys.argv[1:]]),
-            "rows": len(rows),
-            "rows_with_calls": sum(any(message.calls for message in row) for row in rows),
-            "tokens_trained": sum(step.get("tokens", 0) for step in steps),
-            "loss": [step["loss"] for step in steps if "loss" in step][:: max(1, len(steps) - 1)],
-            **{
-                "base" if name == "base" else "trained": counted(answers[name], questions, opening)
-                for name in names
-            },
-            "streamed_equals_whole": [
-                streamed(client, names[0], questions[i]) == whole(answers[names[0]][i])
-                for i in checked
-            ].count(True),
-            "streamed": len(checked),
-            "loop": {name: loop(client, name) for name in names},
-            "training_seconds": trained,
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        server.should_exit = True
+    lines = (home / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [step for step in map(json.loads, lines) if "lr" in step]
+    client, server = serve(home)
+    trained, base = (entry.id for entry in client.models.list())
+    tokenizer = load_tokenizer(home / "adapter")
+    opening = "".join(text for text, _ in opened(tokenizer.template.tools)).split("\n")[0]
+    report: dict[str, Any] = {
+        "command": " ".join(["python bench/tools.py", *sys.argv[1:]]),
+        "rows": len(rows),
+        "rows_with_calls": sum(any(message.calls for message in row) for row in rows),
+        "tokens_trained": sum(step["tokens"] for step in steps),
+        "training_seconds": round(steps[-1]["seconds"], 1),
+        "loss_of_first_and_last_step": [steps[0]["loss"], steps[-1]["loss"]],
+    }
+    answers = {}
+    for name in (trained, base):
+        answers[name] = answered(client, name, questions)
+        report["base" if name == base else "trained"] = counted(answers[name], questions, opening)
+        print(json.dumps(report, ensure_ascii=False), file=sys.stderr)
+    checked = questions[: options.streams]
+    pairs = zip(checked, answers[trained], strict=False)
+    same = [streamed(client, trained, question) == whole(choice) for question, choice in pairs]
+    report["streamed_equals_whole"] = f"{sum(same)} of {len(same)}"
+    report["loop"] = loop(client, trained)
+    server.should_exit = True
+    report["seconds"] = round(time.perf_counter() - start, 1)
     options.out.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", "utf-8")
     print(json.dumps(report, ensure_ascii=False))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -139,10 +139,14 @@ def text_of(value: object, name: str) -> str:
     raise RowError("row.no_text", "invalid_text", name=name, found=f"{value!s:.20}", type=kind)
 
 
-def overlap(text: str, marks: Iterable[str]) -> int:
+def overlap(text: str, marks: Collection[str]) -> int:
     """Length of the longest end of `text` that begins one of `marks` and may become it."""
-    starts = (mark[:length] for mark in marks for length in range(1, len(mark)))
-    return max((len(start) for start in starts if text.endswith(start)), default=0)
+    longest, letters = max(map(len, marks), default=1), {mark[:1] for mark in marks}
+    for start in range(max(0, len(text) - longest + 1), len(text)):
+        end = text[start:]
+        if end[0] in letters and any(mark != end and mark.startswith(end) for mark in marks):
+            return len(end)
+    return 0
 
 
 def json_text(value: object) -> str:

@@ -148,8 +148,11 @@ def _no_number(name: str) -> None:
 
 _JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
 _BLANKS = re.compile(r"\s*")
-_PYTHON = re.compile(r"<\|assistant\|>(.+)\n```python\n")
-_FENCE = re.compile(r"\)\s*```")
+_PYTHON = re.compile(  # up to the first closing bracket with a fence behind it outside of strings
+    r"<\|assistant\|>([^\n]+)\n```python\n(tool_call\("
+    r"""(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*"|[^'"])*?\))\s*```""",
+    re.S,
+)
 _FUNCTION = re.compile(r"<tool_call>\s*<function=([^>\n]+)>\s*")
 _PARAMETER = re.compile(
     r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>(?=\s*(?:<parameter=|</function>))\s*", re.S
@@ -185,21 +188,17 @@ def _json_calls(opening: str, closing: str) -> Read:
 
 def _read_python(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
     """ChatGLM3's call: literals as keywords of a Python call, which is never executed."""
-    if not (opened := _PYTHON.match(text, start)):
+    if not (match := _PYTHON.match(text, start)):
         return None
-    for end in _FENCE.finditer(text, opened.end()):
-        try:
-            code: Any = ast.parse(text[opened.end() : end.start() + 1], mode="eval").body
-            # anything else than a call by keywords has not all of these attributes
-            plain = code.func.id == "tool_call" and not code.args
-            values = {part.arg: ast.literal_eval(part.value) for part in code.keywords}
-        except (AttributeError, SyntaxError, ValueError, MemoryError, RecursionError):
-            continue
-        if not plain or None in values:
-            return None
-        calls = _offered([{"name": opened[1], "arguments": values}], tools)
-        return (calls, end.end()) if calls else None
-    return None
+    try:
+        code: Any = ast.parse(match[2], mode="eval").body
+        # anything else than a call by keywords has not all of these attributes
+        plain = code.func.id == "tool_call" and not code.args
+        values = {part.arg: ast.literal_eval(part.value) for part in code.keywords}
+    except (AttributeError, SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    calls = _offered([{"name": match[1], "arguments": values}], tools)
+    return (calls, match.end()) if calls and plain and None not in values else None
 
 
 def _read_xml(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:

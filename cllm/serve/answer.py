@@ -70,7 +70,7 @@ class Answer:
         forced = [Segment(text, False, markup) for text, markup in begun]
 
         def encoded() -> list[int]:
-            chat = Conversation(tuple(clean), tools=tools)
+            chat = Conversation(tuple(clean), tools=encodable(tools))
             turns = tokenizer.segments(chat, open_turn=True)
             return tokenizer.encode_segments([*turns, *forced])[0]
 
