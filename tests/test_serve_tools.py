@@ -228,6 +228,13 @@ def test_a_choice_that_cannot_be_is_refused(api: Api, written_in: Callable[..., 
         api.refused("tool_choice", tool_choice="required", **tools)
         api.refused("tool_choice", tool_choice=named, **tools)
     api.refused("tool_choice", tools=[CLOCK], tool_choice="sometimes")
+    custom = {"type": "custom", "custom": {"name": "clock"}}
+    for field, body in (
+        ("tools.0.type", {"tools": [custom]}),
+        ("tool_choice.type", {"tools": [CLOCK], "tool_choice": custom}),
+    ):
+        said = api.refused(field, **body)
+        assert "'custom'" in said and "Tool" not in said
     assert "clock, other" in written_in("glm4").refused(
         "tool_choice", tools=[CLOCK, OTHER], tool_choice="required"
     )
@@ -284,6 +291,23 @@ def test_a_mark_of_calls_is_read_and_shown_only_where_tools_are_offered(tmp_path
     stream = tokenizer.stream(calls=True)
     ids = [*half, tokenizer.vocabulary.control["<|plugin|>"]]
     assert "".join(map(stream.push, ids)) == "\ufffd<|plugin|>"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "\ud800"},
+        {"\ud800": 1},
+        {"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]},
+        {"tools": [CLOCK], "tool_choice": {"type": "\ud800"}},
+        {"tools": [{"type": "\ud800"}]},
+    ],
+)
+def test_half_characters_in_a_refusal_are_replaced(api: Api, body: dict[str, Any]) -> None:
+    text = json.dumps({"messages": ASK} | body)
+    headers = {"Content-Type": "application/json"}
+    answer = api.client.post("/v1/chat/completions", content=text, headers=headers)
+    assert answer.status_code in (400, 404) and answer.json()["error"]["message"]
 
 
 def with_specials(directory: Path, names: list[str], template: str) -> Tokenizer:

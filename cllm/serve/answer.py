@@ -17,7 +17,7 @@ from typing import Any
 from cllm.data.message import Message
 from cllm.data.schema import Conversation
 from cllm.data.template import Segment
-from cllm.data.text import overlap
+from cllm.data.text import encodable, overlap
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
@@ -62,13 +62,13 @@ class Answer:
         self._adapter = adapter
         self._stop = tuple(stop)
         clean = [
-            m._replace(content=_encodable(m.content), reasoning=_encodable(m.reasoning))
+            m._replace(content=encodable(m.content), reasoning=encodable(m.reasoning))
             for m in messages
         ]
         forced = [Segment(text, False, markup) for text, markup in begun]
 
         def encoded() -> list[int]:
-            chat = Conversation(tuple(clean), tools=_encodable(tools))
+            chat = Conversation(tuple(clean), tools=encodable(tools))
             return tokenizer.encode_segments([*tokenizer.segments(chat, open_turn=True), *forced])[
                 0
             ]
@@ -182,13 +182,6 @@ class Answer:
         piece, self._held = self._held[:keep], self._held[keep:]
         self.text += piece
         return piece
-
-
-def _encodable(text: str) -> str:
-    """The text without half surrogate pairs, which JSON and terminals can hold and no tokenizer can
-    read.
-    """
-    return text.encode("utf-8", "replace").decode()
 
 
 def asked_to_think(tokenizer: Tokenizer, think: bool) -> Tokenizer:

@@ -357,12 +357,14 @@ def _refusal_of(problems: Sequence[Any]) -> JSONResponse:
             detail = f"{problem['ctx']['error']}: {problem['loc'][1]}"
             return error_response(400, say("serve.no_json", detail=detail))
         place = ".".join(
-            str(part) for part in problem["loc"][1:] if not re.search(r"^str$|[-\[]", str(part))
+            str(part)
+            for part in problem["loc"][1:]
+            if not re.search(r"^(str|Tool)$|[-\[]", str(part))
         )
         if problem["type"] == "literal_error" and problem["loc"][-1] == "type":
-            return error_response(
-                400, say("serve.part", place=place, kind=problem["input"]), param=place
-            )
+            code = "serve.tool" if place.startswith("tool") else "serve.part"
+            message = say(code, place=place, kind=problem["input"])
+            return error_response(400, message, param=place)
         texts.setdefault(f"{place}: {problem['msg']}".removeprefix(": "), place)
     return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)
 

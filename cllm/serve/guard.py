@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cllm.data.text import encodable
 from cllm.messages import say
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -46,7 +47,8 @@ def error_response(
     kind = "invalid_request_error" if status < 500 else "server_error"
     if status == 429:
         kind = "rate_limit_error"
-    error = {"message": message, "type": kind, "param": param}
+    # what a client sent may be quoted in it
+    error = {"message": encodable(message), "type": kind, "param": param and encodable(param)}
     body = {"error": {**error, "code": code or ERROR_CODES.get(status)}}
     return JSONResponse(body, status, headers)
 
