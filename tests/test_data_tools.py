@@ -222,6 +222,13 @@ def test_a_broken_call_does_not_hide_the_next() -> None:
     )
 
 
+def test_chatglm3s_vocabulary_puts_a_blank_before_the_fence() -> None:
+    text = text_of("chatglm3", "", (Call("clock", {"zone": ")\n```"}),))
+    blank = text.replace("\n```python", "\n ```python")
+    assert parse("chatglm3", blank, TOOLS) == parse("chatglm3", text, TOOLS)
+    assert parse("chatglm3", blank, TOOLS)[1] == (Call("clock", {"zone": ")\n```"}),)
+
+
 def test_values_without_quotes_are_of_the_schemas_types() -> None:
     kinds = {
         "i": {"type": "integer"},

@@ -21,7 +21,7 @@ from cllm.assembly import Loaded
 from cllm.data.message import Call, Message, block_of
 from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES
-from cllm.data.tools import Tools
+from cllm.data.tools import Tools, parse
 from cllm.messages import to_json
 from cllm.model.chat_template import call_tokens, tool_style
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
@@ -228,6 +228,13 @@ def test_a_choice_that_cannot_be_is_refused(api: Api, written_in: Callable[..., 
         api.refused("tool_choice", tool_choice="required", **tools)
         api.refused("tool_choice", tool_choice=named, **tools)
     api.refused("tool_choice", tools=[CLOCK], tool_choice="sometimes")
+    custom = {"type": "custom", "custom": {"name": "clock"}}
+    for field, body in (
+        ("tools.0.type", {"tools": [custom]}),
+        ("tool_choice.type", {"tools": [CLOCK], "tool_choice": custom}),
+    ):
+        said = api.refused(field, **body)
+        assert "'custom'" in said and "Tool" not in said
     assert "clock, other" in written_in("glm4").refused(
         "tool_choice", tools=[CLOCK, OTHER], tool_choice="required"
     )
@@ -286,6 +293,23 @@ def test_a_mark_of_calls_is_read_and_shown_only_where_tools_are_offered(tmp_path
     assert "".join(map(stream.push, ids)) == "\ufffd<|plugin|>"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "\ud800"},
+        {"\ud800": 1},
+        {"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]},
+        {"tools": [CLOCK], "tool_choice": {"type": "\ud800"}},
+        {"tools": [{"type": "\ud800"}]},
+    ],
+)
+def test_half_characters_in_a_refusal_are_replaced(api: Api, body: dict[str, Any]) -> None:
+    text = json.dumps({"messages": ASK} | body)
+    headers = {"Content-Type": "application/json"}
+    answer = api.client.post("/v1/chat/completions", content=text, headers=headers)
+    assert answer.status_code in (400, 404) and answer.json()["error"]["message"]
+
+
 def with_specials(directory: Path, names: list[str], template: str) -> Tokenizer:
     """A tokenizer of bytes and these special tokens."""
     from tokenizers import Tokenizer as Fast
@@ -335,6 +359,28 @@ def test_a_models_own_template_is_read_by_the_format_that_reads_it_back(
         assert called(message) == [("clock", {"zone": "a"})]
     else:
         other.refused("tools", tools=[CLOCK])
+
+
+@pytest.mark.parametrize("name", ["chatglm3", "glm4", "internlm2", "qwen25", "yi", "baichuan2"])
+def test_families_own_vocabularies_bring_calls_back(name: str, shared: Path) -> None:
+    found = sorted(shared.glob(f"golden/**/{name}/**/tokenizer_config.json"))
+    if not found:
+        pytest.skip(f"no tokenizer of {name}")
+    calls = (Call("clock", {"zone": '北京 "x"\n'}), Call("other", {"n": [1, 2.5, None]}))
+    tools: Tools = [CLOCK["function"], OTHER["function"]]  # type: ignore[list-item]
+    for file in found:
+        tokenizer = load_tokenizer(file.parent)
+        for words in ("", "好的。"):
+            turns = (Message("user", "几点？"), Message("assistant", words, "", calls))
+            prompt = tokenizer.encode_chat(Conversation(turns[:1], tools=to_json(tools)))
+            ids = tokenizer.encode_chat(Conversation(turns, tools=to_json(tools)), open_turn=False)
+            assert ids[: len(prompt)] == prompt
+            end = next(
+                i for i, id in enumerate(ids) if i >= len(prompt) and id in tokenizer.stop_ids
+            )
+            stream = tokenizer.stream(reply=True, calls=True)
+            text = "".join(map(stream.push, ids[len(prompt) : end])) + stream.end()
+            assert parse(tool_style(tokenizer), text, tools) == (words, calls)
 
 
 # --- Thinking

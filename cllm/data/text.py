@@ -139,6 +139,13 @@ def text_of(value: object, name: str) -> str:
     raise RowError("row.no_text", "invalid_text", name=name, found=f"{value!s:.20}", type=kind)
 
 
+def encodable(text: str) -> str:
+    """The text without half surrogate pairs, which JSON and terminals can hold and no tokenizer can
+    read.
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
 def overlap(text: str, marks: Collection[str]) -> int:
     """Length of the longest end of `text` that begins one of `marks` and may become it."""
     longest, letters = max(map(len, marks), default=1), {mark[:1] for mark in marks}

@@ -149,7 +149,8 @@ def _no_number(name: str) -> None:
 _JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
 _BLANKS = re.compile(r"\s*")
 _PYTHON = re.compile(  # up to the first closing bracket with a fence behind it outside of strings
-    r"<\|assistant\|>([^\n]+)\n```python\n(tool_call\("
+    # the vocabulary puts a blank before a text encoded apart
+    r"<\|assistant\|>([^\n]+)\n *```python\n(tool_call\("
     r"""(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*"|[^'"])*?\))\s*```""",
     re.S,
 )

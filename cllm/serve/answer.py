@@ -17,7 +17,7 @@ from typing import Any
 from cllm.data.message import Message
 from cllm.data.schema import Conversation
 from cllm.data.template import Segment
-from cllm.data.text import overlap
+from cllm.data.text import encodable, overlap
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
@@ -203,13 +203,6 @@ class Answer:
         piece, self._held = self._held[:keep], self._held[keep:]
         self.text += piece
         return piece
-
-
-def encodable(text: str) -> str:
-    """The text without half surrogate pairs, which JSON and terminals can hold and no tokenizer can
-    read.
-    """
-    return text.encode("utf-8", "replace").decode()
 
 
 def asked_to_think(tokenizer: Tokenizer, think: bool) -> Tokenizer:

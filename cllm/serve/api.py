@@ -25,12 +25,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cllm.assembly import Loaded
 from cllm.data import message
+from cllm.data.text import encodable
 from cllm.data.tools import Parts, Tools, opened
 from cllm.messages import UserError, say, to_json
 from cllm.model.chat_template import tool_style
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.model.vocabulary import token_bytes
-from cllm.serve.answer import Answer, ModelError, asked_to_think, encodable
+from cllm.serve.answer import Answer, ModelError, asked_to_think
 from cllm.serve.engine import FIRST_TOKEN_SECONDS, Engine
 from cllm.serve.grammar import Grammar, Grammars, call_grammar
 from cllm.serve.guard import error_response
@@ -450,13 +451,15 @@ def _refusal_of(problems: Sequence[Any]) -> Response:
             detail = f"{problem['ctx']['error']}: {problem['loc'][1]}"
             return error_response(400, say("serve.no_json", detail=detail))
         place = ".".join(
-            str(part) for part in problem["loc"][1:] if not re.search(r"^str$|[-\[]", str(part))
+            str(part)
+            for part in problem["loc"][1:]
+            if not re.search(r"^(str|Tool)$|[-\[]", str(part))
         )
-        part = "messages" in problem["loc"] and problem["loc"][-1] == "type"
-        if problem["type"] == "literal_error" and part:
-            return error_response(
-                400, say("serve.part", place=place, kind=problem["input"]), param=place
-            )
+        said = {"messages", "tools", "tool_choice"} & {*problem["loc"]}
+        if problem["type"] == "literal_error" and problem["loc"][-1] == "type" and said:
+            code = "serve.tool" if place.startswith("tool") else "serve.part"
+            message = say(code, place=place, kind=problem["input"])
+            return error_response(400, message, param=place)
         texts.setdefault(f"{place}: {problem['msg']}".removeprefix(": "), place)
     return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)
 
