@@ -35,7 +35,7 @@ MALFORMED = (
     b"\xff\xfe\x00",
     b"[" * 5000,
     b" " * 300_000,
-    b'{"messages": [{"role": "user"}], "n": 9}',
+    b'{"messages": [{"role": "user"}], "n": 99}',
 )
 
 
