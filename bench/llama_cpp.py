@@ -53,7 +53,7 @@ TEXTS = (
     "x = [i**2 for i in range(10)]  # 注释",
 )
 NEW = 64
-ASKED = 3  # held-out conversations that --types feeds
+ASKED = 14  # held-out conversations that --types feeds
 CLOSE = 1e-5  # of the range of the logits at a position, largest less smallest
 
 

@@ -524,11 +524,11 @@ def test_merged_program_checks_and_the_template_contract_holds(
         run(trained, "merged", out)
 
 
-@pytest.mark.parametrize("to", ["gguf", "ollama"])
+@pytest.mark.parametrize(("to", "kind"), [("gguf", "f16"), ("ollama", "q4_0"), ("gguf", "q5_1")])
 def test_gguf_program(
-    trained: Path, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, to: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(trained, to, tmp_path / "out") == 0
+    assert run(trained, to, tmp_path / "out", "--type", kind) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
     assert report["passed"] and report["prompts_equal"] == 16
     ours, back = load_tokenizer(trained), load_tokenizer(tmp_path / "out" / "model.gguf")
@@ -566,6 +566,8 @@ def test_an_export_beyond_the_limits_is_not_kept(
     with pytest.raises(UserError, match="differs from the trained model") as caught:
         run(trained, "merged", tmp_path / "out")
     assert caught.value.code == "export.differs"
+    with pytest.raises(UserError, match="differs from the trained model"):
+        run(trained, "gguf", tmp_path / "out", "--type", "q5_1")
     assert list(tmp_path.iterdir()) == []
     assert run(trained, "merged", tmp_path / "out", "--no-check") == 0
 
