@@ -77,7 +77,7 @@ EVENTS: Any = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 @dataclass(frozen=True)
-class _Reply:
+class _Choices:
     """The answers to one request, `n` to each prompt, in the shape of one of the two endpoints, and
     the head of all that is sent.
     """
@@ -138,7 +138,7 @@ def _readable(piece: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def _completion(reply: _Reply) -> dict[str, Any]:
+def _completion(reply: _Choices) -> dict[str, Any]:
     choices = []
     for index, answer in enumerate(reply.answers):
         message = {"role": "assistant", "content": answer.text}
@@ -185,16 +185,12 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
     # FastAPI's own documentation pages load from other hosts
     app = FastAPI(title="cllm", docs_url=None, redoc_url=None)
     started = int(time.time())
-    maker = _Maker(loaded, engine)
+    desk = _Desk(loaded, engine)
     _handle_errors(app)
 
     def described(name: str) -> dict[str, Any]:
         model = {"id": name, "object": "model", "created": started, "owned_by": "cllm"}
         return {**model, "max_model_len": engine.max_tokens}
-
-    def unknown(name: str) -> Response:
-        message = say("serve.model", name=name, known=", ".join(loaded.models))
-        return error_response(404, message, param="model", code="model_not_found")
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -211,12 +207,41 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def get_model(name: str) -> Response:
-        return JSONResponse(described(name)) if name in loaded.models else unknown(name)
+        return JSONResponse(described(name)) if name in loaded.models else _unknown(name, loaded)
 
-    async def respond(body: Settings, request: Request) -> Response:
+    @app.post("/v1/chat/completions", responses=ERRORS | EVENTS)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await desk.respond(body, request)
+
+    @app.post("/v1/completions", responses=ERRORS | EVENTS)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await desk.respond(body, request)
+
+    return app
+
+
+def _unknown(name: str, loaded: Loaded) -> Response:
+    message = say("serve.model", name=name, known=", ".join(loaded.models))
+    return error_response(404, message, param="model", code="model_not_found")
+
+
+class _Desk:
+    """Takes requests of both endpoints."""
+
+    def __init__(self, loaded: Loaded, engine: Engine) -> None:
+        self._loaded, self._engine = loaded, engine
+        self._grammars = Grammars(loaded.tokenizer)
+
+    @functools.cached_property
+    def _plain(self) -> Tokenizer:
+        return load_tokenizer(self._loaded.tokenizer.source, template="text")
+
+    async def respond(self, body: Settings, request: Request) -> Response:
+        """The whole answer, or its stream; refused before anything is computed."""
+        loaded, engine = self._loaded, self._engine
         name = body.model or next(iter(loaded.models))
         if name not in loaded.models:
-            return unknown(name)
+            return _unknown(name, loaded)
         thinking = loaded.tokenizer.template.thinking == "keep"
         if fields := unsupported(body.model_extra or {}, thinking):
             message = say("serve.unsupported", fields=", ".join(fields))
@@ -226,8 +251,8 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
         chat = isinstance(body, ChatRequest)
         kind = "chatcmpl" if chat else "cmpl"
         head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        answers = await run_in_threadpool(maker.answers, body, name)
-        reply = _Reply(answers, loaded.tokenizer, chat, body.n or 1, head)
+        answers = await run_in_threadpool(self.answers, body, name)
+        reply = _Choices(answers, loaded.tokenizer, chat, body.n or 1, head)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(_events(reply, usage), media_type="text/event-stream")
@@ -236,28 +261,6 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
                 if await request.is_disconnected():
                     break
         return JSONResponse(_completion(reply))
-
-    @app.post("/v1/chat/completions", responses=ERRORS | EVENTS)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await respond(body, request)
-
-    @app.post("/v1/completions", responses=ERRORS | EVENTS)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await respond(body, request)
-
-    return app
-
-
-class _Maker:
-    """Requests -> answers that are yet to be computed."""
-
-    def __init__(self, loaded: Loaded, engine: Engine) -> None:
-        self._loaded, self._engine = loaded, engine
-        self._grammars = Grammars(loaded.tokenizer)
-
-    @functools.cached_property
-    def _plain(self) -> Tokenizer:
-        return load_tokenizer(self._loaded.tokenizer.source, template="text")
 
     def answers(self, body: Settings, name: str) -> list[Answer]:
         """`n` to each prompt, the first one's first; their seeds count up."""
@@ -381,7 +384,7 @@ def _refusal_of(problems: Sequence[Any]) -> JSONResponse:
     return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)
 
 
-async def _events(reply: _Reply, usage: bool) -> AsyncIterator[str]:
+async def _events(reply: _Choices, usage: bool) -> AsyncIterator[str]:
     """Server-sent events: the roles, the pieces, the reasons, the usage if asked for, [DONE]."""
 
     def event(choices: list[dict[str, Any]]) -> str:
