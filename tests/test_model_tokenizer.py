@@ -23,7 +23,7 @@ from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
 from cllm.model.tokenizer import Tokenizer, end_token_untrained, load_tokenizer, within
-from cllm.model.vocabulary import PATTERNS
+from cllm.model.vocabulary import PATTERNS, prefixed, token_bytes
 from cllm.model.vocabulary_files import from_gguf, from_ranks
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
@@ -396,6 +396,24 @@ def test_a_vocabulary_that_puts_a_space_before_strings_gets_no_second_one(
     bos, eos = tokenizer.vocabulary.control["<s>"], tokenizer.vocabulary.control["</s>"]
     assert ids == [bos, *tokenizer.encode("[INST] 你好吗 [/INST] 我很好 "), eos]
     same_contract(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "llama"])
+def test_the_bytes_of_tokens_join_to_the_text(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Byte-level, SentencePiece, and a tokenizer.json made from the latter."""
+    tokenizer = load_tokenizer(request.getfixturevalue(kind), template="text")
+    tokenizer.vocabulary.save_json(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
+    vocabularies = [tokenizer.vocabulary]
+    if kind == "llama":
+        vocabularies.append(load_tokenizer(tmp_path, template="text").vocabulary)
+    text = '今天 {"a": 1}\n  🀄 é\t<0x41>'
+    for vocabulary in vocabularies:
+        ids = vocabulary.encode([text])[0]
+        joined = b"".join(token_bytes(vocabulary, id) for id in ids).decode()
+        assert joined.removeprefix(" " if prefixed(vocabulary) else "") == text
 
 
 def test_the_vocabulary_s_bos_opens_plain_texts(llama: Path) -> None:

@@ -107,3 +107,13 @@ def test_nothing_forbidden_is_drawn_by_rounding() -> None:
     logits = torch.full((1, VOCAB), -math.inf)
     logits[0, [4, 6]] = torch.tensor([1.0, 0.0])
     assert sample(logits, [request]) == [6]
+
+
+def test_a_row_that_is_not_finite_ends_alone() -> None:
+    """It used to fail the whole batch where it was drawn."""
+    logits = torch.zeros(3, 12)
+    logits[1] = math.nan
+    logits[2, 4] = 50.0
+    rows = [row(temperature=1.0), row(temperature=1.0), row(temperature=1.0)]
+    tokens = sample(logits, rows)
+    assert tokens[0] >= 0 and tokens[1:] == [-1, 4]

@@ -6,14 +6,13 @@ server-sent events, errors.
 
 # No `from __future__ import annotations`: FastAPI must be able to evaluate the annotations of the
 # functions in `build_app`.
-import asyncio
 import functools
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -30,7 +29,6 @@ from cllm.data.tools import Parts, Tools, opened
 from cllm.messages import UserError, say, to_json
 from cllm.model.chat_template import tool_style
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
-from cllm.model.vocabulary import token_bytes
 from cllm.serve.answer import Answer, ModelError, asked_to_think
 from cllm.serve.engine import FIRST_TOKEN_SECONDS, Engine
 from cllm.serve.grammar import Grammar, Grammars, call_grammar
@@ -45,7 +43,7 @@ from cllm.serve.requests import (
     thinking_of,
     unsupported,
 )
-from cllm.serve.sampling import Logprob
+from cllm.serve.responses import Choices, completion, events, pieces
 
 MAX_WAITING = 64
 # which field of the request is wrong
@@ -88,129 +86,6 @@ ERRORS: Any = {"default": {"description": "An error in OpenAI's shape", "model":
 EVENTS: Any = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
-@dataclass(frozen=True)
-class _Choices:
-    """The answers to one request, `n` to each prompt, in the shape of one of the two endpoints, and
-    the head of all that is sent; of a chat's the parts that each consists of.
-    """
-
-    answers: list[Answer]
-    replies: list[Reply]
-    tokenizer: Tokenizer
-    n: int
-    head: dict[str, Any]
-
-    @property
-    def chat(self) -> bool:
-        """Whether a conversation is answered, not a text continued."""
-        return bool(self.replies)
-
-    def take(self, index: int, piece: str | None) -> list[dict[str, Any]]:
-        """What the next piece of an answer, None at its end, adds to a stream."""
-        if not self.chat:
-            return [{"text": piece}] if piece else []
-        reply = self.replies[index]
-        deltas = reply.push(piece or "", last=piece is None)
-        if reply.full:  # nothing more is wanted
-            self.answers[index].cancel()
-        return [{"delta": delta} for delta in deltas]
-
-    def reason(self, index: int) -> str:
-        """Why an answer ended, in OpenAI's words."""
-        reason = self.answers[index].finish_reason
-        return self.replies[index].finish_reason(reason) if self.chat else reason
-
-    def choice(self, index: int, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        """One choice; with the log-probabilities, if asked for, of what was not sent before."""
-        scored = self.answers[index].scored()
-        shape = self._chat_logprobs if self.chat else self._text_logprobs
-        logprobs = shape(scored) if scored else None
-        return {"index": index, **said, "finish_reason": reason, "logprobs": logprobs}
-
-    def usage(self) -> dict[str, int]:
-        """Each prompt counts once; `left_out_rounds`: what a conversation was shortened by."""
-        prompt = sum(answer.prompt_tokens for answer in self.answers[:: self.n])
-        completion = sum(answer.tokens for answer in self.answers)
-        counts = {"prompt_tokens": prompt, "completion_tokens": completion}
-        counts["total_tokens"] = prompt + completion
-        left_out = self.answers[0].left_out
-        return counts | ({"left_out_rounds": left_out} if left_out else {})
-
-    def _chat_logprobs(self, scored: list[tuple[int, Logprob, int]]) -> dict[str, Any]:
-        def entry(id: int, value: float) -> dict[str, Any]:
-            piece = token_bytes(self.tokenizer.vocabulary, id)
-            return {"token": _readable(piece), "logprob": value, "bytes": list(piece)}
-
-        content = [
-            {**entry(id, logprob.value), "top_logprobs": [entry(*pair) for pair in logprob.top]}
-            for id, logprob, _ in scored
-        ]
-        return {"content": content, "refusal": None}
-
-    def _text_logprobs(self, scored: list[tuple[int, Logprob, int]]) -> dict[str, Any]:
-        def name(id: int) -> str:
-            return _readable(token_bytes(self.tokenizer.vocabulary, id))
-
-        return {
-            "tokens": [name(id) for id, _, _ in scored],
-            "token_logprobs": [logprob.value for _, logprob, _ in scored],
-            "top_logprobs": [
-                {name(other): value for other, value in [*logprob.top, (id, logprob.value)]}
-                for id, logprob, _ in scored
-            ],
-            "text_offset": [begin for _, _, begin in scored],
-        }
-
-
-def _readable(piece: bytes) -> str:
-    """A token's text; as OpenAI writes them, the bytes of a part of a character."""
-    try:
-        return piece.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
-
-def _completion(response: _Choices) -> dict[str, Any]:
-    said: list[dict[str, Any]]
-    if response.chat:
-        said = [{"message": reply.message()} for reply in response.replies]
-    else:
-        said = [{"text": answer.text} for answer in response.answers]
-    choices = [
-        response.choice(index, what, response.reason(index)) for index, what in enumerate(said)
-    ]
-    kind = "chat.completion" if response.chat else "text_completion"
-    return {**response.head, "object": kind, "choices": choices, "usage": response.usage()}
-
-
-async def _pieces(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, str | None], None]:
-    """(which answer, its next piece) as they come; None ends one. Raises ModelError."""
-    pieces = asyncio.Queue[tuple[int, str | Exception | None]]()
-
-    async def read(index: int, answer: Answer) -> None:
-        try:
-            async for piece in answer:
-                pieces.put_nowait((index, piece))
-            pieces.put_nowait((index, None))
-        except Exception as error:
-            pieces.put_nowait((index, error))
-
-    tasks = [asyncio.create_task(read(*numbered)) for numbered in enumerate(answers)]
-    try:
-        left = len(tasks)
-        while left:
-            index, piece = await pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= piece is None
-            yield index, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        for answer in answers:
-            answer.cancel()
-
-
 def build_app(loaded: Loaded, engine: Engine) -> Any:
     """The FastAPI application with /health, /metrics, /v1/models, /v1/chat/completions and
     /v1/completions; models: `base` and the adapter's name.
@@ -220,16 +95,12 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
     # FastAPI's own documentation pages load from other hosts
     app = FastAPI(title="cllm", docs_url=None, redoc_url=None)
     started = int(time.time())
-    maker = _Maker(loaded, engine)
+    desk = _Desk(loaded, engine)
     _handle_errors(app)
 
     def described(name: str) -> dict[str, Any]:
         model = {"id": name, "object": "model", "created": started, "owned_by": "cllm"}
         return {**model, "max_model_len": engine.max_tokens}
-
-    def unknown(name: str) -> Response:
-        message = say("serve.model", name=name, known=", ".join(loaded.models))
-        return error_response(404, message, param="model", code="model_not_found")
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -246,46 +117,26 @@ def build_app(loaded: Loaded, engine: Engine) -> Any:
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def get_model(name: str) -> Response:
-        return JSONResponse(described(name)) if name in loaded.models else unknown(name)
-
-    async def respond(body: Settings, request: Request) -> Response:
-        name = body.model or next(iter(loaded.models))
-        if name not in loaded.models:
-            return unknown(name)
-        extra = body.model_extra or {}
-        thinking = thinking_of(extra, loaded.tokenizer.template)
-        if fields := unsupported(extra, thinking):
-            message = say("serve.unsupported", fields=", ".join(fields))
-            return error_response(400, message, param=fields[0])
-        if len(engine.waiting) >= MAX_WAITING:
-            return error_response(429, say("serve.busy"), headers={"Retry-After": "5"})
-        kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
-        head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        made = await run_in_threadpool(maker.answers, body, name, thinking)
-        response = _Choices(*made, loaded.tokenizer, body.n or 1, head)
-        if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(_events(response, usage), media_type="text/event-stream")
-        async with aclosing(_pieces(response.answers)) as pieces:
-            async for index, piece in pieces:
-                response.take(index, piece)
-                if await request.is_disconnected():
-                    break
-        return JSONResponse(_completion(response))
+        return JSONResponse(described(name)) if name in loaded.models else _unknown(name, loaded)
 
     @app.post("/v1/chat/completions", responses=ERRORS | EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await respond(body, request)
+        return await desk.respond(body, request)
 
     @app.post("/v1/completions", responses=ERRORS | EVENTS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await respond(body, request)
+        return await desk.respond(body, request)
 
     return app
 
 
-class _Maker:
-    """Requests -> answers that are yet to be computed."""
+def _unknown(name: str, loaded: Loaded) -> Response:
+    message = say("serve.model", name=name, known=", ".join(loaded.models))
+    return error_response(404, message, param="model", code="model_not_found")
+
+
+class _Desk:
+    """Takes the requests of both endpoints."""
 
     def __init__(self, loaded: Loaded, engine: Engine) -> None:
         self._loaded, self._engine = loaded, engine
@@ -295,7 +146,34 @@ class _Maker:
     def _plain(self) -> Tokenizer:
         return load_tokenizer(self._loaded.tokenizer.source, template="text")
 
-    def answers(
+    async def respond(self, body: Settings, request: Request) -> Response:
+        """The whole answer, or its stream; refused before anything is computed."""
+        loaded = self._loaded
+        name = body.model or next(iter(loaded.models))
+        if name not in loaded.models:
+            return _unknown(name, loaded)
+        extra = body.model_extra or {}
+        thinking = thinking_of(extra, loaded.tokenizer.template)
+        if fields := unsupported(extra, thinking):
+            message = say("serve.unsupported", fields=", ".join(fields))
+            return error_response(400, message, param=fields[0])
+        if len(self._engine.waiting) >= MAX_WAITING:
+            return error_response(429, say("serve.busy"), headers={"Retry-After": "5"})
+        kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
+        head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        made = await run_in_threadpool(self._answers, body, name, thinking)
+        response = Choices(*made, loaded.tokenizer, body.n or 1, head)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return StreamingResponse(events(response, usage), media_type="text/event-stream")
+        async with aclosing(pieces(response.answers)) as coming:
+            async for index, piece in coming:
+                response.take(index, piece)
+                if await request.is_disconnected():
+                    break
+        return JSONResponse(completion(response))
+
+    def _answers(
         self, body: Settings, name: str, thinking: bool
     ) -> tuple[list[Answer], list[Reply]]:
         """`n` to each prompt, the first one's first; their seeds count up. Of a chat also what
@@ -462,31 +340,3 @@ def _refusal_of(problems: Sequence[Any]) -> Response:
             return error_response(400, message, param=place)
         texts.setdefault(f"{place}: {problem['msg']}".removeprefix(": "), place)
     return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)
-
-
-async def _events(response: _Choices, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: the roles, the pieces, the reasons, the usage if asked for, [DONE]."""
-
-    def event(choices: list[dict[str, Any]]) -> str:
-        kind = "chat.completion.chunk" if response.chat else "text_completion"
-        chunk = {**response.head, "object": kind, "choices": choices}
-        if usage:
-            chunk["usage"] = None if choices else response.usage()
-        return f"data: {to_json(chunk)}\n\n"
-
-    try:
-        for index in range(len(response.replies)):
-            role = {"role": "assistant", "content": ""}
-            yield event([response.choice(index, {"delta": role}, None)])
-        async with aclosing(_pieces(response.answers)) as pieces:
-            async for index, piece in pieces:
-                for said in response.take(index, piece):
-                    yield event([response.choice(index, said, None)])
-                if piece is None:
-                    said = {"delta": {}} if response.chat else {"text": ""}
-                    yield event([response.choice(index, said, response.reason(index))])
-        if usage:
-            yield event([])
-    except ModelError as error:
-        yield f"data: {bytes(error_response(500, str(error)).body).decode()}\n\n"
-    yield "data: [DONE]\n\n"

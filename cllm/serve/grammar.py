@@ -21,8 +21,9 @@ from cllm.model.tokenizer import Tokenizer
 from cllm.model.vocabulary import token_bytes
 
 INSTALL = "pip install llguidance"
-# Between the tokens of JSON: a model that goes on with blanks for ever comes to an end.
-BLANKS = r"(\r?\n)?[ \t]{0,16}"
+# Between the tokens of JSON: on one line or indented. A model that goes on with blanks for ever
+# would come to no end.
+BLANKS = r"( |\n {0,16}|\n\t{0,8})?"
 NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
 
 

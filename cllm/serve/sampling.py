@@ -194,4 +194,5 @@ def _draw(logits: Tensor, rows: Sequence[Request]) -> Tensor:
     kept &= probabilities > 0  # rounding must not draw what a grammar forbids
     cumulative = (probabilities * kept).cumsum(-1)
     index = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)
-    return candidates.gather(1, index.clamp(max=kept.sum(-1, keepdim=True) - 1))[:, 0]
+    last = (kept.sum(-1, keepdim=True) - 1).clamp(min=0)  # nothing is kept of a row of NaN
+    return candidates.gather(1, index.clamp(max=last))[:, 0]
