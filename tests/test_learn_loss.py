@@ -336,7 +336,7 @@ def test_an_inf_skips_the_step_lowers_the_scale_and_is_named() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(before, adapter_tensors(model).values(), strict=True)
     )
-    assert first_nonfinite(model, row, sft_loss, precision) == "model.layers.1.mlp.down_proj"
+    assert first_nonfinite(model, row, sft_loss, precision) == "model.layers.1.mlp.down_proj.base"
     model.model.layers[1].mlp.down_proj.base.weight.data[0, 0] = 0
     assert not trainee.step([row]).skipped
     assert first_nonfinite(model, row, sft_loss, precision) == ""
