@@ -4,10 +4,11 @@ jsonschema`.
 
 tiny-zh answers at temperature 1, sixteen schemas at a time. Leaves of a schema are drawn by
 hypothesis-jsonschema from a schema of schemas and nested by hypothesis; strings, arrays and numbers
-have limits, so that answers end. What the library refuses is counted, and another one is drawn. An
-answer that ends by itself must be JSON that jsonschema finds valid; one that `max_tokens` cuts is
-counted apart. Speed: the same batch decodes the same number of tokens, free and under a JSON
-grammar, one after the other, the best of several. The last line of stdout is JSON.
+have limits, so that answers end (digits behind a point have none, so a few may be cut). What the
+library refuses is counted, and another one is drawn. An answer that ends by itself must be JSON that
+jsonschema finds valid; one that `max_tokens` cuts is counted apart. Speed: the same batch decodes
+the same number of tokens, free and under a JSON grammar, one after the other, the best of several.
+The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from cllm.serve.engine import Engine
 from cllm.serve.grammar import Grammar, Grammars
 from cllm.serve.sampling import Sampling
 
-MAX_TOKENS = 400
+MAX_TOKENS = 490  # tiny-zh has 512 positions
 ROWS = 16
 NAMES = ["name", "city", "名", "值", "a b", "x", '"', "n\\n"]
 
@@ -65,7 +66,7 @@ def schemas() -> SearchStrategy[Any]:
             {"const": {"type": "null"}},
             kind("string", maxLength=bounds(3, 12), minLength=bounds(0, 3)),
             kind("string", pattern=patterns),
-            kind("string", format={"enum": ["date", "time", "uuid", "ipv4"]}),
+            kind("string", format={"enum": ["date", "uuid", "ipv4"]}),
             kind("integer", minimum=bounds(-50, 0), maximum=bounds(1, 5000)),
             kind("number", minimum=bounds(-5, 0), exclusiveMaximum=bounds(1, 9)),
             kind("", enum={"type": "array", "items": value, "minItems": 1, "maxItems": 4}),
@@ -144,14 +145,15 @@ def answers(loaded: Loaded, chosen: list[tuple[Any, Grammar]]) -> list[tuple[str
 def faults(chosen: list[tuple[Any, Grammar]], said: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """Answers that ended by themselves and are not what their schema says."""
     wrong = []
+    checker = jsonschema.FormatChecker()
     for (schema, _), (text, reason) in zip(chosen, said, strict=True):
         if reason == "length":
             continue
         try:
             assert reason == "stop", reason
-            jsonschema.Draft202012Validator(
-                schema, format_checker=jsonschema.FormatChecker()
-            ).validate(json.loads(text))
+            jsonschema.Draft202012Validator(schema, format_checker=checker).validate(
+                json.loads(text)
+            )
         except Exception as error:
             wrong.append({"schema": schema, "text": text, "error": f"{error}"[:200]})
     return wrong
