@@ -18,12 +18,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from unittest.mock import patch
 
 import httpx
 import uvicorn
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -33,18 +33,41 @@ from serving import open_tiny  # noqa: E402 - after the path
 from cllm.serve.answer import chat_sampling  # noqa: E402
 from cllm.serve.api import build_app  # noqa: E402
 from cllm.serve.guard import Guard  # noqa: E402
-from cllm.serve.requests import ChatMessage, ChatRequest  # noqa: E402
+from cllm.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Tool  # noqa: E402
 from cllm.serve.ui import mount_page  # noqa: E402
 
 URL = "http://127.0.0.1:7897"
 
 
+class Spoken(ChatMessage):
+    """What a call has to be, the schema does not say."""
+
+    content: Annotated[str, Field(max_length=20)] | None = None
+    reasoning_content: Annotated[str, Field(max_length=20)] | None = None
+    tool_calls: None = None
+    function_call: None = None
+
+
 class Few(ChatRequest):
-    """No schema can say that 1,024 messages are too long for this model of 1,024 positions (400):
-    here all that are allowed fit.
+    """No schema can say that 1,024 messages are too long for this model of 1,024 positions, which
+    ids it has, which unknown fields are harmless, that a tool has to be offered to be called, and
+    which schemas the library knows (400): here all that are allowed fit.
     """
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=16)]
+    model_config = ConfigDict(extra="forbid")
+    messages: Annotated[list[Spoken], Field(min_length=1, max_length=3)]  # type: ignore[assignment]
+    logit_bias: None = None  # type: ignore[assignment]
+    tools: Annotated[list[Tool], Field(max_length=1)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    response_format: None = None
+
+
+class Short(CompletionRequest):
+    """The same of texts."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: Annotated[str, Field(min_length=1, max_length=99)]  # type: ignore[assignment]
+    logit_bias: None = None  # type: ignore[assignment]
 
 
 def short(**values: Any) -> Any:
@@ -57,8 +80,9 @@ def main() -> int:
     parser.add_argument("--phases", default="examples,coverage,fuzzing,stateful")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    patches = patch.multiple("cllm.serve.api", chat_sampling=short, ChatRequest=Few)
-    with tempfile.TemporaryDirectory() as folder, patches:
+    brief = patch("cllm.serve.requests.chat_sampling", short)
+    fewer = patch.multiple("cllm.serve.api", ChatRequest=Few, CompletionRequest=Short)
+    with tempfile.TemporaryDirectory() as folder, brief, fewer:
         loaded = open_tiny(Path(folder))
         engine = loaded.engine()
         app = Guard(mount_page(build_app(loaded, engine), loaded, engine))
