@@ -421,6 +421,14 @@ def test_a_request_says_whether_to_think(
     assert api.asked().endswith(f'{block}<tool_call>\n{{"name": "clock", "arguments":')
 
 
+def test_an_answer_in_a_format_has_no_thoughts(written_in: Callable[..., Api]) -> None:
+    """The mask would hold for them too."""
+    pytest.importorskip("llguidance")
+    api = written_in("qwen3", thinking="keep")
+    api.says("{}", response_format={"type": "json_object"})
+    assert api.asked().endswith("<think>\n\n</think>\n\n")
+
+
 @pytest.mark.parametrize(
     "field",
     [

@@ -194,17 +194,19 @@ class _Desk:
             messages = [said.plain() for said in body.messages]
             shorten = body.truncation == "auto"
             tools, style, begun = _offered(body, tokenizer)
-            # a call that is begun leaves no room for thoughts
-            tokenizer = asked_to_think(tokenizer, thinking and not begun)
+            # a call is no answer in a format
+            grammar = (
+                self._rest(style, tools, begun) if begun else self._grammar(body.response_format)
+            )
+            # a call that is begun, or a form, leaves no room for thoughts
+            tokenizer = asked_to_think(tokenizer, thinking and not (begun or grammar))
             parallel = body.parallel_tool_calls is not False
             replies = [Reply(style, tools, parallel=parallel) for _ in prompts]
             sampling = body.sampling(
                 last,
                 max_new_tokens=body.max_completion_tokens or body.max_tokens,
                 logprobs=body.top_logprobs or (0 if body.logprobs else None),
-                grammar=self._rest(style, tools, begun)
-                if begun  # a call is no answer in a format
-                else self._grammar(body.response_format),
+                grammar=grammar,
             )
         answers = []
         for index, prompt in enumerate(prompts):
