@@ -232,6 +232,8 @@ def _load(
     )
     if adapter.lora:
         _add_adapter(model, adapter, adapter.lora)
+    else:
+        model.requires_grad_(False)  # it only answers; what is frozen can wait in host memory
     precision.prepare(model)
     place(model, settings, device)
     return model

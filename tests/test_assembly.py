@@ -21,6 +21,7 @@ from cllm.messages import UserError
 from cllm.model.checkpoint import Placement, load_model, original_config
 from cllm.model.device import cap_allocator, choose_device, free_bytes
 from cllm.model.offload import decoder_layers
+from cllm.model.source import resolve
 from cllm.trace import weighed
 
 CPU = torch.device("cpu")
@@ -132,6 +133,18 @@ def test_a_bare_model_is_held_in_the_finest_format_that_fits(
     assert opened(need + 2048 * token, context=4096)[0] == "nf4"
     assert opened(need, formats=(), quantize="none")[0] == "none"
     assert opened(need, tiny_run(tmp_path))[0] == "none"
+
+
+def test_a_bare_model_waits_in_host_memory_as_one_with_an_adapter_does() -> None:
+    """What is not frozen cannot be streamed; without an adapter nothing was."""
+    ids = torch.tensor([[5, 6, 7]])
+    whole, streamed = (
+        assemble(resolve("tiny-zh"), ModelConfig(), MemoryConfig(stream_layers=n), device="cpu")
+        for n in (0, 3)
+    )
+    assert streamed.settings.stream_layers == 3
+    with torch.no_grad():
+        assert torch.equal(streamed.model(ids).logits, whole.model(ids).logits)
 
 
 def test_a_run_from_another_machine_is_opened_where_one_can(

@@ -245,6 +245,22 @@ def test_a_product_that_is_wrong_raises_or_is_absent_is_not_used(
     assert capsys.readouterr().err.count("cannot multiply with packed NF4 weights") == 1
 
 
+def test_a_full_card_says_nothing_of_the_product(monkeypatch, probes):
+    pytest.importorskip("bitsandbytes")
+    layer, x = NF4Linear(torch.randn(96, 128)).eval(), torch.randn(1, 128)
+    product = nf4._packed_product
+
+    def full(*how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nf4, "_packed_product", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer(x)
+    monkeypatch.setattr(nf4, "_packed_product", product)
+    layer(x)
+    assert list(nf4._refusals.values()) == [""]
+
+
 def test_one_decoded_row_moves_little_more_than_the_packed_weight(probes):
     """Counted as bench/decode_bytes.py does."""
     pytest.importorskip("bitsandbytes")

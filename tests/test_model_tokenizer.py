@@ -249,12 +249,12 @@ def test_user_text_never_becomes_a_control_token(loaded: dict[str, Tokenizer], n
 def test_a_saved_directory_gives_the_same_ids(
     loaded: dict[str, Tokenizer], name: str, tmp_path: Path
 ) -> None:
-    same_contract(family(loaded, name), tmp_path)
+    assert same_contract(family(loaded, name), tmp_path)
 
 
-def same_contract(tokenizer: Tokenizer, directory: Path) -> None:
+def same_contract(tokenizer: Tokenizer, directory: Path) -> int:
     """What training fed is what chat sends and what the saved adapter directory's tokenizer
-    gives.
+    gives; of how many tokens that was seen.
     """
     tokenizer.save(directory)
     again = load_tokenizer(directory)
@@ -268,12 +268,13 @@ def same_contract(tokenizer: Tokenizer, directory: Path) -> None:
     assert trained[: len(prompt)] == prompt
     assert labels[len(prompt)] != IGNORE_INDEX
     assert [label for label in labels if label != IGNORE_INDEX][-1] in again.stop_ids
+    return len(prompt)
 
 
 # --- Our own small vocabularies: the same without ../shared
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"qwen3", "qwen3.5", "text"}))
 def test_training_and_chat_agree_for_every_template(bpe: Path, name: str, tmp_path: Path) -> None:
-    same_contract(load_tokenizer(bpe, template=name), tmp_path)
+    assert same_contract(load_tokenizer(bpe, template=name), tmp_path)
 
 
 def test_the_chat_template_chooses_among_ours(bpe: Path, tmp_path: Path) -> None:

@@ -72,13 +72,18 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return open_tiny(tmp_path_factory.mktemp("api"))
 
 
-@pytest.fixture(scope="module")
-def server(loaded: Loaded) -> Iterator[Server]:
+def serving(loaded: Loaded) -> Iterator[Server]:
+    """What a fixture yields from: the API over the model, ended afterwards."""
     engine = loaded.engine()
     running = Server(loaded, engine)
     yield running
     running.close()
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(loaded: Loaded) -> Iterator[Server]:
+    yield from serving(loaded)
 
 
 def greedy(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_serve_api import HELLO, KEY, Server
+from test_serve_api import HELLO, KEY, Server, serving
 
 from cllm.assembly import Loaded, open_model
 from cllm.data.message import Message
@@ -29,11 +29,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="module")
 def server(loaded: Loaded) -> Iterator[Server]:
-    engine = loaded.engine()
-    running = Server(loaded, engine)
-    yield running
-    running.close()
-    engine.close()
+    yield from serving(loaded)
 
 
 def post(server: Server, path: str, **body: Any) -> tuple[int, Any]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cllm.messages import UserError, note
-from cllm.model.device import autocast_dtype
+from cllm.model.device import autocast_dtype, out_of_memory
 
 BLOCK = 64  # weights per absmax
 GROUP = 256  # absmax values per second-level scale
@@ -273,8 +273,10 @@ def _multiplies_packed(weight: NF4Tensor, dtype: torch.dtype) -> bool:
                 for rows in (1, FEW_ROWS // 8, FEW_ROWS)
             ]
             reason = "" if all(close) else "its values differ from the dequantized product's"
-        # whatever goes wrong inside is not fatal
+        # whatever else goes wrong inside is not fatal
         except Exception as error:
+            if out_of_memory(error):
+                raise  # says nothing of the kernel
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if reason and reason not in _refusals.values():
             note("nf4.product", reason=reason)
@@ -372,7 +374,7 @@ class NF4Linear(QuantizedLinear):
     def product(self, x: Tensor) -> Tensor:
         """Of few rows while answering, with the weight as it lies."""
         few = x.numel() <= FEW_ROWS * self.in_features and not (self.training or x.is_meta)
-        if few and _multiplies_packed(self.stored, x.dtype):
+        if few and _multiplies_packed(weight := self.stored, x.dtype):
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return _packed_product(x, self.stored, bias)
+            return _packed_product(x, weight, bias)
         return super().product(x)

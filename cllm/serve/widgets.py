@@ -14,6 +14,7 @@ from cllm.messages import UserError, messages
 from cllm.model.tokenizer import Tokenizer
 from cllm.runs import read_metrics
 from cllm.serve.answer import Answer, asked_to_think, chat_sampling
+from cllm.serve.guard import preferred
 from cllm.serve.sampling import Sampling
 
 # of a streamed answer: smooth to the eye, and 16 readers do not slow the engine down
@@ -126,7 +127,7 @@ def asked_of(loaded: Loaded, values: Sequence[Any]) -> tuple[Tokenizer, list[Mes
 
 def language_of(request: Any) -> str:
     """The browser's: `zh` or `en`."""
-    return "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+    return preferred(request.headers.get("accept-language", "")) or "en"
 
 
 def texts_for(request: Any) -> dict[str, str]:
