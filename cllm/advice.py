@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.config import ENOUGH_STEPS, TrainConfig
 from cllm.messages import note, say
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cllm.corpus import Encoded
     from cllm.evaluate.results import Evaluation
 
@@ -19,6 +21,40 @@ FEW_CONVERSATIONS, MAX_EPOCHS = 500, 10
 ROW_UNIT, MIN_ROW = 64, 128
 HARDLY = 0.9
 """A loss above this share of the base's is not a fall worth the name."""
+FULL_RATE, LORA_FACTOR, WIDTH = 5e-5, 10, 2000
+EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+NARROWEST = 512
+"""Narrower models are none that the formula says anything of."""
+OTHER = 3
+"""A rate so many times higher or lower than the advised one is worth a word."""
+MOST_SEQUENCES = 32
+"""A LoRA learns worse from more of them in a step ("LoRA Without Regret", Schulman et al. 2025)."""
+
+
+class Rate(NamedTuple):
+    """A learning rate for LoRA, and the family whose fit it is: "llama", "qwen", or "" for another
+    one, which gets the lower of both.
+    """
+
+    value: float
+    family: str
+    hidden: int
+
+
+def advised_rate(original: Mapping[str, Any]) -> Rate | None:
+    """The learning rate for a model by its config.json, 5e-5 * 10 * (2000 / hidden) ^ p: LoRA takes
+    ten times the rate of full fine-tuning, p = 0.781 for Llama and 0.0775 for Qwen (fits of
+    tinker-cookbook's `get_lr`, 2025), whatever the rank, at alpha = 32. None for tiny models.
+    """
+    sizes = {**original, **(original.get("text_config") or {})}
+    hidden = sizes.get("hidden_size") or sizes.get("n_embd") or 0
+    if hidden < NARROWEST:
+        return None
+    kind = str(sizes.get("model_type", "")).lower()
+    family = next((name for name in EXPONENTS if kind.startswith(name)), "")
+    fits = [EXPONENTS[family]] if family else EXPONENTS.values()
+    rate = min(FULL_RATE * LORA_FACTOR * (WIDTH / hidden) ** exponent for exponent in fits)
+    return Rate(float(f"{rate:.2g}"), family, hidden)
 
 
 def sized(train: TrainConfig, conversations: int, tokens: int, longest: int) -> TrainConfig:

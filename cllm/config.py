@@ -138,7 +138,10 @@ class TrainConfig:
     """Length of a packed row = the micro-batch; also the longest sample."""
     tokens_per_step: int = _at_least(0, 0)
     """Tokens of one optimizer step, accumulated over rows; 0: what `step_tokens` says."""
-    learning_rate: float = _at_least(0, 2e-4)
+    learning_rate: float | Literal["auto"] = _at_least(0, 2e-4)
+    """`auto`: what `cllm.advice.advised_rate` says of the model; the run's own file has the
+    number.
+    """
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = _at_least(0, 0.03, at_most=1)
     """Share of the steps with a rising rate."""
@@ -148,6 +151,12 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit`: AdamW's two moments in 8 bits, a quarter of their memory."""
     seed: int = _at_least(0, 42)
+
+    @property
+    def rate(self) -> float:
+        """`learning_rate` as a number, which `auto` is in every run."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate
 
     def step_tokens(self, tokens: int) -> int:
         """`tokens_per_step`; for 0 what gives ENOUGH_STEPS in `epochs` over data of `tokens`, from
@@ -317,6 +326,8 @@ def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
             problems.append(say("config.backslash", where=where(key), detail=repr(path)))
     if 0 < config.train.tokens_per_step < row:
         problems.append(say("config.row", where=where("train.tokens_per_step"), row=row))
+    if config.preference.active and config.train.learning_rate == "auto":
+        problems.append(say("config.pairs_rate", where=where("train.learning_rate")))
     if config.preference.active:
         for key, value in _WITH_PAIRS.items():
             section, _, name = key.partition(".")

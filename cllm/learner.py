@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cllm.advice import EXPONENTS, OTHER, advised_rate
 from cllm.assembly import Assembly, assemble
 from cllm.config import Config, differences
 from cllm.corpus import Encoded, encode_corpus, tokenizer_of
@@ -26,9 +27,10 @@ from cllm.learn.loss import row_nll, sft_loss
 from cllm.learn.optim import StepOutOfMemoryError, Trainee, check_optimizer, make_optimizer
 from cllm.learn.preference import Preference
 from cllm.learn.snapshot import adapter_fingerprint, capture, restore
-from cllm.messages import note
+from cllm.messages import UserError, note
 from cllm.metrics import wilson_interval
 from cllm.model.adapter import adapter_tensors, save_adapter
+from cllm.model.checkpoint import original_config
 from cllm.model.device import choose_device, out_of_memory, release_memory
 from cllm.model.lora import lora_layers
 from cllm.model.nf4 import QuantizedLinear
@@ -40,9 +42,6 @@ from cllm.runs import base_fingerprint, replace_files, writing
 if TYPE_CHECKING:
     from cllm.evaluate.results import Evaluation
 
-HIGH_RATE, LARGE = 1e-3, 100_000_000
-"""A learning rate above the one ruins models with more parameters than the other."""
-
 
 def trainee_of(config: Config, assembly: Assembly) -> Trainee:
     """What learns from rows, with [train]'s optimizer."""
@@ -52,7 +51,7 @@ def trainee_of(config: Config, assembly: Assembly) -> Trainee:
         partial(sft_loss, chunk_bytes=assembly.settings.chunk_bytes),
         make_optimizer(
             model,
-            config.train.learning_rate,
+            config.train.rate,
             weight_decay=config.train.weight_decay,
             plus_ratio=config.lora.plus_ratio,
             name=config.train.optimizer,
@@ -77,6 +76,7 @@ class Learner:
         row_tokens = config.train.row_tokens
         self.ladder = Ladder(row_tokens, row_tokens, offload_inputs=config.memory.offload_inputs)
         self.base = resolve(config.model.path)
+        self._set_rate()
         tokenizer = tokenizer_of(config, self.base)
         self.single = False
         self.encoded = self._encode(tokenizer)
@@ -84,7 +84,8 @@ class Learner:
         # What 0 came to is written into the run, and stays when the rows get shorter; of a resumed
         # run only rank 0 can read it.
         step = int(self.world.share(str(self.encoded.tokens_per_step).encode()))
-        self.config = replace(config, train=replace(config.train, tokens_per_step=step))
+        train = replace(self.config.train, tokens_per_step=step)
+        self.config = config = replace(config, train=train)
         check_optimizer(config.train.optimizer, self.world.device.type)
         self.assembly = assemble(
             self.base,
@@ -121,6 +122,19 @@ class Learner:
     def chunk_bytes(self) -> int:
         """Logits alive at once in the loss."""
         return self.assembly.settings.chunk_bytes
+
+    def _set_rate(self) -> None:
+        """`auto` becomes a number; one that is far from it is said."""
+        train, advised = self.config.train, advised_rate(original_config(self.base))
+        if train.learning_rate == "auto":
+            if not (advised and advised.family):
+                families = ", ".join(EXPONENTS)
+                likely = f"{advised.value:g}" if advised else "5e-3"
+                raise UserError("train.no_rate", families=families, likely=likely)
+            self.config = replace(self.config, train=replace(train, learning_rate=advised.value))
+        elif advised and not self.config.preference.active:
+            if not 1 / OTHER <= train.learning_rate / advised.value <= OTHER:
+                note("train.other_rate", rate=f"{train.learning_rate:g}", advised=advised.value)
 
     def _encode(self, tokenizer: Tokenizer) -> Encoded:
         row_tokens = self.ladder.row_tokens
@@ -301,9 +315,6 @@ class Learner:
             share=f"{trained / total:.1%}",
             device=self.assembly.device,
         )
-        rate = self.config.train.learning_rate
-        if rate > HIGH_RATE and total > LARGE:
-            note("train.high_rate", rate=f"{rate:g}", millions=f"{total / 1e6:,.0f}")
 
     def apply(self, ladder: Ladder) -> None:
         """Make the model and the rows what `ladder` says; may be called again."""

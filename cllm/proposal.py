@@ -4,19 +4,22 @@ settings for the amount of data.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cllm.account import Look
-from cllm.advice import FEW_CONVERSATIONS, sized
+from cllm.advice import EXPONENTS, FEW_CONVERSATIONS, MOST_SEQUENCES, advised_rate, sized
 from cllm.config import Config, load_config
 from cllm.data.fields import is_metadata
 from cllm.data.reader import sample_rows
 from cllm.data.sources import BUILT_IN
-from cllm.messages import command, say, to_json
+from cllm.messages import UserError, command, say, to_json
 
 RECOMMENDED = "preset:qwen3-4b"  # as in the README
 MIN_ROW, MAX_ROW = 512, 4096  # tokens, of the rows that are proposed
+FEW_PATIENCE = 2  # evaluations without a lower loss after which a run on few rows ends
 SAMPLED = 50  # rows that are looked at for their columns
 # shares of the rows where a column of texts has one, and different ones
 FILLED, DISTINCT = 0.9, 0.5
@@ -92,6 +95,45 @@ def recommended(config: Config) -> tuple[Config, int, str]:
     return preset, config.train.row_tokens, "no_gpu"
 
 
+def _original(config: Config) -> dict[str, Any]:
+    """The config.json of the model, {} where it is not on this machine and not published."""
+    from cllm.model.checkpoint import original_config
+    from cllm.model.source import resolve
+    from cllm.shapes import published
+
+    with contextlib.suppress(UserError):
+        return original_config(resolve(config.model.path, download=False))
+    return (published(config.model.path) or ("", {}))[1]
+
+
+def _rate(preset: Config) -> tuple[float, str]:
+    """(learning rate, what it rests on): of answers that the formula says."""
+    advised = advised_rate(_original(preset))
+    if preset.preference.active or advised is None:
+        code = "pairs" if preset.preference.active else "tiny"
+        return preset.train.rate, say(f"check.why.rate_{code}")
+    code = "rate" if advised.family else "rate_other"
+    exponents = ", ".join(f"{name} {exponent}" for name, exponent in EXPONENTS.items())
+    facts = {"family": advised.family, "hidden": advised.hidden, "exponents": exponents}
+    return advised.value, say(f"check.why.{code}", **facts, exponent=EXPONENTS.get(advised.family))
+
+
+def _why_rank(preset: Config, tokens: int) -> str:
+    """Whether the adapter has a number for each of the `tokens` that are trained; "" where its size
+    is not known.
+    """
+    from cllm.memory import Settings
+    from cllm.trace import weighed
+
+    original = _original(preset)
+    if not original or preset.lora.targets != "all-linear":
+        return ""
+    settings = Settings(quantize=preset.model.quantize, rank=preset.lora.rank)
+    numbers = sum(weighed(original, settings).trained)
+    code = "rank" if numbers >= tokens else "rank_small"
+    return say(f"check.why.{code}", numbers=f"{numbers / 1e6:.1f}", tokens=f"{tokens:,}")
+
+
 def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
     """A commented config for the data at hand; `chosen`: for the model of `config`, else for the
     recommended one.
@@ -102,7 +144,8 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
     account, count = seen.account, seen.account["valid"]
     tokens = account["total_tokens"] if chosen and "tokens" in account else account["qwen_tokens"]
     lengths = account.get("tokens") or account["characters"]
-    train = replace(preset.train, row_tokens=row)
+    rate, why_rate = _rate(preset)
+    train = replace(preset.train, row_tokens=row, learning_rate=rate)
     few = count < FEW_CONVERSATIONS and not config.preference.active
     if not config.preference.active:
         held = [length for length in seen.lengths if length <= row]  # the others are left out
@@ -110,6 +153,8 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
             train, count, tokens, 0 if config.data.kind == "text" else max(held, default=0)
         )
     step = train.step_tokens(tokens)
+    if not config.preference.active:  # few sequences a step, but at least a row
+        step = max(train.row_tokens, min(step, MOST_SEQUENCES * tokens // max(1, count)))
     source = config.data.train[0]
     columns = source.columns or config.data.columns
     pairs = ", ".join(f"{role} = {to_json(name)}" for role, name in columns.items())
@@ -134,7 +179,13 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
         tokens=f"{tokens:,}",
         epochs=train.epochs,
         seen=say("check.why.few", count=count) if train.epochs > preset.train.epochs else "",
-        rate=preset.train.learning_rate,
+        rate=f"{rate:g}",
+        why_rate=why_rate,
+        rank=preset.lora.rank,
+        alpha=preset.lora.alpha,
+        why_rank=_why_rank(preset, account.get("supervised_tokens", tokens)),
+        sequences=max(1, round(step * count / max(1, tokens))),
+        patience=FEW_PATIENCE if few else 0,
         loss=to_json(config.preference.loss),
         run=to_json(f"runs/{path.stem}"),
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,26 @@ def find_config(name: str) -> tuple[str, dict[str, Any]]:
     file = path / "config.json" if path.is_dir() else path
     if file.suffix == ".json" and file.is_file():
         return name, read_json(file)
-    published: dict[str, dict[str, Any]] = read_json(SHAPES)
-    stems = {_stem(known): known for known in published}
-    if known := stems.get(_stem(name)):
-        return known, published[known]
+    if found := published(name):
+        return found
     try:
         return name, read_json(resolve(name, only="config.json") / "config.json")
     except UserError as error:
+        stems = _stems(read_json(SHAPES))
         near = difflib.get_close_matches(_stem(name), stems, 3, 0.0)
         nearest = ", ".join(map(stems.__getitem__, near))
         raise UserError("memory.name", name=name, near=nearest, reason=error.args[0]) from error
+
+
+def published(name: str) -> tuple[str, dict[str, Any]] | None:
+    """(name, config) of a published model by its name, whoever its owner, without a hub."""
+    shapes: dict[str, dict[str, Any]] = read_json(SHAPES)
+    known = _stems(shapes).get(_stem(name))
+    return (known, shapes[known]) if known else None
+
+
+def _stems(names: Iterable[str]) -> dict[str, str]:
+    return {_stem(known): known for known in names}
 
 
 def _stem(name: str) -> str:

@@ -236,7 +236,7 @@ class Training:
         self.rate = learning_rate(
             progress.step + 1,
             self.total,
-            train.learning_rate,
+            train.rate,
             schedule=train.schedule,
             warmup=round(train.warmup * self.total),
         )

@@ -120,20 +120,28 @@ def _value(hint: Any, value: Any, key: str, where: Any, problems: list[str]) -> 
         return tuple(build(table, row, key, where, problems) for row in tables)
     if hint == dict[str, str] and isinstance(value, dict):  # the number of a column
         value = {name: str(part) if type(part) is int else part for name, part in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not _fits(hint, value):
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        expected = (
-            " | ".join(map(repr, choices)) if choices else getattr(hint, "__name__", str(hint))
-        )
+        expected = " | ".join(map(_described, options))
         code = "config.table" if typing.get_origin(hint) is dict else "config.type"
         problems.append(say(code, where=where(key), key=key, expected=expected, found=repr(value)))
     return value
 
 
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    return str(getattr(hint, "__name__", hint))
+
+
 def _fits(hint: Any, value: Any) -> bool:
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return any(_fits(option, value) for option in typing.get_args(hint))
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

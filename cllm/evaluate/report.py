@@ -276,7 +276,7 @@ def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> di
             "eval.settings",
             rank=config.lora.rank,
             alpha=config.lora.alpha,
-            rate=config.train.learning_rate,
+            rate=config.train.rate,
             row=config.train.row_tokens,
             step=f"{tokens / max(1, len(steps)):,.0f}",
             quantize=config.model.quantize,

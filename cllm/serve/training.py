@@ -150,7 +150,7 @@ def _settings(run: Path) -> str:
         "model.quantize": config.model.quantize,
         "data.train": " + ".join(Path(source.path).name for source in config.data.train),
         "lora.rank": config.lora.rank,
-        "train.learning_rate": f"{config.train.learning_rate:g}",
+        "train.learning_rate": f"{config.train.rate:g}",
         "train.epochs": f"{config.train.epochs:g}",
         "train.row_tokens": config.train.row_tokens,
         "train.tokens_per_step": config.train.tokens_per_step,
