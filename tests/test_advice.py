@@ -15,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm.__main__ import run
-from cllm.advice import FEW_CONVERSATIONS, MAX_EPOCHS, sized, verdict
+from cllm.advice import FEW_CONVERSATIONS, MAX_EPOCHS, Rate, advised_rate, sized, verdict
 from cllm.config import ENOUGH_STEPS, MAX_STEP_TOKENS, TrainConfig, load_config
 from cllm.evaluate.results import Evaluation, Gap, SystemScores
 from cllm.learn.dist import World
 from cllm.learn.log import RunLog
+from cllm.runs import read_metrics
+from cllm.shapes import find_config
 
 TOKENS = st.integers(1, 10**8)
 ROW = st.integers(8, 32768)
@@ -163,15 +165,52 @@ def test_the_demos_questions_do_not_measure_other_data(
     assert load_config(tmp_path / "runs" / "a" / "config.toml").data.eval == ""
 
 
-def test_a_high_rate_for_a_large_model_is_said(
+@pytest.mark.parametrize(
+    ("name", "rate", "family"),
+    [
+        ("meta-llama/Llama-3.1-8B", 2.9e-4, "llama"),  # tinker-cookbook: 2.86e-4
+        ("Qwen/Qwen3-8B", 4.7e-4, "qwen"),
+        ("Qwen/Qwen3.5-4B", 4.9e-4, "qwen"),
+        ("THUDM/chatglm3-6b", 2.9e-4, ""),
+        ("google/gemma-3-270m", 5.5e-4, ""),
+        ("openai-community/gpt2", 5.4e-4, ""),
+    ],
+)
+def test_the_learning_rate_follows_the_formula(name: str, rate: float, family: str) -> None:
+    advised = advised_rate(find_config(name)[1])
+    assert advised is not None and advised[:2] == (rate, family)
+    assert advised_rate({"model_type": "qwen3", "hidden_size": 256}) is None
+    nested = {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3", "hidden_size": 4096}}
+    assert advised_rate(nested) == Rate(4.7e-4, "qwen", 4096)
+
+
+def test_auto_is_the_formula_or_refused(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = [str(config), "train.steps=1", "eval.samples=0", "train.learning_rate=auto"]
+    assert run("train", options) == 2
+    said = capsys.readouterr().err
+    assert "llama, qwen" in said and said.count("\n") == 1
+    monkeypatch.setattr("cllm.learner.advised_rate", lambda _: Rate(3e-3, "qwen", 64))
+    assert run("train", options) == 0
+    assert load_config(tmp_path / "runs" / "a" / "config.toml").train.learning_rate == 3e-3
+    steps = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
+    assert max(row["lr"] for row in steps if "lr" in row) == 3e-3
+
+
+def test_a_rate_far_from_the_advised_one_is_said(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [str(config), "train.steps=1", "eval.samples=0"]
     assert run("train", options) == 0
     assert "learning_rate" not in capsys.readouterr().err
-    monkeypatch.setattr("cllm.learner.LARGE", 1000)
-    assert run("train", options) == 0
-    assert "train.learning_rate = 0.02 is for tiny models" in capsys.readouterr().err
+    for advised, said in ((0.01, False), (5e-4, True), (0.5, True)):
+        monkeypatch.setattr("cllm.learner.advised_rate", lambda _, rate=advised: Rate(rate, "", 64))
+        assert run("train", options) == 0
+        assert ("train.learning_rate = 0.02 is far" in capsys.readouterr().err) == said
 
 
 def test_held_out_rows_that_are_too_long_are_counted(

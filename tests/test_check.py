@@ -256,6 +256,22 @@ def test_a_model_that_was_named_is_kept(
     assert load_config(tmp_path / "my.toml").model.path == str(base)
 
 
+def test_every_proposed_value_has_its_reason(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path
+) -> None:
+    account(capsys, data, "--init", tmp_path / "my.toml")
+    text = (tmp_path / "my.toml").read_text(encoding="utf-8")
+    proposed = load_config(tmp_path / "my.toml")
+    assert proposed.train.rate == 4.9e-4 and "(2000 / 2560)^0.0775" in text
+    # 13 rows make a row of the fewest tokens; of a tiny model the rate is the one it was given
+    assert "33.0 M numbers for" in text and proposed.eval.patience == 2
+    assert proposed.lora == load_config("preset:qwen3-4b").lora
+    account(
+        capsys, data, f"model.path={base}", "train.learning_rate=0.02", "--init", tmp_path / "b"
+    )
+    assert load_config(tmp_path / "b").train.rate == 0.02
+
+
 def test_rejected_rows_of_the_eval_file_are_located_too(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,6 +216,8 @@ def test_a_preference_loss_brings_its_own_rate_where_none_is_written(tmp_path: P
 
 
 def test_what_no_preference_loss_goes_with_is_said_at_once() -> None:
+    with pytest.raises(UserError, match="5e-6"):
+        load_config("preset:qwen3-4b", ["preference.loss=dpo", "train.learning_rate=auto"])
     overrides = 'preference.loss="orpo" data.truncate="prompt" lora.dropout=0.1 data.kind="text"'
     with pytest.raises(UserError) as refused:
         load_config(ROOT / "cllm.toml", overrides.split())
