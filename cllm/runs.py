@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -187,6 +187,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+def turned(metrics: Iterable[Mapping[str, Any]]) -> str:
+    """At which step of a run's metrics the held-out loss was lowest, and what to change, "" where
+    it did not rise after it.
+    """
+    held = [(row["eval_loss"], row["step"]) for row in metrics if "eval_loss" in row]
+    best, last = min(held, default=(0.0, 0)), (held or [(0.0, 0)])[-1]
+    if last[0] <= best[0] or not best[1]:
+        return ""
+    losses = {"lowest": f"{best[0]:.3f}", "later": f"{last[0]:.3f}"}
+    return say("train.turned", step=best[1], last=last[1], **losses)
 
 
 def manifest_of(gpu: str, facts: dict[str, Any]) -> bytes:

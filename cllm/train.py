@@ -20,7 +20,7 @@ from cllm.corpus import read_corpus
 from cllm.data.sources import without_demo
 from cllm.memory import GIB
 from cllm.messages import CommandLine, UserError, command, note, print_result, propose, to_json
-from cllm.runs import Progress, last_run, refuse_missing
+from cllm.runs import Progress, last_run, read_metrics, refuse_missing, turned
 
 if TYPE_CHECKING:
     from cllm.data.packing import PackedBatch
@@ -400,6 +400,8 @@ class Training:
         with writing(self.run / "eval.json"):
             write_results(self.run, results, about)
         print(summary(results))
+        if over := turned(read_metrics(self.run / "metrics.jsonl")):
+            print(over, file=sys.stderr)
         held_out, steps = len(learner.encoded.held_out), self.progress.step
         print(verdict(results, held_out, steps, more), file=sys.stderr)
         return document(results)

@@ -20,7 +20,7 @@ from cllm.config import ENOUGH_STEPS, MAX_STEP_TOKENS, TrainConfig, load_config
 from cllm.evaluate.results import Evaluation, Gap, SystemScores
 from cllm.learn.dist import World
 from cllm.learn.log import RunLog
-from cllm.runs import read_metrics
+from cllm.runs import read_metrics, turned
 from cllm.shapes import find_config
 
 TOKENS = st.integers(1, 10**8)
@@ -211,6 +211,16 @@ def test_a_rate_far_from_the_advised_one_is_said(
         monkeypatch.setattr("cllm.learner.advised_rate", lambda _, rate=advised: Rate(rate, "", 64))
         assert run("train", options) == 0
         assert ("train.learning_rate = 0.02 is far" in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [([3.0, 2.0, 1.0], 0), ([3.0, 1.0, 2.0], 5), ([1.0, 2.0, 3.0], 0), ([2.0], 0), ([], 0)],
+)
+def test_the_step_where_a_run_began_to_overfit_is_said(losses: list[float], step: int) -> None:
+    metrics = [{"step": 5 * n, "eval_loss": loss} for n, loss in enumerate(losses)]
+    said = turned([{"step": 1, "loss": 0.1}, *metrics])
+    assert bool(said) == bool(step) and (f"train.steps={step}" in said or not step)
 
 
 def test_held_out_rows_that_are_too_long_are_counted(

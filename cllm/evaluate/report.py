@@ -24,7 +24,7 @@ from cllm.learn.log import draw_curve, duration
 from cllm.messages import language, note, say, table, to_json
 from cllm.metrics import BLEU, FEWEST_PAIRS, ROUGE
 from cllm.plots import draw_scores
-from cllm.runs import read_metrics
+from cllm.runs import read_metrics, turned
 
 SCORES = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
 FALLING = ("loss", "general-ppl")
@@ -263,7 +263,8 @@ def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> di
                 count=results.counts["loss"],
                 seed=config.train.seed,
             )
-        steps = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+        metrics = read_metrics(run / "metrics.jsonl")
+        steps = [row for row in metrics if "loss" in row]
         tokens = sum(row["tokens"] for row in steps)
         facts["trained"] = say(
             "eval.trained",
@@ -281,7 +282,8 @@ def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> di
             step=f"{tokens / max(1, len(steps)):,.0f}",
             quantize=config.model.quantize,
         )
-    return {say(f"eval.fact.{key}"): text for key, text in facts.items()}
+        facts["curve"] = turned(metrics)
+    return {say(f"eval.fact.{key}"): text for key, text in facts.items() if text}
 
 
 def _page(
