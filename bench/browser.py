@@ -154,7 +154,7 @@ def changing(page: Page, question: str) -> dict[str, str]:
 
 
 def on_a_phone(page: Page, images: Path, question: str) -> None:
-    """No tab scrolls sideways at 390 pixels."""
+    """No tab scrolls sideways at 390 pixels, and both answers and the votes fit on one screen."""
     ask(page, question)
     answer(page)
     page.screenshot(path=images / "phone.png")
@@ -164,6 +164,9 @@ def on_a_phone(page: Page, images: Path, question: str) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, (
             f"{name} scrolls sideways on a phone"
         )
+        votes = page.locator(".vote").last.bounding_box()
+        if name == "对比":
+            assert votes is not None and votes["y"] + votes["height"] <= 844, votes
 
 
 def stopping(page: Page, question: str) -> str:

@@ -36,13 +36,20 @@ from cllm.serve.widgets import (
 )
 
 CSS = """
-.gradio-container { max-width: 80rem !important; width: 100% !important; margin: auto !important; }
+.gradio-container {
+  max-width: 80rem !important; width: 100% !important; margin: auto !important;
+  overflow: clip !important; /* hidden, nothing in it would be sticky */
+}
 .field {
   border: 1px solid var(--border-color-primary) !important; border-radius: var(--radius-lg);
 }
 .loaded p { font-size: .8rem; color: var(--body-text-color-subdued); margin: 0; }
 .message-wrap { padding-top: 2.2rem; }
 .votes { position: sticky; bottom: 0; z-index: 2; background: var(--body-background-fill); }
+@media (max-width: 640px) {
+  .side { height: 26dvh !important; min-height: 0 !important; }
+  .votes button { padding: .4rem .2rem; font-size: .8rem; min-width: 3.6rem !important; }
+}
 .cost p {
   color: var(--body-text-color-subdued); font-size: .8rem; text-align: right; min-height: 1.2rem;
 }
