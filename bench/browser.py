@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, Page, Route, TimeoutError, sync_playwright
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -154,7 +154,7 @@ def changing(page: Page, question: str) -> dict[str, str]:
 
 
 def on_a_phone(page: Page, images: Path, question: str) -> None:
-    """No tab scrolls sideways at 390 pixels."""
+    """No tab scrolls sideways at 390 pixels, and both answers and the votes fit on one screen."""
     ask(page, question)
     answer(page)
     page.screenshot(path=images / "phone.png")
@@ -164,6 +164,9 @@ def on_a_phone(page: Page, images: Path, question: str) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, (
             f"{name} scrolls sideways on a phone"
         )
+        votes = page.locator(".vote").last.bounding_box()
+        if name == "对比":
+            assert votes is not None and votes["y"] + votes["height"] <= 844, votes
 
 
 def stopping(page: Page, question: str) -> str:
@@ -232,7 +235,21 @@ def keeping(page: Page, question: str) -> dict[str, Any]:
         page.wait_for_timeout(500)
         said.append(answer(page))
     assert len({*said}) == 3, said
+    # one types on before the server has answered
+    held: list[Route] = []
+    page.route("**/queue/join*", lambda route: held.append(route))
+    asked = questions(page)
     ask(page, question)
+    page.wait_for_timeout(1000)
+    page.keyboard.type("接着写")
+    for route in held:
+        route.continue_()
+    page.unroute("**/queue/join*")
+    deadline = time.monotonic() + SECONDS
+    while questions(page) == asked and time.monotonic() < deadline:
+        page.wait_for_timeout(200)
+    page.wait_for_timeout(1000)
+    assert box.input_value() == "接着写", box.input_value()
     page.locator("button.stop-button:visible, [data-testid=stop-button]:visible").first.wait_for()
     box.fill("后来的问题")
     page.keyboard.press("Enter")

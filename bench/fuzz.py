@@ -36,8 +36,6 @@ from cllm.serve.guard import Guard  # noqa: E402
 from cllm.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Tool  # noqa: E402
 from cllm.serve.ui import mount_page  # noqa: E402
 
-URL = "http://127.0.0.1:7897"
-
 
 class Spoken(ChatMessage):
     """What a call has to be, the schema does not say."""
@@ -50,13 +48,15 @@ class Spoken(ChatMessage):
 
 class Few(ChatRequest):
     """No schema can say that 1,024 messages are too long for this model of 1,024 positions, which
-    ids it has, which unknown fields are harmless, that a tool has to be offered to be called, and
-    which schemas the library knows (400): here all that are allowed fit.
+    ids it has, which unknown fields are harmless, that top_logprobs needs logprobs, that a tool has
+    to be offered to be called, and which schemas the library knows (400): here all that are allowed
+    fit.
     """
 
     model_config = ConfigDict(extra="forbid")
     messages: Annotated[list[Spoken], Field(min_length=1, max_length=3)]  # type: ignore[assignment]
     logit_bias: None = None  # type: ignore[assignment]
+    logprobs: Literal[True] = True  # type: ignore[assignment]
     tools: Annotated[list[Tool], Field(max_length=1)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     response_format: None = None
@@ -86,16 +86,15 @@ def main() -> int:
         loaded = open_tiny(Path(folder))
         engine = loaded.engine()
         app = Guard(mount_page(build_app(loaded, engine), loaded, engine))
-        server = uvicorn.Server(
-            uvicorn.Config(app, port=int(URL.rpartition(":")[2]), log_level="error")
-        )
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         threading.Thread(target=server.run, daemon=True).start()
         while not server.started:
             time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         program = [
             Path(sys.executable).with_name("schemathesis"),
             "run",
-            f"{URL}/openapi.json",
+            f"{url}/openapi.json",
             "--checks",
             "all",
             "--no-color",
@@ -116,7 +115,7 @@ def main() -> int:
             [*program, *options], stdout=subprocess.PIPE, encoding="utf-8", cwd=folder, check=False
         )
         seconds = time.perf_counter() - start
-        alive = httpx.get(f"{URL}/health").status_code == 200 and httpx.get(URL).status_code == 200
+        alive = httpx.get(f"{url}/health").status_code == 200 and httpx.get(url).status_code == 200
         print(done.stdout, file=sys.stderr)
         server.should_exit = True
         engine.close()

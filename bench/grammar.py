@@ -4,8 +4,8 @@ jsonschema`.
 
 tiny-zh answers at temperature 1, sixteen schemas at a time. Leaves of a schema are drawn by
 hypothesis-jsonschema from a schema of schemas and nested by hypothesis; strings, arrays and numbers
-have limits, so that answers end (digits behind a point have none, so a few may be cut). What the
-library refuses is counted, and another one is drawn. An answer that ends by itself must be JSON
+have limits, so that answers end (the digits of a number by `MAX_NUMBER` alone). What the library
+refuses is counted, and another one is drawn. An answer that ends by itself must be JSON
 that jsonschema finds valid; one that `max_tokens` cuts is counted apart. Speed: the same batch
 decodes the same number of tokens, free and under a JSON grammar, one after the other, the best of
 several. The last line of stdout is JSON.

@@ -285,7 +285,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         line = int((re.search(r"line (\d+)", str(error)) or [0, 0])[1])
         if "\\" in [*text.split("\n"), ""][line - 1]:
             raise UserError("config.backslash", where=f"{file}:{line}", detail=error) from error
-        raise UserError("config.syntax", path=file, detail=error) from error
+        code = "config.syntax" if is_config(file) else "config.no_toml"
+        raise UserError(code, path=file, detail=error) from error
     problems: list[str] = []
     where = {key: f"{file}:{line}" for key, line in key_lines(text).items()}
     for override in map(file_name, overrides):

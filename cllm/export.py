@@ -244,7 +244,8 @@ def main(argv: list[str]) -> int:
         shutil.rmtree(part, ignore_errors=True)
     note("export.written", path=out, gib=f"{size / 2**30:.2f}")
     native = not merge.checkpoint.family.config
-    propose(*next_commands(out, to, kind, base, native=native))
+    if to != "peft" or merge.checkpoint.config.model_type != "gpt2":  # vLLM has no LoRA for it
+        propose(*next_commands(out, to, kind, base, native=native))
     result = {"run": run, "to": to, "out": str(out), "bytes": size, "check": report}
     print_result(result, arguments.json)
     return 0

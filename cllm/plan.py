@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cllm.assembly import adapter_of
 from cllm.config import Config, PrecisionName
 from cllm.fit import Step, estimate_vram, fewest_recomputed, ladder, longest_row, savings
@@ -220,6 +222,8 @@ def _time(config: Config, flops: int, work: Workload | None, rate: float) -> dic
             rate=f"{rate / 1e12:.2f}",
         )
     )
+    if not (measured or torch.cuda.is_available()):
+        print(say("bench.time.cpu"))
     if not work:
         print(say("bench.time.no_data"))
     return {

@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
 Curve = Sequence[tuple[int, float]]
 """(step, loss) in the order of the steps."""
-PLOTTED = {
-    "bleu-zh": "corpus BLEU",
-    "rouge-l-char": "ROUGE-L\ncharacters",
-    "bleu-4": "mean BLEU-4",
-    "rouge-l": "ROUGE-L\nwords",
-    "exact": "exact",
-}
+PLOTTED = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
 COLOURS = ("#9bbcd8", "#d1a96b", "#1f5f99")
 SMOOTHING = 0.1
 """Share of the newest loss in the smoothed curve of a long run."""
@@ -65,6 +59,12 @@ def _words(code: str, **values: object) -> list[str]:
     """The texts of a chart in the user's language, in English where no font has Chinese."""
     chinese = language() == "zh" and _chinese_font()
     return messages()[code][chinese].format(**values).split("|")
+
+
+def _name(name: str) -> str:
+    """What a chart calls a system or a metric."""
+    first, _, rest = name.partition(" ")
+    return " ".join([*_words(f"eval.name.{first}"), rest]).strip()
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
@@ -146,7 +146,7 @@ def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
         scores = [system.scores[metric] for metric in PLOTTED]
         by_length = [group.scores["rouge-l-char"] for group in system.by_length.values()]
         bounds = None
-        if system.interval.keys() >= PLOTTED.keys():
+        if system.interval.keys() >= {*PLOTTED}:
             bounds = [
                 [abs(system.scores[metric] - system.interval[metric][side]) for metric in PLOTTED]
                 for side in (0, 1)
@@ -162,12 +162,12 @@ def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
                 capsize=3,
                 ecolor="#555",
                 color=colour,
-                label=name,
+                label=_name(name),
             )
     lengths = next(iter(systems.values())).by_length
     counts = [f"{length}\nn={group.answers}" for length, group in lengths.items()]
-    ticks = [*PLOTTED.values()], counts
-    for axes, label, names in zip(panels, ("", "ROUGE-L characters"), ticks, strict=True):
+    ticks = [_name(metric).replace(" ", "\n") for metric in PLOTTED], counts
+    for axes, label, names in zip(panels, ("", _name("rouge-l-char")), ticks, strict=True):
         axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
         axes.set(ylabel=label, ylim=(0, None))
         axes.grid(axis="y", alpha=0.25)

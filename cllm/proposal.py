@@ -16,6 +16,7 @@ from cllm.data.fields import is_metadata
 from cllm.data.reader import sample_rows
 from cllm.data.sources import BUILT_IN
 from cllm.messages import UserError, command, say, to_json
+from cllm.metrics.significance import FEWEST_PAIRS
 
 RECOMMENDED = "preset:qwen3-4b"  # as in the README
 MIN_ROW, MAX_ROW = 512, 4096  # tokens, of the rows that are proposed
@@ -147,6 +148,9 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
     rate, why_rate = _rate(preset)
     train = replace(preset.train, row_tokens=row, learning_rate=rate)
     few = count < FEW_CONVERSATIONS and not config.preference.active
+    # the smallest share that most likely gives a verdict; few conversations are needed for training
+    wanted = 1.25 * FEWEST_PAIRS
+    held_out = next((share for share in (0.05, 0.1, 0.2) if share * count >= wanted), 0.1)
     if not config.preference.active:
         held = [length for length in seen.lengths if length <= row]  # the others are left out
         train = sized(
@@ -170,7 +174,8 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
         train=to_json(source.path),
         columns=f"{{ {pairs} }}" if columns else "{}",
         kind=to_json(config.data.kind),
-        held_out=0.1 if few else 0.05,
+        held_out=held_out,
+        held=round(held_out * count),
         row=train.row_tokens,
         longest=lengths["p99"],
         unit=say(f"check.unit.{'tokens' if 'tokens' in account else 'characters'}"),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cllm import bench
 from cllm.config import load_config
@@ -83,6 +84,7 @@ def test_the_plan_answers_with_commands_that_fit(
         text = "\n".join(lines)
         assert "recomputed_layer" not in text and "kept_layer" not in text
         assert not re.search(r"(?<![\w.=])-1\b", text) and "million tokens" in text
+        assert ("time on this machine's CPU" in text) == (not torch.cuda.is_available())
 
 
 @pytest.mark.usefixtures("short_rows")

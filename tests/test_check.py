@@ -152,6 +152,21 @@ def test_a_config_is_written_that_trains_on_this_file(
     assert again["valid"] == 5
 
 
+@pytest.mark.parametrize(
+    ("count", "share"), [(66, 0.1), (124, 0.1), (125, 0.2), (250, 0.1), (499, 0.1), (500, 0.05)]
+)
+def test_as_few_are_held_out_as_a_verdict_needs(
+    count: int, share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.jsonl"
+    rows = [{"instruction": f"第{n}个问题？", "output": f"{n * n}"} for n in range(count)]
+    path.write_text("".join(map(json.dumps, rows)).replace("}{", "}\n{"), encoding="utf-8")
+    account(capsys, path, "model.path=tiny-zh", "--init", tmp_path / "my.toml")
+    assert load_config(tmp_path / "my.toml").data.held_out == share
+    written = (tmp_path / "my.toml").read_text(encoding="utf-8")
+    assert f"about {round(share * count)} conversations" in written
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in PRESETS.glob("*.toml")))
 def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -227,3 +227,14 @@ def test_what_no_preference_loss_goes_with_is_said_at_once() -> None:
     for wrong in ("beta=0", "label_smoothing=0.5", "ld_alpha=1.5", "sft=-1", 'loss="sigmoid"'):
         with pytest.raises(UserError, match=wrong.split("=")[0]):
             load_config(ROOT / "cllm.toml", [f"preference.{wrong}"])
+
+
+def test_a_data_file_in_place_of_a_config_is_told_how_to_get_one(tmp_path: Path) -> None:
+    rows = {
+        "my.jsonl": b'{"instruction": "a", "output": "b"}\n',
+        "my.csv": "问,答\n".encode("gb18030"),
+    }
+    for name, content in rows.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"cllm\.check .*--init my\.toml"):
+            load_config(tmp_path / name)

@@ -248,6 +248,23 @@ def test_when_it_will_be_done_is_told_by_the_clock(
     assert re.search(r"eta 10m00 \(\d\d:\d\d\)$", capsys.readouterr().err.strip())
 
 
+def test_a_steps_line_is_in_the_readers_language(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"step": 1, "loss": 1.5, "lr": 2e-4, "grad_norm": 0.5, "margin": 0.25, "accuracy": 0.5}
+    values |= {"tokens": 100, "tokens_per_second": 1234.0, "peak_memory_bytes": 2**29}
+    lines = {
+        "en": "step     1/9  loss 1.500  lr 2.0e-04  grad 0.50  1,234 tok/s  peak 0.50 GiB  eta 1s"
+        "  margin 0.250  accuracy 50%",
+        "zh": "第     1/9 步  损失 1.500  学习率 2.0e-04  梯度 0.50  1,234 词元/秒  峰值 0.50 GiB"
+        "  还需 1s  差距 0.250  判断正确 50%",
+    }
+    for language, line in lines.items():
+        monkeypatch.setenv("CLLM_LANG", language)
+        RunLog(tmp_path, 9).step(values)
+        assert capsys.readouterr().err == f"{line}\n"
+
+
 # --- Programs
 def test_without_a_word_the_programs_are_listed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -740,3 +740,18 @@ def test_merging_stays_near_the_largest_tensor(
     found = export_memory.measure(tmp_path, "16bit")
     assert size > 5 * largest
     assert found["peak_bytes"] < found["imports_bytes"] + 3 * largest + 100 * 10**6
+
+
+def test_no_lora_is_proposed_where_vllm_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = byte_checkpoint(tmp_path / "base")
+    size = json.loads((base / "config.json").read_text("utf-8"))["vocab_size"]
+    config = tiny_model("gpt2").config
+    config.vocab_size = size
+    type(tiny_model("gpt2"))(config).save_pretrained(base)
+    adapted(load_model(base), tmp_path / "adapter", base=str(base))
+    load_tokenizer(base, template="chatml").save(tmp_path / "adapter")
+    for to, proposed in (("peft", 0), ("merged", 1)):
+        assert run(tmp_path / "adapter", to, tmp_path / to, "--no-check") == 0
+        assert capsys.readouterr().err.count("vllm serve") == proposed

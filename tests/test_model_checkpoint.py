@@ -401,7 +401,7 @@ def test_gguf(architecture: str, tmp_path: Path) -> None:
 
 def test_gguf_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGML" + bytes(40))
-    with pytest.raises(UserError, match="no GGUF magic"):
+    with pytest.raises(UserError, match="is no GGUF file"):
         load_model(tmp_path / "x.gguf")
     key, value = b"general.architecture", b"mamba"
     header = (

@@ -13,6 +13,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from cllm import plots
+from cllm.evaluate.results import Group, SystemScores
 from cllm.plots import CHINESE_FONTS, draw_lengths, draw_loss, smoothed
 
 TRAIN = [(step, 8 - step / 10) for step in range(1, 61)]
@@ -100,3 +101,30 @@ def test_with_a_chinese_font_the_charts_are_in_the_users_language(
         draw(tmp_path)
     assert len(labels) == 8 and not any(label.isascii() for label in labels)
     assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("chinese", [False, True])
+def test_scores_are_named_in_the_users_language(
+    chinese: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fonts = font_manager.FontManager().ttflist
+    if chinese and not {font.name for font in fonts} & {*CHINESE_FONTS}:
+        pytest.skip("no Chinese font here")
+    plots._chinese_font.cache_clear()
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["sans-serif"])
+    monkeypatch.setenv("CLLM_LANG", "zh" if chinese else "en")
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, target: drawn.append(self))
+    scores = dict.fromkeys(plots.PLOTTED, 50.0)
+    group = {"1-4": Group(3, scores)}
+    system = SystemScores(scores, {}, {}, {}, {}, group, {})
+    plots.draw_scores({"base 4-shot": system, "adapter": system}, tmp_path / "scores.png")
+    metrics, lengths = drawn[0].axes
+    said = [label.get_text() for label in metrics.get_xticklabels()]
+    said += [lengths.get_ylabel(), *metrics.get_legend_handles_labels()[1]]
+    if chinese:
+        names = ["语料\nBLEU", "ROUGE-L（字）", "逐条\nBLEU-4", "ROUGE-L（词）", "完全匹配"]
+        assert said == [*names, "ROUGE-L（字）", "基座 4-shot", "适配器"]
+    else:
+        names = ["corpus\nBLEU", "ROUGE-L\ncharacters", "mean\nBLEU-4", "ROUGE-L\nwords", "exact"]
+        assert said == [*names, "ROUGE-L characters", "base 4-shot", "adapter"]

@@ -226,6 +226,8 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"logit_bias": {"259": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
     ({"top_logprobs": 21}, 400, "top_logprobs"),
+    ({"top_logprobs": 3}, 400, "logprobs: true"),
+    ({"top_logprobs": 3, "logprobs": False}, 400, "logprobs: true"),
     ({"truncation": "some"}, 400, "truncation"),
     ({"guided_json": {"type": "object"}}, 400, "guided_json"),
     ({"continue_final_message": True}, 400, "continue_final_message"),

@@ -5,6 +5,7 @@ library cannot.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from cllm.data.tools import TOOL_STYLES, opened, parse
 from cllm.messages import UserError
 from cllm.serve.engine import Engine
 from cllm.serve.grammar import Grammars, call_grammar
+from cllm.serve.grammar import _Words as Words
 from cllm.serve.sampling import Sampling
 
 pytest.importorskip("llguidance")
@@ -97,6 +99,39 @@ def test_answers_are_valid_beside_rows_that_are_free(loaded: Loaded, grammars: G
             assert row.finish_reason == "stop", (schema, row.error)
             answer = json.loads(loaded.tokenizer.decode(row.ids[len(prompt) :]))
             jsonschema.Draft202012Validator(schema).validate(answer)
+
+
+DIGITS = "0123456789."
+
+
+@pytest.mark.parametrize(
+    ("schema", "liked", "text"),
+    [
+        ({"type": "number"}, DIGITS, r"-?[\d.]{1,26}([eE][+-]?\d{1,26})?"),
+        ({"type": "integer"}, DIGITS, r"-?\d{1,24}"),
+        ({"type": "number", "minimum": 0, "maximum": 1}, DIGITS, r"[01]\.\d{22,23}"),
+        # zeros alone would never do
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, "0.", r"0\.0{22}[1-9]\d*"),
+        # what a schema asks for comes, and strings are not numbers
+        ({"type": "number", "minimum": 1e-30, "maximum": 2e-30}, DIGITS, r"0\.0{29}[12]\d*"),
+        ({"const": 10**40}, DIGITS, r"10{40}"),
+        ({"type": "string", "pattern": r"^\d{40}$"}, "0", r'"0{40}"'),
+        ({"type": "string", "pattern": r"^1,\d{40}$"}, DIGITS, r'"1,\d{40}"'),
+        ({"type": "string", "maxLength": 50}, "0123", r'"[0-3]{50}"'),
+    ],
+)
+def test_a_number_comes_to_an_end_and_nothing_else_is_cut(
+    loaded: Loaded, grammars: Grammars, schema: dict[str, Any], liked: str, text: str
+) -> None:
+    """The model likes digits above all."""
+    words = Words(loaded.tokenizer).tokens
+    bias = tuple(
+        (id, 50.0) for id, word in enumerate(words) if word and {*word} <= {*liked.encode()}
+    )
+    plan = Sampling(max_new_tokens=120, grammar=grammars.compile(schema), logit_bias=bias)
+    [row] = decode_all(loaded.engine(), loaded.tokenizer.encode("1"), [plan])
+    answer = loaded.tokenizer.decode(row.ids[1:])
+    assert row.finish_reason == "stop" and re.fullmatch(text + r"\s*", answer), answer
 
 
 def test_json_comes_whole_streamed_several_times_and_by_name(server: Server) -> None:

@@ -242,6 +242,24 @@ def test_a_choice_that_cannot_be_is_refused(api: Api, written_in: Callable[..., 
     assert called(said["message"]) == [("clock", {"zone": "a"})]
 
 
+@pytest.mark.parametrize("made_up", ["", "\nObservation: 九点\nThought: 好\nFinal Answer: 九点"])
+def test_a_react_answer_ends_before_a_result_of_its_own(
+    written_in: Callable[..., Api], made_up: str
+) -> None:
+    """The format's own stop string, where tools are offered, beside those of the request."""
+    api = written_in("chatml", tools="react")
+    call = 'Thought: 我看看。\nAction: clock\nAction Input: {"zone": "北京"}'
+    said = api.says(call + made_up, tools=[CLOCK])
+    assert said["finish_reason"] == "tool_calls"
+    assert called(said["message"]) == [("clock", {"zone": "北京"})]
+    assert said["message"]["content"] == "Thought: 我看看。"
+    assert (
+        api.says("一\n二\nObservation: 三", tools=[CLOCK], stop=["二"])["message"]["content"]
+        == "一\n"
+    )
+    assert api.says(call + made_up)["message"]["content"] == call + made_up
+
+
 @pytest.mark.parametrize(
     "tools",
     [

@@ -194,6 +194,8 @@ def test_what_is_typed_while_an_answer_comes_stays_and_blanks_are_not_sent(page:
     history = [{"role": "user", "content": "你好"}]
     sent = page.call("ask", "你好", "", [])
     assert {type(k).__name__ for k in sent} == {"Textbox", "State", "Chatbot"}
+    # what was typed meanwhile stays: the browser takes out what was sent
+    assert [kept.value for k, kept in sent.items() if type(k).__name__ == "Textbox"] == [None]
     for words, running in (("再问", "key"), ("  \n", "")):
         refused = page.call("ask", words, running, history)
         assert {type(k).__name__ for k in refused} == {"Chatbot"}

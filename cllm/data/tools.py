@@ -44,6 +44,8 @@ class ToolStyle:
     opens: tuple[str, ...]
     # What an answer begins behind, where that is a part of what a call begins with.
     turn: str = ""
+    # What only the one who calls the tool may write: an answer ends before it.
+    stops: tuple[str, ...] = ()
     # Where the announcement stands in the system turn, or that it has a turn of its own.
     place: Literal["behind words", "before words", "own turn"] = "behind words"
 
@@ -430,5 +432,6 @@ TOOL_STYLES = {
         read=_json_calls(r"\nAction:[ \t]*(.+?)[ \t]*\n\s*Action Input:", ""),
         opens=("\nAction:",),
         turn="\n",
+        stops=("\nObservation:",),
     ),
 }

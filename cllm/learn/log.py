@@ -138,14 +138,10 @@ class RunLog:
         step, loss = values["step"], values["loss"]
         self._steps.append(values)
         remaining = seconds_a_step(self._steps) * (self.total - step)
+        left = duration(remaining) + _clock(remaining)
         peak = values["peak_memory_bytes"] / 2**30
-        line = (
-            f"step {step:>5}/{self.total}  loss {loss:.3f}  lr {values['lr']:.1e}  "
-            f"grad {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
-            f"peak {peak:.2f} GiB  eta {duration(remaining)}{_clock(remaining)}"
-        )
-        if "margin" in values:
-            line += f"  margin {values['margin']:.3f}  accuracy {values['accuracy']:.0%}"
+        line = say("log.step", total=self.total, peak=peak, left=left, **values)
+        line += say("log.pairs", **values) if "margin" in values else ""
         due = step % max(1, self.total // 20) == 0 or step in (1, self.total)
         self._line.show(line, due=due, last=step == self.total)
         if len(self._recent) >= 10 and loss > 1.5 * max(self._recent) + 0.1:

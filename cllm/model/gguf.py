@@ -54,7 +54,7 @@ def read_header(path: Path) -> Header:
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError("model.damaged", path=path, detail="no GGUF magic")
+            raise UserError("model.no_gguf", path=path)
         try:
             version, tensor_count, key_count = struct.unpack("<IQQ", file.read(20))
             if version not in (2, 3):

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from cllm.assembly import Loaded
 from cllm.data import message
 from cllm.data.text import encodable
-from cllm.data.tools import Parts, Tools, opened
+from cllm.data.tools import TOOL_STYLES, Parts, Tools, opened
 from cllm.messages import UserError, say, to_json
 from cllm.model.chat_template import tool_style
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
@@ -58,6 +58,7 @@ PARAMS = {
     "template.drops": "tools",
     "template.token": "tools",
     "serve.bias": "logit_bias",
+    "serve.top_logprobs": "top_logprobs",
     "serve.prompt": "prompt",
     "serve.no_schema": "response_format",
     "serve.no_grammar": "response_format",
@@ -183,6 +184,7 @@ class _Desk:
         tokenizer, last = loaded.tokenizer, loaded.tokenizer.vocab_size - 1
         messages, tools, begun = list[message.Message](), Tools(), Parts()
         replies, shorten = list[Reply](), False
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         if isinstance(body, CompletionRequest):
             texts = [self._ids(prompt, last) for prompt in body.prompts()]
             prompts = [ids for ids in texts for _ in range(count)]
@@ -190,6 +192,8 @@ class _Desk:
             sampling = body.sampling(last, max_new_tokens=length, logprobs=body.logprobs)
         else:
             assert isinstance(body, ChatRequest)
+            if body.top_logprobs and not body.logprobs:
+                raise UserError("serve.top_logprobs")
             prompts = [[]] * count
             messages = [said.plain() for said in body.messages]
             shorten = body.truncation == "auto"
@@ -200,6 +204,7 @@ class _Desk:
             )
             # a call that is begun, or a form, leaves no room for thoughts
             tokenizer = asked_to_think(tokenizer, thinking and not (begun or grammar))
+            stop = [*stop, *TOOL_STYLES[style].stops] if tools else stop
             parallel = body.parallel_tool_calls is not False
             replies = [Reply(style, tools, parallel=parallel) for _ in prompts]
             sampling = body.sampling(
@@ -218,7 +223,7 @@ class _Desk:
                     messages,
                     replace(sampling, seed=seed),
                     loaded.models[name],
-                    [body.stop] if isinstance(body.stop, str) else body.stop or [],
+                    stop,
                     shorten=shorten,
                     prompt=prompt,
                     tools=to_json(tools) if tools else "",

@@ -87,7 +87,7 @@ class CompareTab:
         with gr.Row(equal_height=True):
             asked = t("compare_ask")
             question = gr.Textbox(placeholder=asked, max_lines=6, submit_btn=True, scale=5, **FIELD)
-            following = gr.Button(t("next"), min_width=80, visible=bool(questions))
+            following = gr.Button(t("next"), size="sm", min_width=96, visible=bool(questions))
         with gr.Row():
             sides = [
                 gr.Chatbot(
@@ -97,6 +97,7 @@ class CompareTab:
                     feedback_options=None,
                     latex_delimiters=LATEX,
                     min_width=320,
+                    elem_classes="side",
                 )
                 for side in "AB"
             ]

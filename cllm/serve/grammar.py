@@ -25,17 +25,28 @@ INSTALL = "pip install llguidance"
 # would come to no end.
 BLANKS = r"( |\n {0,16}|\n\t{0,8})?"
 NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
+# Digits and point of a number: as long as JavaScript writes a double, 0.0000012345678901234567.
+MAX_NUMBER = 24
+# By its first byte what a token does behind digits: 0 leaves them, 1 and 2 go on; 3: it is not in a
+# number.
+BEHIND_DIGITS = dict.fromkeys(b".eE,]} \t\n", 0) | dict.fromkeys(b"123456789", 1) | {ord("0"): 2}
 
 
 class Grammar:
-    """A compiled grammar: `start` one for every answer."""
+    """A compiled grammar: `start` one for every answer. `words`: the vocabulary.
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    Nothing ends the digits of a JSON number, and a model may go on with them for ever: after
+    `MAX_NUMBER` only what leaves them may come; where the schema needs more, zeros alone may not
+    go on.
+    """
+
+    def __init__(self, matcher: Any, words: _Words) -> None:
+        self._matcher, self._words = matcher, words
+        self._number = b""  # digits and point at the end of the answer
 
     def start(self) -> Grammar:
         """The same at its beginning."""
-        return Grammar(self._matcher.deep_copy())
+        return Grammar(self._matcher.deep_copy(), self._words)
 
     def mask(self, logits: Tensor) -> None:
         """Minus infinity into the logits (V,) of tokens that may not come next; NaN into all of
@@ -43,6 +54,12 @@ class Grammar:
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         forbidden = np.unpackbits(packed, bitorder="little")[: len(logits)] == 0
+        if len(self._number) >= MAX_NUMBER:
+            rank = self._words.behind_digits[: len(forbidden)]
+            allowed = {*rank[~forbidden].tolist()}
+            # in a string anything could follow, or its pattern asks for digits
+            if max(allowed, default=3) < 3 and (0 in allowed or {*self._number} == {*b"0."}):
+                forbidden |= rank > min(allowed)
         logits[len(forbidden) :] = -torch.inf
         logits[: len(forbidden)].masked_fill_(
             torch.from_numpy(forbidden).to(logits.device), torch.nan if self.error else -torch.inf
@@ -51,6 +68,8 @@ class Grammar:
     def advance(self, id: int) -> None:
         """The answer goes on with this token."""
         self._matcher.consume_token(id)
+        text = self._number + self._words.tokens[id]
+        self._number = text[len(text.rstrip(b"0123456789.")) :]
 
     @property
     def error(self) -> str:
@@ -115,9 +134,9 @@ class Grammars:
         matcher = self._library.LLMatcher(self._vocabulary, text, log_level=0)
         first = matcher.deep_copy()
         first.compute_bitmask()  # some have no answer at all
-        if error := Grammar(first).error:
+        if error := Grammar(first, self._words).error:
             raise UserError("serve.grammar", detail=error)
-        return Grammar(matcher)
+        return Grammar(matcher, self._words)
 
     @functools.cached_property
     def _library(self) -> Any:
@@ -128,9 +147,13 @@ class Grammars:
         return llguidance
 
     @functools.cached_property
+    def _words(self) -> _Words:
+        return _Words(self._tokenizer)
+
+    @functools.cached_property
     def _vocabulary(self) -> Any:
         """The tokenizer as the library knows it."""
-        wrapper = self._library.TokenizerWrapper(_Words(self._tokenizer))
+        wrapper = self._library.TokenizerWrapper(self._words)
         ends = sorted(self._tokenizer.stop_ids)
         return self._library.LLTokenizer(wrapper, eos_token=ends)
 
@@ -144,6 +167,12 @@ class _Words:
         self.tokens = [token_bytes(vocabulary, id) for id in range(vocabulary.size)]
         self.special_token_ids = sorted(vocabulary.hidden)
         self.encode = tokenizer.encode
+        firsts = [
+            piece[0] if piece and id not in vocabulary.hidden else 10
+            for id, piece in enumerate(self.tokens)
+        ]
+        # an end leaves them like a line's; the mask is some bits longer
+        self.behind_digits = np.array([BEHIND_DIGITS.get(byte, 3) for byte in firsts] + [3] * 32)
 
     def __call__(self, text: str) -> list[int]:
         return self.encode(text)

@@ -36,17 +36,47 @@ from cllm.serve.widgets import (
 )
 
 CSS = """
-.gradio-container { max-width: 80rem !important; width: 100% !important; margin: auto !important; }
+.gradio-container {
+  max-width: 80rem !important; width: 100% !important; margin: auto !important;
+  overflow: clip !important; /* hidden, nothing in it would be sticky */
+}
 .field {
   border: 1px solid var(--border-color-primary) !important; border-radius: var(--radius-lg);
 }
 .loaded p { font-size: .8rem; color: var(--body-text-color-subdued); margin: 0; }
 .message-wrap { padding-top: 2.2rem; }
 .votes { position: sticky; bottom: 0; z-index: 2; background: var(--body-background-fill); }
+@media (max-width: 640px) {
+  .side { height: 26dvh !important; min-height: 0 !important; }
+  .votes button { padding: .4rem .2rem; font-size: .8rem; min-width: 3.6rem !important; }
+}
 .cost p {
   color: var(--body-text-color-subdued); font-size: .8rem; text-align: right; min-height: 1.2rem;
 }
 """
+# Takes out of the box what was sent once it is being answered. The browser alone knows what was
+# typed meanwhile; Gradio's own `js` is evaluated from text, which the guard's policy forbids.
+SENT = """<script>
+{
+  let sent = "";
+  const box = () => document.querySelector("#ask textarea");
+  const busy = () => document.querySelector("#ask .stop-button");
+  const note = event => {
+    const enter = event.key == "Enter" && event.target.closest("#ask textarea");
+    if ((enter || event.target.closest("#ask .submit-button")) && !busy()) sent = box().value;
+  };
+  document.addEventListener("keydown", note, true);
+  document.addEventListener("click", note, true);
+  new MutationObserver(() => {
+    if (!sent || !busy()) return;
+    if (box().value.startsWith(sent)) {
+      box().value = box().value.slice(sent.length);
+      box().dispatchEvent(new Event("input", {bubbles: true}));
+    }
+    sent = "";
+  }).observe(document, {childList: true, subtree: true});
+}
+</script>"""
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 
 
@@ -72,7 +102,7 @@ def mount_page(api: Any, loaded: Loaded, engine: Engine, questions: Questions | 
         path="/",
         theme=theme,
         css=CSS,
-        head=KEYS,
+        head=KEYS + SENT,
         i18n=t,
         footer_links=[],
         run_history=False,
@@ -160,7 +190,12 @@ class ChatTab:
         )
         self.cost = gr.Markdown(" ", elem_classes="cost")
         self.box = gr.Textbox(
-            placeholder=t("ask"), max_lines=8, autofocus=True, submit_btn=True, **FIELD
+            placeholder=t("ask"),
+            max_lines=8,
+            autofocus=True,
+            submit_btn=True,
+            elem_id="ask",
+            **FIELD,
         )
         self.knobs = knobs_of(t, page, loaded)
         self.running = gr.State("")  # the key of the answer that comes, in this page
@@ -217,11 +252,10 @@ class ChatTab:
         return {self.box: shown, self.running: secrets.token_hex(8), self.chatbot: history}
 
     def ask(self, words: str, answering: str, history: Turns) -> dict[Any, Any]:
-        """What was typed is sent; while an answer comes it stays where it is."""
+        """What was typed is sent, unless an answer comes."""
         if answering or not words.strip():
             return {self.chatbot: gr.skip()}
-        sent = {self.box: gr.Textbox("", submit_btn=False, stop_btn=True)}
-        return self.busy([*history, user_turn(words)]) | sent
+        return self.busy([*history, user_turn(words)])
 
     def again(self, history: Turns, data: gr.RetryData) -> dict[Any, Any]:
         """Another answer to the same question."""
