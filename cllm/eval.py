@@ -29,6 +29,7 @@ from cllm.messages import (
     print_result,
     propose,
     say,
+    strength,
     table,
 )
 
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from cllm.evaluate.results import Evaluation, Exam
 
 EXAM_SHOTS = 5
+
+
+def _strengths(text: str) -> list[float]:
+    return [strength(part) for part in text.split(",")]
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -48,6 +53,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.take("--limit", type=int, default=0, metavar="N")
     parser.take("--shots", type=int, metavar="N")
     parser.take("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.take("--strengths", type=_strengths, default=(), metavar="0,0.5,1")
     parser.take("--task", choices=["mmlu-csv"])
     parser.take("--votes", action="store_true")
     arguments = parser.parse_args(argv)
@@ -61,6 +67,11 @@ def main(argv: list[str]) -> int:
     then one JSON line.
     """
     arguments = _arguments(argv)
+    if arguments.strengths:
+        from cllm.assembly import locate
+
+        if arguments.base or locate(arguments.model).adapter is None:
+            raise UserError("eval.no_strengths", model=arguments.model)
     results: dict[str, Any]
     if arguments.votes:
         results = {"votes": _votes(Path(arguments.model))}
@@ -116,7 +127,9 @@ def _exams(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded = open_model(arguments.model, adapter=not arguments.base)
     summaries = {}
     for data, subjects in exams.items():
-        exam = examine(loaded.engine(), loaded.tokenizer, subjects, AnswerCount())
+        exam = examine(
+            loaded.engine(), loaded.tokenizer, subjects, AnswerCount(), arguments.strengths
+        )
         summaries[data] = _written(arguments.model, data, exam, len(exam.samples), loaded)
     return summaries
 
@@ -166,7 +179,13 @@ def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
             losses,
             precision,
             chunk_bytes,
-            Asking(train, arguments.shots or 0, arguments.max_new_tokens, progress=AnswerCount()),
+            Asking(
+                train,
+                arguments.shots or 0,
+                arguments.max_new_tokens,
+                progress=AnswerCount(),
+                strengths=arguments.strengths,
+            ),
             losses_of_answers=True,
         )
         count = len(results.samples) or len(rows)

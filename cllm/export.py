@@ -25,6 +25,7 @@ from cllm.messages import (
     propose,
     read_json,
     shell,
+    strength,
     to_json,
 )
 
@@ -127,6 +128,9 @@ def _write_peft(merge: Merge, located: Located, folder: Path) -> None:
         note("export.language_model", base=base_name, within=within)
     # The factor is baked into alpha: llama.cpp's converter knows alpha / r only.
     baked = LoraSettings(settings.rank, merge.scaling * settings.rank)
+    # The strength is not: of alpha 0 llama.cpp makes 1.
+    for parts in merge.adapter.values():
+        parts["lora_B"] = parts["lora_B"] * merge.strength
     write_adapter(merge.model, folder, merge.adapter, baked, base=base_name, within=within)
 
 
@@ -192,6 +196,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.take("--to", choices=TARGETS, required=True)
     parser.take("--into", choices=("16bit", "dequantized-nf4"))
     parser.take("--type", choices=tuple(TYPES), default="f16")
+    parser.take("--strength", type=strength, default=1.0, metavar="S")
     parser.take("--check", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 
@@ -223,13 +228,13 @@ def main(argv: list[str]) -> int:
     report = None
     try:
         try:
-            merge = open_merge(base, located.adapter, nf4=nf4)
+            merge = open_merge(base, located.adapter, nf4=nf4, strength=arguments.strength)
             write(merge, tokenizer, located, part, to, kind)
         except OSError as error:
             raise UserError("export.disk", path=out, detail=error) from error
         try:
             if held_out:
-                report = check(run, part, to, kind, nf4, held_out)
+                report = check(run, part, to, kind, nf4, held_out, arguments.strength)
         except DifferentError:
             raise
         except Exception as error:
@@ -246,8 +251,8 @@ def main(argv: list[str]) -> int:
     native = not merge.checkpoint.family.config
     if to != "peft" or merge.checkpoint.config.model_type != "gpt2":  # vLLM has no LoRA for it
         propose(*next_commands(out, to, kind, base, native=native))
-    result = {"run": run, "to": to, "out": str(out), "bytes": size, "check": report}
-    print_result(result, arguments.json)
+    result = {"run": run, "to": to, "strength": arguments.strength, "out": str(out)}
+    print_result({**result, "bytes": size, "check": report}, arguments.json)
     return 0
 
 

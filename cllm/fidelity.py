@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from cllm.data.message import Message
 from cllm.data.schema import Conversation
 from cllm.messages import UserError, note, say, table, to_json
 from cllm.model.device import Precision, device_of, free_bytes, out_of_memory, release_memory
+from cllm.model.lora import lora_strength
 from cllm.model.offload import decoder_layers, embedding_on_cpu, move, stream_layers
 from cllm.model.tokenizer import Tokenizer
 from cllm.serve.engine import Engine
@@ -62,12 +64,18 @@ class DifferentError(UserError):
 
 
 def measure(
-    engine: Engine, examples: Sequence[Example], prompts: Sequence[list[int]], tokenizer: Tokenizer
+    engine: Engine,
+    examples: Sequence[Example],
+    prompts: Sequence[list[int]],
+    tokenizer: Tokenizer,
+    strength: float = 1.0,
 ) -> Measured:
-    """Log-probabilities of at most `POSITIONS` labels, and greedy answers to the prompts."""
+    """Log-probabilities of at most `POSITIONS` labels, and greedy answers to the prompts, the
+    adapter at `strength`.
+    """
     rows, labels = [], []
     room = POSITIONS
-    with torch.no_grad(), engine.autocast():
+    with torch.no_grad(), engine.autocast(), lora_strength(engine.model, strength):
         for example in examples:
             supervised = [i for i, label in enumerate(example.labels[1:]) if label >= 0]
             positions = torch.tensor(supervised[:room], dtype=torch.int64)
@@ -79,7 +87,7 @@ def measure(
             rows.append(chosen.float().log_softmax(-1).cpu())
             labels.append(torch.tensor(example.labels)[positions + 1])
             room -= len(positions)
-    answers = engine.generate(prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
+    answers = engine.generate(prompts, Sampling(SAMPLE_TOKENS, strength=strength))
     return Measured(torch.cat(rows), torch.cat(labels), [tokenizer.decode(a) for a in answers])
 
 
@@ -173,15 +181,23 @@ def _move(model: Any, device: torch.device) -> None:
 
 
 def check(
-    run: str, folder: Path, to: str, kind: str, nf4: bool, held_out: list[Conversation]
+    run: str,
+    folder: Path,
+    to: str,
+    kind: str,
+    nf4: bool,
+    held_out: list[Conversation],
+    strength: float = 1.0,
 ) -> dict[str, Any]:
-    """The fidelity report, also written into `folder`; where the GPU has no room, on the CPU.
+    """The fidelity report, against the run at `strength`, also written into `folder`; where the GPU
+    has no room, on the CPU.
 
     Raises DifferentError beyond the limits, or if any prompt comes out differently.
     """
     limits = LIMITS.get(kind if to in ("gguf", "ollama") else "", LIMIT)
+    compared = partial(_compared, run, folder, to, nf4, held_out, limits[1], strength)
     try:
-        report = _compared(run, folder, to, nf4, held_out, limits[1], device="")
+        report = compared(device="")
     except Exception as error:
         if not out_of_memory(error) or not torch.cuda.is_initialized():
             raise
@@ -190,7 +206,7 @@ def check(
     if not report:
         release_memory()
         note("export.check_on_cpu", detail=detail)
-        report = _compared(run, folder, to, nf4, held_out, limits[1], device="cpu")
+        report = compared(device="cpu")
     equal, prompts = report["prompts_equal"], report["prompts"]
     report["limits"] = limits
     report["passed"] = (
@@ -230,6 +246,7 @@ def _compared(
     nf4: bool,
     held_out: list[Conversation],
     largest_kl: float,
+    strength: float,
     *,
     device: str,
 ) -> dict[str, Any]:
@@ -244,7 +261,7 @@ def _compared(
     questions = [list(c.messages[:-1]) for c in held_out[:CONVERSATIONS]]
     expected = [tokenizer.encode_chat(question) for question in questions]
     prompts = [ids for ids in expected if len(ids) < engine.max_tokens][:SAMPLES]
-    before = measure(engine, examples, prompts, tokenizer)
+    before = measure(engine, examples, prompts, tokenizer, strength)
     precision, target = trained.precision, trained.assembly.device
     del trained, engine  # one model at a time
     gc.collect()

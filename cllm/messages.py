@@ -139,6 +139,16 @@ def file_name(path: object) -> str:
     return "/".join(read(part) if ESCAPED.search(part) else part for part in parts)
 
 
+def strength(text: str) -> float:
+    """A strength of the adapter as it is written on a command line: 0, the base, to 2. Raises
+    UserError for anything else.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 2:
+            return float(text)
+    raise UserError("usage.strength", found=text)
+
+
 def read_json(path: Path, code: str = "model.damaged") -> dict[str, Any]:
     """The JSON object in a file that another program or person wrote: UTF-8, 16 or 32, with or
     without a byte-order mark. Raises UserError `code` if the file cannot be read or holds no

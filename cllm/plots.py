@@ -133,6 +133,31 @@ def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0
     figure.savefig(target)
 
 
+def draw_strengths(
+    systems: Mapping[float, SystemScores], metric: str, best: float | None, target: Path
+) -> None:
+    """The metric, with 95 % intervals where there are enough answers, and general perplexity over
+    the strength of the adapter, with a line at the recommended one, as a PNG.
+    """
+    from matplotlib.figure import Figure
+
+    strength, task, general = _words("plot.strengths", metric=PLOTTED.get(metric, metric))
+    figure = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
+    panels = zip(figure.subplots(1, 2), (metric, "general-ppl"), (task, general), strict=True)
+    for axes, name, label in panels:
+        values = [system.scores[name] for system in systems.values()]
+        bounds = [system.interval.get(name) for system in systems.values()]
+        axes.plot([*systems], values, "o-", color=COLOURS[-1])
+        if all(bounds):
+            axes.fill_between([*systems], *zip(*bounds, strict=True), color=COLOURS[0], alpha=0.4)
+        if best is not None:
+            axes.axvline(best, color=COLOURS[1], linestyle="--")
+        axes.set(xlabel=strength, ylabel=label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target)
+
+
 def draw_scores(systems: Mapping[str, SystemScores], target: Path) -> None:
     """Bars of every answering system, with 95 % intervals where there are enough answers, and
     ROUGE-L by length of the reference, as a PNG.

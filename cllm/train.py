@@ -357,7 +357,7 @@ class Training:
         with unless_memory_is_short(learner.engine):
             tokenizer = learner.tokenizer
             answers = generate(
-                learner.engine, tokenizer, [question], adapter=True, max_new_tokens=48
+                learner.engine, tokenizer, [question], strengths=[1.0], max_new_tokens=48
             )
             texts = (question.messages[-1].words, answers[0], reference)
             lines = [text.replace("\n", " ")[:60] for text in texts]

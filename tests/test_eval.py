@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ from cllm.evaluate.answers import (
     example_nll,
     held_out_loss,
     majority,
+    recommend,
     score,
     sequence_nll,
+    value,
 )
 from cllm.evaluate.choice import LETTERS, letter_ids, log_likelihoods, read_subjects
-from cllm.evaluate.report import About, score_table, summary, verdict, write_results
-from cllm.evaluate.results import Evaluation
+from cllm.evaluate.report import About, score_table, strength_table, summary, verdict, write_results
+from cllm.evaluate.results import Evaluation, Strength, SystemScores
 from cllm.evaluate.votes import summarise
 from cllm.learn.log import AnswerCount
 from cllm.model import load_model, load_tokenizer
@@ -128,6 +130,104 @@ def test_a_run_is_evaluated_before_and_after(
     )
 
 
+def test_strengths_are_answered_beside_base_and_adapter_which_stay_as_they_are(
+    trained: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    data = str(tmp_path / "data.jsonl")
+    arguments = [str(trained), "--data", data, "--max-new-tokens", "4"]
+    assert run("eval", arguments) == 0
+    plain = last_line(capsys)["eval"][data]["results"]
+    assert run("eval", [*arguments, "--strengths", "1.25,0,0.5,1"]) == 0
+    summary = last_line(capsys)["eval"][data]
+    swept, folder = summary["results"], Path(summary["folder"])
+    assert {name: swept[name] for name in plain} == plain, "to the last bit"
+    named = ["base", "adapter 0.5", "adapter", "adapter 1.25"]
+    assert [name for name in swept if name in named] == named
+    assert swept.keys() - plain.keys() == {"adapter 0.5", "adapter 1.25", "strength"}
+    for metric in ("loss", "general-ppl"):
+        assert len({swept[name][metric] for name in named}) == 4
+    assert swept["base"]["loss"] > swept["adapter 0.5"]["loss"] > swept["adapter"]["loss"]
+    found = swept["strength"]
+    assert found["metric"] == "rouge-l-char" and 0 <= found["share"] <= 1
+    sample = json.loads((folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    assert sample["scores"].keys() == {*named}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 3 and (folder / "strengths.png").is_file()
+    assert "Strength of the adapter" in page and "<td>1.25</td>" in page
+    assert run("eval", [*arguments, "--strengths", "0.5", "--limit", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "Strength of the adapter" in out and "recommended strength" not in out
+    assert out.count("too few to tell (n = 4)") == 2
+
+
+def swept(rouge: list[float], perplexity: list[float], n: int = 40) -> Evaluation:
+    """Base, 0.5, adapter and 1.5 with these scores: half of the answers 10 above, half below."""
+    asked = [conversation("问", "好")] * n
+    tables = {}
+    for name, reached, ppl in zip(
+        ("base", "adapter 0.5", "adapter", "adapter 1.5"), rouge, perplexity, strict=True
+    ):
+        rows = [[0.0, 0.0, reached / 100 + (-0.1, 0.1)[i % 2], 1.0] for i in range(n)]
+        tables[name] = {"rouge-l-char": rows, "general-ppl": [[math.log(ppl), 1.0]] * 3}
+    found = recommend(tables)
+    assert found is not None
+    results = score(asked, {}, {})
+    systems = {
+        name: SystemScores(
+            {metric: value(metric, rows) for metric, rows in table.items()},
+            {},
+            {"exact": n},
+            {},
+            {},
+            {},
+            {},
+        )
+        for name, table in tables.items()
+    }
+    return replace(results, systems=systems, strength=found)
+
+
+def test_the_recommended_strength_keeps_the_gain_at_half_the_rise() -> None:
+    best = swept([20, 60, 61, 61], [10, 11, 13, 16])
+    assert best.strength is not None and best.strength.recommended == 0.5
+    assert best.strength.share == 1 and best.strength.interval == [0.5, 0.5]
+    (shown,) = strength_table(best)
+    assert shown.rows[1:] == [
+        ["0", "20.0", "0 %", "10.0", "0 %"],
+        ["0.5", "60.0", "98 %", "11.0", "33 %"],
+        ["1", "61.0", "100 %", "13.0", "100 %"],
+        ["1.5", "61.0", "100 %", "16.0", "200 %"],
+    ]
+    assert (
+        "recommended strength 0.5 (95 % interval 0.5 … 0.5; of 1,000 resamples" in shown.legend[1]
+    )
+    for rouge, perplexity in (
+        ([20, 50, 61, 61], [10, 11, 13, 16]),  # too little of the gain
+        ([20, 60, 61, 61], [10, 12, 13, 16]),  # too much of the rise
+        ([20, 19, 18, 10], [10, 11, 13, 16]),  # no gain
+    ):
+        none = swept(rouge, perplexity)
+        assert none.strength is not None and none.strength.recommended is None
+        assert "no strength is recommended" in strength_table(none)[0].legend[1]
+    free = swept([20, 50, 61, 61], [10, 9, 9, 8])  # nothing was forgotten
+    assert free.strength is not None and free.strength.recommended == 1
+    few = swept([20, 60, 61, 61], [10, 11, 13, 16], n=19)
+    assert few.strength == Strength("rouge-l-char", 0.5, [], None)
+    assert "too few to tell (n = 19)" in strength_table(few)[0].legend[1]
+
+
+def test_an_interval_of_the_strength_is_that_of_its_resamples() -> None:
+    """An answer in two is better by little at 1 than at 0.5: which of them keeps 95 % is chance."""
+    rows = {"base": [0.0] * 40, "adapter 0.5": [0.9, 1.0] * 20, "adapter": [1.0] * 40}
+    tables = {
+        name: {"rouge-l-char": [[0.0, 0.0, f, 1.0] for f in reached], "general-ppl": [[1.0, 1.0]]}
+        for name, reached in rows.items()
+    }
+    found = recommend(tables)
+    assert found is not None and found.interval == [0.5, 1.0] and found.share == 1
+    assert recommend({name: tables[name] for name in ("base", "adapter")}) is None
+
+
 def test_test_data_are_read_as_the_run_reads_its_own(
     config: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -156,6 +256,13 @@ def test_mistakes_are_one_line(
     assert "no conversation that ends with an answer" in capsys.readouterr().err
     assert run("eval", [str(tmp_path), "--votes"]) == 2
     assert "has no votes" in capsys.readouterr().err
+    sweep = ["--data", str(tmp_path / "empty.json"), "--strengths"]
+    assert run("eval", [str(checkpoint), *sweep, "0.5"]) == 2
+    assert "--strengths needs an adapter" in capsys.readouterr().err
+    for wrong in ("", "0.5,", "2.01", "nan", "half", "0.5;1"):
+        assert run("eval", [str(checkpoint), *sweep, wrong]) == 2
+        told = capsys.readouterr().err
+        assert "is no strength of the adapter" in told and told.count("\n") == 1
     assert run("eval", [str(checkpoint), "--task", "mmlu-csv", "--data", str(tmp_path)]) == 2
     assert "no answered questions in test/*.csv" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -417,6 +524,9 @@ def test_an_eta_is_told_once_the_pace_is_known(
     assert not any("eta" in line for line in lines[:30])
     told = [line for line in lines if "eta" in line]
     assert len(told) > 700 and not any("m" in line.split("eta")[1] for line in told)
+    for done in (1, 786, 786):  # further rounds of the same count
+        counted(done, 786)
+    assert "eta" not in capsys.readouterr().err
 
 
 # --- Multiple choice
@@ -586,6 +696,11 @@ def test_a_run_sits_an_exam(
         dict(zip(LETTERS, expected.tolist(), strict=True)), abs=1e-4
     )
     assert samples[0]["log_likelihoods"]["adapter"] != samples[0]["log_likelihoods"]["base"]
+    asked = [str(trained), "--task", "mmlu-csv", "--data", str(data), "--strengths", "0.5"]
+    assert run("eval", asked) == 0
+    again = last_line(capsys)["eval"][str(data)]["results"]
+    assert [*again] == ["base", "adapter 0.5", "adapter"]
+    assert (again["base"], again["adapter"]) == (base, adapter)
 
 
 # --- Votes

@@ -30,7 +30,7 @@ from cllm.data.template import TEMPLATES, render
 from cllm.messages import UserError
 from cllm.model.adapter import CONFIG_FILE, load_adapter, save_adapter, write_adapter
 from cllm.model.checkpoint import Placement, load_model, open_checkpoint, split_rows
-from cllm.model.lora import LoraSettings, inject_lora, merge_into
+from cllm.model.lora import LoraSettings, inject_lora, lora_strength, merge_into
 from cllm.model.merge import open_merge, write_merged
 from cllm.model.tokenizer import load_tokenizer
 
@@ -88,7 +88,8 @@ def merged(base: Path, adapter: Path, out: Path, **options: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     out.mkdir()
-    write_merged(open_merge(base, adapter, nf4=options.pop("nf4", False)), out, **options)
+    merge = {name: options.pop(name) for name in ("nf4", "strength") if name in options}
+    write_merged(open_merge(base, adapter, **merge), out, **options)
     loaded: nn.Module = AutoModelForCausalLM.from_pretrained(out).eval()
     return loaded
 
@@ -133,6 +134,19 @@ def test_merged_into_the_weights_that_qlora_trained_on(tmp_path: Path) -> None:
     assert near < 0.2 * far
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("strength", [0.0, 0.35, 1.5])
+def test_merged_at_a_strength_equals_the_gate_at_it(
+    variant: str, strength: float, tmp_path: Path
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = adapted(load_model(tmp_path / "base"), tmp_path / "adapter", **VARIANTS[variant])
+    with lora_strength(model, strength):
+        expected = logits(model)
+    out = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", strength=strength)
+    assert (logits(out) - expected).abs().max() < 1e-5 < (logits(model) - expected).abs().max()
+
+
 def test_norm_head_and_a_half_precision_base_stay_in_their_type(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -159,12 +173,17 @@ def test_peft_reads_the_export_and_rslora_is_baked_into_alpha(tmp_path: Path) ->
     from peft import PeftModel
 
     base = byte_checkpoint(tmp_path / "base")
-    expected = logits(adapted(load_model(base), tmp_path / "adapter", base=str(base), rslora=True))
+    model = adapted(load_model(base), tmp_path / "adapter", base=str(base), rslora=True)
+    expected = logits(model)
     assert run(tmp_path / "adapter", "peft", tmp_path / "out") == 0
     settings = json.loads((tmp_path / "out" / CONFIG_FILE).read_text(encoding="utf-8"))
     assert settings["use_rslora"] is False and math.isclose(settings["lora_alpha"], 6.0 * 2)
     theirs = PeftModel.from_pretrained(load_model(base), tmp_path / "out")
     assert (logits(theirs) - expected).abs().max() < 1e-6
+    assert run(tmp_path / "adapter", "peft", tmp_path / "half", "--strength", "0.5") == 0
+    theirs = PeftModel.from_pretrained(load_model(base), tmp_path / "half")
+    with lora_strength(model, 0.5):
+        assert (logits(theirs) - logits(model)).abs().max() < 1e-6
     adapted(load_model(base), tmp_path / "dora", base=str(base), dora=True)
     with pytest.raises(UserError, match="DoRA"):
         run(tmp_path / "dora", "peft", tmp_path / "dora-out")
@@ -542,6 +561,22 @@ def test_gguf_program(
         )
 
 
+@pytest.mark.parametrize("to", ["merged", "peft", "gguf"])
+def test_an_export_at_a_strength_is_compared_with_the_run_at_it(
+    trained: Path, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = {}
+    for strength in ("0.5", "1"):
+        assert run(trained, to, tmp_path / strength, "--strength", strength) == 0
+        reports[strength] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert reports[strength]["strength"] == float(strength)
+    half, whole = (report["check"] for report in reports.values())
+    assert half["passed"] and half["mean_kl"] < 1e-3
+    assert abs(half["perplexity_trained"] - whole["perplexity_trained"]) > 0.01
+    with pytest.raises(UserError, match=r"'2\.5' is no strength of the adapter"):
+        run(trained, to, tmp_path / "out", "--strength", "2.5")
+
+
 @pytest.mark.parametrize("to", ["merged", "peft"])
 def test_a_half_precision_run_is_checked_in_the_numbers_it_was_trained_in(
     to: str, tmp_path: Path
@@ -561,7 +596,7 @@ def test_an_export_beyond_the_limits_is_not_kept(
 
     # a merge that scales the adapter wrongly
     monkeypatch.setattr(
-        merge, "merge_into", lambda weight, scaling, parts: merge_into(weight, 20 * scaling, parts)
+        merge, "merge_into", lambda weight, scaling, *rest: merge_into(weight, 20 * scaling, *rest)
     )
     with pytest.raises(UserError, match="differs from the trained model") as caught:
         run(trained, "merged", tmp_path / "out")

@@ -22,10 +22,10 @@ from cllm.model.lora import (
     GATED,
     LoraLinear,
     LoraSettings,
-    disable_lora,
     gates,
     inject_lora,
     lora_layers,
+    lora_strength,
     merge_lora,
 )
 
@@ -124,11 +124,11 @@ def test_files_go_both_ways(architecture: str, options: dict, tmp_path) -> None:
         assert (back(IDS).logits - theirs(IDS).logits).abs().max() < 1e-6
 
 
-def test_gate_mixes_base_and_adapter_rows_and_disable_restores() -> None:
+def test_gate_mixes_base_and_adapter_rows_and_strength_restores() -> None:
     ours, _ = pair("llama")
     with torch.no_grad():
         adapted = ours(IDS).logits
-        with disable_lora(ours):
+        with lora_strength(ours, 0):
             base = ours(IDS).logits
         gates(ours)[1].rows = torch.tensor([1.0, 0.0])
         mixed = ours(IDS).logits
@@ -136,6 +136,38 @@ def test_gate_mixes_base_and_adapter_rows_and_disable_restores() -> None:
         assert torch.equal(ours(IDS).logits, adapted)
     assert (adapted - base).abs().max() > 1e-3
     torch.testing.assert_close(mixed, torch.stack([adapted[0], base[1]]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0, 0.3, 1, 1.6])
+@pytest.mark.parametrize(
+    "options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"]
+)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_merged_at_a_strength_equals_the_gate_at_it(
+    architecture: str, options: dict[str, bool], strength: float
+) -> None:
+    """For all rows, and for one row beside the base and the adapter; 0 and 1 are these to the
+    bit.
+    """
+    ours, _ = pair(architecture, **options)
+    with torch.no_grad():
+        for layer in lora_layers(ours).values():
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(1.1)
+        adapted = ours(IDS).logits
+        with lora_strength(ours, 0):
+            base = ours(IDS).logits
+        with lora_strength(ours, strength):
+            gated = ours(IDS).logits
+        assert gates(ours)[1].rows is None and not torch.equal(base, adapted)
+        gates(ours)[1].set([strength, 1.0, 0.0], torch.device("cpu"))
+        mixed = ours(IDS[[0, 1, 1]]).logits
+        merged = merge_lora(ours, strength)(IDS).logits
+    if strength in (0, 1):
+        assert torch.equal(gated, adapted if strength else base)
+    together = torch.stack([gated[0], adapted[1], base[1]])
+    torch.testing.assert_close(mixed, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged, gated, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fused", [True, False])

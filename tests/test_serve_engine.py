@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from cllm.messages import UserError
 from cllm.model.adapter import load_adapter, load_beside, save_adapter
 from cllm.model.attention import ATTENTION, register
-from cllm.model.lora import Gate, gates, inject_lora, lora_layers
+from cllm.model.lora import Gate, gates, inject_lora, lora_layers, merge_lora
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
 
@@ -414,6 +414,20 @@ def test_two_engines_on_one_model_do_not_disturb_each_others_gate() -> None:
         assert [list(stream) for stream in streams] == expected[True]
     finally:
         serving.close()
+
+
+def test_rows_of_a_batch_have_strengths_of_their_own() -> None:
+    """Each answers as alone in a model into which the adapter was merged at that strength."""
+    asked = prompts([9, 30, 5, 17, 12])
+    strengths = [0.0, 0.4, 1.0, 1.7, 0.4]
+    plans = [Sampling(max_new_tokens=16, strength=strength) for strength in strengths]
+    together = Engine(tiny_model()).generate(asked, plans)
+    for prompt, strength, answer in zip(asked, strengths, together, strict=True):
+        assert alone(merge_lora(tiny_model(), strength), prompt, 16) == answer
+    one = Engine(tiny_model()).generate(asked[:1], Sampling(max_new_tokens=16, strength=0.4))
+    assert one != together[:1], "a strength changes what is said"
+    base = Engine(tiny_model()).generate(asked[1:2], plans[1], 0)
+    assert base == [alone(tiny_model(), asked[1], 16, adapter=False)], "the base has none"
 
 
 def test_two_adapters_and_their_base_answer_in_one_batch(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from cllm.serve.guard import HEADERS, Guard
 from cllm.serve.sampling import Sampling
 from cllm.serve.ui import build_page, mount_page
 
-GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, None)  # the settings in their order
+GREEDY = (24, 0.0, 1.0, 50, 0.0, 1.0, 1.0, None)  # the settings in their order
 
 
 class Page:
@@ -226,6 +226,24 @@ def test_a_seed_is_a_number_or_nothing(page: Page) -> None:
     assert [seed_of(typed) for typed in ("", None, "  ", " 7 ")] == [None, None, None, 7]
     shown, told = page.respond(browser(), [{"role": "user", "content": "你好"}], seed="x")
     assert "x" in told and shown == [] and page.box.value == "你好"
+
+
+def test_the_slider_sets_the_strength_of_the_adapter(page: Page) -> None:
+    from cllm.serve.widgets import SETTINGS, asked_of
+
+    place = SETTINGS.index("strength")
+    (slider,) = (
+        block for block in page.blocks.blocks.values() if getattr(block, "label", "") == "strength"
+    )
+    assert (slider.minimum, slider.maximum, slider.value) == (0, 2, 1)
+    said = {}
+    for strength in (0, 0.3, 1, 2):
+        values = [*GREEDY[:place], strength, *GREEDY[place + 1 :]]
+        tokenizer, first, sampling = asked_of(page.loaded, ["", False, *values])
+        answer = Answer(page.engine, tokenizer, [*first, Message("user", "你好")], sampling)
+        said[strength] = "".join(answer)
+    assert said[0] == page.greedy("你好", adapter=0) and said[1] == page.greedy("你好", adapter=1)
+    assert len({*said.values()}) > 2, said
 
 
 def test_conversations_are_kept_reopened_and_downloaded(page: Page) -> None:

@@ -26,7 +26,17 @@ from cllm.data.encode import IGNORE_INDEX, Example
 from cllm.data.message import Message
 from cllm.data.packing import PackedBatch, best_fit, collate
 from cllm.data.schema import Conversation
-from cllm.evaluate.results import Evaluation, Gap, Group, Sample, SystemScores
+from cllm.evaluate.results import (
+    Evaluation,
+    Gap,
+    Group,
+    Sample,
+    Strength,
+    SystemScores,
+    by_strength,
+    strength_of,
+    system_at,
+)
 from cllm.learn.loss import row_nll
 from cllm.messages import UserError, note
 from cllm.metrics import (
@@ -37,15 +47,20 @@ from cllm.metrics import (
     corpus_statistics,
     generation_scores,
     paired_bootstrap,
+    resampled,
 )
 from cllm.model.attention import packs
 from cllm.model.device import Precision, device_of, out_of_memory, release_memory
-from cllm.model.lora import disable_lora, lora_layers
+from cllm.model.lora import lora_layers, lora_strength
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)
+KEPT = 0.95
+"""Of the adapter's gain: what a recommended strength keeps at least."""
+MOST_RISE = 0.5
+"""Of the adapter's rise in general perplexity: what a recommended strength costs at most."""
 GENERAL = Path(__file__).parents[1] / "assets" / "general.txt"
 Measured = TypeVar("Measured")
 Rows = list[list[float]]
@@ -109,6 +124,34 @@ def versus(other: Statistics, system: Statistics) -> tuple[dict[str, list[float]
             intervals[metric] = [compared.b.low, compared.b.high]
             gaps[metric] = Gap(*compared.difference, compared.p_value)
     return intervals, gaps
+
+
+def recommend(tables: Mapping[str, Statistics]) -> Strength | None:
+    """The smallest of the measured strengths that keeps KEPT of what the adapter gains over the
+    base, in ROUGE-L over characters (without answers: in the loss), and raises general perplexity
+    by no more than MOST_RISE of what the adapter does; None where only base and adapter are there.
+
+    The interval: percentiles over resamples of the answers, the same for all strengths.
+    """
+    import numpy as np
+
+    measured = by_strength(tables)
+    if not measured.keys() - {0, 1}:
+        return None
+    metric, sign = ("rouge-l-char", 1) if "rouge-l-char" in measured[0] else ("loss", -1)
+    rows = [table[metric] for table in measured.values()]
+    enough = len(rows[0]) >= FEWEST_PAIRS
+    values = resampled(_SCORES.get(metric, _mean), rows, resamples=1000 * enough)
+    gain = sign * (values - values[:, :1])
+    one = [*measured].index(1)
+    whole = gain[:, [one]]
+    rise = np.array([value("general-ppl", table["general-ppl"]) for table in measured.values()])
+    rise -= rise[0]
+    wanted = (whole > 0) & (gain >= KEPT * whole) & (rise <= MOST_RISE * max(0, rise[one]))
+    best, *drawn = [next(itertools.compress(measured, row), None) for row in wanted]
+    found = [strength for strength in drawn if strength is not None]
+    bounds = np.quantile(found, [0.025, 0.975], method="nearest").tolist() if found else []
+    return Strength(metric, best, bounds, len(found) / len(drawn) if enough else None)
 
 
 # --- Losses
@@ -177,12 +220,16 @@ def example_nll(
     return [by_example[i] for i in range(len(examples))]
 
 
-def before_after(model: nn.Module, measure: Callable[[], Measured]) -> dict[str, Measured]:
-    """`measure` of the base, and of the adapter if the model has one: one copy of the weights."""
-    with disable_lora(model):
-        systems = {"base": measure()}
-    if lora_layers(model):
-        systems["adapter"] = measure()
+def before_after(
+    model: nn.Module, measure: Callable[[], Measured], strengths: Sequence[float] = ()
+) -> dict[str, Measured]:
+    """`measure` of the base, and if the model has an adapter of it, at `strengths` too: one copy of
+    the weights.
+    """
+    systems = {}
+    for strength in sorted({0, 1, *strengths}) if lora_layers(model) else [0]:
+        with lora_strength(model, strength):
+            systems[system_at(strength)] = measure()
     return systems
 
 
@@ -241,15 +288,14 @@ def generate(
     tokenizer: Tokenizer,
     questions: Sequence[Conversation],
     *,
-    adapter: bool | Sequence[bool],
+    strengths: Sequence[float],
     max_new_tokens: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of the questions; `adapter` for all of them or for each."""
+    """Greedy answers, in the order of the questions, each by the adapter at its strength."""
     prompts = [tokenizer.encode_chat(question) for question in questions]
-    outputs = engine.generate(
-        prompts, Sampling(max_new_tokens=max_new_tokens), adapter=adapter, progress=progress
-    )
+    plans = [Sampling(max_new_tokens, strength=strength) for strength in strengths]
+    outputs = engine.generate(prompts, plans, progress=progress)
     return [tokenizer.decode(ids).strip() for ids in outputs]
 
 
@@ -274,6 +320,8 @@ class Asking:
     """Of the choice of shots."""
     progress: Callable[[int, int], None] | None = None
     """Called with (answers so far, all)."""
+    strengths: Sequence[float] = ()
+    """Of the adapter, beside 0 and 1, which are the base and the adapter."""
 
     def few_shot(self, conversation: Conversation, shots: int) -> Conversation:
         """The question with `shots` training conversations of the same category before it, as
@@ -292,7 +340,8 @@ def answers(
     """What every system answers: `copy` (the question itself), `majority` (with `train`), `base`,
     `base N-shot` (with `train` and `shots`; fewer where the prompt would not fit), and `adapter` if
     there is one. All prompts of all systems go through the engine at once: base and adapter are
-    rows of the same batches.
+    rows of the same batches. So are, after them, the adapter's further strengths, so that base and
+    adapter say what they say without these.
     """
 
     def fitting(conversation: Conversation) -> Conversation:
@@ -308,18 +357,21 @@ def answers(
         asked[f"base {asking.shots}-shot"] = [fitting(c) for c in conversations]
     if lora_layers(engine.model):
         asked["adapter"] = questions
-    texts = generate(
-        engine,
-        tokenizer,
-        list(itertools.chain(*zip(*asked.values(), strict=True))),
-        adapter=[system == "adapter" for system in asked] * len(questions),
-        max_new_tokens=asking.max_new_tokens,
-        progress=asking.progress,
-    )
+    further = dict.fromkeys(map(system_at, sorted({*asking.strengths} - {0, 1})), questions)
     systems = {"copy": [question.messages[-1].words for question in questions]}
     if asking.train:
         systems["majority"] = majority(asking.train, conversations)
-    return systems | {system: texts[i :: len(asked)] for i, system in enumerate(asked)}
+    for group in filter(None, (asked, further)):
+        texts = generate(
+            engine,
+            tokenizer,
+            list(itertools.chain(*zip(*group.values(), strict=True))),
+            strengths=[strength_of(system) or 0.0 for system in group] * len(questions),
+            max_new_tokens=asking.max_new_tokens,
+            progress=asking.progress,
+        )
+        systems |= {system: texts[i :: len(group)] for i, system in enumerate(group)}
+    return dict(sorted(systems.items(), key=lambda item: strength_of(item[0]) or 0))
 
 
 # --- Together
@@ -372,7 +424,7 @@ def score(
         )
         for i, conversation in enumerate(conversations)
     ]
-    return Evaluation(scores, samples)
+    return Evaluation(scores, samples, strength=recommend(tables))
 
 
 def _grouped(table: Statistics, keys: Sequence[str]) -> dict[str, Group]:
@@ -415,6 +467,7 @@ def evaluate(
             "loss": held_out(),
             "general-ppl": example_nll(model, general, precision, chunk_bytes),
         },
+        asking.strengths,
     )
     systems: dict[str, list[str]] = {}
     if conversations:

@@ -211,7 +211,9 @@ class Sitting:
         return samples
 
 
-def sit(engine: Engine, tokenizer: Tokenizer, subject: Subject) -> Sitting:
+def sit(
+    engine: Engine, tokenizer: Tokenizer, subject: Subject, strengths: Sequence[float]
+) -> Sitting:
     """Ask one subject's questions; the longest shots are left out until every prompt fits.
 
     `tokenizer` has the template `text`: prompts are plain text, as the sets' own scripts ask.
@@ -225,7 +227,7 @@ def sit(engine: Engine, tokenizer: Tokenizer, subject: Subject) -> Sitting:
         shots.remove(max(reversed(shots), key=len))
     kept = [ids[-engine.max_tokens :] for ids in prompts]
     letters = letter_ids(tokenizer, subject.questions[0].rpartition("\n")[2])
-    measured = before_after(engine.model, lambda: log_likelihoods(engine, kept, letters))
+    measured = before_after(engine.model, lambda: log_likelihoods(engine, kept, letters), strengths)
     return Sitting(subject, len(shots), measured)
 
 
@@ -234,14 +236,17 @@ def examine(
     tokenizer: Tokenizer,
     subjects: Sequence[Subject],
     progress: Callable[[int, int], None],
+    strengths: Sequence[float] = (),
 ) -> Exam:
-    """Sit every subject's exam, base and adapter; the prompts are plain text."""
+    """Sit every subject's exam, base and adapter, this at `strengths` too; the prompts are plain
+    text.
+    """
     plain = load_tokenizer(tokenizer.source, template="text")
     total = sum(len(subject.questions) for subject in subjects)
     sittings: list[Sitting] = []
     samples: list[ExamSample] = []
     for subject in subjects:
-        sittings.append(sit(engine, plain, subject))
+        sittings.append(sit(engine, plain, subject, strengths))
         samples += sittings[-1].samples()
         progress(len(samples), total)
     systems = {system: _scores(sittings, system) for system in sittings[0].log_likelihoods}

@@ -18,12 +18,21 @@ from jinja2 import Environment
 
 from cllm import __version__
 from cllm.config import load_config
-from cllm.evaluate.answers import METRICS
-from cllm.evaluate.results import Evaluation, Exam, Gap, Sample, SystemScores, document
+from cllm.evaluate.answers import KEPT, METRICS, MOST_RISE
+from cllm.evaluate.results import (
+    Evaluation,
+    Exam,
+    Gap,
+    Sample,
+    SystemScores,
+    by_strength,
+    document,
+    strength_of,
+)
 from cllm.learn.log import draw_curve, duration
 from cllm.messages import language, note, say, table, to_json
 from cllm.metrics import BLEU, FEWEST_PAIRS, ROUGE
-from cllm.plots import draw_scores
+from cllm.plots import draw_scores, draw_strengths
 from cllm.runs import read_metrics, turned
 
 SCORES = ("bleu-zh", "rouge-l-char", "bleu-4", "rouge-l", "exact")
@@ -119,6 +128,38 @@ def group_table(systems: Mapping[str, SystemScores], key: str, metric: str) -> l
     return [Shown(say(f"eval.{key}", n=n), lines)]
 
 
+def strength_table(results: Evaluation) -> list[Shown]:
+    """A line for each strength: what it gains and what it makes forget, as shares of what the
+    adapter does; below it the recommended one.
+    """
+    found = results.strength
+    if found is None:
+        return []
+    scores = {place: system.scores for place, system in by_strength(results.systems).items()}
+    columns = {found.metric: -1 if found.metric in FALLING else 1, "general-ppl": 1}
+    lines = [["", *(head for c in columns for head in (named(c), say("eval.strength.share")))]]
+    for place, reached in scores.items():
+        cells = [f"{place:g}"]
+        for metric, sign in columns.items():
+            change, whole = (sign * (s[metric] - scores[0][metric]) for s in (reached, scores[1]))
+            cells.append(number(reached[metric], 3 if metric == "loss" else 1))
+            cells.append(f"{100 * change / whole:.0f} %" if whole > 0 else "")
+        lines.append(cells)
+    if found.share is None:
+        told = say("eval.few", n=results.n, fewest=FEWEST_PAIRS)
+    else:
+        told = say(
+            "eval.strength.none" if found.recommended is None else "eval.strength.best",
+            best=found.recommended,
+            interval=" … ".join(f"{bound:g}" for bound in found.interval),
+            share=number(100 * found.share, 0),
+            kept=number(100 * KEPT, 0),
+            rise=number(100 * MOST_RISE, 0),
+            metric=named(found.metric),
+        )
+    return [Shown(say("eval.strength"), lines, [say("eval.strength.explain"), told])]
+
+
 def accuracy_table(exam: Exam) -> Shown:
     """One line per subject, then both averages with their intervals and what the adapter changed;
     one column per system.
@@ -141,11 +182,12 @@ def accuracy_table(exam: Exam) -> Shown:
     lines.append([say("eval.macro"), "", "", *macro])
     if "adapter" in exam.systems:
         gap = exam.systems["adapter"].versus_base["accuracy"]
-        cells = [number(gap.difference, 1, "+")]
+        changed = number(gap.difference, 1, "+")
         if gap.p is not None:
-            cells = [f"{cells[0]} [{number(gap.low, 1, '+')} … {number(gap.high, 1, '+')}]"]
+            changed += f" [{number(gap.low, 1, '+')} … {number(gap.high, 1, '+')}]"
         told = "" if gap.p is None else f"p {gap.p:.3f}"
-        lines.append([say("eval.difference"), "", told, "", *cells])
+        cells = [changed * (name == "adapter") for name in exam.systems]
+        lines.append([say("eval.difference"), "", told, *cells])
     return Shown(say("eval.title", n=exam.n), lines, [say("eval.explain.accuracy")])
 
 
@@ -161,6 +203,7 @@ def tables(results: Evaluation | Exam) -> list[Shown]:
         *shown,
         *group_table(results.systems, "by_category", "exact"),
         *group_table(results.systems, "by_length", "rouge-l-char"),
+        *strength_table(results),
     ]
 
 
@@ -233,8 +276,12 @@ def write_results(folder: Path, results: Evaluation | Exam, about: About) -> Non
             draw_curve(run / "metrics.jsonl", plots[0])
         if results.samples:
             plots.append(folder / "scores.png")
-            answering = results.samples[0].answers
+            answering = (n for n in results.samples[0].answers if strength_of(n) in (None, 0, 1))
             draw_scores({name: results.systems[name] for name in answering}, plots[-1])
+        if found := results.strength:
+            plots.append(folder / "strengths.png")
+            systems = by_strength(results.systems)
+            draw_strengths(systems, found.metric, found.recommended, plots[-1])
     page = _page("/".join(folder.parts[-2:]), results, plots, _facts(results, about, runs))
     (folder / "report.html").write_text(page, encoding="utf-8")
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from cllm.data.message import Message
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Group:
 
 @dataclass(frozen=True)
 class SystemScores:
-    """What one system (`base`, `adapter`, `base 2-shot`, `copy`, `majority`) reached."""
+    """What one system (`base`, `adapter`, `adapter 0.5`: at that strength, `base 2-shot`, `copy`,
+    `majority`) reached.
+    """
 
     scores: dict[str, float]
     """Metric -> 0-100; `loss`: nats per token; `general-ppl`: a perplexity."""
@@ -80,6 +84,22 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Strength:
+    """Which of the measured strengths of the adapter is recommended, by `answers.recommend`."""
+
+    metric: str
+    """Whose gain it keeps."""
+    recommended: float | None
+    """None: no strength is as wanted."""
+    interval: list[float]
+    """[low, high] at 95 % of the resamples that have one; empty where none has, or of fewer than
+    FEWEST_PAIRS answers.
+    """
+    share: float | None
+    """Of the resamples that have one; None of fewer than FEWEST_PAIRS answers."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """All systems on one set of conversations or texts."""
 
@@ -91,6 +111,8 @@ class Evaluation:
     """After a training, where not all were asked: which of the held-out conversations, counted
     from 0.
     """
+    strength: Strength | None = None
+    """Where further strengths of the adapter were measured."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -160,13 +182,32 @@ class Exam:
         return self.systems["base"].questions
 
 
+def system_at(strength: float) -> str:
+    """What the adapter is called at a strength: 0 is the base."""
+    return "base" if strength == 0 else "adapter" if strength == 1 else f"adapter {strength}"
+
+
+def strength_of(system: str) -> float | None:
+    """The strength of a system of that name; None of what has none."""
+    name, _, rest = system.partition(" ")
+    return float(rest or 1) if name == "adapter" else 0.0 if system == "base" else None
+
+
+def by_strength(systems: Mapping[str, Kept]) -> dict[float, Kept]:
+    """The base and the adapter at every strength, in the order of the strengths."""
+    placed = [(strength_of(name), system) for name, system in systems.items()]
+    known = [(place, system) for place, system in placed if place is not None]
+    return dict(sorted(known, key=lambda pair: pair[0]))
+
+
 def document(results: Evaluation | Exam) -> dict[str, Any]:
     """The content of eval.json: a system's or a group's scores stand beside its other fields, and
     what is empty is left out.
     """
     systems = {name: _flat(asdict(system)) for name, system in results.systems.items()}
     if isinstance(results, Evaluation):
-        beside = {"preference": results.preference, "drawn": results.drawn}
+        strength = results.strength and asdict(results.strength)
+        beside = {"preference": results.preference, "drawn": results.drawn, "strength": strength}
         systems |= {key: value for key, value in beside.items() if value}
     return systems
 
@@ -175,7 +216,7 @@ def scores_of(document: Mapping[str, Any]) -> Evaluation:
     """The systems and scores of an eval.json that a training wrote."""
     systems = {}
     for name, entry in document.items():
-        if name not in ("preference", "drawn"):
+        if name not in ("preference", "drawn", "strength"):
             base, copy = (
                 {metric: Gap(**gap) for metric, gap in entry.get(key, {}).items()}
                 for key in ("versus_base", "versus_copy")

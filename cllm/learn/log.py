@@ -96,7 +96,7 @@ class LiveLine:
 
 class AnswerCount:
     """`3/40 answers … eta 12s` on stderr while answers are generated or measured; the first ones,
-    which wait for all prompts, tell no pace.
+    which wait for all prompts, tell no pace. A count that goes back begins another round.
     """
 
     def __init__(self) -> None:
@@ -105,9 +105,9 @@ class AnswerCount:
 
     def __call__(self, done: int, total: int) -> None:
         now, eta = time.perf_counter(), ""
-        if self._warm is None and done >= min(WARM, total / 4):
-            self._warm = now, done
-        elif self._warm is not None:
+        if self._warm is None or done <= self._warm[1]:
+            self._warm = (now, done) if done >= min(WARM, total / 4) else None
+        else:
             start, before = self._warm
             eta = say("eval.eta", eta=duration((now - start) / (done - before) * (total - done)))
         line = say("eval.progress", done=done, total=total)

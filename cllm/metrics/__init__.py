@@ -6,7 +6,7 @@ from cllm.metrics.bleu import BLEU, corpus_bleu, sentence_bleu
 from cllm.metrics.chrf import CHRF, corpus_chrf, sentence_chrf
 from cllm.metrics.rouge import ROUGE, generation_scores, rouge
 from cllm.metrics.score import Metric, Score, corpus_score, corpus_statistics
-from cllm.metrics.significance import FEWEST_PAIRS, paired_bootstrap, wilson_interval
+from cllm.metrics.significance import FEWEST_PAIRS, paired_bootstrap, resampled, wilson_interval
 from cllm.metrics.tokens import TOKENIZERS
 
 __all__ = ["BLEU", "CHRF", "FEWEST_PAIRS", "ROUGE", "TOKENIZERS", "Metric", "Score"]
@@ -18,4 +18,4 @@ __all__ += [
     "generation_scores",
     "paired_bootstrap",
 ]
-__all__ += ["rouge", "sentence_bleu", "sentence_chrf", "wilson_interval"]
+__all__ += ["resampled", "rouge", "sentence_bleu", "sentence_chrf", "wilson_interval"]

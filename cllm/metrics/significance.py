@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cllm.metrics.score import Score
 
@@ -31,6 +31,30 @@ class Comparison(NamedTuple):
     b: Interval
     difference: Interval
     p_value: float
+
+
+def resampled(
+    score: Callable[[list[float]], Score],
+    systems: Sequence[Rows],
+    *,
+    resamples: int = 1000,
+    seed: int = 12345,
+) -> Any:
+    """What every system scores, an array (1 + resamples, systems): first as observed, then of
+    resampled pairs, the same for all.
+    """
+    import numpy as np
+
+    pairs = len(systems[0])
+    arrays = [np.asarray(rows, dtype=np.float64) for rows in systems]
+    rng = np.random.default_rng(seed)
+    draws = (np.bincount(rng.integers(0, pairs, pairs), minlength=pairs) for _ in range(resamples))
+    return np.array(
+        [
+            [score((draw @ rows).tolist()).value for rows in arrays]
+            for draw in chain([np.ones(pairs)], draws)
+        ]
+    )
 
 
 def paired_bootstrap(
@@ -57,15 +81,7 @@ def paired_bootstrap(
         raise ValueError(
             f"a and b must score the same pairs, at least 1; got {pairs} and {len(b)} rows"
         )
-    systems = [np.asarray(rows, dtype=np.float64) for rows in (a, b)]
-    rng = np.random.default_rng(seed)
-    draws = (np.bincount(rng.integers(0, pairs, pairs), minlength=pairs) for _ in range(resamples))
-    values = np.array(
-        [
-            [score((draw @ rows).tolist()).value for rows in systems]
-            for draw in chain([np.ones(pairs)], draws)
-        ]
-    )
+    values = resampled(score, (a, b), resamples=resamples, seed=seed)
     # the first row is what was observed
     values = np.column_stack([values, values[:, 1] - values[:, 0]])
     low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)

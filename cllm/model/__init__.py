@@ -9,16 +9,16 @@ from cllm import on_first_use
 if TYPE_CHECKING:
     from cllm.model.adapter import load_adapter, save_adapter
     from cllm.model.checkpoint import load_model
-    from cllm.model.lora import disable_lora, inject_lora, merge_lora
+    from cllm.model.lora import inject_lora, lora_strength, merge_lora
     from cllm.model.source import resolve
     from cllm.model.tokenizer import load_tokenizer
 
 __all__ = [
-    "disable_lora",
     "inject_lora",
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "lora_strength",
     "merge_lora",
     "resolve",
     "save_adapter",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cllm.messages import UserError
-from cllm.model.device import autocast_dtype
+from cllm.model.device import autocast_dtype, device_of
 
 _PIECE = 2**22  # elements of a gated MLP's product, or of a merged weight, handled at a time
 GATED = "LlamaMLP MistralMLP Qwen2MLP Qwen3MLP GlmMLP Glm4MLP GemmaMLP Gemma2MLP Gemma3MLP".split()
@@ -64,10 +64,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 @dataclass(eq=False, slots=True)
 class Gate:
-    """Which rows of the batch go through an adapter; one object shared by all its layers.
+    """How much of an adapter the rows of the batch get; one object shared by all its layers.
 
-    `rows`: None for all of them, 0.0 for none, or a Tensor (B,) of 0 and 1. `number` tells the
-    adapters of one base apart: 1 for the first, and for the only one.
+    `rows`: None for all of it, 0.0 for nothing, or a Tensor (B,) of strengths: 0 is the base, 1 the
+    adapter, what lies between and beyond is base + strength * (adapter - base), layer by layer.
+    `number` tells the adapters of one base apart: 1 for the first, and for the only one.
     """
 
     rows: Tensor | float | None = None
@@ -77,6 +78,12 @@ class Gate:
     def closed(self) -> bool:
         """No row goes through."""
         return isinstance(self.rows, float) and self.rows == 0.0
+
+    def set(self, strengths: Sequence[float], device: torch.device) -> None:
+        """Row i gets the adapter at strengths[i], all rows at the only one."""
+        alike = {*strengths}
+        mixed = torch.tensor(strengths, device=device)
+        self.rows = None if alike == {1} else 0.0 if alike == {0} else mixed
 
 
 class _LoraMatmul(torch.autograd.Function):
@@ -383,38 +390,41 @@ def add_adapter(
 
 
 @contextmanager
-def disable_lora(model: nn.Module) -> Iterator[None]:
-    """Inside this context the first adapter is off, and a model without others is its base: the
-    reference policy, the before of before/after.
+def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
+    """Inside this context the first adapter has this strength; at 0 a model without others is its
+    base.
     """
     gate = gates(model).get(1, Gate())
     before = gate.rows
-    gate.rows = 0.0
+    gate.set([strength], device_of(model))
     try:
         yield
     finally:
         gate.rows = before
 
 
-def merge_into(weight: Tensor, scaling: float, parts: Mapping[str, Tensor]) -> None:
-    """weight (out, in) <- weight + scaling B A in place, and with DoRA's magnitude (out,) each row
-    scaled to it; sums in float32.
+def merge_into(
+    weight: Tensor, scaling: float, parts: Mapping[str, Tensor], strength: float = 1.0
+) -> None:
+    """weight (out, in) <- weight + strength (merged - weight) in place, where merged is weight +
+    scaling B A, with DoRA's magnitude (out,) each row scaled to it; sums in float32.
     """
     magnitude = parts.get("magnitude")
     step = max(1, _PIECE // weight.shape[1])
     A, B = parts["lora_A"].float(), parts["lora_B"]
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        summed = weight[rows].float() + scaling * (B[rows].float() @ A)
+        base = weight[rows].float()
+        summed = base + scaling * (B[rows].float() @ A)
         if magnitude is not None:
             summed *= (magnitude[rows].float() / summed.norm(dim=1))[:, None]
-        weight[rows] = summed.to(weight.dtype)
+        weight[rows] = base.lerp(summed, strength).to(weight.dtype)
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
-    """Fold the adapter into its base, in place: W <- W + scaling B A, in the base's dtype; a
-    quantized base becomes a dense layer.
+def merge_lora(model: nn.Module, strength: float = 1.0) -> nn.Module:
+    """Fold the adapter into its base at `strength`, in place: as `merge_into`, in the base's dtype;
+    a quantized base becomes a dense layer.
 
     Raises ValueError if the model has several adapters.
     """
@@ -425,7 +435,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         quantized = hasattr(base, "dequantize")
         # a view of what is dense already
         weight = base_weight(base, torch.float32 if quantized else base.weight.dtype)
-        merge_into(weight, layer.scaling, dict(layer.named_parameters(recurse=False)))
+        merge_into(weight, layer.scaling, dict(layer.named_parameters(recurse=False)), strength)
         if quantized:
             bias = base.bias
             outputs, inputs = weight.shape

@@ -1,9 +1,9 @@
 """Base and adapter -> one native checkpoint, tensor by tensor: no model is instantiated, and at
 most two tensors are in memory.
 
-W <- W + scaling B A (DoRA: each row scaled to its magnitude), summed in float32 in slices of rows
-and rounded once to the base's 16-bit type. Nothing is merged into 4-bit weights, because their grid
-is coarser than the update. Numbers as `cllm.model.lora.LoraLinear`.
+W <- W + strength scaling B A (DoRA: so much of what its merge changes), summed in float32 in slices
+of rows and rounded once to the base's 16-bit type. Nothing is merged into 4-bit weights, because
+their grid is coarser than the update. Numbers as `cllm.model.lora.LoraLinear`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Merge(NamedTuple):
     scaling: float
     nf4: bool
     """The base's linears are rounded to NF4 first, as the adapter was trained on them."""
+    strength: float
+    """Of the adapter, as in `cllm.model.lora.Gate`."""
 
     @property
     def bytes(self) -> int:
@@ -60,13 +62,17 @@ class Merge(NamedTuple):
                 tensor = dequantize(quantize_nf4(tensor), torch.float32)
             if leaf == "weight" and owner in self.adapter:
                 tensor = tensor.to(dtype or tensor.dtype)
-                stored_as_is = isinstance(module, nn.Linear)
-                merge_into(tensor if stored_as_is else tensor.T, self.scaling, self.adapter[owner])
+                merge_into(
+                    tensor if isinstance(module, nn.Linear) else tensor.T,
+                    self.scaling,
+                    self.adapter[owner],
+                    self.strength,
+                )
             yield name, tensor
             del tensor  # before the next one is read
 
 
-def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
+def open_merge(base: Path, adapter: Path, *, nf4: bool = False, strength: float = 1.0) -> Merge:
     """Check base and adapter against each other before any weight is read.
 
     Floating-point tensors are written in the type that most of the base has (GGUF or nf4:
@@ -80,7 +86,7 @@ def open_merge(base: Path, adapter: Path, *, nf4: bool = False) -> Merge:
         sizes[dtype] += torch.Size(dims).numel()
     dtype = torch.bfloat16 if nf4 or base.suffix == ".gguf" else sizes.most_common(1)[0][0]
     layout = with_dtype(layout, dtype)
-    return Merge(checkpoint, model, layout, dtype, layers, settings.scaling, nf4)
+    return Merge(checkpoint, model, layout, dtype, layers, settings.scaling, nf4, strength)
 
 
 def write_merged(merge: Merge, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -4,7 +4,8 @@ Token ids, no text.
 Every step: free what was cancelled, admit waiting requests within the KV-token budget, prefill a
 bounded number of tokens, one decode forward over all rows, emit, drop what finished. Rows are
 right-aligned in one cache (left padding, `position_ids` and a 2-D mask), so every Transformers
-causal LM runs unmodified. Whether a row is base or adapter is LoRA's gate of that row.
+causal LM runs unmodified. Whether a row is base or adapter, and how much of it, is LoRA's gate of
+that row.
 """
 
 from __future__ import annotations
@@ -145,22 +146,23 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[list[int]],
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         adapter: int | Sequence[int] = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """Answers to all prompts in their order; longest prompts first, so that rows of like length
-        share a forward.
+        share a forward. `sampling` and `adapter` are of all prompts or of each.
 
         A given seed becomes seed + index. `progress(done, total)` is called whenever an answer is
         complete. Raises UserError for a prompt that does not fit, before anything is computed, and
         RuntimeError if the model fails.
         """
         numbers = [adapter] * len(prompts) if isinstance(adapter, int) else adapter
+        plans = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         rows = []
-        for i, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
-            seed = None if sampling.seed is None else sampling.seed + i
-            rows.append(self._row(prompt, replace(sampling, seed=seed), number))
+        for i, (prompt, plan, number) in enumerate(zip(prompts, plans, numbers, strict=True)):
+            seed = None if plan.seed is None else plan.seed + i
+            rows.append(self._row(prompt, replace(plan, seed=seed), number))
         self.waiting.extend(sorted(rows, key=lambda row: -len(row.ids)))
         done = 0
         try:
@@ -318,10 +320,8 @@ class Engine:
             ids.append([self.pad_id] * (stop - batch.filled - len(part)) + part)
         pad_columns = torch.tensor(pads, device=self.device)[:, None]
         for number, gate in self.gates.items():
-            chosen = [row.adapter == number for row in batch.rows]
-            gate.rows = None if all(chosen) else 0.0
-            if any(chosen) and not all(chosen):
-                gate.rows = torch.tensor(chosen, device=self.device)
+            strengths = [row.sampling.strength * (row.adapter == number) for row in batch.rows]
+            gate.set(strengths, self.device)
         output = self.model(
             input_ids=torch.tensor(ids, device=self.device),
             attention_mask=(columns >= pad_columns).long(),

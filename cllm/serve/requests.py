@@ -102,7 +102,9 @@ class ResponseFormat(Strict):
 
 
 class Settings(Strict):
-    """What both endpoints understand of OpenAI's request, and three sampling parameters more."""
+    """What both endpoints understand of OpenAI's request, three sampling parameters more, and the
+    adapter's strength.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -115,6 +117,7 @@ class Settings(Strict):
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K), Whole] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    strength: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Annotated[int, Whole] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     n: Annotated[int, Field(ge=1, le=16), Whole] | None = None

@@ -27,6 +27,7 @@ LIMITS = {
     "repetition_penalty": (0.1, 10),
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
+    "strength": (0, 2),
 }
 Listener = Callable[[int | None], None]
 
@@ -44,8 +45,8 @@ class Sampling:
     frequency_penalty + (c > 0) * presence_penalty. `logit_bias` is added to the logits of its ids.
     `logprobs` asks for the log-probabilities of each token and of so many of the most likely ones,
     by the model's own distribution, before all of this. `seed` None draws one. `stop_ids` None
-    means the engine's; the empty set never stops early. Raises UserError naming every value out of
-    range.
+    means the engine's; the empty set never stops early. `strength` is the adapter's, as in
+    `cllm.model.lora.Gate`. Raises UserError naming every value out of range.
     """
 
     max_new_tokens: int = 256
@@ -61,6 +62,7 @@ class Sampling:
     grammar: Grammar | None = None
     seed: int | None = None
     stop_ids: frozenset[int] | None = None
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         wrong = [

@@ -29,6 +29,7 @@ SLIDERS = {
     "top_k": (1, 200, 1),
     "min_p": (0, 0.5, 0.01),
     "repetition_penalty": (0.8, 2, 0.05),
+    "strength": (0, 2, 0.05),
 }
 KEPT = 20  # system prompts of one's own, and of the run's
 SETTINGS = (*SLIDERS, "seed")
