@@ -14,7 +14,7 @@ from cllm.config import Config
 from cllm.data.pairs import REJECTED_KEYS, dialogue, sides
 from cllm.data.schema import Conversation
 from cllm.data.sources import Data, prepare, unread_names
-from cllm.messages import UserError, command, note
+from cllm.messages import UserError, command, note, say
 
 if TYPE_CHECKING:
     from cllm.data.cache import Slices
@@ -36,7 +36,7 @@ class Encoded:
     """[train]'s, or what its 0 comes to for these tokens."""
     held_rows: list[PackedBatch]
     train: Sequence[Conversation]
-    """The conversations that are in `rows`."""
+    """The conversations that are in `rows`, without general ones."""
     held_out: Sequence[Conversation]
     """The conversations that are in `held_rows`."""
     sha256: str
@@ -98,14 +98,21 @@ def encode_corpus(
     """
     from cllm.data.packing import PackedRows
 
-    (examples, trained, numbers, refused), (held_examples, held_out, held_numbers, left_out) = (
+    (
+        (examples, trained, numbers, refused),
+        (held_examples, held_out, held_numbers, left_out),
+        (general, replayed, _, unfit),
+    ) = (
         _encode_side(side, tokenizer, config, row_tokens)
-        for side in (corpus.train, corpus.held_out)
+        for side in (corpus.train, corpus.held_out, corpus.replay)
     )
     _check_trained(corpus, tokenizer, examples, refused, row_tokens)
+    # of the user's own data: general ones do not make its steps longer
+    tokens_per_step = config.train.step_tokens(sum(examples.sizes))
+    if replayed:
+        examples += general
     tokens = sum(examples.sizes)
     tokens_per_row = tokens // len(examples) if single else row_tokens
-    tokens_per_step = config.train.step_tokens(tokens)
     rows_per_step = max(1, tokens_per_step // tokens_per_row)
     rows = PackedRows(
         examples,
@@ -123,12 +130,14 @@ def encode_corpus(
     held = PackedRows(held_examples, row_tokens, single=single)
     note(
         "train.data",
-        train=len({number // 2 for number in numbers}) or len(examples),
+        train=len({number // 2 for number in numbers}) or len(examples) - len(general),
+        replay=say("train.replay", count=len(general)) if replayed else "",
         held_out=len(held_out),
         tokens=f"{tokens:,}",
         rows=len(rows),
         rejects=len(corpus.rejects),
-        left_out=", ".join(f"{reason} {n}" for reason, n in (refused + left_out).items()) or "0",
+        left_out=", ".join(f"{reason} {n}" for reason, n in (refused + left_out + unfit).items())
+        or "0",
     )
     return Encoded(
         rows,
