@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config
 from cllm.data.pairs import REJECTED_KEYS, dialogue, sides
+from cllm.data.reader import list_files
 from cllm.data.schema import Conversation
-from cllm.data.sources import Data, prepare, unread_names
-from cllm.messages import UserError, command, note, say
+from cllm.data.sources import BUILT_IN, Data, prepare, unread_names
+from cllm.messages import UserError, command, file_name, note, say
 
 if TYPE_CHECKING:
     from cllm.data.cache import Slices
@@ -121,6 +122,7 @@ def encode_corpus(
         single=single,
         numbers=numbers,
         step_rows=rows_per_step,
+        sources=_sources(config, trained, len(general), len(examples)),
     )
     after = [2 * len(corpus.train) + number for number in held_numbers]
     held_sha256 = held_examples.digest()
@@ -152,6 +154,25 @@ def encode_corpus(
         2 * (len(corpus.train) + len(corpus.held_out)),
         hashlib.sha256(facts.encode()).hexdigest(),
     )
+
+
+def source_names(config: Config) -> tuple[str, ...]:
+    """The names of a mixture's sources, general rows last; () of a single one, or of pairs."""
+    names = [source.path for source in config.data.train] + ["replay"] * (config.data.replay > 0)
+    return () if len(names) == 1 or config.preference.active else tuple(names)
+
+
+def _sources(config: Config, trained: Any, general: int, examples: int) -> list[int]:
+    """The number in `source_names` of each example; none where a text may be several of them."""
+    data = config.data
+    if not source_names(config) or len(trained) + general != examples:
+        return []
+    of = {
+        file_name(file): number
+        for number, source in enumerate(data.train)
+        for file in list_files(BUILT_IN.get(source.path, source.path))
+    }
+    return [of[item.file] for item in trained] + [len(data.train)] * general
 
 
 def _check_trained(

@@ -16,7 +16,7 @@ from torch import Tensor
 from cllm import replay
 from cllm.assembly import Assembly, assemble
 from cllm.config import Config, differences
-from cllm.corpus import Encoded, encode_corpus, tokenizer_of
+from cllm.corpus import Encoded, encode_corpus, source_names, tokenizer_of
 from cllm.data import cache
 from cllm.data.packing import PackedBatch
 from cllm.data.sources import Data, replay_count, replayed
@@ -48,9 +48,11 @@ HIGH_RATE, LARGE = 1e-3, 100_000_000
 def trainee_of(config: Config, assembly: Assembly) -> Trainee:
     """What learns from rows, with [train]'s optimizer."""
     model, precision = assembly.model, assembly.precision
+    names = source_names(config)
+    by_source = torch.zeros(len(names), device=assembly.device)
     return Trainee(
         model,
-        partial(sft_loss, chunk_bytes=assembly.settings.chunk_bytes),
+        partial(sft_loss, chunk_bytes=assembly.settings.chunk_bytes, by_source=by_source),
         make_optimizer(
             model,
             config.train.learning_rate,
@@ -61,6 +63,8 @@ def trainee_of(config: Config, assembly: Assembly) -> Trainee:
         precision,
         precision.scaler(),
         config.train.max_norm,
+        names=names,
+        by_source=by_source,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_learn_dist import start
 from test_train import adapter_bytes, metrics
 
@@ -23,6 +24,7 @@ from cllm.data.reader import read_conversations
 from cllm.data.schema import Conversation
 from cllm.data.sources import replayed
 from cllm.learn.log import RunLog
+from cllm.learn.loss import row_nll
 from cllm.messages import UserError
 from cllm.train import Training
 
@@ -244,3 +246,39 @@ def test_the_account_counts_replay(tmp_path: Path, capsys: pytest.CaptureFixture
         out = capsys.readouterr().out
         account = json.loads(out.strip().split("\n")[-1])
         assert told in out and account["replay"] == 38 and account["valid"] == 40
+
+
+# --- The training loss of each source
+def test_the_loss_of_each_source_of_a_mixture(tmp_path: Path) -> None:
+    for word in ("one", "two", "general"):
+        (tmp_path / word).mkdir()
+        rows = [{"question": f"{word} {n}?", "answer": f"{word} " * n} for n in range(1, 9)]
+        path = tmp_path / word / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    one, two, general = (str(tmp_path / word) for word in ("one", "two", "general"))
+    mixture = f'data.train=[{{path="{one}", weight=2}}, {{path="{two}/rows.jsonl"}}]'
+    words = [mixture, "data.replay=0.3", f"data.replay_from={general}"]
+    training = Training(load_config("preset:quick", [*words, f"run.dir={tmp_path / 'run'}"]))
+    learner = training.learner
+    (batch,) = learner.encoded.rows.take(1)
+    numbers = batch.sources[batch.supervised]
+    counts = [int((numbers == number).sum()) for number in range(3)]
+    assert sum(counts) == batch.weight and all(counts)
+    alone = row_nll(learner.model, batch).detach()[batch.supervised]
+    expected = [float(alone[numbers == number].mean()) for number in range(3)]
+    names = (one, f"{two}/rows.jsonl", "replay")
+    stats = learner.trainee.step([batch])
+    assert stats.sources == pytest.approx(dict(zip(names, expected, strict=True)), rel=1e-4)
+    told = sum(n * loss for n, loss in zip(counts, stats.sources.values(), strict=True))
+    assert told / batch.weight == pytest.approx(stats.loss, rel=1e-5)
+    halves = [part for part in batch.split(len(batch.input_ids) // 2) if len(part.input_ids)]
+    assert len(halves) > 1 and torch.cat([part.sources for part in halves]).equal(batch.sources)
+    training.loop()
+    steps = [row for row in metrics(training.run) if "loss" in row]
+    assert steps and {name for row in steps for name in row["sources"]} == {*names}
+    training.close()
+
+
+def test_a_single_source_has_no_loss_of_its_own(tmp_path: Path) -> None:
+    assert run("train", [*QUICK, "train.steps=1", f"run.dir={tmp_path / 'a'}"]) == 0
+    assert not [row for row in metrics(tmp_path / "a") if "sources" in row]
