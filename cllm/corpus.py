@@ -99,19 +99,15 @@ def encode_corpus(
     """
     from cllm.data.packing import PackedRows
 
-    (
-        (examples, trained, numbers, refused),
-        (held_examples, held_out, held_numbers, left_out),
-        (general, replayed, _, unfit),
-    ) = (
-        _encode_side(side, tokenizer, config, row_tokens)
-        for side in (corpus.train, corpus.held_out, corpus.replay)
-    )
+    sides = (corpus.train, corpus.held_out, corpus.replay)
+    own, held, added = (_encode_side(side, tokenizer, config, row_tokens) for side in sides)
+    examples, trained, numbers, refused = own
+    held_examples, held_out, held_numbers, left_out = held
+    general, _, _, unfit = added
     _check_trained(corpus, tokenizer, examples, refused, row_tokens)
     # of the user's own data: general ones do not make its steps longer
     tokens_per_step = config.train.step_tokens(sum(examples.sizes))
-    if replayed:
-        examples += general
+    examples = examples + general if general else examples
     tokens = sum(examples.sizes)
     tokens_per_row = tokens // len(examples) if single else row_tokens
     rows_per_step = max(1, tokens_per_step // tokens_per_row)
@@ -129,23 +125,22 @@ def encode_corpus(
     facts = repr((numbers, examples.digest(), after, held_sha256))
     answers = PackedRows(held_examples, row_tokens, single=single, numbers=after)
     held_examples, held_out = _chosen(held_numbers, held_examples, held_out)
-    held = PackedRows(held_examples, row_tokens, single=single)
+    held_rows = PackedRows(held_examples, row_tokens, single=single)
     note(
         "train.data",
         train=len({number // 2 for number in numbers}) or len(examples) - len(general),
-        replay=say("train.replay", count=len(general)) if replayed else "",
+        replay=say("train.replay", count=len(general)) if general else "",
         held_out=len(held_out),
         tokens=f"{tokens:,}",
         rows=len(rows),
         rejects=len(corpus.rejects),
-        left_out=", ".join(f"{reason} {n}" for reason, n in (refused + left_out + unfit).items())
-        or "0",
+        left_out=", ".join(f"{k} {n}" for k, n in (refused + left_out + unfit).items()) or "0",
     )
     return Encoded(
         rows,
         rows_per_step,
         tokens_per_step,
-        held.take(len(held)),
+        held_rows.take(len(held_rows)),
         _chosen(numbers, examples, trained)[1],
         held_out,
         examples.digest(),

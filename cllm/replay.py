@@ -37,8 +37,9 @@ def own_answers(
     """
     questions = QUESTIONS.read_text(encoding="utf-8").splitlines() * MAX_ANSWERS
     prompts = [tokenizer.encode_chat([Message("user", question)]) for question in questions]
-    limit = min(MAX_TOKENS, min(row_tokens, engine.max_tokens) - max(map(len, prompts)))
-    sampling = Sampling(max_new_tokens=max(1, limit), temperature=0.7, top_p=0.9)
+    most = min(row_tokens, engine.max_tokens)
+    rooms = [min(MAX_TOKENS, most - len(prompt)) for prompt in prompts]
+    sampling = Sampling(max_new_tokens=max(1, *rooms), temperature=0.7, top_p=0.9)
 
     def make() -> cache.Entry:
         rows: list[str] = []
@@ -51,9 +52,9 @@ def own_answers(
             outputs = engine.generate(
                 asked, replace(sampling, seed=start), adapter=0, progress=AnswerCount()
             )
-            for question, ids in zip(questions[start:], outputs, strict=False):
-                item = _conversation(question, tokenizer.decode(ids).strip())
-                if len(ids) < limit and item.messages[1].content:
+            for number, ids in enumerate(outputs, start):
+                item = _conversation(questions[number], tokenizer.decode(ids).strip())
+                if len(ids) < rooms[number] and item.messages[1].content:
                     rows.append(to_json(to_row(item)) + "\n")
         return {"text": np.frombuffer("".join(rows).encode(), np.uint8)}, None
 

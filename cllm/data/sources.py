@@ -193,12 +193,10 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
             raise UserError("data.empty", path=data.eval, rejects=len(refused), command=look)
         train, held_out, dropped = divide(data, groups, given)
         rejects += refused
-        general: list[Conversation] = []
+        rows, general = sum(map(len, groups)) + len(given), list[Conversation]()
         if data.replay_from:
             general, refused = read_file(data, data.replay_from, {}, unread)
-            rejects += refused
-        rows = sum(map(len, groups)) + len(given) + len(general) + len(rejects)
-        if data.replay_from:
+            rejects, rows = rejects + refused, rows + len(general)
             general = replayed(general, data.replay, len(train), held_out)
         texts = [_stored(item) for item in (*train, *held_out, *general)]
         arrays = {
@@ -208,7 +206,7 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
         return arrays, [
             [len(train), len(train) + len(held_out)],
             rejects,
-            rows,
+            rows + len(rejects),
             dropped,
             len(repeated_questions(train, held_out)),
             unread,
@@ -230,9 +228,8 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
         )
         for low, high in itertools.pairwise([0, *sizes, len(bounds) - 1])
     )
-    return Data(train, held_out, [Reject(*reject) for reject in rejects], *counts)._replace(
-        replay=general
-    )
+    found = Data(train, held_out, [Reject(*reject) for reject in rejects], *counts)
+    return found._replace(replay=general)
 
 
 def _stored(item: Conversation) -> bytes:

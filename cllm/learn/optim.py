@@ -261,9 +261,7 @@ class Trainee:
         try:
             _in_memory(gradients, world, altered=False)
             if world.size > 1:
-                for p in trained:  # a rank without a row in this step
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                world.sum_([total, sums, *(p.grad for p in trained if p.grad is not None)])
+                world.sum_([total, sums, *map(_gradient, trained)])
             mean, grad_norm, skipped, nats = _in_memory(update, world, altered=True)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -291,6 +289,13 @@ class Trainee:
         nats = _in_memory(measure, world, altered=False)
         world.sum_([nats])
         return preference.weighed(rows, nats.cpu())
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Its gradient, zeros on a rank without a row in this step."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _in_memory(work: Callable[[], Result], world: World, *, altered: bool) -> Result:
