@@ -16,7 +16,7 @@ from cllm.data.pairs import dialogue, sides
 from cllm.data.quality import NEAR_LIMIT, counts, leaks, quality
 from cllm.data.reader import Unread, list_files, sample_rows
 from cllm.data.schema import Conversation, Reject
-from cllm.data.sources import BUILT_IN, divide, read_file, read_sources
+from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, replay_count, replayed
 from cllm.data.turns import SPECIAL_KEYS, named
 from cllm.messages import UserError, file_name, note, say
 
@@ -85,6 +85,13 @@ def look(config: Config) -> Look:
         tested, refused = read_file(config.data, config.data.eval, {}, unread, pairs=pairs)
         account["eval"] = counts(tested, refused)
     train, held_out, _ = divide(config.data, groups, tested)
+    if config.data.replay:
+        share, source = config.data.replay, config.data.replay_from
+        account["replay"] = replay_count(share, len(train))
+        if source:
+            general, refused = read_file(config.data, source, {}, unread)
+            account["replay"] = len(replayed(general, share, len(train), held_out))
+            account["replay_from"] = counts(general, refused)
     account["unread"] = unread
     account["leaks"] = len(leaks(train[:NEAR_LIMIT], held_out[:NEAR_LIMIT]))
     trained = [

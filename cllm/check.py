@@ -4,20 +4,23 @@ before an hour is lost on it.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
+import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby
+from itertools import cycle, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.account import Look, look, verdict
 from cllm.config import Config, is_config, load_config
+from cllm.data.message import Message
 from cllm.data.pairs import dialogue, sides
 from cllm.data.quality import deduplicate, histogram
 from cllm.data.reader import write_conversations
@@ -40,6 +43,7 @@ from cllm.proposal import guess, new_config
 if TYPE_CHECKING:
     from cllm.model.tokenizer import Tokenizer
 
+IDENTITY = Path(__file__).parent / "assets" / "identity.jsonl"
 REJECTS = 5  # that are shown
 JOINT = "; "
 SAMPLE_START, SAMPLE_END = 40, 15  # tokens that are shown of a part of the sample
@@ -53,14 +57,17 @@ def main(argv: list[str]) -> int:
     account as JSON. Bad rows are no error: they are what this program is for. 2: none can be used.
     """
     parser = CommandLine("check")
-    parser.take("target")
+    parser.take("target", nargs="?")
     parser.take("overrides", nargs="*", metavar="section.key=value")
-    for switch in ("--init", "--write", "--report"):
+    parser.take("--identity", nargs=2, metavar=("NAME", "AUTHOR"))
+    for switch in ("--init", "--write", "--report", "--out"):
         parser.take(switch, type=Path, metavar="FILE")
     options = parser.parse_intermixed_args(argv)
-    for path in filter(None, (options.write, options.init, options.report)):
+    for path in filter(None, (options.write, options.init, options.report, options.out)):
         if path.exists():
             raise UserError("check.exists", path=path)
+    if options.identity or not options.target:
+        return _identity(options)
     target, overrides = options.target, options.overrides
     chosen = is_config(target) or any(override.startswith("model.") for override in overrides)
     config = _config(target, overrides)
@@ -97,6 +104,25 @@ def main(argv: list[str]) -> int:
         note("check.wrote", path=path)
     print_result(first.account, options.json)
     return 0 if usable else 2
+
+
+def _identity(options: argparse.Namespace) -> int:
+    """Write rows that teach a model its name and its author, and say what comes next."""
+    names = [name.strip() for name in options.identity or ()]
+    if not all(name and name.isprintable() for name in names):
+        raise UserError("check.names")
+    if not names or not options.out or options.target:
+        raise UserError("check.identity")
+    name, author = names
+    rows = map(json.loads, IDENTITY.read_text(encoding="utf-8").splitlines())
+    said = ([text.format(name=name, author=author) for text in row] for row in rows)
+    turns = (tuple(map(Message, cycle(("user", "assistant")), texts)) for texts in said)
+    count = write_conversations(map(Conversation, turns), options.out)
+    note("check.wrote", path=options.out)
+    source = f"data.train={file_name(options.out)}"
+    propose(command("train", "preset:identity", source))
+    print_result({"written": count}, options.json)
+    return 0
 
 
 def _config(target: str, overrides: list[str]) -> Config:
@@ -153,6 +179,10 @@ def _summary(account: dict[str, Any]) -> list[str]:
         lines[0] += JOINT + say("check.read_as", schemas=_listed(read_as))
     if "eval" in account:
         lines += [say("check.eval"), *_indented(_rows(account["eval"]))]
+    if "replay_from" in account:
+        lines += [say("check.replay_from"), *_indented(_rows(account["replay_from"]))]
+    if "replay" in account:
+        lines.append(say("check.replay", count=account["replay"]))
     if account["unread"]:
         lines.append(say("data.unread", names=unread_names(account["unread"])))
     if not account["valid"]:

@@ -26,7 +26,12 @@ else:
 
 PRESETS = Path(__file__).parent / "assets" / "presets"
 # What a preference loss takes: whole answers, and two passes that agree.
-_WITH_PAIRS = {"data.kind": "chat", "data.truncate": "drop", "lora.dropout": 0.0}
+_WITH_PAIRS = {
+    "data.kind": "chat",
+    "data.truncate": "drop",
+    "data.replay": 0.0,
+    "lora.dropout": 0.0,
+}
 # [train] where a preference loss is set and the file says nothing: SFT's rate would ruin the model.
 _TRAIN_ON_PAIRS = {"epochs": 1.0, "learning_rate": 5e-6, "warmup": 0.1}
 ENOUGH_STEPS, MAX_STEP_TOKENS = 100, 8192  # what train.tokens_per_step = 0 aims at
@@ -113,6 +118,10 @@ class DataConfig:
     """Longer than a row: drop (and count), or cut the prompt from its start; the answer and its end
     token are never cut.
     """
+    replay: float = _at_least(0, 0.0, at_most=0.9)
+    """Share of the conversations trained on that are general ones, against forgetting."""
+    replay_from: str = ""
+    """A file of those; empty: the base's own answers to general questions of ours."""
     dedup: bool = True
     """Drop exact duplicates."""
     convert: str = ""
@@ -329,6 +338,10 @@ def _clashes(config: Config, where: Callable[[str], str]) -> list[str]:
         problems.append(say("config.row", where=where("train.tokens_per_step"), row=row))
     if config.preference.active and config.train.learning_rate == "auto":
         problems.append(say("config.pairs_rate", where=where("train.learning_rate")))
+    if config.data.replay and config.data.kind == "text" and not config.data.replay_from:
+        problems.append(say("config.replay", where=where("data.replay")))
+    if config.data.replay_from and not config.data.replay:
+        problems.append(say("config.replay_from", where=where("data.replay_from")))
     if config.preference.active:
         for key, value in _WITH_PAIRS.items():
             section, _, name = key.partition(".")
@@ -344,7 +357,8 @@ def _paths(config: Config) -> list[tuple[str, str]]:
     """(key, path) of every setting that names a file or a folder."""
     data = config.data
     paths = [("data.train", source.path) for source in data.train]
-    paths += [("data.eval", data.eval), ("model.path", config.model.path)]
+    paths += [("data.eval", data.eval), ("data.replay_from", data.replay_from)]
+    paths.append(("model.path", config.model.path))
     return [*paths, ("lora.init_from", config.lora.init_from), ("run.dir", config.run.dir)]
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config
 from cllm.data.pairs import REJECTED_KEYS, dialogue, sides
+from cllm.data.reader import list_files
 from cllm.data.schema import Conversation
-from cllm.data.sources import Data, prepare, unread_names
-from cllm.messages import UserError, command, note
+from cllm.data.sources import BUILT_IN, Data, prepare, unread_names
+from cllm.messages import UserError, command, file_name, note, say
 
 if TYPE_CHECKING:
     from cllm.data.cache import Slices
@@ -36,7 +37,7 @@ class Encoded:
     """[train]'s, or what its 0 comes to for these tokens."""
     held_rows: list[PackedBatch]
     train: Sequence[Conversation]
-    """The conversations that are in `rows`."""
+    """The conversations that are in `rows`, without general ones."""
     held_out: Sequence[Conversation]
     """The conversations that are in `held_rows`."""
     sha256: str
@@ -98,14 +99,17 @@ def encode_corpus(
     """
     from cllm.data.packing import PackedRows
 
-    (examples, trained, numbers, refused), (held_examples, held_out, held_numbers, left_out) = (
-        _encode_side(side, tokenizer, config, row_tokens)
-        for side in (corpus.train, corpus.held_out)
-    )
+    sides = (corpus.train, corpus.held_out, corpus.replay)
+    own, held, added = (_encode_side(side, tokenizer, config, row_tokens) for side in sides)
+    examples, trained, numbers, refused = own
+    held_examples, held_out, held_numbers, left_out = held
+    general, _, _, unfit = added
     _check_trained(corpus, tokenizer, examples, refused, row_tokens)
+    # of the user's own data: general ones do not make its steps longer
+    tokens_per_step = config.train.step_tokens(sum(examples.sizes))
+    examples = examples + general if general else examples
     tokens = sum(examples.sizes)
     tokens_per_row = tokens // len(examples) if single else row_tokens
-    tokens_per_step = config.train.step_tokens(tokens)
     rows_per_step = max(1, tokens_per_step // tokens_per_row)
     rows = PackedRows(
         examples,
@@ -114,27 +118,29 @@ def encode_corpus(
         single=single,
         numbers=numbers,
         step_rows=rows_per_step,
+        sources=_sources(config, trained, len(general), len(examples)),
     )
     after = [2 * len(corpus.train) + number for number in held_numbers]
     held_sha256 = held_examples.digest()
     facts = repr((numbers, examples.digest(), after, held_sha256))
     answers = PackedRows(held_examples, row_tokens, single=single, numbers=after)
     held_examples, held_out = _chosen(held_numbers, held_examples, held_out)
-    held = PackedRows(held_examples, row_tokens, single=single)
+    held_rows = PackedRows(held_examples, row_tokens, single=single)
     note(
         "train.data",
-        train=len({number // 2 for number in numbers}) or len(examples),
+        train=len({number // 2 for number in numbers}) or len(examples) - len(general),
+        replay=say("train.replay", count=len(general)) if general else "",
         held_out=len(held_out),
         tokens=f"{tokens:,}",
         rows=len(rows),
         rejects=len(corpus.rejects),
-        left_out=", ".join(f"{reason} {n}" for reason, n in (refused + left_out).items()) or "0",
+        left_out=", ".join(f"{k} {n}" for k, n in (refused + left_out + unfit).items()) or "0",
     )
     return Encoded(
         rows,
         rows_per_step,
         tokens_per_step,
-        held.take(len(held)),
+        held_rows.take(len(held_rows)),
         _chosen(numbers, examples, trained)[1],
         held_out,
         examples.digest(),
@@ -143,6 +149,25 @@ def encode_corpus(
         2 * (len(corpus.train) + len(corpus.held_out)),
         hashlib.sha256(facts.encode()).hexdigest(),
     )
+
+
+def source_names(config: Config) -> tuple[str, ...]:
+    """The names of a mixture's sources, general rows last; () of a single one, or of pairs."""
+    names = [source.path for source in config.data.train] + ["replay"] * (config.data.replay > 0)
+    return () if len(names) == 1 or config.preference.active else tuple(names)
+
+
+def _sources(config: Config, trained: Any, general: int, examples: int) -> list[int]:
+    """The number in `source_names` of each example; none where a text may be several of them."""
+    data = config.data
+    if not source_names(config) or len(trained) + general != examples:
+        return []
+    of = {
+        file_name(file): number
+        for number, source in enumerate(data.train)
+        for file in list_files(BUILT_IN.get(source.path, source.path))
+    }
+    return [of[item.file] for item in trained] + [len(data.train)] * general
 
 
 def _check_trained(

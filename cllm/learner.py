@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cllm import replay
 from cllm.advice import EXPONENTS, OTHER, advised_rate
 from cllm.assembly import Assembly, assemble
 from cllm.config import Config, differences
-from cllm.corpus import Encoded, encode_corpus, tokenizer_of
+from cllm.corpus import Encoded, encode_corpus, source_names, tokenizer_of
 from cllm.data import cache
 from cllm.data.packing import PackedBatch
-from cllm.data.sources import Data
+from cllm.data.sources import Data, replay_count, replayed
 from cllm.learn.dist import World
 from cllm.learn.ladder import Ladder
 from cllm.learn.log import AnswerCount
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
 def trainee_of(config: Config, assembly: Assembly) -> Trainee:
     """What learns from rows, with [train]'s optimizer."""
     model, precision = assembly.model, assembly.precision
+    names = source_names(config)
+    by_source = torch.zeros(len(names), device=assembly.device)
     return Trainee(
         model,
-        partial(sft_loss, chunk_bytes=assembly.settings.chunk_bytes),
+        partial(sft_loss, chunk_bytes=assembly.settings.chunk_bytes, by_source=by_source),
         make_optimizer(
             model,
             config.train.rate,
@@ -59,6 +62,8 @@ def trainee_of(config: Config, assembly: Assembly) -> Trainee:
         precision,
         precision.scaler(),
         config.train.max_norm,
+        names=names,
+        by_source=by_source,
     )
 
 
@@ -67,10 +72,11 @@ class Learner:
 
     Rows are encoded before weights are loaded, so that data which cannot be trained on are refused
     at once; they are encoded again if the loaded model tells more: that its end token was never
-    trained, or that sequences may not share a row.
+    trained, that sequences may not share a row, or what it answers itself (`cllm.replay`), which
+    the run `resume` already has.
     """
 
-    def __init__(self, config: Config, corpus: Data) -> None:
+    def __init__(self, config: Config, corpus: Data, resume: Path | None = None) -> None:
         self.config = config
         self.corpus = corpus
         row_tokens = config.train.row_tokens
@@ -87,13 +93,15 @@ class Learner:
         train = replace(self.config.train, tokens_per_step=step)
         self.config = config = replace(config, train=train)
         check_optimizer(config.train.optimizer, self.world.device.type)
+        asks = config.data.replay and not config.data.replay_from
         self.assembly = assemble(
             self.base,
             config.model,
             config.memory,
             device=self.world.device,
             adapter=config.lora,
-            row_tokens=len(self.encoded.rows.longest().input_ids),
+            # its own answers may fill rows
+            row_tokens=row_tokens if asks else len(self.encoded.rows.longest().input_ids),
             optimizer=config.train.optimizer,
             tokenizer=tokenizer,
             seed=config.train.seed,
@@ -104,9 +112,10 @@ class Learner:
         self._introduce()
         self.single = not self.assembly.packed
         other_step = step != self.encoded.tokens_per_step
-        if self.single or other_step or self.tokenizer is not tokenizer:
-            self.encoded = self._encode(self.tokenizer)
         self.engine = self.assembly.engine()
+        self.answers = self._answers(resume) if asks else b""
+        if self.single or other_step or asks or self.tokenizer is not tokenizer:
+            self.encoded = self._encode(self.tokenizer)
 
     @property
     def model(self) -> Any:
@@ -141,6 +150,23 @@ class Learner:
         return encode_corpus(
             self.corpus, tokenizer, self.config, row_tokens=row_tokens, single=self.single
         )
+
+    def _answers(self, resume: Path | None) -> bytes:
+        """The base's own answers, rank 0's for all, and `corpus` with them."""
+        corpus, config, text = self.corpus, self.config, b""
+        share, row_tokens = config.data.replay, config.train.row_tokens
+        stored = resume / replay.FILE if resume else None
+        if stored and stored.is_file():  # which only rank 0 may see
+            text = stored.read_bytes()
+        elif self.world.rank == 0:
+            count = replay_count(share, len(corpus.train))
+            facts = base_fingerprint(self.base), config.model
+            text = replay.own_answers(self.engine, self.tokenizer, count, row_tokens, facts)
+        text = self.world.share(text)
+        general = replay.conversations(text)
+        mixed = replayed(general, share, len(corpus.train), corpus.held_out)
+        self.corpus = corpus._replace(replay=mixed)
+        return text
 
     def refer_to(self, reference: Tensor | None) -> None:
         """With a preference loss: learn against these log-probabilities by PackedBatch.numbers;

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cllm.messages import language, messages
@@ -88,8 +89,12 @@ def _averages(losses: Sequence[float]) -> list[float]:
     return curve
 
 
-def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
-    """Training loss (raw and smoothed) and held-out loss over the steps, as a PNG."""
+def draw_loss(
+    train: Curve, held_out: Curve, target: Path, sources: Mapping[str, Curve] = MappingProxyType({})
+) -> None:
+    """Training loss (raw and smoothed; of a mixture each source's, too) and held-out loss over the
+    steps, as a PNG.
+    """
     from matplotlib.figure import Figure
 
     steps, losses = zip(*train, strict=True)
@@ -98,6 +103,9 @@ def draw_loss(train: Curve, held_out: Curve, target: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="#9bbcd8", linewidth=0.8, label=raw)
     axes.plot(steps, smoothed(losses), color="#1f5f99", linewidth=1.8, label=smooth)
+    for name, curve in sources.items():
+        steps, losses = zip(*curve, strict=True)
+        axes.plot(steps, smoothed(losses), "--", linewidth=1, label=name)
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, "o-", color="#d1652b", linewidth=1.8, ms=5, label=measured)

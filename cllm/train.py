@@ -57,7 +57,7 @@ class Training:
         # Here, because torch takes seconds to load: mistakes in the data are said before.
         from cllm.learner import Learner
 
-        self.learner = Learner(config, corpus)
+        self.learner = Learner(config, corpus, resume)
         self.config = self.learner.config
         self._plan_steps()
         with contextlib.ExitStack() as resources:
@@ -143,6 +143,8 @@ class Training:
         )
         replace_file(self.run / "config.toml", to_toml(self.config).encode())
         replace_file(self.run / "manifest.json", manifest)
+        if self.learner.answers:
+            replace_file(self.run / "replay.jsonl", self.learner.answers)
 
     def _restore(self) -> None:
         """Back to the newest whole snapshot, on every rank rank 0's."""

@@ -188,7 +188,8 @@ def started(
     found = prepare(data)
     how = {"kind": "chat", "max_tokens": 150, "truncate": "drop", **more}
     examples, kept, refused = encode_set(found.train, tokenizer, **how)  # type: ignore[arg-type]
-    plain = found._replace(train=list(found.train), held_out=list(found.held_out))
+    sides = {side: list(getattr(found, side)) for side in ("train", "held_out", "replay")}
+    plain = found._replace(**sides)
     return plain, list(examples), list(kept), dict(refused)
 
 

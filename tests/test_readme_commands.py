@@ -68,7 +68,12 @@ def test_the_commands_work_in_their_order(
         return  # the same commands
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cllm.fit.LONGEST_ROW", 4096)  # longer rows take minutes to trace
-    for file, count in (("my.jsonl", 40), ("test.jsonl", 4), ("more.jsonl", 40)):
+    for file, count in (
+        ("my.jsonl", 40),
+        ("test.jsonl", 4),
+        ("more.jsonl", 40),
+        ("general.jsonl", 4),
+    ):
         rows = [
             {"instruction": f"第{i}号仓库在哪里？", "output": f"第{i}号仓库在河东{i + 1}街。"}
             for i in range(count)

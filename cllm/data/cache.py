@@ -62,6 +62,16 @@ class Slices(Sequence[T]):
         """The items at these indices, as lazy as these."""
         return Slices(self.make, self.starts[indices], self.ends[indices], *self.arrays)
 
+    def __add__(self, other: Slices[T]) -> Slices[T]:
+        """These items and after them others that are made alike."""
+        shift = len(self.arrays[0])
+        starts, ends = (
+            np.concatenate([own, added + shift])
+            for own, added in ((self.starts, other.starts), (self.ends, other.ends))
+        )
+        both = map(np.concatenate, zip(self.arrays, other.arrays, strict=True))
+        return Slices(self.make, starts, ends, *both)
+
     @property
     def sizes(self) -> list[int]:
         """How long each item's part is."""

@@ -53,6 +53,8 @@ class PackedBatch:
     """
     weights: Tensor | None = None
     """(T,) float32: what each position counts in the loss; None: 1."""
+    sources: Tensor | None = None
+    """(T,) int64 of a mixture: which source each position is of."""
 
     @property
     def weight(self) -> int:
@@ -68,6 +70,7 @@ class PackedBatch:
             supervised=without_waiting(self.supervised, device),
             device_seqlens=without_waiting(self.cu_seqlens, device),
             weights=None if self.weights is None else without_waiting(self.weights, device),
+            sources=None if self.sources is None else without_waiting(self.sources, device),
         )
 
     def split(self, tokens: int) -> list[PackedBatch]:
@@ -94,6 +97,7 @@ class PackedBatch:
                     if self.numbers is None
                     else self.numbers[(bounds[:-1] >= low) & (bounds[:-1] < high)],
                     weights=None if self.weights is None else self.weights[low:high],
+                    sources=None if self.sources is None else self.sources[low:high],
                 )
             )
         return parts
@@ -164,7 +168,7 @@ class PackedRows:
     unit is a row. `single` puts each sequence in a row of its own (architectures whose recurrent
     state would leak across a packed row). With `numbers` (PackedBatch.numbers of the examples) a
     unit is the rows of a step, at most `step_rows` or two, that hold all answers of their
-    conversations.
+    conversations. `sources`: of a mixture, the number of each example's source.
     """
 
     def __init__(
@@ -176,6 +180,7 @@ class PackedRows:
         single: bool = False,
         numbers: Sequence[int] = (),
         step_rows: int = 1,
+        sources: Sequence[int] = (),
     ) -> None:
         self.examples, self.row_tokens, self.seed, self.single = examples, row_tokens, seed, single
         self.sizes = (
@@ -183,7 +188,7 @@ class PackedRows:
             if isinstance(examples, Slices)
             else [len(example.input_ids) for example in examples]
         )
-        self.numbers, self.step_rows = numbers, step_rows
+        self.numbers, self.step_rows, self.sources = numbers, step_rows, sources
         self.state = (0, 0)
         self._epoch = functools.lru_cache(2)(self._order)  # of the one that runs and the first
 
@@ -228,6 +233,9 @@ class PackedRows:
         batch = collate([self.examples[i] for i in row])
         if self.numbers:
             batch.numbers = torch.tensor([self.numbers[i] for i in row])
+        if self.sources:
+            of = torch.tensor([self.sources[i] for i in row])
+            batch.sources = of.repeat_interleave(batch.cu_seqlens.diff())
         return batch
 
     def take(self, count: int) -> list[PackedBatch]:

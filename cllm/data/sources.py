@@ -4,6 +4,7 @@ in the cache as they come out.
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections import Counter
@@ -41,6 +42,8 @@ class Data(NamedTuple):
     leaked: int
     """Held-out questions that are asked in training too."""
     unread: Unread
+    replay: Sequence[Conversation] = ()
+    """General ones that are trained on beside `train`."""
 
 
 def read_file(
@@ -141,9 +144,31 @@ def divide(
     trained, train = set(map(id, rest)), []
     for source, group in zip(data.train, groups, strict=True):
         own = [item for item in group if id(item) in trained]
-        whole, part = divmod(source.weight, 1)
-        train += own * int(whole) + random.Random(source.path).sample(own, round(part * len(own)))
+        train += _weighted(own, source.weight, source.path)
     return train, held_out, len(everything) - len(kept)
+
+
+def _weighted(items: list[Conversation], weight: float, seed: str) -> list[Conversation]:
+    whole, part = divmod(weight, 1)
+    return items * int(whole) + random.Random(seed).sample(items, round(part * len(items)))
+
+
+def replay_count(share: float, train: int) -> int:
+    """How many general conversations are `share` of all beside `train` others; at least one."""
+    return max(1, round(train * share / (1 - share)))
+
+
+def replayed(
+    general: Sequence[Conversation], share: float, train: int, held_out: Sequence[Conversation]
+) -> list[Conversation]:
+    """`replay_count` of the general conversations, too few of them several times; none asks what a
+    held-out one does. Raises UserError if none is left.
+    """
+    asked = set(map(id, repeated_questions(held_out, general)))
+    fresh = [item for item in general if id(item) not in asked]
+    if not fresh:
+        raise UserError("data.no_replay", count=len(general))
+    return _weighted(fresh, replay_count(share, train) / len(fresh), "replay")
 
 
 def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
@@ -168,35 +193,43 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
             raise UserError("data.empty", path=data.eval, rejects=len(refused), command=look)
         train, held_out, dropped = divide(data, groups, given)
         rejects += refused
-        rows = sum(map(len, groups)) + len(given) + len(rejects)
-        texts = [_stored(item) for item in (*train, *held_out)]
+        rows, general = sum(map(len, groups)) + len(given), list[Conversation]()
+        if data.replay_from:
+            general, refused = read_file(data, data.replay_from, {}, unread)
+            rejects, rows = rejects + refused, rows + len(general)
+            general = replayed(general, data.replay, len(train), held_out)
+        texts = [_stored(item) for item in (*train, *held_out, *general)]
         arrays = {
             "text": np.frombuffer(b"".join(texts), np.uint8),
             "bounds": np.cumsum([0, *map(len, texts)]),
         }
         return arrays, [
-            len(train),
+            [len(train), len(train) + len(held_out)],
             rejects,
-            rows,
+            rows + len(rejects),
             dropped,
             len(repeated_questions(train, held_out)),
             unread,
         ]
 
-    paths = [source.path for source in data.train] + [data.eval] * bool(data.eval)
+    paths = [source.path for source in data.train]
+    paths += filter(None, (data.eval, data.replay_from))
     key = cache.key_of(
         data,
         pairs,
         language(),
         files=[file for path in paths for file in list_files(BUILT_IN.get(path, path))],
     )
-    arrays, (size, rejects, *counts) = cache.recall(key, make)
+    arrays, (sizes, rejects, *counts) = cache.recall(key, make)
     text, bounds = arrays["text"], arrays["bounds"]
-    train, held_out = (
-        cache.Slices(_restored, part[:-1], part[1:], text, key=f"{key} {side}")
-        for side, part in (("train", bounds[: size + 1]), ("held out", bounds[size:]))
+    train, held_out, general = (
+        cache.Slices(
+            _restored, bounds[low:high], bounds[low + 1 : high + 1], text, key=f"{key} {low}:{high}"
+        )
+        for low, high in itertools.pairwise([0, *sizes, len(bounds) - 1])
     )
-    return Data(train, held_out, [Reject(*reject) for reject in rejects], *counts)
+    found = Data(train, held_out, [Reject(*reject) for reject in rejects], *counts)
+    return found._replace(replay=general)
 
 
 def _stored(item: Conversation) -> bytes:

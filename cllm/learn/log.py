@@ -238,4 +238,9 @@ def draw_curve(metrics: Path, target: Path) -> None:
     """The losses of a metrics.jsonl as a PNG; nothing if there is none yet."""
     rows = read_metrics(metrics)
     if train := losses(rows):
-        draw_loss(train, losses(rows, "eval_loss"), target)
+        sources: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            for name, loss in row.get("sources", {}).items():
+                if loss is not None:
+                    sources.setdefault(name, []).append((row["step"], loss))
+        draw_loss(train, losses(rows, "eval_loss"), target, sources)

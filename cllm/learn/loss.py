@@ -151,9 +151,17 @@ def row_nll(model: Any, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> T
     return token_nll(hidden, output_head(model), batch.labels, chunk_bytes, batch.supervised)
 
 
-def sft_loss(model: nn.Module, batch: PackedBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def sft_loss(
+    model: nn.Module,
+    batch: PackedBatch,
+    chunk_bytes: int = CHUNK_BYTES,
+    by_source: Tensor | None = None,
+) -> Tensor:
     """Summed nats over the row's supervised tokens (scalar float32), each times its weight if the
-    row has any; divide by `batch.weight` for the mean.
+    row has any; divide by `batch.weight` for the mean. Those of each of the row's sources are added
+    to `by_source`, (sources,) float32.
     """
     nll = row_nll(model, batch, chunk_bytes)
+    if by_source is not None and batch.sources is not None:
+        by_source.index_add_(0, batch.sources, nll.detach())
     return (nll if batch.weights is None else nll * batch.weights).sum()

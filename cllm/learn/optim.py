@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,11 +47,15 @@ class StepStats(NamedTuple):
     """
     preference: Mapping[str, float] = MappingProxyType({})
     """`Weighed.figures` of a step on preference data."""
+    sources: Mapping[str, float] = MappingProxyType({})
+    """Of a mixture: mean nats per supervised token of each source that the step has."""
 
     def figures(self) -> dict[str, Any]:
         """Everything by its name."""
         values: dict[str, Any] = self._asdict()
         values |= values.pop("preference")
+        if not self.sources:
+            del values["sources"]
         return values
 
 
@@ -198,6 +203,10 @@ class Trainee:
     max_norm: float = 1.0
     preference: Preference | None = None
     """With it a step takes two passes: `cllm.learn.preference`."""
+    names: tuple[str, ...] = ()
+    """Of the sources of a mixture."""
+    by_source: Tensor | None = None
+    """(names,) where `objective` adds up each one's nats."""
 
     def step(
         self,
@@ -223,6 +232,7 @@ class Trainee:
         measured = self._measured(rows, world, micro_tokens)
         divisor = 1 if self.preference else max(1, weight)
         total = torch.zeros((), device=trained[0].device)
+        sums = total.new_zeros(0) if self.by_source is None else self.by_source.zero_()
 
         def gradients() -> None:
             for index in range(world.rank, len(rows), world.size):
@@ -236,29 +246,36 @@ class Trainee:
             if self.preference:  # pass 2 has its gradient, not its value
                 total.fill_(0.0 if world.rank else measured.loss)
 
-        def update() -> tuple[float, float, bool]:
+        def update() -> tuple[float, float, bool, list[float]]:
             scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(trained, self.max_norm or math.inf)
             # the step's one wait for the device
-            mean, grad_norm = torch.stack([total, norm]).tolist()
+            mean, grad_norm, *nats = torch.cat([torch.stack([total, norm]), sums]).tolist()
             skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
             if scaler.is_enabled() or not skipped:
                 # an enabled scaler skips by itself when it saw an inf or nan
                 scaler.step(self.optimizer)
                 scaler.update()
-            return mean, grad_norm, skipped
+            return mean, grad_norm, skipped, nats
 
         try:
             _in_memory(gradients, world, altered=False)
             if world.size > 1:
-                for p in trained:  # a rank without a row in this step
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                world.sum_([total, *(p.grad for p in trained if p.grad is not None)])
-            mean, grad_norm, skipped = _in_memory(update, world, altered=True)
+                world.sum_([total, sums, *map(_gradient, trained)])
+            mean, grad_norm, skipped, nats = _in_memory(update, world, altered=True)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(batch.input_ids) for batch in rows)
-        return StepStats(mean, grad_norm, tokens, weight, skipped, measured.figures)
+        sources = self._means(rows, nats)
+        return StepStats(mean, grad_norm, tokens, weight, skipped, measured.figures, sources)
+
+    def _means(self, rows: Sequence[PackedBatch], nats: list[float]) -> dict[str, float]:
+        """Mean nats per supervised token of each source that is in the rows."""
+        counts = Counter[int]()
+        for row in rows:
+            if row.sources is not None:
+                counts.update(row.sources[row.supervised].tolist())
+        return {self.names[source]: nats[source] / counts[source] for source in sorted(counts)}
 
     def _measured(self, rows: Sequence[PackedBatch], world: World, micro_tokens: int) -> Weighed:
         """Pass 1 of a step on preference data; any others' rows as they are."""
@@ -272,6 +289,13 @@ class Trainee:
         nats = _in_memory(measure, world, altered=False)
         world.sum_([nats])
         return preference.weighed(rows, nats.cpu())
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Its gradient, zeros on a rank without a row in this step."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _in_memory(work: Callable[[], Result], world: World, *, altered: bool) -> Result:
