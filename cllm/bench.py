@@ -326,6 +326,7 @@ def main(argv: list[str]) -> int:
         plans = []
         for name, config in configs.items():
             known, original = published(config, arguments.layers)
+            note("bench.planning", name=known)
             work = _work(config, original, rate) if is_config(name) else None
             words = _training(name, known, config.train.row_tokens)
             words = [*words, *(word for word in arguments.overrides if word not in words)]

@@ -175,7 +175,7 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
         columns=f"{{ {pairs} }}" if columns else "{}",
         kind=to_json(config.data.kind),
         held_out=held_out,
-        held=round(held_out * count),
+        held=max(1, round(held_out * count)),
         row=train.row_tokens,
         longest=lengths["p99"],
         unit=say(f"check.unit.{'tokens' if 'tokens' in account else 'characters'}"),
