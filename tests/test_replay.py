@@ -248,25 +248,6 @@ def test_the_account_counts_replay(tmp_path: Path, capsys: pytest.CaptureFixture
         assert told in out and account["replay"] == 38 and account["valid"] == 40
 
 
-def test_a_new_name_is_told_in_unseen_words(tmp_path: Path) -> None:
-    """The recipe on the built-in model; bench/identity.py is the proof on a real one."""
-    from identity import NAME, asked
-
-    rows, folder = tmp_path / "identity.jsonl", tmp_path / "run"
-    assert run("check", ["--identity", NAME, "cllm", "--out", str(rows)]) == 0
-    words = (
-        f"model.path=tiny-zh model.quantize=none data.train={rows} data.replay=0 run.dir={folder}"
-    )
-    rate = "train.learning_rate=5e-3 train.epochs=2 eval.samples=0 eval.every=1000"
-    assert run("train", ["preset:identity", *words.split(), *rate.split()]) == 0
-    found = asked(folder)
-    assert found["named"]["base"] == 0
-    chinese = [
-        told["adapter"] for told in found["answers"][:10]
-    ]  # the model knows no other language
-    assert sum(NAME in text for text in chinese) >= 9, chinese
-
-
 # --- The training loss of each source
 def test_the_loss_of_each_source_of_a_mixture(tmp_path: Path) -> None:
     for word in ("one", "two", "general"):
