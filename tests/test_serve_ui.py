@@ -196,6 +196,8 @@ def test_what_is_typed_while_an_answer_comes_stays_and_blanks_are_not_sent(page:
     assert {type(k).__name__ for k in sent} == {"Textbox", "State", "Chatbot"}
     # what was typed meanwhile stays: the browser takes out what was sent
     assert [kept.value for k, kept in sent.items() if type(k).__name__ == "Textbox"] == [None]
+    # Gradio would evaluate a script of an event from text: the policy forbids it, and no page opens
+    assert not [f.js for f in page.blocks.fns.values() if isinstance(f.js, str)]
     for words, running in (("再问", "key"), ("  \n", "")):
         refused = page.call("ask", words, running, history)
         assert {type(k).__name__ for k in refused} == {"Chatbot"}
