@@ -439,7 +439,8 @@ def test_metadata_names_are_no_fields() -> None:
         "Unnamed: 0",
         "",
         "meta_info",
+        "编号",
     ):
         assert is_metadata(name)
-    for name in ("note", "context", "explanation", "title", "hint", "persona", "0"):
+    for name in ("note", "内容", "context", "explanation", "title", "hint", "persona", "0"):
         assert not is_metadata(name)

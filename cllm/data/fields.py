@@ -61,7 +61,7 @@ METADATA = frozenset(
     " categories task class type kind topic subject domain lang language split model model_name"
     " version date time timestamp created created_at updated_at url link file filename path license"
     " copyright tag tags score scores rating level difficulty length len tokens num turns count"
-    " meta metadata meta_info role from".split()
+    " meta metadata meta_info role from 编号 序号 行号 来源 日期 时间 链接 网址".split()
 )
 # words of markup that is taken away, and of fields that say "nothing"
 _UNSAID = frozenset(ALIASES).union(
