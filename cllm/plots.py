@@ -149,7 +149,7 @@ def draw_strengths(
     """
     from matplotlib.figure import Figure
 
-    strength, task, general = _words("plot.strengths", metric=PLOTTED.get(metric, metric))
+    strength, task, general = _words("plot.strengths", metric=_name(metric))
     figure = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
     panels = zip(figure.subplots(1, 2), (metric, "general-ppl"), (task, general), strict=True)
     for axes, name, label in panels:
