@@ -141,17 +141,15 @@ def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0
     figure.savefig(target)
 
 
-def draw_strengths(
-    systems: Mapping[float, SystemScores], metric: str, best: float | None, target: Path
-) -> None:
-    """The metric, with 95 % intervals where there are enough answers, and general perplexity over
+def draw_strengths(systems: Mapping[float, SystemScores], best: float | None, target: Path) -> None:
+    """The loss, with 95 % intervals where there are enough answers, and general perplexity over
     the strength of the adapter, with a line at the recommended one, as a PNG.
     """
     from matplotlib.figure import Figure
 
-    strength, task, general = _words("plot.strengths", metric=_name(metric))
+    strength, task, general = _words("plot.strengths", metric=_name("loss"))
     figure = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
-    panels = zip(figure.subplots(1, 2), (metric, "general-ppl"), (task, general), strict=True)
+    panels = zip(figure.subplots(1, 2), ("loss", "general-ppl"), (task, general), strict=True)
     for axes, name, label in panels:
         values = [system.scores[name] for system in systems.values()]
         bounds = [system.interval.get(name) for system in systems.values()]

@@ -148,7 +148,7 @@ def test_strengths_are_answered_beside_base_and_adapter_which_stay_as_they_are(
         assert len({swept[name][metric] for name in named}) == 4
     assert swept["base"]["loss"] > swept["adapter 0.5"]["loss"] > swept["adapter"]["loss"]
     found = swept["strength"]
-    assert found["metric"] == "rouge-l-char" and 0 <= found["share"] <= 1
+    assert 0 <= found["share"] <= 1
     sample = json.loads((folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[0])
     assert sample["scores"].keys() == {*named}
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -160,15 +160,15 @@ def test_strengths_are_answered_beside_base_and_adapter_which_stay_as_they_are(
     assert out.count("too few to tell (n = 4)") == 2
 
 
-def swept(rouge: list[float], perplexity: list[float], n: int = 40) -> Evaluation:
-    """Base, 0.5, adapter and 1.5 with these scores: half of the answers 10 above, half below."""
+def swept(losses: list[float], perplexity: list[float], n: int = 40) -> Evaluation:
+    """Base, 0.5, adapter and 1.5 with these losses: half of the answers 1 above, half below."""
     asked = [conversation("问", "好")] * n
     tables = {}
     for name, reached, ppl in zip(
-        ("base", "adapter 0.5", "adapter", "adapter 1.5"), rouge, perplexity, strict=True
+        ("base", "adapter 0.5", "adapter", "adapter 1.5"), losses, perplexity, strict=True
     ):
-        rows = [[0.0, 0.0, reached / 100 + (-0.1, 0.1)[i % 2], 1.0] for i in range(n)]
-        tables[name] = {"rouge-l-char": rows, "general-ppl": [[math.log(ppl), 1.0]] * 3}
+        rows = [[reached + (-1, 1)[i % 2], 1.0] for i in range(n)]
+        tables[name] = {"loss": rows, "general-ppl": [[math.log(ppl), 1.0]] * 3}
     found = recommend(tables)
     assert found is not None
     results = score(asked, {}, {})
@@ -188,31 +188,31 @@ def swept(rouge: list[float], perplexity: list[float], n: int = 40) -> Evaluatio
 
 
 def test_the_recommended_strength_keeps_the_gain_at_half_the_rise() -> None:
-    best = swept([20, 60, 61, 61], [10, 11, 13, 16])
+    best = swept([8, 4, 3.9, 3.9], [10, 11, 13, 16])
     assert best.strength is not None and best.strength.recommended == 0.5
     assert best.strength.share == 1 and best.strength.interval == [0.5, 0.5]
     (shown,) = strength_table(best)
     assert shown.rows[1:] == [
-        ["0", "20.0", "0 %", "10.0", "0 %"],
-        ["0.5", "60.0", "98 %", "11.0", "33 %"],
-        ["1", "61.0", "100 %", "13.0", "100 %"],
-        ["1.5", "61.0", "100 %", "16.0", "200 %"],
+        ["0", "8.000", "0 %", "10.0", "0 %"],
+        ["0.5", "4.000", "98 %", "11.0", "33 %"],
+        ["1", "3.900", "100 %", "13.0", "100 %"],
+        ["1.5", "3.900", "100 %", "16.0", "200 %"],
     ]
     assert (
         "recommended strength 0.5 (95 % interval 0.5 … 0.5; of 1,000 resamples" in shown.legend[1]
     )
-    for rouge, perplexity in (
-        ([20, 50, 61, 61], [10, 11, 13, 16]),  # too little of the gain
-        ([20, 60, 61, 61], [10, 12, 13, 16]),  # too much of the rise
-        ([20, 19, 18, 10], [10, 11, 13, 16]),  # no gain
+    for losses, perplexity in (
+        ([8, 5, 3.9, 3.9], [10, 11, 13, 16]),  # too little of the gain
+        ([8, 4, 3.9, 3.9], [10, 12, 13, 16]),  # too much of the rise
+        ([8, 8.1, 8.2, 9], [10, 11, 13, 16]),  # no gain
     ):
-        none = swept(rouge, perplexity)
+        none = swept(losses, perplexity)
         assert none.strength is not None and none.strength.recommended is None
         assert "no strength is recommended" in strength_table(none)[0].legend[1]
-    free = swept([20, 50, 61, 61], [10, 9, 9, 8])  # nothing was forgotten
+    free = swept([8, 5, 3.9, 3.9], [10, 9, 9, 8])  # nothing was forgotten
     assert free.strength is not None and free.strength.recommended == 1
-    few = swept([20, 60, 61, 61], [10, 11, 13, 16], n=19)
-    assert few.strength == Strength("rouge-l-char", 0.5, [], None)
+    few = swept([8, 4, 3.9, 3.9], [10, 11, 13, 16], n=19)
+    assert few.strength == Strength(0.5, [], None)
     assert "too few to tell (n = 19)" in strength_table(few)[0].legend[1]
 
 
@@ -220,7 +220,7 @@ def test_an_interval_of_the_strength_is_that_of_its_resamples() -> None:
     """An answer in two is better by little at 1 than at 0.5: which of them keeps 95 % is chance."""
     rows = {"base": [0.0] * 40, "adapter 0.5": [0.9, 1.0] * 20, "adapter": [1.0] * 40}
     tables = {
-        name: {"rouge-l-char": [[0.0, 0.0, f, 1.0] for f in reached], "general-ppl": [[1.0, 1.0]]}
+        name: {"loss": [[1.0 - f, 1.0] for f in reached], "general-ppl": [[1.0, 1.0]]}
         for name, reached in rows.items()
     }
     found = recommend(tables)

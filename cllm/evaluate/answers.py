@@ -128,21 +128,21 @@ def versus(other: Statistics, system: Statistics) -> tuple[dict[str, list[float]
 
 def recommend(tables: Mapping[str, Statistics]) -> Strength | None:
     """The smallest of the measured strengths that keeps KEPT of what the adapter gains over the
-    base, in ROUGE-L over characters (without answers: in the loss), and raises general perplexity
-    by no more than MOST_RISE of what the adapter does; None where only base and adapter are there.
+    base in the loss of the references, and raises general perplexity by no more than MOST_RISE of
+    what the adapter does; None where only base and adapter are there. The loss, because of few
+    answers one score may keep what another has lost.
 
-    The interval: percentiles over resamples of the answers, the same for all strengths.
+    The interval: percentiles over resamples of the conversations, the same for all strengths.
     """
     import numpy as np
 
     measured = by_strength(tables)
     if not measured.keys() - {0, 1}:
         return None
-    metric, sign = ("rouge-l-char", 1) if "rouge-l-char" in measured[0] else ("loss", -1)
-    rows = [table[metric] for table in measured.values()]
+    rows = [table["loss"] for table in measured.values()]
     enough = len(rows[0]) >= FEWEST_PAIRS
-    values = resampled(_SCORES.get(metric, _mean), rows, resamples=1000 * enough)
-    gain = sign * (values - values[:, :1])
+    values = resampled(_mean, rows, resamples=1000 * enough)
+    gain = values[:, :1] - values
     one = [*measured].index(1)
     whole = gain[:, [one]]
     rise = np.array([value("general-ppl", table["general-ppl"]) for table in measured.values()])
@@ -151,7 +151,7 @@ def recommend(tables: Mapping[str, Statistics]) -> Strength | None:
     best, *drawn = [next(itertools.compress(measured, row), None) for row in wanted]
     found = [strength for strength in drawn if strength is not None]
     bounds = np.quantile(found, [0.025, 0.975], method="nearest").tolist() if found else []
-    return Strength(metric, best, bounds, len(found) / len(drawn) if enough else None)
+    return Strength(best, bounds, len(found) / len(drawn) if enough else None)
 
 
 # --- Losses

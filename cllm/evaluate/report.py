@@ -136,14 +136,14 @@ def strength_table(results: Evaluation) -> list[Shown]:
     if found is None:
         return []
     scores = {place: system.scores for place, system in by_strength(results.systems).items()}
-    columns = {found.metric: -1 if found.metric in FALLING else 1, "general-ppl": 1}
+    columns = {"loss": -1, "general-ppl": 1}
     lines = [["", *(head for c in columns for head in (named(c), say("eval.strength.share")))]]
     for place, reached in scores.items():
         cells = [f"{place:g}"]
         for metric, sign in columns.items():
             change, whole = (sign * (s[metric] - scores[0][metric]) for s in (reached, scores[1]))
             cells.append(number(reached[metric], 3 if metric == "loss" else 1))
-            cells.append(f"{100 * change / whole:.0f} %" if whole > 0 else "")
+            cells.append(f"{100 * change / whole + 0:.0f} %" if whole > 0 else "")  # no "-0 %"
         lines.append(cells)
     if found.share is None:
         told = say("eval.few", n=results.n, fewest=FEWEST_PAIRS)
@@ -155,7 +155,6 @@ def strength_table(results: Evaluation) -> list[Shown]:
             share=number(100 * found.share, 0),
             kept=number(100 * KEPT, 0),
             rise=number(100 * MOST_RISE, 0),
-            metric=named(found.metric),
         )
     return [Shown(say("eval.strength"), lines, [say("eval.strength.explain"), told])]
 
@@ -281,7 +280,7 @@ def write_results(folder: Path, results: Evaluation | Exam, about: About) -> Non
         if found := results.strength:
             plots.append(folder / "strengths.png")
             systems = by_strength(results.systems)
-            draw_strengths(systems, found.metric, found.recommended, plots[-1])
+            draw_strengths(systems, found.recommended, plots[-1])
     page = _page("/".join(folder.parts[-2:]), results, plots, _facts(results, about, runs))
     (folder / "report.html").write_text(page, encoding="utf-8")
 

@@ -87,8 +87,6 @@ class Sample:
 class Strength:
     """Which of the measured strengths of the adapter is recommended, by `answers.recommend`."""
 
-    metric: str
-    """Whose gain it keeps."""
     recommended: float | None
     """None: no strength is as wanted."""
     interval: list[float]
