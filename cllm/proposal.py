@@ -11,7 +11,7 @@ from typing import Any
 
 from cllm.account import Look
 from cllm.advice import EXPONENTS, FEW_CONVERSATIONS, MOST_SEQUENCES, advised_rate, sized
-from cllm.config import Config, load_config
+from cllm.config import Config, TrainConfig, load_config
 from cllm.data.fields import is_metadata
 from cllm.data.reader import sample_rows
 from cllm.data.sources import BUILT_IN
@@ -108,11 +108,12 @@ def _original(config: Config) -> dict[str, Any]:
 
 
 def _rate(preset: Config) -> tuple[float, str]:
-    """(learning rate, what it rests on): of answers that the formula says."""
-    advised = advised_rate(_original(preset))
-    if preset.preference.active or advised is None:
-        code = "pairs" if preset.preference.active else "tiny"
-        return preset.train.rate, say(f"check.why.rate_{code}")
+    """(learning rate, what it rests on): of answers what the formula says, unless one was set."""
+    pairs, advised = preset.preference.active, advised_rate(_original(preset))
+    given, usual = preset.train.learning_rate, TrainConfig().rate
+    if pairs or advised is None or given not in ("auto", usual):
+        kept = usual if given == "auto" else given
+        return kept, say("check.why.rate_pairs" if pairs else "check.why.rate_set")
     code = "rate" if advised.family else "rate_other"
     exponents = ", ".join(f"{name} {exponent}" for name, exponent in EXPONENTS.items())
     facts = {"family": advised.family, "hidden": advised.hidden, "exponents": exponents}

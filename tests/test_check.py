@@ -16,10 +16,12 @@ import pytest
 from serving import tiny_base
 
 from cllm.__main__ import run
+from cllm.advice import advised_rate
 from cllm.check import main
-from cllm.config import PRESETS, load_config
+from cllm.config import PRESETS, TrainConfig, load_config
 from cllm.data import read_conversations
 from cllm.proposal import guess, recommended
+from cllm.shapes import published
 
 ROWS = [{"instruction": f"第{n}个问题？", "output": f"第{n}个回答。"} for n in range(12)]
 
@@ -189,7 +191,10 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
     copied = load_config(tmp_path / "my.toml")
     assert found["valid"] == 5 and copied.data.train == preset.data.train
     assert copied.preference.loss == preset.preference.loss
-    assert copied.train.learning_rate == preset.train.learning_rate
+    known = published(preset.model.path)
+    advised = advised_rate(known[1]) if known else None
+    usual = preset.train.rate == TrainConfig().rate  # one that was set is kept
+    assert copied.train.rate == (advised.value if advised and usual else preset.train.rate)
     assert copied.train.epochs == (preset.train.epochs if preset.preference.active else 10)
     assert (copied.model.path, copied.model.quantize) == (preset.model.path, preset.model.quantize)
 
