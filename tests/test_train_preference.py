@@ -255,7 +255,7 @@ def test_the_reference_is_measured_once_and_kept(
 def test_early_stop_keeps_the_best_adapter(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["train.steps=60", "train.learning_rate=3", "train.schedule=constant"]
+    options = ["train.steps=60", "train.learning_rate=0.3", "train.schedule=constant"]
     options += ["eval.every=2", "eval.patience=2", "eval.samples=0"]
     assert run("train", [str(pairs), *options]) == 0
     assert "stopped early" in capsys.readouterr().err

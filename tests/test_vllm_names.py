@@ -33,6 +33,7 @@ SERVED = {
     "distilgpt2": ("GPT2LMHeadModel", "gpt2"),
     "qwen-7b": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3-4b": ("Qwen3ForCausalLM", "qwen3"),
+    "identity": ("Qwen3ForCausalLM", "qwen3"),
     "qwen3-8b": ("Qwen3ForCausalLM", "qwen3"),
     "yi-6b": ("LlamaForCausalLM", "llama"),
     "qwen3.5-0.8b": ("Qwen3_5ForConditionalGeneration", "qwen3.5"),
