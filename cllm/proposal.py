@@ -107,9 +107,9 @@ def _original(config: Config) -> dict[str, Any]:
     return (published(config.model.path) or ("", {}))[1]
 
 
-def _rate(preset: Config) -> tuple[float, str]:
+def _rate(preset: Config, original: dict[str, Any]) -> tuple[float, str]:
     """(learning rate, what it rests on): of answers what the formula says, unless one was set."""
-    pairs, advised = preset.preference.active, advised_rate(_original(preset))
+    pairs, advised = preset.preference.active, advised_rate(original)
     given, usual = preset.train.learning_rate, TrainConfig().rate
     if pairs or advised is None or given not in ("auto", usual):
         kept = usual if given == "auto" else given
@@ -120,14 +120,13 @@ def _rate(preset: Config) -> tuple[float, str]:
     return advised.value, say(f"check.why.{code}", **facts, exponent=EXPONENTS.get(advised.family))
 
 
-def _why_rank(preset: Config, tokens: int) -> str:
+def _why_rank(preset: Config, original: dict[str, Any], tokens: int) -> str:
     """Whether the adapter has a number for each of the `tokens` that are trained; "" where its size
     is not known.
     """
     from cllm.memory import Settings
     from cllm.trace import weighed
 
-    original = _original(preset)
     if not original or preset.lora.targets != "all-linear":
         return ""
     settings = Settings(quantize=preset.model.quantize, rank=preset.lora.rank)
@@ -146,7 +145,8 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
     account, count = seen.account, seen.account["valid"]
     tokens = account["total_tokens"] if chosen and "tokens" in account else account["qwen_tokens"]
     lengths = account.get("tokens") or account["characters"]
-    rate, why_rate = _rate(preset)
+    original = _original(preset)
+    rate, why_rate = _rate(preset, original)
     train = replace(preset.train, row_tokens=row, learning_rate=rate)
     few = count < FEW_CONVERSATIONS and not config.preference.active
     # the smallest share that most likely gives a verdict; few conversations are needed for training
@@ -189,7 +189,7 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
         why_rate=why_rate,
         rank=preset.lora.rank,
         alpha=preset.lora.alpha,
-        why_rank=_why_rank(preset, account.get("supervised_tokens", tokens)),
+        why_rank=_why_rank(preset, original, account.get("supervised_tokens", tokens)),
         sequences=max(1, round(step * count / max(1, tokens))),
         patience=FEW_PATIENCE if few else 0,
         loss=to_json(config.preference.loss),

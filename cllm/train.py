@@ -126,6 +126,7 @@ class Training:
         """config.toml and manifest.json of a new run, or of a resumed one that was changed."""
         import torch
 
+        from cllm import replay
         from cllm.runs import manifest_of, replace_file
 
         device = self.learner.assembly.device
@@ -144,7 +145,7 @@ class Training:
         replace_file(self.run / "config.toml", to_toml(self.config).encode())
         replace_file(self.run / "manifest.json", manifest)
         if self.learner.answers:
-            replace_file(self.run / "replay.jsonl", self.learner.answers)
+            replace_file(self.run / replay.FILE, self.learner.answers)
 
     def _restore(self) -> None:
         """Back to the newest whole snapshot, on every rank rank 0's."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from cllm.messages import UserError
 from cllm.train import Training
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
 
 QUICK = ["preset:quick", "train.steps=4", "eval.samples=0", "eval.every=2"]
 """A run of the built-in model, which ends its answers."""
@@ -195,7 +193,10 @@ def test_general_questions_are_different_and_ask_for_nobodys_name() -> None:
 
 # --- A new name
 @pytest.mark.parametrize("name", ["小禾", 'A "quoted" {brace} \\ name'])
-def test_identity_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_identity_rows(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from identity import UNSEEN
 
     path = tmp_path / "identity.jsonl"
