@@ -150,7 +150,7 @@ def strength_table(results: Evaluation) -> list[Shown]:
     else:
         told = say(
             "eval.strength.none" if found.recommended is None else "eval.strength.best",
-            best=found.recommended,
+            best=f"{found.recommended or 0:g}",
             interval=" … ".join(f"{bound:g}" for bound in found.interval),
             share=number(100 * found.share, 0),
             kept=number(100 * KEPT, 0),
