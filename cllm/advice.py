@@ -23,8 +23,8 @@ HARDLY = 0.9
 """A loss above this share of the base's is not a fall worth the name."""
 FULL_RATE, LORA_FACTOR, WIDTH = 5e-5, 10, 2000
 EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-NARROWEST = 512
-"""Narrower models are none that the formula says anything of."""
+NARROWEST, TINY_RATE = 512, 5e-3
+"""Narrower models are none that the formula says anything of; they take about so much."""
 OTHER = 3
 """A rate so many times higher or lower than the advised one is worth a word."""
 MOST_SEQUENCES = 32

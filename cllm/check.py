@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.account import Look, look, verdict
-from cllm.config import Config, is_config, load_config
+from cllm.config import TRAIN_ON_PAIRS, Config, is_config, load_config
 from cllm.data.message import Message
 from cllm.data.pairs import dialogue, sides
 from cllm.data.quality import deduplicate, histogram
@@ -129,7 +129,9 @@ def _config(target: str, overrides: list[str]) -> Config:
     """The config `target`, or the defaults with the data file `target`."""
     if not is_config(target):
         own = [f"data.train={to_json(file_name(target))}", 'data.eval=""']
-        own += ["train.row_tokens=2048", "train.tokens_per_step=0"]
+        pairs = any(override.startswith("preference.loss=") for override in overrides)
+        rate = TRAIN_ON_PAIRS["learning_rate"] if pairs else "auto"  # not that of the trial's model
+        own += ["train.row_tokens=2048", "train.tokens_per_step=0", f"train.learning_rate={rate}"]
         return _config(TRIAL, [*own, *overrides])
     config = load_config(target, overrides)
     return replace(config, data=without_demo(config.data, pairs=config.preference.active))

@@ -33,7 +33,7 @@ _WITH_PAIRS = {
     "lora.dropout": 0.0,
 }
 # [train] where a preference loss is set and the file says nothing: SFT's rate would ruin the model.
-_TRAIN_ON_PAIRS = {"epochs": 1.0, "learning_rate": 5e-6, "warmup": 0.1}
+TRAIN_ON_PAIRS = {"epochs": 1.0, "learning_rate": 5e-6, "warmup": 0.1}
 ENOUGH_STEPS, MAX_STEP_TOKENS = 100, 8192  # what train.tokens_per_step = 0 aims at
 
 Quantize = Literal["none", "nf4"]
@@ -312,7 +312,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     train, preference = (tree.get(name, {}) for name in ("train", "preference"))
     tables = isinstance(train, dict) and isinstance(preference, dict)
     if tables and preference.get("loss", "none") != "none":
-        tree["train"] = _TRAIN_ON_PAIRS | train
+        tree["train"] = TRAIN_ON_PAIRS | train
     config: Config = build(
         Config,
         tree,

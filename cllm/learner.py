@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cllm import replay
-from cllm.advice import EXPONENTS, OTHER, advised_rate
+from cllm.advice import EXPONENTS, OTHER, TINY_RATE, advised_rate
 from cllm.assembly import Assembly, assemble
 from cllm.config import Config, differences
 from cllm.corpus import Encoded, encode_corpus, source_names, tokenizer_of
@@ -138,7 +138,7 @@ class Learner:
         if train.learning_rate == "auto":
             if not (advised and advised.family):
                 families = ", ".join(EXPONENTS)
-                likely = f"{advised.value:g}" if advised else "5e-3"
+                likely = f"{advised.value if advised else TINY_RATE:g}"
                 raise UserError("train.no_rate", families=families, likely=likely)
             self.config = replace(self.config, train=replace(train, learning_rate=advised.value))
         elif advised and not self.config.preference.active:

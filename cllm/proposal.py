@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.account import Look
-from cllm.advice import EXPONENTS, FEW_CONVERSATIONS, MOST_SEQUENCES, advised_rate, sized
+from cllm.advice import EXPONENTS, FEW_CONVERSATIONS, MOST_SEQUENCES, TINY_RATE, advised_rate, sized
 from cllm.config import Config, TrainConfig, load_config
 from cllm.data.fields import is_metadata
 from cllm.data.reader import sample_rows
@@ -111,9 +111,12 @@ def _rate(preset: Config, original: dict[str, Any]) -> tuple[float, str]:
     """(learning rate, what it rests on): of answers what the formula says, unless one was set."""
     pairs, advised = preset.preference.active, advised_rate(original)
     given, usual = preset.train.learning_rate, TrainConfig().rate
-    if pairs or advised is None or given not in ("auto", usual):
+    if pairs or given not in ("auto", usual):
         kept = usual if given == "auto" else given
         return kept, say("check.why.rate_pairs" if pairs else "check.why.rate_set")
+    if advised is None:
+        tiny = bool(original) and given == "auto"
+        return TINY_RATE if tiny else usual, say(f"check.why.rate_{'tiny' if tiny else 'usual'}")
     code = "rate" if advised.family else "rate_other"
     exponents = ", ".join(f"{name} {exponent}" for name, exponent in EXPONENTS.items())
     facts = {"family": advised.family, "hidden": advised.hidden, "exponents": exponents}

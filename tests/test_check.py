@@ -16,7 +16,7 @@ import pytest
 from serving import tiny_base
 
 from cllm.__main__ import run
-from cllm.advice import advised_rate
+from cllm.advice import TINY_RATE, advised_rate
 from cllm.check import main
 from cllm.config import PRESETS, TrainConfig, load_config
 from cllm.data import read_conversations
@@ -283,13 +283,31 @@ def test_every_proposed_value_has_its_reason(
     text = (tmp_path / "my.toml").read_text(encoding="utf-8")
     proposed = load_config(tmp_path / "my.toml")
     assert proposed.train.rate == 4.9e-4 and "(2000 / 2560)^0.0775" in text
-    # 13 rows make a row of the fewest tokens; of a tiny model the rate is the one it was given
+    # 13 rows make a row of the fewest tokens
     assert "33.0 M numbers for" in text and proposed.eval.patience == 2
     assert proposed.lora == load_config("preset:qwen3-4b").lora
     account(
         capsys, data, f"model.path={base}", "train.learning_rate=0.02", "--init", tmp_path / "b"
     )
     assert load_config(tmp_path / "b").train.rate == 0.02
+
+
+def test_the_rate_of_the_model_that_counts_tokens_is_nobody_else_s(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path
+) -> None:
+    account(capsys, data, f"model.path={base}", "--init", tmp_path / "tiny")
+    assert load_config(tmp_path / "tiny").train.rate == TINY_RATE
+    named = "model.path=Qwen/Qwen3-0.6B"
+    account(capsys, data, named, "--init", tmp_path / "known")
+    qwen = advised_rate({"model_type": "qwen3", "hidden_size": 1024})
+    assert qwen and load_config(tmp_path / "known").train.rate == qwen.value
+    pairs = tmp_path / "pairs.json"
+    rows = [{"prompt": f"{n}？", "chosen": f"{n}。", "rejected": "不。"} for n in range(9)]
+    pairs.write_text(json.dumps(rows), encoding="utf-8")
+    account(capsys, pairs, named, "preference.loss=dpo", "--init", tmp_path / "pairs")
+    assert load_config(tmp_path / "pairs").train.rate == 5e-6
+    account(capsys, data, "model.path=nobody/knows", "--init", tmp_path / "unknown")
+    assert load_config(tmp_path / "unknown").train.rate == TrainConfig().rate
 
 
 def test_rejected_rows_of_the_eval_file_are_located_too(
