@@ -73,7 +73,13 @@ def grid(task: str, folder: Path, model: Path, out: Path) -> dict[str, Any]:
             found = run(
                 *(*program, "cllm.train", advice, f"data.eval={folder}/{task}-held.json"),
                 *(f"train.learning_rate={rate}", f"train.epochs={epochs}", "eval.patience=0"),
-                *("eval.samples=0", "model.precision=fp32", f"run.dir={folder}/{task}", "--json"),
+                *(
+                    "eval.samples=0",
+                    "model.precision=fp32",
+                    "memory.checkpoint_layers=0",
+                    f"run.dir={folder}/{task}",
+                    "--json",
+                ),
             )
             losses = [
                 row["eval_loss"]

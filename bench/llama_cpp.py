@@ -3,7 +3,7 @@ for token.
 
     python bench/llama_cpp.py RUN [RUN …] --json bench/results/llama_cpp.json
 
-    python bench/llama_cpp.py RUN [RUN …] --types --json bench/results/gguf_types.json
+    python bench/llama_cpp.py RUN --types [--text FILE] --json bench/results/gguf_types.json
     python bench/llama_cpp.py --shuffle models/SmolLM2-135M-Instruct.Q4_1.gguf BASE
 
 Needs llama-cpp-python, built from its source package (`pip install llama-cpp-python`; a compiler is
@@ -15,7 +15,10 @@ its position's logits.
 
 --types writes each run in every number format, and llama.cpp reads each file: its size, an answer,
 and over held-out conversations perplexity, KL(f32 || format) and how often the best token is the
-same. Exit code 1 unless more bits are nearer.
+same. With a text the same over WINDOWS windows of it, and the perplexity beside that of the next
+finer format, with its paired 95 % interval; take one that the base has learned to read, since on
+others noise may help by chance. Exit code 1 unless more bits are nearer in KL, and on the text in
+perplexity.
 
 --shuffle writes a model with its channels in another order, which computes the same: weights
 published in 4 bits would else lie on the very grid that they are to be rounded to.
@@ -54,6 +57,8 @@ TEXTS = (
 )
 NEW = 64
 ASKED = 14  # held-out conversations that --types feeds
+WINDOWS, WINDOW = 48, 256  # of --text, in tokens
+BITS = {"f32": 32, "f16": 16, "q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}
 CLOSE = 1e-5  # of the range of the logits at a position, largest less smallest
 
 
@@ -221,13 +226,40 @@ def shuffled(file: str, out: str) -> None:
     load_tokenizer(file).save(Path(out))
 
 
-def judge_types(run: str, file: Path) -> list[dict[str, Any]]:
+def read(theirs: Any, fed: list[list[int]], exact: list[Tensor]) -> list[tuple[float, ...]]:
+    """(negative log-likelihood, tokens, KL from `exact`, tokens with the same best one) of each of
+    `fed`; the first time fills `exact`.
+    """
+    rows = []
+    for index, ids in enumerate(fed):
+        theirs.reset()
+        theirs.eval(ids)
+        scores = torch.tensor(theirs.scores[: len(ids) - 1].copy()).log_softmax(-1)
+        if len(exact) == index:
+            exact.append(scores)
+        p = exact[index]
+        nll = -float(scores.gather(1, torch.tensor(ids[1:])[:, None]).double().sum())
+        kl = float((p.exp() * (p - scores)).sum(-1).double().sum())
+        rows.append((nll, len(ids) - 1, kl, int((p.argmax(-1) == scores.argmax(-1)).sum())))
+    return rows
+
+
+def summed(rows: list[tuple[float, ...]]) -> dict[str, float]:
+    """What `read` gave, over all."""
+    nll, tokens, kl, agreed = map(sum, zip(*rows, strict=True))
+    found = {"perplexity": math.exp(nll / tokens), "mean_kl": kl / tokens}
+    return {"tokens": tokens, **found, "top1_agreement": agreed / tokens}
+
+
+def judge_types(run: str, file: Path, text: Path | None) -> list[dict[str, Any]]:
     """One row a number format, float32 first; each is written to `file` and read by llama.cpp."""
     import llama_cpp
 
     from cllm.assembly import locate, open_tokenizer
     from cllm.data.message import Message
     from cllm.export import held_out_of
+    from cllm.metrics.score import Score
+    from cllm.metrics.significance import paired_bootstrap
     from cllm.model.gguf import place, write_gguf
     from cllm.model.merge import open_merge
 
@@ -237,66 +269,72 @@ def judge_types(run: str, file: Path) -> list[dict[str, Any]]:
     config = merge.checkpoint.config
     keys = tokenizer.to_gguf(config.vocab_size)
     asked = [conversation.messages for conversation in held_out_of(Path(run))[:ASKED]]
-    fed = [tokenizer.encode_segments(tokenizer.segments(messages))[0] for messages in asked]
+    fed = {"": [tokenizer.encode_segments(tokenizer.segments(messages))[0] for messages in asked]}
+    if text:
+        ids = tokenizer.encode(text.read_text(encoding="utf-8")[: WINDOWS * WINDOW * 8])
+        starts = range(0, min(len(ids), WINDOWS * WINDOW) - WINDOW + 1, WINDOW)
+        fed["text"] = [ids[at : at + WINDOW] for at in starts]
     prompt = tokenizer.encode_chat([Message("user", QUESTIONS[-1])])
-    exact: list[Tensor] = []
+    exact: dict[str, list[Tensor]] = {name: [] for name in fed}
+    finer: dict[float, list[tuple[float, ...]]] = {}  # by bits: the worst format's windows
     rows: list[dict[str, Any]] = []
-    for kind in ("f32", "f16", "q8_0", "q4_0", "q5_1", "q4_1", "q5_0", "bf16"):
+    for kind in (*BITS, "bf16"):
         placed = place(config, merge.layout, kind)
         write_gguf(file, config, placed, merge.tensors(torch.float32), kind, keys)
         theirs = llama_cpp.Llama(
             str(file), n_ctx=512, n_threads=1, logits_all=True, verbose=False, flash_attn=False
         )
-        nll, kl, agreed = 0.0, 0.0, 0
-        for index, ids in enumerate(fed):
-            theirs.reset()
-            theirs.eval(ids)
-            scores = torch.tensor(theirs.scores[: len(ids) - 1].copy()).log_softmax(-1)
-            if len(rows) == 0:
-                exact.append(scores)
-            p = exact[index]
-            nll -= float(scores.gather(1, torch.tensor(ids[1:])[:, None]).double().sum())
-            kl += float((p.exp() * (p - scores)).sum(-1).double().sum())
-            agreed += int((p.argmax(-1) == scores.argmax(-1)).sum())
+        row: dict[str, Any] = {"type": kind, "bytes": file.stat().st_size}
+        for name, ids in fed.items():
+            found = read(theirs, ids, exact[name])
+            row |= {name: summed(found)} if name else summed(found)
+            if name and kind in BITS:
+                if above := [bits for bits in finer if bits > BITS[kind]]:
+                    gap = paired_bootstrap(
+                        lambda sums: Score("", math.exp(sums[0] / sums[1]), {}, ""),
+                        *([list(part[:2]) for part in side] for side in (finer[min(above)], found)),
+                    ).difference
+                    row["text"]["above_finer"] = gap._asdict()
+                worst = finer.get(BITS[kind])
+                if worst is None or summed(found)["perplexity"] > summed(worst)["perplexity"]:
+                    finer[BITS[kind]] = found
         theirs.reset()
         answer: list[int] = []
         for token in theirs.generate(prompt, temp=0.0, repeat_penalty=1.0):
             answer.append(token)
             if len(answer) == 16:
                 break
-        tokens = sum(map(len, fed)) - len(fed)
-        row = {
-            "type": kind,
-            "bytes": file.stat().st_size,
-            "tokens": tokens,
-            "perplexity": math.exp(nll / tokens),
-            "mean_kl": kl / tokens,
-            "top1_agreement": agreed / tokens,
-            "answer": tokenizer.decode(answer),
-        }
+        row["answer"] = tokenizer.decode(answer)
         print(json.dumps(row, ensure_ascii=False), file=sys.stderr, flush=True)
         rows.append(row)
     return rows
 
 
 def ordered(rows: list[dict[str, Any]]) -> bool:
-    """Whether formats of fewer bits are further away."""
-    bits = {"f32": 0, "f16": 1, "q8_0": 2, "q5_1": 3, "q5_0": 3, "q4_1": 4, "q4_0": 4}
-    known = [(bits[row["type"]], row["mean_kl"]) for row in rows if row["type"] in bits]
-    return all(kl <= other for step, kl in known for further, other in known if step < further)
+    """Whether formats of fewer bits are further away, and on a text less sure."""
+    known = [row for row in rows if row["type"] in BITS]
+    texts = [row["text"]["perplexity"] for row in known if "text" in row]
+    return all(
+        value <= other
+        for values in ([row["mean_kl"] for row in known], texts)
+        for row, value in zip(known, values or [0] * len(known), strict=True)
+        for beside, other in zip(known, values or [0] * len(known), strict=True)
+        if BITS[beside["type"]] < BITS[row["type"]]
+    )
 
 
-def types(runs: list[str], out: Path | None) -> int:
+def types(runs: list[str], text: Path | None, out: Path | None) -> int:
     """--types."""
     import llama_cpp
 
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.gguf"
-        results = {Path(run).name: judge_types(run, file) for run in runs}
+        results = {Path(run).name: judge_types(run, file, text) for run in runs}
     right = all(map(ordered, results.values()))
     document = {
         "llama_cpp_python": llama_cpp.__version__,
-        "command": "python bench/llama_cpp.py RUN … --types",
+        "command": f"python bench/llama_cpp.py RUN … --types{' --text FILE' * bool(text)}",
+        "text": text.name if text else "",
         "right": right,
         "results": results,
     }
@@ -315,13 +353,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", nargs="*")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--types", action="store_true")
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--shuffle", nargs=2, metavar=("FILE", "OUT"))
     options = parser.parse_args(argv)
     if options.shuffle:
         shuffled(*options.shuffle)
         return 0
     if options.types:
-        return types(options.run, options.json)
+        return types(options.run, options.text, options.json)
     import llama_cpp
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 FEW_STEPS = 50
 FEW_CONVERSATIONS, MAX_EPOCHS = 500, 10
 """So few may be seen so often before they are learned by heart and nothing else is."""
+FEW_RATE = 0.5
+"""Of the formula's rate, for so few: at all of it the held-out loss turns within the first epoch or
+two, and its lowest point is higher (`bench/advice_grid.py`).
+"""
 ROW_UNIT, MIN_ROW = 64, 128
 HARDLY = 0.9
 """A loss above this share of the base's is not a fall worth the name."""

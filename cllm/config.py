@@ -207,7 +207,7 @@ class EvalConfig:
     """[eval]: the held-out set, during and after training."""
 
     every: int = _at_least(0, 0)
-    """Steps between evaluations; 0: five times a run."""
+    """Steps between evaluations; 0: five times a run, of more epochs once in each."""
     patience: int = _at_least(0, 0)
     """Stop after so many evaluations without a lower loss; 0: never."""
     samples: int = _at_least(0, 200)

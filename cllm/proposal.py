@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cllm.account import Look
-from cllm.advice import EXPONENTS, FEW_CONVERSATIONS, MOST_SEQUENCES, TINY_RATE, advised_rate, sized
+from cllm.advice import (
+    EXPONENTS,
+    FEW_CONVERSATIONS,
+    FEW_RATE,
+    MOST_SEQUENCES,
+    TINY_RATE,
+    advised_rate,
+    sized,
+)
 from cllm.config import Config, TrainConfig, load_config
 from cllm.data.fields import is_metadata
 from cllm.data.reader import sample_rows
@@ -107,8 +115,10 @@ def _original(config: Config) -> dict[str, Any]:
     return (published(config.model.path) or ("", {}))[1]
 
 
-def _rate(preset: Config, original: dict[str, Any]) -> tuple[float, str]:
-    """(learning rate, what it rests on): of answers what the formula says, unless one was set."""
+def _rate(preset: Config, original: dict[str, Any], *, few: bool) -> tuple[float, str]:
+    """(learning rate, what it rests on): of answers what the formula says, unless one was set; of
+    few conversations FEW_RATE of it.
+    """
     pairs, advised = preset.preference.active, advised_rate(original)
     given, usual = preset.train.learning_rate, TrainConfig().rate
     if pairs or given not in ("auto", usual):
@@ -120,7 +130,10 @@ def _rate(preset: Config, original: dict[str, Any]) -> tuple[float, str]:
     code = "rate" if advised.family else "rate_other"
     exponents = ", ".join(f"{name} {exponent}" for name, exponent in EXPONENTS.items())
     facts = {"family": advised.family, "hidden": advised.hidden, "exponents": exponents}
-    return advised.value, say(f"check.why.{code}", **facts, exponent=EXPONENTS.get(advised.family))
+    why = say(f"check.why.{code}", **facts, exponent=EXPONENTS.get(advised.family))
+    if not few:
+        return advised.value, why
+    return float(f"{FEW_RATE * advised.value:.2g}"), say("check.why.rate_few", why=why)
 
 
 def _why_rank(preset: Config, original: dict[str, Any], tokens: int) -> str:
@@ -149,9 +162,9 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
     tokens = account["total_tokens"] if chosen and "tokens" in account else account["qwen_tokens"]
     lengths = account.get("tokens") or account["characters"]
     original = _original(preset)
-    rate, why_rate = _rate(preset, original)
-    train = replace(preset.train, row_tokens=row, learning_rate=rate)
     few = count < FEW_CONVERSATIONS and not config.preference.active
+    rate, why_rate = _rate(preset, original, few=few)
+    train = replace(preset.train, row_tokens=row, learning_rate=rate)
     # the smallest share that most likely gives a verdict; few conversations are needed for training
     wanted = 1.25 * FEWEST_PAIRS
     held_out = next((share for share in (0.05, 0.1, 0.2) if share * count >= wanted), 0.1)

@@ -70,7 +70,8 @@ class Training:
         train, encoded = self.config.train, self.learner.encoded
         per_epoch = encoded.rows.steps(encoded.rows_per_step)
         self.total = train.steps or max(1, round(train.epochs * per_epoch))
-        self.eval_every = self.config.eval.every or max(1, -(-self.total // 5))
+        times = max(5, round(self.total / per_epoch))
+        self.eval_every = self.config.eval.every or max(1, -(-self.total // times))
         self.snapshot_every = self.config.run.snapshot_every or self.eval_every
 
     def _open_run(self, resume: Path | None, resources: contextlib.ExitStack) -> None:
