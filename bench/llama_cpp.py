@@ -15,10 +15,10 @@ its position's logits.
 
 --types writes each run in every number format, and llama.cpp reads each file: its size, an answer,
 and over held-out conversations perplexity, KL(f32 || format) and how often the best token is the
-same. With a text the same over WINDOWS windows of it, and the perplexity beside that of the next
-finer format, with its paired 95 % interval; take one that the base has learned to read, since on
-others noise may help by chance. Exit code 1 unless more bits are nearer in KL, and on the text in
-perplexity.
+same. With a text the same over WINDOWS windows of it, and how far the perplexity is above that of
+the next finer format, with its paired 95 % interval; take one that the base has learned to read,
+since on others noise may help by chance. Exit code 1 unless fewer bits are further in KL, and from
+f16 on higher in the text's perplexity (f16's and f32's are the same to four digits).
 
 --shuffle writes a model with its channels in another order, which computes the same: weights
 published in 4 bits would else lie on the very grid that they are to be rounded to.
@@ -311,15 +311,20 @@ def judge_types(run: str, file: Path, text: Path | None) -> list[dict[str, Any]]
 
 
 def ordered(rows: list[dict[str, Any]]) -> bool:
-    """Whether formats of fewer bits are further away, and on a text less sure."""
-    known = [row for row in rows if row["type"] in BITS]
-    texts = [row["text"]["perplexity"] for row in known if "text" in row]
+    """Whether formats of fewer bits are further away, and from 16 bits on less sure of a text."""
+    bits = [BITS.get(row["type"], 0) for row in rows]
+    kl = [(b, row["mean_kl"]) for b, row in zip(bits, rows, strict=True) if b]
+    texts = [
+        (b, row["text"]["perplexity"])
+        for b, row in zip(bits, rows, strict=True)
+        if 0 < b <= 16 and "text" in row
+    ]
     return all(
         value <= other
-        for values in ([row["mean_kl"] for row in known], texts)
-        for row, value in zip(known, values or [0] * len(known), strict=True)
-        for beside, other in zip(known, values or [0] * len(known), strict=True)
-        if BITS[beside["type"]] < BITS[row["type"]]
+        for known in (kl, texts)
+        for more, value in known
+        for fewer, other in known
+        if fewer < more
     )
 
 

@@ -162,7 +162,8 @@ def train_cllm(base: str, folder: Path, work: Path, seed: int) -> dict[str, Any]
         *(sys.executable, "-m", "cllm.train", advice, f"lora.rank={RANK}"),
         *(f"train.epochs={epochs}", f"train.row_tokens={other.row_tokens}"),
         *("train.tokens_per_step=0", f"train.seed={seed}", f"data.held_out={HELD_OUT}"),
-        *("eval.samples=0", "model.precision=fp32", f"run.dir={work / 'cllm'}"),
+        *("eval.samples=0", "model.precision=fp32", "memory.checkpoint_layers=0"),
+        f"run.dir={work / 'cllm'}",
         log=work / "cllm.log",
     )
     from cllm.runs import read_metrics

@@ -283,7 +283,7 @@ def test_every_proposed_value_has_its_reason(
     account(capsys, data, "--init", tmp_path / "my.toml")
     text = (tmp_path / "my.toml").read_text(encoding="utf-8")
     proposed = load_config(tmp_path / "my.toml")
-    assert proposed.train.rate == 2.5e-4 and "(2000 / 2560)^0.0775" in text
+    assert proposed.train.rate == 2.4e-4 and "(2000 / 2560)^0.0775" in text
     # 13 rows make a row of the fewest tokens
     assert "33.0 M numbers for" in text and proposed.eval.patience == 2
     assert proposed.lora == load_config("preset:qwen3-4b").lora
