@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.config import ENOUGH_STEPS, TrainConfig
-from cllm.messages import note, say
+from cllm.messages import command, note, say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from cllm.corpus import Encoded
     from cllm.evaluate.results import Evaluation
@@ -74,27 +74,28 @@ def sized(train: TrainConfig, conversations: int, tokens: int, longest: int) -> 
     return replace(train, epochs=float(epochs), row_tokens=row, tokens_per_step=0, steps=0)
 
 
-def more_steps(train: TrainConfig, encoded: Encoded, steps: int, command: str) -> str:
-    """`command` with the settings that give more than `steps` of these data, "" where none do. Too
-    few steps are said, unless `train.steps` asks for them.
+def more_steps(train: TrainConfig, encoded: Encoded, steps: int, words: Sequence[str]) -> str:
+    """The command that trains as `words` did, with the settings that give more than `steps` of
+    these data, "" where none do. Too few steps are said, unless `train.steps` asks for them.
     """
     count, sizes = len(encoded.train), encoded.rows.sizes
     tokens = sum(sizes)
     better = sized(train, count, tokens, max(sizes))
     names = ("epochs", "row_tokens", "tokens_per_step", "steps")
     values = {name: getattr(better, name) for name in names}
-    changes = [f"train.{n}={v:g}" for n, v in values.items() if v != getattr(train, n)]
+    changes = {f"train.{n}": f"{v:g}" for n, v in values.items() if v != getattr(train, n)}
+    kept = [word for word in words if word.partition("=")[0] not in changes]
     helps = better.epochs * tokens / better.step_tokens(tokens) > steps
-    more = " ".join([command, *changes]) if helps else ""
+    more = command("train", *kept, *map("=".join, changes.items())) if helps else ""
     if steps < FEW_STEPS and not train.steps:
         facts = {"steps": steps, "count": count, "tokens": tokens}
         note("train.small" if more else "train.few", **facts, command=more)
     return more
 
 
-def verdict(results: Evaluation, held_out: int, steps: int, command: str) -> str:
+def verdict(results: Evaluation, held_out: int, steps: int, more: str) -> str:
     """Whether the adapter is better than the base on data that it has not seen, which is claimed
-    only where the 95 % intervals say so; `command`: what would give more steps.
+    only where the 95 % intervals say so; `more`: the command that would give more steps.
     """
     if rates := results.preference:
         bounds = {"low": f"{rates['accuracy_low']:.0%}", "high": f"{rates['accuracy_high']:.0%}"}
@@ -105,11 +106,11 @@ def verdict(results: Evaluation, held_out: int, steps: int, command: str) -> str
     gap = adapter.versus_base["loss"]
     facts = {**losses, "steps": steps, "count": held_out}
     if (gap.high or 0) < 0 and not rates:
-        few = command and steps < FEW_STEPS
-        return say("train.learning" if few else "train.learned", **facts, command=command)
+        few = more and steps < FEW_STEPS
+        return say("train.learning" if few else "train.learned", **facts, command=more)
     if (gap.low or 0) > 0 and not rates:
         return say("train.worse", **facts)
     little = adapter.scores["loss"] > HARDLY * base.scores["loss"]
-    if command and steps < FEW_STEPS and (gap.p is not None or little):
-        return say("train.unlearned", **facts, command=command)
+    if more and steps < FEW_STEPS and (gap.p is not None or little):
+        return say("train.unlearned", **facts, command=more)
     return say("train.few_held_out" if gap.p is None else "train.unclear", **facts)

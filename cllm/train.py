@@ -454,10 +454,10 @@ def main(argv: list[str]) -> int:
 def _train(training: Training, arguments: argparse.Namespace) -> int:
     """The loop and what comes after it; an end that can be resumed says with what command."""
     again = command("train", training.run, "--resume")
-    once_more = command("train", arguments.config, *arguments.overrides)
+    words = (arguments.config, *arguments.overrides)
     settings, encoded = training.config.train, training.learner.encoded
     pairs = training.config.preference.active  # more epochs of them are learned by heart
-    more = "" if pairs else more_steps(settings, encoded, training.total, once_more)
+    more = "" if pairs else more_steps(settings, encoded, training.total, words)
     try:
         loss = training.loop()
         training.learner.world.leave()

@@ -145,6 +145,7 @@ def test_too_few_steps_are_said_with_the_command_that_mends_it(
     line = next(line for line in said.split("\n") if "too few steps to learn from: 1," in line)
     command = line.split("take: ")[1]
     assert command.startswith(f"python -m cllm.train {config} ")
+    assert command.count("train.epochs=") == command.count("train.tokens_per_step=") == 1
     assert run("train", command.split()[3:]) == 0
     out, said = capsys.readouterr()
     assert json.loads(out.strip().split("\n")[-1])["steps"] >= 50 and "too few steps" not in said
