@@ -200,7 +200,9 @@ def _work(config: Config, original: Record, rate: float) -> Workload | None:
 
     length = config.train.row_tokens
     tokenizer = tokenizer_of(config, resolve(config.model.path))
-    rows = encode_corpus(corpus, tokenizer, config, row_tokens=length).rows
+    encoded = encode_corpus(corpus, tokenizer, config, row_tokens=length)
+    note("train.data", summary=encoded.summary)
+    rows = encoded.rows
     tokens = sum(rows.sizes)
     work = Workload(tokens, tokens / (len(rows) * length))
     on_cpu = estimate_vram(original, settings_of(config, "fp32", "cpu")).flops / rate

@@ -50,6 +50,8 @@ class Encoded:
     """How many numbers the answers in `rows` and after them those in `held_answers` have."""
     answers_sha256: str
     """Of these answers and their numbers."""
+    summary: str
+    """How many conversations and tokens these are, and what was left out, for people."""
 
 
 def read_corpus(config: Config, *, accept_rejects: bool) -> Data:
@@ -126,16 +128,6 @@ def encode_corpus(
     answers = PackedRows(held_examples, row_tokens, single=single, numbers=after)
     held_examples, held_out = _chosen(held_numbers, held_examples, held_out)
     held_rows = PackedRows(held_examples, row_tokens, single=single)
-    note(
-        "train.data",
-        train=len({number // 2 for number in numbers}) or len(examples) - len(general),
-        replay=say("train.replay", count=len(general)) if general else "",
-        held_out=len(held_out),
-        tokens=f"{tokens:,}",
-        rows=len(rows),
-        rejects=len(corpus.rejects),
-        left_out=", ".join(f"{k} {n}" for k, n in (refused + left_out + unfit).items()) or "0",
-    )
     return Encoded(
         rows,
         rows_per_step,
@@ -148,7 +140,21 @@ def encode_corpus(
         answers.take(len(answers)) if held_numbers else [],
         2 * (len(corpus.train) + len(corpus.held_out)),
         hashlib.sha256(facts.encode()).hexdigest(),
+        say(
+            "train.summary",
+            train=len({number // 2 for number in numbers}) or len(examples) - len(general),
+            replay=say("train.replay", count=len(general)) if general else "",
+            held_out=len(held_out),
+            tokens=f"{tokens:,}",
+            rows=len(rows),
+            rejects=len(corpus.rejects),
+            left_out=_counted(refused + left_out + unfit),
+        ),
     )
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.items()) or "0"
 
 
 def source_names(config: Config) -> tuple[str, ...]:

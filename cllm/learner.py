@@ -84,7 +84,7 @@ class Learner:
         self.base = resolve(config.model.path)
         self._set_rate()
         tokenizer = tokenizer_of(config, self.base)
-        self.single = False
+        self.single, self.said = False, ""
         self.encoded = self._encode(tokenizer)
         self.world = World.join(choose_device(config.model.device))
         # What 0 came to is written into the run, and stays when the rows get shorter; of a resumed
@@ -147,9 +147,13 @@ class Learner:
 
     def _encode(self, tokenizer: Tokenizer) -> Encoded:
         row_tokens = self.ladder.row_tokens
-        return encode_corpus(
+        encoded = encode_corpus(
             self.corpus, tokenizer, self.config, row_tokens=row_tokens, single=self.single
         )
+        if encoded.summary != self.said:
+            self.said = encoded.summary
+            note("train.data", summary=encoded.summary)
+        return encoded
 
     def _answers(self, resume: Path | None) -> bytes:
         """The base's own answers, rank 0's for all, and `corpus` with them."""
