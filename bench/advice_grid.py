@@ -94,7 +94,7 @@ def grid(task: str, folder: Path, model: Path, out: Path) -> dict[str, Any]:
     results = json.loads(out.read_text())
     mine = {key: found for key, found in results.items() if key.startswith(task)}
     best = min(found["loss"] for found in mine.values())
-    advised_loss = next(found["loss"] for found in mine.values() if found["advised"])
+    advised_loss = mine[f"{task}: rate {advised.rate:.2g}, {advised.epochs:g} epochs"]["loss"]
     return {"task": task, "advised": advised_loss, "best": best, "ratio": advised_loss / best}
 
 

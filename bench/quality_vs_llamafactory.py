@@ -10,10 +10,11 @@ base, rows, rank and tokens.
 A task's rows are the first ones of at most LONGEST characters. LLaMA-Factory trains as its
 examples/train_lora/*_sft.yaml say: rate 1e-4, cosine, warmup 0.1, 3 epochs, 8 samples a step, all
 linears, rank 8 with alpha 16. cllm trains as `cllm.check --init` advises, at the same rank; it sets
-a tenth of the rows aside, and sees the others as many times as makes the tokens equal. Both in
-float32 on the CPU. Both adapters answer the same test rows, which neither has seen, greedily and
-through cllm.eval, which also measures general perplexity. Each cell (base, task) is kept in the
-JSON; the others stay as they are. What LLaMA-Factory has trained in FOLDER is not trained again.
+a tenth of the rows aside, sees the others as many times as makes the tokens equal ("most"), and
+ends before that where its held-out loss has turned ("tokens"). Both in float32 on the CPU. Both
+adapters answer the same test rows, which neither has seen, greedily and through cllm.eval, which
+also measures general perplexity. Each cell (base, task) is kept in the JSON; the others stay as
+they are. What LLaMA-Factory has trained in FOLDER is not trained again.
 """
 
 from __future__ import annotations
@@ -168,10 +169,12 @@ def train_cllm(base: str, folder: Path, work: Path, seed: int) -> dict[str, Any]
     )
     from cllm.runs import read_metrics
 
-    steps = max(row["step"] for row in read_metrics(work / "cllm/metrics.jsonl"))
+    rows = read_metrics(work / "cllm/metrics.jsonl")
+    steps = max(row["step"] for row in rows)
     config = load_config(work / "cllm/config.toml")
     facts = {"steps": steps, "rate": config.train.rate, "alpha": config.lora.alpha}
-    return facts | {"tokens": tokens * EPOCHS, "seconds": round(seconds, 1)}
+    seen = sum(row.get("tokens", 0) for row in rows)
+    return facts | {"tokens": seen, "most": tokens * EPOCHS, "seconds": round(seconds, 1)}
 
 
 def answered(model: Path, test: Path, work: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -27,6 +27,7 @@ HARDLY = 0.9
 """A loss above this share of the base's is not a fall worth the name."""
 FULL_RATE, LORA_FACTOR, WIDTH = 5e-5, 10, 2000
 EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed")
 NARROWEST, TINY_RATE = 512, 5e-3
 """Narrower models are none that the formula says anything of; they take about so much."""
 OTHER = 3
@@ -50,15 +51,24 @@ def advised_rate(original: Mapping[str, Any]) -> Rate | None:
     ten times the rate of full fine-tuning, p = 0.781 for Llama and 0.0775 for Qwen (fits of
     tinker-cookbook's `get_lr`, 2025), whatever the rank, at alpha = 32. None for tiny models.
     """
-    sizes = {**original, **(original.get("text_config") or {})}
-    hidden = sizes.get("hidden_size") or sizes.get("n_embd") or 0
+    hidden = width(original)
     if hidden < NARROWEST:
         return None
-    kind = str(sizes.get("model_type", "")).lower()
+    kind = str(_text_part(original).get("model_type", "")).lower()
     family = next((name for name in EXPONENTS if kind.startswith(name)), "")
     fits = [EXPONENTS[family]] if family else EXPONENTS.values()
     rate = min(FULL_RATE * LORA_FACTOR * (WIDTH / hidden) ** exponent for exponent in fits)
     return Rate(float(f"{rate:.2g}"), family, hidden)
+
+
+def width(original: Mapping[str, Any]) -> int:
+    """The size of a hidden state by a config.json, 0 where it does not say."""
+    sizes = _text_part(original)
+    return next((int(sizes[name]) for name in WIDTHS if sizes.get(name)), 0)
+
+
+def _text_part(original: Mapping[str, Any]) -> dict[str, Any]:
+    return {**original, **(original.get("text_config") or {})}
 
 
 def sized(train: TrainConfig, conversations: int, tokens: int, longest: int) -> TrainConfig:

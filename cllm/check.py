@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.account import Look, look, verdict
-from cllm.config import TRAIN_ON_PAIRS, Config, is_config, load_config
+from cllm.config import Config, given, is_config, load_config
 from cllm.data.message import Message
 from cllm.data.pairs import dialogue, sides
 from cllm.data.quality import deduplicate, histogram
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     for path in filter(None, (options.write, options.init, options.report, options.out)):
         if path.exists():
             raise UserError("check.exists", path=path)
-    if options.identity or not options.target:
+    if options.identity or options.out or not options.target:
         return _identity(options)
     target, overrides = options.target, options.overrides
     chosen = is_config(target) or any(override.startswith("model.") for override in overrides)
@@ -85,7 +85,8 @@ def main(argv: list[str]) -> int:
     state, additions = verdict(config, last.account)
     print(state)
     if options.init and usable:
-        proposed = new_config(config, last, options.init, chosen=chosen)
+        told = given(target, overrides)
+        proposed = new_config(config, last, options.init, told, chosen=chosen)
         options.init.write_text(proposed, encoding="utf-8")
         propose(command("train", options.init, *additions))
     elif usable and is_config(target):
@@ -111,7 +112,8 @@ def _identity(options: argparse.Namespace) -> int:
     names = [name.strip() for name in options.identity or ()]
     if not all(name and name.isprintable() for name in names):
         raise UserError("check.names")
-    if not names or not options.out or options.target:
+    others = (options.target, options.write, options.init, options.report)
+    if not names or not options.out or any(others):
         raise UserError("check.identity")
     name, author = names
     rows = map(json.loads, IDENTITY.read_text(encoding="utf-8").splitlines())
@@ -129,9 +131,7 @@ def _config(target: str, overrides: list[str]) -> Config:
     """The config `target`, or the defaults with the data file `target`."""
     if not is_config(target):
         own = [f"data.train={to_json(file_name(target))}", 'data.eval=""']
-        pairs = any(override.startswith("preference.loss=") for override in overrides)
-        rate = TRAIN_ON_PAIRS["learning_rate"] if pairs else "auto"  # not that of the trial's model
-        own += ["train.row_tokens=2048", "train.tokens_per_step=0", f"train.learning_rate={rate}"]
+        own += ["train.row_tokens=2048", "train.tokens_per_step=0"]
         return _config(TRIAL, [*own, *overrides])
     config = load_config(target, overrides)
     return replace(config, data=without_demo(config.data, pairs=config.preference.active))

@@ -11,10 +11,10 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cllm.messages import UserError, file_name, say, to_json
 from cllm.typed_toml import as_toml, bare_value, build, key_lines, kind_of
@@ -169,9 +169,9 @@ class TrainConfig:
 
     def step_tokens(self, tokens: int) -> int:
         """`tokens_per_step`; for 0 what gives ENOUGH_STEPS in `epochs` over data of `tokens`, from
-        one row to MAX_STEP_TOKENS.
+        one row to MAX_STEP_TOKENS. `steps` does not change it: fewer are not larger ones.
         """
-        aimed = int(tokens * self.epochs / (self.steps or ENOUGH_STEPS))
+        aimed = int(tokens * self.epochs / ENOUGH_STEPS)
         return self.tokens_per_step or max(self.row_tokens, min(MAX_STEP_TOKENS, aimed))
 
 
@@ -394,6 +394,20 @@ def _override(text: str, problems: list[str]) -> tuple[str, Any]:
         problems.append(say("config.override", text=text))
         return "", None
     return key.strip(), bare_value(kind_of(Config, key.strip()), value)
+
+
+class Given(NamedTuple):
+    """Which settings somebody chose, as "section.key"."""
+
+    file: frozenset[str]
+    words: frozenset[str]
+    """By overrides."""
+
+
+def given(path: str, overrides: Sequence[str]) -> Given:
+    """What the config `path` says, and what overrides do; nothing of a data file."""
+    file = key_lines(_read(path)[1]) if is_config(path) else ()
+    return Given(frozenset(file), frozenset(word.partition("=")[0].strip() for word in overrides))
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:

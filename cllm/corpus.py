@@ -143,7 +143,7 @@ def encode_corpus(
         say(
             "train.summary",
             train=len({number // 2 for number in numbers}) or len(examples) - len(general),
-            replay=say("train.replay", count=len(general)) if general else "",
+            replay=_replay(corpus.replay, len(general)) if general else "",
             held_out=len(held_out),
             tokens=f"{tokens:,}",
             rows=len(rows),
@@ -151,6 +151,10 @@ def encode_corpus(
             left_out=_counted(refused + left_out + unfit),
         ),
     )
+
+
+def _replay(rows: Sequence[Conversation], count: int) -> str:
+    return say("train.replay", count=count, different=len(set(map(repr, rows))))
 
 
 def _counted(reasons: Counter[str]) -> str:

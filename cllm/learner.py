@@ -14,9 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cllm import replay
-from cllm.advice import EXPONENTS, OTHER, TINY_RATE, advised_rate
+from cllm.advice import (
+    EXPONENTS,
+    FEW_CONVERSATIONS,
+    FEW_RATE,
+    OTHER,
+    TINY_RATE,
+    advised_rate,
+    width,
+)
 from cllm.assembly import Assembly, assemble
-from cllm.config import Config, differences
+from cllm.config import Config, TrainConfig, differences
 from cllm.corpus import Encoded, encode_corpus, source_names, tokenizer_of
 from cllm.data import cache
 from cllm.data.packing import PackedBatch
@@ -134,16 +142,20 @@ class Learner:
 
     def _set_rate(self) -> None:
         """`auto` becomes a number; one that is far from it is said."""
-        train, advised = self.config.train, advised_rate(original_config(self.base))
+        train, original = self.config.train, original_config(self.base)
+        advised = advised_rate(original)
         if train.learning_rate == "auto":
             if not (advised and advised.family):
                 families = ", ".join(EXPONENTS)
-                likely = f"{advised.value if advised else TINY_RATE:g}"
+                usual = TINY_RATE if width(original) else TrainConfig().rate
+                likely = f"{advised.value if advised else usual:g}"
                 raise UserError("train.no_rate", families=families, likely=likely)
             self.config = replace(self.config, train=replace(train, learning_rate=advised.value))
-        elif advised and not self.config.preference.active:
-            if not 1 / OTHER <= train.learning_rate / advised.value <= OTHER:
-                note("train.other_rate", rate=f"{train.learning_rate:g}", advised=advised.value)
+        elif advised and not self.config.preference.active and not self.config.lora.init_from:
+            few = len(self.corpus.train) < FEW_CONVERSATIONS
+            value = float(f"{advised.value * (FEW_RATE if few else 1):.2g}")
+            if not 1 / OTHER <= train.learning_rate / value <= OTHER:
+                note("train.other_rate", rate=f"{train.learning_rate:g}", advised=value)
 
     def _encode(self, tokenizer: Tokenizer) -> Encoded:
         row_tokens = self.ladder.row_tokens
@@ -169,6 +181,8 @@ class Learner:
         text = self.world.share(text)
         general = replay.conversations(text)
         mixed = replayed(general, share, len(corpus.train), corpus.held_out)
+        if not mixed:
+            raise UserError("data.no_replay", count=len(general))
         self.corpus = corpus._replace(replay=mixed)
         return text
 

@@ -5,6 +5,7 @@ settings for the amount of data.
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from cllm.advice import (
     TINY_RATE,
     advised_rate,
     sized,
+    width,
 )
-from cllm.config import Config, TrainConfig, load_config
+from cllm.config import TRAIN_ON_PAIRS, Config, Given, TrainConfig, load_config
 from cllm.data.fields import is_metadata
 from cllm.data.reader import sample_rows
 from cllm.data.sources import BUILT_IN
 from cllm.messages import UserError, command, say, to_json
 from cllm.metrics.significance import FEWEST_PAIRS
+from cllm.typed_toml import as_toml
 
 RECOMMENDED = "preset:qwen3-4b"  # as in the README
 MIN_ROW, MAX_ROW = 512, 4096  # tokens, of the rows that are proposed
@@ -37,6 +40,14 @@ PROSE = "，。？！；,?!;"
 ASKING = "question query prompt ask instruction input content source src title 问 题 输入".split()
 REPLYING = "answer response reply output completion summary target tgt 答 复 输出".split()
 NO_ANSWER = ("author", "title", "name")
+RATE = "learning_rate"
+DECIDED = {"model.path", "data.train", "data.columns", "data.kind", "train.learning_rate"}
+"""What the proposal has from the config, or has its own reason for."""
+ADVISED = {
+    *("train.epochs", "train.steps", "train.row_tokens", "train.tokens_per_step"),
+    *("data.held_out", "eval.patience", "run.dir"),
+}
+"""What is proposed anew for the amount of data, unless the command line says it."""
 
 
 def guess(path: str) -> tuple[list[str], dict[str, str]]:
@@ -115,18 +126,20 @@ def _original(config: Config) -> dict[str, Any]:
     return (published(config.model.path) or ("", {}))[1]
 
 
-def _rate(preset: Config, original: dict[str, Any], *, few: bool) -> tuple[float, str]:
-    """(learning rate, what it rests on): of answers what the formula says, unless one was set; of
-    few conversations FEW_RATE of it.
+def _rate(config: Config, original: dict[str, Any], told: Given, *, few: bool) -> tuple[float, str]:
+    """(learning rate, what it rests on): the one that was set, for this model; else of answers what
+    the formula says, and of few conversations FEW_RATE of it.
     """
-    pairs, advised = preset.preference.active, advised_rate(original)
-    given, usual = preset.train.learning_rate, TrainConfig().rate
-    if pairs or given not in ("auto", usual):
-        kept = usual if given == "auto" else given
-        return kept, say("check.why.rate_pairs" if pairs else "check.why.rate_set")
+    advised, rate, pairs = advised_rate(original), config.train.learning_rate, config.preference
+    name, other_model = f"train.{RATE}", "model.path" in told.words
+    if rate != "auto" and (name in told.words or (name in told.file and not other_model)):
+        return rate, say("check.why.set")
+    if pairs.active:
+        return TRAIN_ON_PAIRS["learning_rate"], say("check.why.rate_pairs")
     if advised is None:
-        tiny = bool(original) and given == "auto"
-        return TINY_RATE if tiny else usual, say(f"check.why.rate_{'tiny' if tiny else 'usual'}")
+        tiny = width(original) > 0
+        rate = TINY_RATE if tiny else TrainConfig().rate
+        return rate, say(f"check.why.rate_{'tiny' if tiny else 'usual'}")
     code = "rate" if advised.family else "rate_other"
     exponents = ", ".join(f"{name} {exponent}" for name, exponent in EXPONENTS.items())
     facts = {"family": advised.family, "hidden": advised.hidden, "exponents": exponents}
@@ -146,14 +159,34 @@ def _why_rank(preset: Config, original: dict[str, Any], tokens: int) -> str:
     if not original or preset.lora.targets != "all-linear":
         return ""
     settings = Settings(quantize=preset.model.quantize, rank=preset.lora.rank)
-    numbers = sum(weighed(original, settings).trained)
+    try:
+        numbers = sum(weighed(original, settings).trained)
+    except UserError:  # a family that cannot be weighed
+        return ""
     code = "rank" if numbers >= tokens else "rank_small"
     return say(f"check.why.{code}", numbers=f"{numbers / 1e6:.1f}", tokens=f"{tokens:,}")
 
 
-def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
+def _sized(
+    train: TrainConfig, config: Config, own: set[str], seen: Look, tokens: int
+) -> tuple[TrainConfig, int]:
+    """(`train`, tokens of a step) for the data at hand; the command line's `own` settings stay."""
+    count, answers = max(1, seen.account["valid"]), not config.preference.active
+    if answers:
+        whole = [length for length in seen.lengths if length <= train.row_tokens]  # or left out
+        longest = 0 if config.data.kind == "text" else max(whole, default=0)
+        train = sized(train, count, tokens, longest)
+    train = replace(train, **{name: getattr(config.train, name) for name in own})
+    step = train.step_tokens(tokens)
+    if answers and not train.tokens_per_step:  # few sequences, whole rows
+        step = min(step, MOST_SEQUENCES * tokens // count)
+        step = max(1, step // train.row_tokens) * train.row_tokens
+    return train, step
+
+
+def new_config(config: Config, seen: Look, path: Path, told: Given, *, chosen: bool) -> str:
     """A commented config for the data at hand; `chosen`: for the model of `config`, else for the
-    recommended one.
+    recommended one. What somebody chose stays, but for what a file says of ADVISED.
     """
     preset, row, why = (
         (config, config.train.row_tokens, "chosen") if chosen else recommended(config)
@@ -162,34 +195,29 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
     tokens = account["total_tokens"] if chosen and "tokens" in account else account["qwen_tokens"]
     lengths = account.get("tokens") or account["characters"]
     original = _original(preset)
-    few = count < FEW_CONVERSATIONS and not config.preference.active
-    rate, why_rate = _rate(preset, original, few=few)
-    train = replace(preset.train, row_tokens=row, learning_rate=rate)
+    chats = config.data.kind != "text" and not config.preference.active
+    few = chats and count < FEW_CONVERSATIONS
+    rate, why_rate = _rate(config, original, told, few=few)
     # the smallest share that most likely gives a verdict; few conversations are needed for training
     wanted = 1.25 * FEWEST_PAIRS
     held_out = next((share for share in (0.05, 0.1, 0.2) if share * count >= wanted), 0.1)
-    if not config.preference.active:
-        held = [length for length in seen.lengths if length <= row]  # the others are left out
-        train = sized(
-            train, count, tokens, 0 if config.data.kind == "text" else max(held, default=0)
-        )
-    step = train.step_tokens(tokens)
-    if not config.preference.active:  # few sequences a step, but at least a row
-        step = max(train.row_tokens, min(step, MOST_SEQUENCES * tokens // max(1, count)))
-    source = config.data.train[0]
-    columns = source.columns or config.data.columns
-    pairs = ", ".join(f"{role} = {to_json(name)}" for role, name in columns.items())
-    return say(
+    own = {key.removeprefix("train.") for key in told.words if key.startswith("train.")} - {RATE}
+    train, step = _sized(replace(preset.train, row_tokens=row), config, own, seen, tokens)
+    sources, more = config.data.train, train.epochs > preset.train.epochs
+    alone = len(sources) == 1 and sources[0].weight == 1
+    columns = sources[0].columns if alone else {}
+    learned = (1 - held_out * (not config.data.eval)) * tokens * train.epochs
+    text = say(
         "check.new_config",
-        source=source.path,
+        source=", ".join(source.path for source in sources),
         rows=account["rows"],
         valid=count,
         command=command("train", path),
         model=to_json(preset.model.path),
         why=say(f"check.why.{why}"),
         quantize=to_json(preset.model.quantize),
-        train=to_json(source.path),
-        columns=f"{{ {pairs} }}" if columns else "{}",
+        train=as_toml(sources[0].path if alone else sources),
+        columns=as_toml(columns or config.data.columns),
         kind=to_json(config.data.kind),
         held_out=held_out,
         held=max(1, round(held_out * count)),
@@ -197,10 +225,10 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
         longest=lengths["p99"],
         unit=say(f"check.unit.{'tokens' if 'tokens' in account else 'characters'}"),
         step=step,
-        steps=round(train.epochs * tokens / step),
+        steps=train.steps or max(1, round(learned / step)),
         tokens=f"{tokens:,}",
         epochs=train.epochs,
-        seen=say("check.why.few", count=count) if train.epochs > preset.train.epochs else "",
+        seen=say("check.why.few", count=count) if more and "epochs" not in own else "",
         rate=f"{rate:g}",
         why_rate=why_rate,
         rank=preset.lora.rank,
@@ -211,3 +239,25 @@ def new_config(config: Config, seen: Look, path: Path, *, chosen: bool) -> str:
         loss=to_json(config.preference.loss),
         run=to_json(f"runs/{path.stem}"),
     )
+    return _with_chosen(text, config, told)
+
+
+def _with_chosen(text: str, config: Config, told: Given) -> str:
+    """The proposal with the settings that somebody chose and that it has otherwise."""
+    sections = dict(re.findall(r"^\[(\w+)\]\n(.*?)(?=^\[|\Z)", text, re.M | re.S))
+    head = text[: text.index("[")]
+    for key in sorted(told.words | (told.file - ADVISED)):
+        section, _, name = key.partition(".")
+        if not name or "." in name or key in DECIDED:
+            continue
+        value = as_toml(getattr(getattr(config, section), name))
+        line = f"{name} = {value}  # {say('check.why.set')}"
+        body = sections.get(section, "").rstrip("\n")
+        if found := re.search(rf"^{name} = (.*?)(?=  #|$).*$", body, re.M):
+            body = body if found[1] == value else body[: found.start()] + line + body[found.end() :]
+        elif value != as_toml(getattr(getattr(Config(), section), name)):
+            body = f"{body}\n{line}".lstrip("\n")
+        if body:
+            sections[section] = body
+    parts = (f"[{section}]\n{body.rstrip()}\n" for section, body in sections.items())
+    return head + "\n".join(parts)

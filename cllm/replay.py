@@ -58,7 +58,7 @@ def own_answers(
                     rows.append(to_json(to_row(item)) + "\n")
         return {"text": np.frombuffer("".join(rows).encode(), np.uint8)}, None
 
-    key = cache.key_of("replay", *facts, prompts, count, sampling)
+    key = cache.key_of("replay", *facts, prompts, rooms, count, sampling)
     return cache.recall(key, make)[0]["text"].tobytes()
 
 

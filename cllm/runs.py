@@ -34,6 +34,8 @@ from cllm.messages import (
     to_json,
 )
 
+RISEN = 1.01
+"""A held-out loss so many times its lowest has turned; less is how it comes about."""
 _SAMPLES = 64
 _SAMPLE_BYTES = 2**16
 _FINGERPRINTED = re.compile(
@@ -191,11 +193,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def turned(metrics: Iterable[Mapping[str, Any]]) -> str:
     """At which step of a run's metrics the held-out loss was lowest, and what to change, "" where
-    it did not rise after it.
+    it is not a hundredth higher at the end.
     """
     held = [(row["eval_loss"], row["step"]) for row in metrics if "eval_loss" in row]
     best, last = min(held, default=(0.0, 0)), (held or [(0.0, 0)])[-1]
-    if last[0] <= best[0] or not best[1]:
+    if last[0] < RISEN * best[0] or not best[1]:
         return ""
     losses = {"lowest": f"{best[0]:.3f}", "later": f"{last[0]:.3f}"}
     return say("train.turned", step=best[1], last=last[1], **losses)

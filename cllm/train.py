@@ -406,6 +406,7 @@ class Training:
         print(summary(results))
         if over := turned(read_metrics(self.run / "metrics.jsonl")):
             print(over, file=sys.stderr)
+            more = ""
         held_out, steps = len(learner.encoded.held_out), self.progress.step
         print(verdict(results, held_out, steps, more), file=sys.stderr)
         return document(results)

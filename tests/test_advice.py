@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm.__main__ import run
-from cllm.advice import FEW_CONVERSATIONS, MAX_EPOCHS, Rate, advised_rate, sized, verdict
+from cllm.advice import FEW_CONVERSATIONS, MAX_EPOCHS, Rate, advised_rate, sized, verdict, width
 from cllm.config import ENOUGH_STEPS, MAX_STEP_TOKENS, TrainConfig, load_config
 from cllm.evaluate.results import Evaluation, Gap, SystemScores
 from cllm.learn.dist import World
@@ -38,7 +39,8 @@ def test_a_step_is_as_large_as_leaves_enough_steps(
         assert size == named
         return
     assert row <= size <= max(row, MAX_STEP_TOKENS)
-    assert size == row or epochs * tokens / size >= (steps or ENOUGH_STEPS)
+    assert size == row or epochs * tokens / size >= ENOUGH_STEPS
+    assert size == replace(train, steps=0).step_tokens(tokens)  # fewer steps are not larger ones
 
 
 @given(st.integers(1, 2000), TOKENS, st.integers(1, 4000), ROW, st.floats(0.5, 20))
@@ -183,6 +185,9 @@ def test_the_learning_rate_follows_the_formula(name: str, rate: float, family: s
     assert advised_rate({"model_type": "qwen3", "hidden_size": 256}) is None
     nested = {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3", "hidden_size": 4096}}
     assert advised_rate(nested) == Rate(4.7e-4, "qwen", 4096)
+    for name in ("d_model", "n_embed"):  # MPT, BLOOM
+        assert (found := advised_rate({name: 4096})) and found.hidden == 4096
+    assert advised_rate({}) is None and width({}) == 0
 
 
 def test_auto_is_the_formula_or_refused(
@@ -208,7 +213,8 @@ def test_a_rate_far_from_the_advised_one_is_said(
     options = [str(config), "train.steps=1", "eval.samples=0"]
     assert run("train", options) == 0
     assert "learning_rate" not in capsys.readouterr().err
-    for advised, said in ((0.01, False), (5e-4, True), (0.5, True)):
+    # of few conversations half of it is advised
+    for advised, said in ((0.014, False), (0.01, True), (5e-4, True), (0.5, True)):
         monkeypatch.setattr("cllm.learner.advised_rate", lambda _, rate=advised: Rate(rate, "", 64))
         assert run("train", options) == 0
         assert ("train.learning_rate = 0.02 is far" in capsys.readouterr().err) == said
@@ -216,7 +222,14 @@ def test_a_rate_far_from_the_advised_one_is_said(
 
 @pytest.mark.parametrize(
     ("losses", "step"),
-    [([3.0, 2.0, 1.0], 0), ([3.0, 1.0, 2.0], 5), ([1.0, 2.0, 3.0], 0), ([2.0], 0), ([], 0)],
+    [
+        ([3.0, 2.0, 1.0], 0),
+        ([3.0, 1.0, 2.0], 5),
+        ([1.0, 2.0, 3.0], 0),
+        ([2.0], 0),
+        ([], 0),
+        ([3.0, 1.0, 1.001], 0),
+    ],
 )
 def test_the_step_where_a_run_began_to_overfit_is_said(losses: list[float], step: int) -> None:
     metrics = [{"step": 5 * n, "eval_loss": loss} for n, loss in enumerate(losses)]

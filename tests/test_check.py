@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,9 @@ def test_a_preset_takes_one_s_own_file_and_is_copied_with_it(
     assert copied.preference.loss == preset.preference.loss
     known = published(preset.model.path)
     advised = advised_rate(known[1]) if known else None
-    usual = preset.train.rate == TrainConfig().rate  # one that was set is kept
+    usual = (
+        "learning_rate" not in (PRESETS / f"{name}.toml").read_text()
+    )  # one that was set is kept
     half = float(f"{advised.value / 2:.2g}") if advised else 0.0  # of few conversations
     assert copied.train.rate == (half if advised and usual else preset.train.rate)
     assert copied.train.epochs == (preset.train.epochs if preset.preference.active else 10)
@@ -291,6 +294,40 @@ def test_every_proposed_value_has_its_reason(
         capsys, data, f"model.path={base}", "train.learning_rate=0.02", "--init", tmp_path / "b"
     )
     assert load_config(tmp_path / "b").train.rate == 0.02
+
+
+def test_what_somebody_chose_stays_in_a_proposal(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([ROWS[0], ROWS[2]]), encoding="utf-8")
+    words = ["train.epochs=5", "lora.rank=64", "data.replay=0.1", "data.dedup=false"]
+    account(capsys, data, *words, "--init", tmp_path / "my.toml")
+    proposed = load_config(tmp_path / "my.toml")
+    assert (proposed.train.epochs, proposed.lora.rank) == (5, 64)
+    assert (proposed.data.replay, proposed.data.dedup) == (0.1, False)
+    assert (tmp_path / "my.toml").read_text(encoding="utf-8").count("as it was set") == 3
+    mixture = f'[{{path="{data}",weight=2.0}},{{path="{other}"}}]'
+    text = f"""
+[model]
+path = "{base}"
+template = "chatml"
+[data]
+train = {mixture}
+[lora]
+targets = ["q_proj"]
+[memory]
+chunk_mib = 64
+[train]
+epochs = 1.0
+learning_rate = 2e-4
+"""
+    (tmp_path / "own.toml").write_text(text, encoding="utf-8")
+    account(capsys, tmp_path / "own.toml", "--init", tmp_path / "again.toml")
+    own, again = load_config(tmp_path / "own.toml"), load_config(tmp_path / "again.toml")
+    assert (again.data.train, again.model.template) == (own.data.train, "chatml")
+    assert (again.lora.targets, again.memory.chunk_mib) == (["q_proj"], 64)
+    assert again.train.rate == 2e-4 and again.train.epochs > 1  # a file's amount is proposed anew
 
 
 def test_the_rate_of_the_model_that_counts_tokens_is_nobody_else_s(
@@ -459,7 +496,8 @@ def test_the_command_at_the_end_can_be_pasted_until_it_trains(
     # at once, without the columns
     text, found = account(capsys, "a b.csv", "--init", "b.toml")
     assert found["valid"] == 0 and found["again"]["valid"] == 9
-    assert load_config("b.toml").data == load_config("a b.toml").data
+    guessed, named = load_config("b.toml").data, load_config("a b.toml").data
+    assert guessed == replace(named, dedup=True) and not named.dedup
 
 
 def test_a_file_of_which_nothing_can_be_made_writes_no_config(

@@ -52,8 +52,7 @@ def test_as_many_general_rows_as_the_share_says_and_none_that_is_held_out() -> N
     assert len(many) == 10 and {many.count(item) for item in general[:4]} <= {2, 3}
     assert mixed == replayed(general, 0.1, 90, [asks("q3")]), "drawn alike every time"
     assert len(replayed(general, 0.001, 10, [])) == 1
-    with pytest.raises(UserError, match=r"no general row .* of 1: .*data.replay_from"):
-        replayed([asks("q")], 0.1, 9, [asks("q")])
+    assert replayed([asks("q")], 0.1, 9, [asks("q")]) == []
 
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
@@ -78,7 +77,8 @@ def test_rows_of_a_file_are_trained_on_and_nothing_else_changes(
     before, after = plain.learner.encoded, mixed.learner.encoded
     count = round(len(before.train) / 4)
     assert (
-        f"data: {len(before.train)} to train on + {count} replay rows (" in capsys.readouterr().err
+        f"data: {len(before.train)} to train on + {count} replay rows, {count} different ("
+        in capsys.readouterr().err
     )
     assert [*after.train] == [*before.train] and after.held_sha256 == before.held_sha256
     assert after.sha256 != before.sha256
@@ -142,6 +142,18 @@ def test_an_answer_that_does_not_end_is_no_row(
     assert run("train", words) == 2
     last = capsys.readouterr().err.strip().split("\n")[-1]
     assert last.startswith("error [data.no_replay]") and "data.replay_from" in last
+
+
+def test_a_file_of_which_no_row_can_be_replayed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"foo": 1}\n', encoding="utf-8")
+    words = [data(tmp_path), "data.replay=0.2", f"data.replay_from={tmp_path / 'bad.jsonl'}"]
+    assert run("check", ["preset:quick", *words]) == 0
+    assert json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])["replay"] == 0
+    assert run("train", [*QUICK, *words]) == 2
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert last.startswith("error [data.no_replay_rows]") and "bad.jsonl" in last
 
 
 def test_reasoning_that_the_prompt_opened_is_reasoning() -> None:
@@ -225,6 +237,8 @@ def test_identity_rows(
         (["--identity", "a", "b"], "check.identity"),
         (["demo", "--identity", "a", "b", "--out", "new.jsonl"], "check.identity"),
         (["--out", "new.jsonl"], "check.identity"),
+        (["demo", "--out", "new.jsonl"], "check.identity"),
+        (["--identity", "a", "b", "--out", "new.jsonl", "--write", "g.jsonl"], "check.identity"),
         (["--identity", " ", "b", "--out", "new.jsonl"], "check.names"),
         (["--identity", "a", "b\nc", "--out", "new.jsonl"], "check.names"),
     ],

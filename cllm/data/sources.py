@@ -162,13 +162,17 @@ def replayed(
     general: Sequence[Conversation], share: float, train: int, held_out: Sequence[Conversation]
 ) -> list[Conversation]:
     """`replay_count` of the general conversations, too few of them several times; none asks what a
-    held-out one does. Raises UserError if none is left.
+    held-out one does; [] if none is left.
     """
     asked = set(map(id, repeated_questions(held_out, general)))
     fresh = [item for item in general if id(item) not in asked]
     if not fresh:
-        raise UserError("data.no_replay", count=len(general))
+        return []
     return _weighted(fresh, replay_count(share, train) / len(fresh), "replay")
+
+
+def _unusable(code: str, path: str, **facts: object) -> UserError:
+    return UserError(code, path=path, command=command("check", path), **facts)
 
 
 def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
@@ -189,8 +193,7 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
         if data.eval:
             given, refused = read_file(data, data.eval, {}, unread, pairs=pairs)
         if data.eval and not given:
-            look = command("check", data.eval)
-            raise UserError("data.empty", path=data.eval, rejects=len(refused), command=look)
+            raise _unusable("data.empty", data.eval, rejects=len(refused))
         train, held_out, dropped = divide(data, groups, given)
         rejects += refused
         rows, general = sum(map(len, groups)) + len(given), list[Conversation]()
@@ -198,6 +201,8 @@ def prepare(data: DataConfig, *, pairs: bool = False) -> Data:
             general, refused = read_file(data, data.replay_from, {}, unread)
             rejects, rows = rejects + refused, rows + len(general)
             general = replayed(general, data.replay, len(train), held_out)
+            if not general:
+                raise _unusable("data.no_replay_rows", data.replay_from)
         texts = [_stored(item) for item in (*train, *held_out, *general)]
         arrays = {
             "text": np.frombuffer(b"".join(texts), np.uint8),
