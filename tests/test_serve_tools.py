@@ -21,7 +21,8 @@ from cllm.assembly import Loaded
 from cllm.data.message import Call, Message, block_of
 from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES
-from cllm.data.tools import Tools, parse
+from cllm.data import tools as formats
+from cllm.data.tools import TOOL_STYLES, Tools, parse
 from cllm.messages import to_json
 from cllm.model.chat_template import call_tokens, tool_style
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
@@ -281,12 +282,24 @@ def test_a_template_without_a_place_for_tools_is_named(written_in: Callable[...,
     assert "chatglm2" in written_in("chatglm2").refused("tools", tools=[CLOCK])
 
 
-def test_strange_schemas_and_half_characters_are_answered(written_in: Callable[..., Api]) -> None:
-    api = written_in("qwen3.5")
-    text = "<tool_call>\n<function=clock>\n<parameter=zone>\n5\n</parameter>\n</function>\n"
-    for schema in ({"properties": 5}, {"properties": {"zone": {"type": 7}}}, {"a": "\ud83d"}, {}):
+STRANGE: list[Any] = [
+    {"properties": 5},
+    {"properties": {"zone": {"type": 7, "items": True, "enum": 5}}, "required": True},
+    {"properties": {"zone": {"items": [{}], "$ref": "#/properties/zone"}, "a": True}},
+    {"a": "\ud83d"},
+    {},
+]
+
+
+@pytest.mark.parametrize("style", TOOL_STYLES)
+def test_strange_schemas_and_half_characters_are_answered(
+    written_in: Callable[..., Api], style: str
+) -> None:
+    api = written_in("chatml", tools=style)
+    for schema in STRANGE:
         tool = {"type": "function", "function": {"name": "clock", "parameters": schema}}
-        api.engine.text = f"{text}</tool_call>"
+        (parts,) = formats.called(style, [], "", (Call("clock", {"zone": "5"}),))
+        api.engine.text = "".join(part for part, _ in parts)
         answer = api.client.post(
             "/v1/chat/completions",
             content=json.dumps({"messages": ASK, "tools": [tool]}),

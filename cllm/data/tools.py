@@ -8,6 +8,7 @@ each checkpoint.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -61,7 +62,7 @@ def read_tools(text: str) -> Tools:
     tools: Tools = []
     for tool in value if isinstance(value, list) else [value]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or "name" not in function:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
         if "input_schema" in function:  # Anthropic's name
             function = {**function, "parameters": function["input_schema"]}
@@ -94,27 +95,32 @@ def _qwen_lines(tools: Tools) -> str:
 
 
 def _react_tool(tool: dict[str, Any]) -> str:
-    schema = tool.get("parameters") or {}
+    schema = tool.get("parameters")
+    properties = _part(schema, "properties")
     lines = [
         f"> Tool Name: {tool['name']}",
         f"Tool Description: {tool.get('description', '')}",
         "Tool Args:",
     ]
-    for name, value in (schema.get("properties") or {}).items():
+    for name in properties:
+        value = _part(properties, name)
         line = f"  - {name} ({value.get('type', '')}"
-        if name in (schema.get("required") or []):
+        if name in _part(schema, "required", list):
             line += ", required"
         line += f"): {value.get('description', '')}"
-        if value.get("enum"):
-            line += f", should be one of [{', '.join(map(str, value['enum']))}]"
-        if value.get("items"):
-            line += f", where each item should be {value['items'].get('type', '')}"
+        if options := _part(value, "enum", list):
+            line += f", should be one of [{', '.join(map(str, options))}]"
+        if items := _part(value, "items"):
+            line += f", where each item should be {items.get('type', '')}"
         lines.append(line)
     return "\n".join(lines) + "\n\n"
 
 
 def _python(name: str, values: dict[str, Any]) -> str:
-    pairs = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    # the names of some tools are none in Python
+    pairs = ", ".join(
+        f"{key if key.isidentifier() else repr(key)}={value!r}" for key, value in values.items()
+    )
     return f"```python\ntool_call({pairs})\n```"
 
 
@@ -150,12 +156,14 @@ def _no_number(name: str) -> None:
 
 _JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
 _BLANKS = re.compile(r"\s*")
+_STRING = r"""'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*\""""
 _PYTHON = re.compile(  # up to the first closing bracket with a fence behind it outside of strings
     # the vocabulary puts a blank before a text encoded apart
-    r"<\|assistant\|>([^\n]+)\n *```python\n(tool_call\("
-    r"""(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*"|[^'"])*?\))\s*```""",
+    rf"<\|assistant\|>([^\n]+)\n *```python\ntool_call\(((?:{_STRING}|[^'\"])*?)\)\s*```",
     re.S,
 )
+# A value as JSON has it holds no = outside of its strings.
+_KEYWORD = re.compile(rf"({_STRING})(\s*=)?|(?<![^,])([^,=()\[\]{{}}'\"]+)=", re.S)
 _FUNCTION = re.compile(r"<tool_call>\s*<function=([^>\n]+)>\s*")
 _PARAMETER = re.compile(
     r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>(?=\s*(?:<parameter=|</function>))\s*", re.S
@@ -190,55 +198,70 @@ def _json_calls(opening: str, closing: str) -> Read:
 
 
 def _read_python(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
-    """ChatGLM3's call: literals as keywords of a Python call, which is never executed."""
+    """ChatGLM3's call: literals as keywords of a Python call, read as a dictionary's, so that a
+    name need be none of Python's; nothing is executed.
+    """
     if not (match := _PYTHON.match(text, start)):
         return None
+
+    def entry(pair: re.Match[str]) -> str:
+        name = repr(pair[3].strip()) if pair[3] else pair[1]
+        return f"{name}:" if pair[2] or pair[3] else name
+
     try:
-        code: Any = ast.parse(match[2], mode="eval").body
-        # anything else than a call by keywords has not all of these attributes
-        plain = code.func.id == "tool_call" and not code.args
-        values = {part.arg: ast.literal_eval(part.value) for part in code.keywords}
-    except (AttributeError, SyntaxError, ValueError, MemoryError, RecursionError):
+        values = ast.literal_eval(f"{{{_KEYWORD.sub(entry, match[2])}}}")
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         return None
     calls = _offered([{"name": match[1], "arguments": values}], tools)
-    return (calls, match.end()) if calls and plain and None not in values else None
+    return (calls, match.end()) if calls else None
 
 
 def _read_xml(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
     """Qwen3.5's call. Its values have no quotes, so types come from the tool's schema: a string
-    where it may be one, else JSON or Python's words for it; without a type JSON if that is a list
-    or an object, else a string. A string that goes on like the end of a parameter is cut there.
+    where it may be one (but None where that may be, too), else JSON or Python's words for it;
+    without a type JSON if that is a list or an object, else a string. A string that goes on like the end of a parameter is cut there.
     """
     if not (function := _FUNCTION.match(text, start)):
         return None
     tool = next((tool for tool in tools if tool["name"] == function[1]), {})
-    schemas = _part(_part(tool, "parameters"), "properties")
+    whole = _part(tool, "parameters")
+    schemas = _part(whole, "properties")
     values, at = {}, function.end()
     while pair := _PARAMETER.match(text, at):
-        values[pair[1]] = _typed(pair[2], _part(schemas, pair[1]))
+        values[pair[1]] = _typed(pair[2], _part(schemas, pair[1]), whole)
         at = pair.end()
     calls = _offered([{"name": function[1], "arguments": values}], tools)
     closed = _FUNCTION_END.match(text, at)
     return (calls, closed.end()) if calls and closed else None
 
 
-def _part(schema: object, key: str) -> Any:
-    """A part of a schema, {} where it is none."""
-    return (schema.get(key) if isinstance(schema, dict) else None) or {}
+def _part(schema: object, key: str, kind: type = dict) -> Any:
+    """A part of a schema, whatever a client calls one: empty where it is not of this kind."""
+    part = schema.get(key) if isinstance(schema, dict) else None
+    return part if isinstance(part, kind) else kind()
 
 
-def _types(schema: object) -> set[str]:
-    """The JSON types that a schema allows; none where it does not say."""
-    names = _part(schema, "type")
-    several = [*_part(schema, "anyOf"), *_part(schema, "oneOf")]
-    return set().union([names] if isinstance(names, str) else names, *map(_types, several))
+def _types(schema: object, whole: object) -> set[str]:
+    """The JSON types that a part of the whole schema allows; none where it does not say."""
+    types, seen, parts = set[str](), set[int](), [schema]
+    for part in parts:
+        if id(part) in seen:  # a type that refers to itself
+            continue
+        seen.add(id(part))
+        named = [_part(part, "type", str), *_part(part, "type", list)]
+        types.update(name for name in named if isinstance(name, str) and name)
+        for several in ("anyOf", "oneOf", "allOf"):
+            parts += _part(part, several, list)
+        start, *steps = _part(part, "$ref", str).split("/")
+        if start == "#":
+            parts.append(functools.reduce(_part, steps, whole))
+    return types
 
 
-def _typed(text: str, schema: object) -> Any:
-    try:
-        types = _types(schema)
-    except TypeError:  # whatever a client calls a schema
-        types = set()
+def _typed(text: str, schema: object, whole: object) -> Any:
+    types = _types(schema, whole)
+    if text == "None" and "null" in types:
+        return None
     if "string" in types or (not types and text.lstrip()[:1] not in ("[", "{")):
         return text
     try:
