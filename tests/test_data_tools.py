@@ -4,6 +4,7 @@ at all.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,6 +210,19 @@ NO_CALLS = {
 def test_what_is_no_call_stays_word_for_word(style: str, text: str) -> None:
     assert parse(style, text, TOOLS) == (text, ())
     assert parse(style, f"嗯\n{text}", TOOLS) == (f"嗯\n{text}", ())
+
+
+@pytest.mark.parametrize("style", TOOL_STYLES)
+def test_a_long_call_is_not_read_at_every_piece(
+    style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    real = TOOL_STYLES[style]
+    counted = replace(real, read=lambda *given: reads.append(1) or real.read(*given))
+    monkeypatch.setitem(TOOL_STYLES, style, counted)
+    reader, call = CallReader(style, TOOLS), Call("clock", {"zone": "(\n" * 500})
+    said = [part for piece in text_of(style, "", (call,)) for part in reader.push(piece)]
+    assert [*said, *reader.push("", last=True)] == [call] and len(reads) < 9
 
 
 def test_a_broken_call_does_not_hide_the_next() -> None:

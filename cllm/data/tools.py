@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from cllm.data.message import Call, read_calls
-from cllm.data.text import RowError, overlap
+from cllm.data.text import RowError, is_deep, overlap
 from cllm.messages import load_toml, to_json
 
 Tools: TypeAlias = list[dict[str, Any]]
@@ -43,6 +43,8 @@ class ToolStyle:
     read: Read
     # What a call begins with ({}: each tool's name), `turn` included.
     opens: tuple[str, ...]
+    # What stands at the end of every call; "": nothing may follow one.
+    closes: str = ""
     # What an answer begins behind, where that is a part of what a call begins with.
     turn: str = ""
     # What only the one who calls the tool may write: an answer ends before it.
@@ -53,11 +55,13 @@ class ToolStyle:
 
 def read_tools(text: str) -> Tools:
     """The functions of a `tools` JSON text, one or a list, without OpenAI's {"type": "function", …}
-    wrapper and under OpenAI's names; [] if it is anything else.
+    wrapper and under OpenAI's names; [] if it is anything else, or too deep.
     """
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return []
+    if is_deep(value):
         return []
     tools: Tools = []
     for tool in value if isinstance(value, list) else [value]:
@@ -219,7 +223,8 @@ def _read_python(text: str, start: int, tools: Tools) -> tuple[list[Call], int] 
 def _read_xml(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
     """Qwen3.5's call. Its values have no quotes, so types come from the tool's schema: a string
     where it may be one (but None where that may be, too), else JSON or Python's words for it;
-    without a type JSON if that is a list or an object, else a string. A string that goes on like the end of a parameter is cut there.
+    without a type JSON if that is a list or an object, else a string. A string that goes on like
+    the end of a parameter is cut there.
     """
     if not (function := _FUNCTION.match(text, start)):
         return None
@@ -283,6 +288,7 @@ class CallReader:
         self._opening = re.compile("|".join(map(re.escape, self._opens)) or "(?!)")
         self._text = self._style.turn
         self._done = 0  # what stands before is out
+        self._seen = 0  # and before this a call has begun and not ended
         self._called = False  # and nothing was said since
 
     def push(self, piece: str, *, last: bool = False) -> list[str | Call]:
@@ -291,7 +297,11 @@ class CallReader:
         said: list[str | Call] = []
         at, size = self._done, len(self._text)
         while match := self._opening.search(self._text, at):
-            read = self._style.read(self._text, match.start(), self._tools)
+            # a long call is read where it may have ended, not at every piece
+            closes, read = self._style.closes, None
+            behind = max(match.start(), self._seen - len(closes))
+            if last or (closes and self._text.find(closes, behind) >= 0):
+                read = self._style.read(self._text, match.start(), self._tools)
             if read and (last or read[1] < size):
                 said += [*filter(None, [self._words(match.start()).rstrip()]), *read[0]]
                 self._done = at = read[1]
@@ -299,6 +309,7 @@ class CallReader:
             elif last:
                 at = match.end()
             else:
+                self._seen = self._seen if read else size
                 break
         stop = match.start() if match else size
         if last:
@@ -377,6 +388,7 @@ TOOL_STYLES = {
         call=_in_tags("\n"),
         read=_json_calls("<tool_call>", r"\s*(?:</tool_call>|\Z)"),
         opens=("<tool_call>",),
+        closes="</tool_call>",
     ),
     "qwen3.5": ToolStyle(
         announce=lambda before, behind, tools, words: (
@@ -388,6 +400,7 @@ TOOL_STYLES = {
         call=_in_tags("\n\n"),
         read=_read_xml,
         opens=("<tool_call>",),
+        closes="</tool_call>",
         place="before words",
     ),
     "glm4": ToolStyle(
@@ -400,6 +413,7 @@ TOOL_STYLES = {
         call=_by_name,
         read=_json_calls(r"<\|assistant\|>(.+)\n", ""),
         opens=("<|assistant|>{}\n",),
+        closes="}",
         turn="<|assistant|>",
     ),
     "chatglm3": ToolStyle(
@@ -412,6 +426,7 @@ TOOL_STYLES = {
         call=_by_name,
         read=_read_python,
         opens=("<|assistant|>{}\n",),
+        closes="```",
         turn="<|assistant|>",
     ),
     "internlm2": ToolStyle(
@@ -428,6 +443,7 @@ TOOL_STYLES = {
         ],
         read=_json_calls(r"<\|action_start\|>\s*<\|plugin\|>", r"\s*(?:<\|action_end\|>|\Z)"),
         opens=("<|action_start|>",),
+        closes="<|action_end|>",
         place="own turn",
     ),
     "llama3": ToolStyle(
@@ -454,6 +470,7 @@ TOOL_STYLES = {
         call=lambda opening, words, names, texts: _as_text(opening, words, "\n".join(texts)),
         read=_json_calls(r"\nAction:[ \t]*(.+?)[ \t]*\n\s*Action Input:", ""),
         opens=("\nAction:",),
+        closes="}",
         turn="\n",
         stops=("\nObservation:",),
     ),
