@@ -345,7 +345,13 @@ def test_fields_inside_that_would_change_the_answer_are_refused(
 
 
 def test_fields_inside_that_change_nothing_pass(api: Api, loaded: Loaded) -> None:
-    said = {"role": "assistant", "content": "好", "refusal": None, "annotations": [], "audio": None}
+    said = {
+        "role": "assistant",
+        "content": "好",
+        "refusal": None,
+        "parsed": {"a": 1},
+        "audio": None,
+    }
     api.says("好", messages=[{**ASK[0], "name": "李"}, said, *ASK])
     turns = (Message("user", "几点了？"), Message("assistant", "好"), Message("user", "几点了？"))
     assert api.engine.prompt == loaded.tokenizer.encode_chat(turns)

@@ -342,7 +342,7 @@ def _handle_errors(app: Any) -> None:
         app.add_exception_handler(kind, reply)
 
 
-def _said(code: str, detail: str, **values: object) -> str:
+def _said(code: str, detail: str, /, **values: object) -> str:
     """The message of this code, or else what a library says."""
     return say(code, **values) if code in messages() else detail
 

@@ -205,7 +205,8 @@ HARMLESS = frozenset(
 )
 # The same of the fields in messages, tools and formats.
 PASSING = frozenset(
-    "name id tool_call_id annotations cache_control description strict include_obfuscation".split()
+    "name id tool_call_id annotations parsed cache_control description strict"
+    " include_obfuscation".split()
 )
 USUAL: dict[str, tuple[Any, ...]] = {
     "text": ({"format": {"type": "text"}},),
