@@ -426,7 +426,7 @@ TOOL_STYLES = {
         call=_by_name,
         read=_read_python,
         opens=("<|assistant|>{}\n",),
-        closes="```",
+        closes="\n```",  # in a string a line's end stands as \n
         turn="<|assistant|>",
     ),
     "internlm2": ToolStyle(
