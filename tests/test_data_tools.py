@@ -92,6 +92,8 @@ def with_types(tools: Tools, calls: tuple[Call, ...], way: str) -> Tools:
                 properties[key] = schema if properties.get(key, schema) == schema else {}
         defs = {name: {"type": name} for name in TYPES.values()}
         whole = {"type": "object", "properties": properties, "$defs": defs}
+        if way == "referenced":
+            whole = {"$ref": "#/$defs/whole", "$defs": {**defs, "whole": whole}}
         typed.append({**tool, "parameters": whole})
     return typed
 

@@ -230,7 +230,7 @@ def _read_xml(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | N
         return None
     tool = next((tool for tool in tools if tool["name"] == function[1]), {})
     whole = _part(tool, "parameters")
-    schemas = _part(whole, "properties")
+    schemas = _part(_target(whole, whole) or whole, "properties")
     values, at = {}, function.end()
     while pair := _PARAMETER.match(text, at):
         values[pair[1]] = _typed(pair[2], _part(schemas, pair[1]), whole)
@@ -246,6 +246,12 @@ def _part(schema: object, key: str, kind: type = dict) -> Any:
     return part if isinstance(part, kind) else kind()
 
 
+def _target(schema: object, whole: object) -> Any:
+    """What a part refers to in the whole schema, {} where it does not."""
+    start, *steps = _part(schema, "$ref", str).split("/")
+    return functools.reduce(_part, steps, whole) if start == "#" else {}
+
+
 def _types(schema: object, whole: object) -> set[str]:
     """The JSON types that a part of the whole schema allows; none where it does not say."""
     types, seen, parts = set[str](), set[int](), [schema]
@@ -257,9 +263,8 @@ def _types(schema: object, whole: object) -> set[str]:
         types.update(name for name in named if isinstance(name, str) and name)
         for several in ("anyOf", "oneOf", "allOf"):
             parts += _part(part, several, list)
-        start, *steps = _part(part, "$ref", str).split("/")
-        if start == "#":
-            parts.append(functools.reduce(_part, steps, whole))
+        if target := _target(part, whole):
+            parts.append(target)
     return types
 
 
