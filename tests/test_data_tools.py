@@ -4,8 +4,7 @@ at all.
 
 from __future__ import annotations
 
-import keyword
-import unicodedata
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from cllm.data.message import Call, Message
 from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES, render
-from cllm.data.tools import TOOL_STYLES, CallReader, Tools, called, opened, parse
+from cllm.data.tools import TOOL_STYLES, CallReader, Tools, called, opened, parse, read_tools
 from cllm.messages import to_json
 
 TOOLS: Tools = [
@@ -59,19 +58,10 @@ TYPES = {
 }
 
 
-def is_keyword_name(name: str) -> bool:
-    """Whether Python reads it as the name of an argument, and as this one."""
-    plain = name.isidentifier() and not keyword.iskeyword(name)
-    return plain and unicodedata.normalize("NFKC", name) == name
-
-
 def arguments_of(style: str) -> st.SearchStrategy[dict[str, Any]]:
-    """Arguments that the format can say. ChatGLM3's are keywords of Python; Qwen3.5's have no
-    quotes: a name ends at `>`, a value at the end of a parameter.
+    """Arguments that the format can say. Qwen3.5's have no quotes: a name ends at `>`, a value at
+    the end of a parameter.
     """
-    if style == "chatglm3":
-        letters = st.text(st.characters(categories=["Ll", "Lo", "Nd"]), min_size=1, max_size=8)
-        return st.dictionaries(letters.filter(is_keyword_name), VALUES, max_size=4)
     if style == "qwen3.5":
         names = TEXT.filter(lambda text: text and ">" not in text and "\n" not in text)
         said = VALUES.filter(lambda value: "</parameter>" not in str(value))
@@ -85,16 +75,26 @@ def text_of(style: str, words: str, calls: tuple[Call, ...]) -> str:
     return "<|assistant|>".join("".join(text for text, _ in turn) for turn in turns)
 
 
-def with_types(tools: Tools, calls: tuple[Call, ...]) -> Tools:
-    """The tools with the schemas of these arguments; where a name has two types, none."""
+def with_types(tools: Tools, calls: tuple[Call, ...], way: str) -> Tools:
+    """The tools with the schemas of these arguments, said in this way; where a name has two types,
+    none.
+    """
     typed = []
     for tool in tools:
         properties: dict[str, Any] = {}
         for call in calls:
             for key, value in call.arguments.items() if call.name == tool["name"] else ():
-                schema = {"type": TYPES[type(value).__name__]}
+                schema: dict[str, Any] = {"type": TYPES[type(value).__name__]}
+                if way == "nullable":
+                    schema = {"type": [schema["type"], "null"]} if value != "None" else schema
+                elif way == "referenced":
+                    schema = {"anyOf": [{"$ref": f"#/$defs/{schema['type']}"}]}
                 properties[key] = schema if properties.get(key, schema) == schema else {}
-        typed.append({**tool, "parameters": {"type": "object", "properties": properties}})
+        defs = {name: {"type": name} for name in TYPES.values()}
+        whole = {"type": "object", "properties": properties, "$defs": defs}
+        if way == "referenced":
+            whole = {"$ref": "#/$defs/whole", "$defs": {**defs, "whole": whole}}
+        typed.append({**tool, "parameters": whole})
     return typed
 
 
@@ -107,7 +107,8 @@ def test_every_format_reads_back_what_it_writes(style: str, data: st.DataObject)
     chosen = data.draw(st.lists(names, min_size=1, max_size=2, unique=True))
     calls = tuple(Call(name, data.draw(arguments_of(style))) for name in chosen)
     words = data.draw(st.sampled_from(["", "好的，我来查。", "第一行\n\n第二行"]))
-    text, tools = text_of(style, words, calls), with_types(TOOLS, calls)
+    way = data.draw(st.sampled_from(["plain", "nullable", "referenced"]))
+    text, tools = text_of(style, words, calls), with_types(TOOLS, calls, way)
     assert parse(style, text, tools) == (words, calls)
     for call in calls:  # and what opens a call by force is how it begins
         alone = text_of(style, "", (call,))
@@ -213,6 +214,19 @@ def test_what_is_no_call_stays_word_for_word(style: str, text: str) -> None:
     assert parse(style, f"嗯\n{text}", TOOLS) == (f"嗯\n{text}", ())
 
 
+@pytest.mark.parametrize("style", TOOL_STYLES)
+def test_a_long_call_is_not_read_at_every_piece(
+    style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    real = TOOL_STYLES[style]
+    counted = replace(real, read=lambda *given: reads.append(1) or real.read(*given))
+    monkeypatch.setitem(TOOL_STYLES, style, counted)
+    reader, call = CallReader(style, TOOLS), Call("clock", {"zone": "(\n" * 500})
+    said = [part for piece in text_of(style, "", (call,)) for part in reader.push(piece)]
+    assert [*said, *reader.push("", last=True)] == [call] and len(reads) < 9
+
+
 def test_a_broken_call_does_not_hide_the_next() -> None:
     good = text_of("qwen", "", (Call("clock", {"zone": "a"}),))
     bad = good.replace("clock", "gone")
@@ -229,6 +243,12 @@ def test_chatglm3s_vocabulary_puts_a_blank_before_the_fence() -> None:
     assert parse("chatglm3", blank, TOOLS)[1] == (Call("clock", {"zone": ")\n```"}),)
 
 
+def test_chatglm3s_arguments_need_no_names_of_pythons() -> None:
+    text = "clock\n```python\ntool_call(from=1, user-id='a=b', a b = [2, 'x=']\n)\n```"
+    said = {"from": 1, "user-id": "a=b", "a b": [2, "x="]}
+    assert parse("chatglm3", text, TOOLS) == ("", (Call("clock", said),))
+
+
 def test_values_without_quotes_are_of_the_schemas_types() -> None:
     kinds = {
         "i": {"type": "integer"},
@@ -240,11 +260,13 @@ def test_values_without_quotes_are_of_the_schemas_types() -> None:
         "odd": "no schema",
         "odder": {"type": 5},
         "oddest": {"anyOf": [{"type": [{}]}]},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "circle": {"$ref": "#/properties/circle"},
     }
     tools: Tools = [{"name": "f", "parameters": {"properties": kinds}}]
     said = {"i": "5", "s": "5", "b": "True", "n": "None", "u": "[5]", "either": "5", "odd": "5"}
     said |= {"free": "5", "list": '["a", 1]', "code": "[not json"}
-    said |= {"odder": "5", "oddest": "5"}
+    said |= {"odder": "5", "oddest": "5", "maybe": "None", "circle": "5"}
     text = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in said.items())
     whole = f"<tool_call>\n<function=f>\n{text}</function>\n</tool_call>"
     assert parse("qwen3.5", whole, tools)[1][0].arguments == {
@@ -260,6 +282,8 @@ def test_values_without_quotes_are_of_the_schemas_types() -> None:
         "code": "[not json",
         "odder": "5",
         "oddest": "5",
+        "maybe": None,
+        "circle": "5",
     }
     wrong = whole.replace(">\n5\n<", ">\n5 六\n<")  # what is no number stays as it was said
     assert parse("qwen3.5", wrong, tools)[1][0].arguments["i"] == "5 六"
@@ -268,6 +292,7 @@ def test_values_without_quotes_are_of_the_schemas_types() -> None:
 
 
 def test_without_tools_nothing_is_a_call() -> None:
+    assert read_tools('[{"name": ["a"]}]') == []
     for style in TOOL_STYLES:
         text = text_of(style, "好", (Call("clock", {}),)) + " \n"
         assert parse(style, text, []) == (text, ())

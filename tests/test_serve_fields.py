@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -239,6 +240,24 @@ def test_errors_are_in_the_readers_language(server: Server) -> None:
         assert ("没有" in error["message"]) == chinese and error["param"] == "model", languages
     zh = {"Accept-Language": "zh", "Host": "evil.example"}
     assert "主机" in json.loads(server.call("GET", "/v1/models", headers=zh)[2])["error"]["message"]
+
+
+def test_every_refusal_is_in_the_readers_language(server: Server) -> None:
+    user, zh = {"role": "user"}, {"Accept-Language": "zh"}
+    for body in (
+        {},
+        {"messages": [{**user, "content": 5}]},
+        {"messages": [{**user, "prefix": True}]},
+        {"messages": HELLO, "temperature": 3},
+        {"messages": HELLO, "n": 0, "max_tokens": "a", "stream": 1, "top_p": "b"},
+        {"messages": [], "stop": ["", "a" * 300], "truncation": "x", "logit_bias": {"a": 1}},
+    ):
+        _, _, sent = server.call("POST", "/v1/chat/completions", body, zh)
+        parts = json.loads(sent)["error"]["message"].split("; ")
+        assert all(re.search("[\u4e00-\u9fff]", part) for part in parts), parts
+    for method, path in (("GET", "/v1/nothing"), ("DELETE", "/v1/models")):
+        said = json.loads(server.call(method, path, headers=zh)[2])["error"]["message"]
+        assert re.search("[\u4e00-\u9fff]", said)
 
 
 def read_metrics(text: str) -> dict[str, float]:

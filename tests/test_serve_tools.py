@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from serving import open_tiny
 
 from cllm.assembly import Loaded
+from cllm.data import tools as formats
 from cllm.data.message import Call, Message, block_of
 from cllm.data.schema import Conversation
 from cllm.data.template import TEMPLATES
-from cllm.data.tools import Tools, parse
-from cllm.messages import to_json
+from cllm.data.tools import TOOL_STYLES, Tools, parse
+from cllm.messages import UserError, to_json
 from cllm.model.chat_template import call_tokens, tool_style
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.serve.api import build_app
@@ -281,12 +282,24 @@ def test_a_template_without_a_place_for_tools_is_named(written_in: Callable[...,
     assert "chatglm2" in written_in("chatglm2").refused("tools", tools=[CLOCK])
 
 
-def test_strange_schemas_and_half_characters_are_answered(written_in: Callable[..., Api]) -> None:
-    api = written_in("qwen3.5")
-    text = "<tool_call>\n<function=clock>\n<parameter=zone>\n5\n</parameter>\n</function>\n"
-    for schema in ({"properties": 5}, {"properties": {"zone": {"type": 7}}}, {"a": "\ud83d"}, {}):
+STRANGE: list[Any] = [
+    {"properties": 5},
+    {"properties": {"zone": {"type": 7, "items": True, "enum": 5}}, "required": True},
+    {"properties": {"zone": {"items": [{}], "$ref": "#/properties/zone"}, "a": True}},
+    {"a": "\ud83d"},
+    {},
+]
+
+
+@pytest.mark.parametrize("style", TOOL_STYLES)
+def test_strange_schemas_and_half_characters_are_answered(
+    written_in: Callable[..., Api], style: str
+) -> None:
+    api = written_in("chatml", tools=style)
+    for schema in STRANGE:
         tool = {"type": "function", "function": {"name": "clock", "parameters": schema}}
-        api.engine.text = f"{text}</tool_call>"
+        (parts,) = formats.called(style, [], "", (Call("clock", {"zone": "5"}),))
+        api.engine.text = "".join(part for part, _ in parts)
         answer = api.client.post(
             "/v1/chat/completions",
             content=json.dumps({"messages": ASK, "tools": [tool]}),
@@ -294,6 +307,91 @@ def test_strange_schemas_and_half_characters_are_answered(written_in: Callable[.
         )
         assert answer.status_code == 200, answer.text
         assert called(answer.json()["choices"][0]["message"]) == [("clock", {"zone": "5"})]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"properties": {"a": nested(depth - 1)}} if depth else {}
+
+
+def test_what_is_nested_too_deep_is_refused(api: Api) -> None:
+    function = {"name": "clock", "parameters": nested(200)}
+    api.refused("tools.0", tools=[{"type": "function", "function": function}])
+    for arguments in ("[" * 20000, '{"a":' * 400 + "1" + "}" * 400):
+        call = {"function": {"name": "clock", "arguments": arguments}}
+        api.refused("messages", messages=[*ASK, {"role": "assistant", "tool_calls": [call]}])
+    call = {"function": {"name": "clock", "arguments": nested(200)}}
+    api.refused("messages.1", messages=[*ASK, {"role": "assistant", "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize(
+    ("place", "body"),
+    [
+        ("messages.0.prefix", {"messages": [{**ASK[0], "prefix": True}]}),
+        ("messages", {"messages": [{**ASK[0], "reasoning": "嗯"}]}),
+        ("messages", {"messages": [{**ASK[0], "tool_calls": [{"function": {"name": "a"}}]}]}),
+        ("tools.0.defer_loading", {"tools": [{**CLOCK, "defer_loading": True}]}),
+        (
+            "response_format.schema",
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+        ),
+        ("response_format", {"response_format": {"type": "json_object"}, "tools": [CLOCK]}),
+        ("response_format", {"response_format": {"type": "json_object"}, "enable_thinking": True}),
+    ],
+)
+def test_fields_inside_that_would_change_the_answer_are_refused(
+    written_in: Callable[..., Api], place: str, body: dict[str, Any]
+) -> None:
+    written_in("qwen3").refused(place, **body)
+
+
+def test_fields_inside_that_change_nothing_pass(api: Api, loaded: Loaded) -> None:
+    said = {
+        "role": "assistant",
+        "content": "好",
+        "refusal": None,
+        "parsed": {"a": 1},
+        "audio": None,
+    }
+    api.says("好", messages=[{**ASK[0], "name": "李"}, said, *ASK])
+    turns = (Message("user", "几点了？"), Message("assistant", "好"), Message("user", "几点了？"))
+    assert api.engine.prompt == loaded.tokenizer.encode_chat(turns)
+
+
+def test_reasoning_goes_by_both_of_its_names(written_in: Callable[..., Api]) -> None:
+    prompts, api = [], written_in("qwen3", thinking="keep")
+    for name in ("reasoning_content", "reasoning"):
+        made = {"role": "assistant", "content": None, "tool_calls": [], name: "先看表"}
+        made["tool_calls"] = [{"function": {"name": "clock", "arguments": "{}"}}]
+        api.says("好", messages=[*ASK, made, {"role": "tool", "content": "八点"}])
+        prompts.append(api.asked())
+    assert prompts[0] == prompts[1] and "先看表" in api.loaded.tokenizer.decode(api.engine.prompt)
+
+
+def test_a_json_answer_is_no_call_where_no_tool_may_be_called(
+    written_in: Callable[..., Api],
+) -> None:
+    pytest.importorskip("llguidance")
+    text = '{"name": "clock", "parameters": {}}'
+    form = {"response_format": {"type": "json_object"}, "tools": [CLOCK], "tool_choice": "none"}
+    said = written_in("chatml", tools="llama3").says(text, **form)
+    assert said["message"]["content"] == text
+
+
+def test_a_schema_that_no_call_can_follow_is_the_tools_fault(api: Api) -> None:
+    pytest.importorskip("llguidance")
+    bad = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
+    tool = {"type": "function", "function": {"name": "clock", "parameters": bad}}
+    assert "schema" in api.refused("tools", tools=[tool, OTHER], tool_choice="required")
+
+
+def test_a_refusal_while_streaming_is_an_event(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise UserError("serve.empty")
+
+    monkeypatch.setattr(api.engine, "submit", refuse)
+    events = api.post(stream=True).text.split("\n\n")
+    error = json.loads(events[-3].removeprefix("data: "))["error"]
+    assert error["type"] == "invalid_request_error" and events[-2] == "data: [DONE]"
 
 
 def test_a_mark_of_calls_is_read_and_shown_only_where_tools_are_offered(tmp_path: Path) -> None:

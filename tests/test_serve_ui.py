@@ -656,6 +656,8 @@ def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> Non
                 and "error" in refused.json()
             ), path
         assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
+        assert "cllm_requests_total" in client.get("/metrics").text
+        assert client.get("/health").json() == {"status": "ok"}
         for path in (
             "file=../../etc/passwd",
             "file=%2e%2e/%2e%2e/etc/passwd",

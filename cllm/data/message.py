@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
-from cllm.data.text import RowError, clean, json_text, text_of
+from cllm.data.text import MAX_DEPTH, RowError, clean, is_deep, json_text, text_of
 from cllm.messages import to_json
 
 _ROLE_WORDS = {
@@ -125,11 +125,11 @@ def _parsed(text: str) -> object:
     single quotes. None if it is none of them.
     """
     text = clean(text)
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return _LENIENT.decode(text)
     if quoted := _QUOTED.fullmatch(text):
         return {"name": quoted.group(1), "arguments": quoted.group(2)}
-    with suppress(ValueError, SyntaxError, MemoryError):
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
         return ast.literal_eval(text)
     return None
 
@@ -138,7 +138,7 @@ def read_calls(value: object, *, sure: bool = True) -> tuple[Call, ...]:
     """The calls in one object or a list of them, as such or as JSON text; ids are dropped.
 
     sure: it must be calls. Otherwise () for anything that does not look like them. Raises RowError
-    for a call without a name or with arguments that are no JSON object.
+    for a call without a name, with arguments that are no JSON object, or one that is too deep.
     """
     parsed = _parsed(value) if isinstance(value, str) else value
     calls = []
@@ -157,6 +157,8 @@ def read_calls(value: object, *, sure: bool = True) -> tuple[Call, ...]:
             arguments = {}
         if not (isinstance(name, str) and clean(name) and isinstance(arguments, dict)):
             raise RowError("row.call", "invalid_text", found=f"{function!r:.60}")
+        if is_deep(arguments):
+            raise RowError("row.deep", "invalid_text", limit=MAX_DEPTH)
         clean(json_text(arguments))  # raises for what is no JSON, bytes and surrogates
         calls.append(Call(clean(name), arguments))
     return tuple(calls)

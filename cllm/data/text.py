@@ -14,6 +14,7 @@ from cllm.messages import UserError, say
 
 _DIRT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff\u200b\u2060\ud800-\udfff]")
 SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_DEPTH = 100
 WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 _DAY = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
 PERSONAL = {  # kind -> pattern; the ID card goes before the phone number it might contain
@@ -154,6 +155,18 @@ def overlap(text: str, marks: Collection[str]) -> int:
         if end[0] in letters and any(mark != end and mark.startswith(end) for mark in marks):
             return len(end)
     return 0
+
+
+def is_deep(value: object) -> bool:
+    """Whether lists and objects stand in each other deeper than MAX_DEPTH, where writing and
+    reading them may fail.
+    """
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        inner = [list(part.values()) if isinstance(part, dict) else part for part in level]
+        level = [part for parts in inner if isinstance(parts, list) for part in parts]
+    return depth > MAX_DEPTH
 
 
 def json_text(value: object) -> str:

@@ -8,6 +8,7 @@ each checkpoint.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from cllm.data.message import Call, read_calls
-from cllm.data.text import RowError, overlap
+from cllm.data.text import RowError, is_deep, overlap
 from cllm.messages import load_toml, to_json
 
 Tools: TypeAlias = list[dict[str, Any]]
@@ -42,6 +43,8 @@ class ToolStyle:
     read: Read
     # What a call begins with ({}: each tool's name), `turn` included.
     opens: tuple[str, ...]
+    # What stands at the end of every call; "": nothing may follow one.
+    closes: str = ""
     # What an answer begins behind, where that is a part of what a call begins with.
     turn: str = ""
     # What only the one who calls the tool may write: an answer ends before it.
@@ -52,16 +55,18 @@ class ToolStyle:
 
 def read_tools(text: str) -> Tools:
     """The functions of a `tools` JSON text, one or a list, without OpenAI's {"type": "function", …}
-    wrapper and under OpenAI's names; [] if it is anything else.
+    wrapper and under OpenAI's names; [] if it is anything else, or too deep.
     """
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return []
+    if is_deep(value):
         return []
     tools: Tools = []
     for tool in value if isinstance(value, list) else [value]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or "name" not in function:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
         if "input_schema" in function:  # Anthropic's name
             function = {**function, "parameters": function["input_schema"]}
@@ -94,27 +99,32 @@ def _qwen_lines(tools: Tools) -> str:
 
 
 def _react_tool(tool: dict[str, Any]) -> str:
-    schema = tool.get("parameters") or {}
+    schema = tool.get("parameters")
+    properties = _part(schema, "properties")
     lines = [
         f"> Tool Name: {tool['name']}",
         f"Tool Description: {tool.get('description', '')}",
         "Tool Args:",
     ]
-    for name, value in (schema.get("properties") or {}).items():
+    for name in properties:
+        value = _part(properties, name)
         line = f"  - {name} ({value.get('type', '')}"
-        if name in (schema.get("required") or []):
+        if name in _part(schema, "required", list):
             line += ", required"
         line += f"): {value.get('description', '')}"
-        if value.get("enum"):
-            line += f", should be one of [{', '.join(map(str, value['enum']))}]"
-        if value.get("items"):
-            line += f", where each item should be {value['items'].get('type', '')}"
+        if options := _part(value, "enum", list):
+            line += f", should be one of [{', '.join(map(str, options))}]"
+        if items := _part(value, "items"):
+            line += f", where each item should be {items.get('type', '')}"
         lines.append(line)
     return "\n".join(lines) + "\n\n"
 
 
 def _python(name: str, values: dict[str, Any]) -> str:
-    pairs = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    # the names of some tools are none in Python
+    pairs = ", ".join(
+        f"{key if key.isidentifier() else repr(key)}={value!r}" for key, value in values.items()
+    )
     return f"```python\ntool_call({pairs})\n```"
 
 
@@ -150,12 +160,14 @@ def _no_number(name: str) -> None:
 
 _JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
 _BLANKS = re.compile(r"\s*")
+_STRING = r"""'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*\""""
 _PYTHON = re.compile(  # up to the first closing bracket with a fence behind it outside of strings
     # the vocabulary puts a blank before a text encoded apart
-    r"<\|assistant\|>([^\n]+)\n *```python\n(tool_call\("
-    r"""(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*"|[^'"])*?\))\s*```""",
+    rf"<\|assistant\|>([^\n]+)\n *```python\ntool_call\(((?:{_STRING}|[^'\"])*?)\)\s*```",
     re.S,
 )
+# A value as JSON has it holds no = outside of its strings.
+_KEYWORD = re.compile(rf"({_STRING})(\s*=)?|(?<![^,])([^,=()\[\]{{}}'\"]+)=", re.S)
 _FUNCTION = re.compile(r"<tool_call>\s*<function=([^>\n]+)>\s*")
 _PARAMETER = re.compile(
     r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>(?=\s*(?:<parameter=|</function>))\s*", re.S
@@ -190,55 +202,76 @@ def _json_calls(opening: str, closing: str) -> Read:
 
 
 def _read_python(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
-    """ChatGLM3's call: literals as keywords of a Python call, which is never executed."""
+    """ChatGLM3's call: literals as keywords of a Python call, read as a dictionary's, so that a
+    name need be none of Python's; nothing is executed.
+    """
     if not (match := _PYTHON.match(text, start)):
         return None
+
+    def entry(pair: re.Match[str]) -> str:
+        name = repr(pair[3].strip()) if pair[3] else pair[1]
+        return f"{name}:" if pair[2] or pair[3] else name
+
     try:
-        code: Any = ast.parse(match[2], mode="eval").body
-        # anything else than a call by keywords has not all of these attributes
-        plain = code.func.id == "tool_call" and not code.args
-        values = {part.arg: ast.literal_eval(part.value) for part in code.keywords}
-    except (AttributeError, SyntaxError, ValueError, MemoryError, RecursionError):
+        values = ast.literal_eval(f"{{{_KEYWORD.sub(entry, match[2])}}}")
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         return None
     calls = _offered([{"name": match[1], "arguments": values}], tools)
-    return (calls, match.end()) if calls and plain and None not in values else None
+    return (calls, match.end()) if calls else None
 
 
 def _read_xml(text: str, start: int, tools: Tools) -> tuple[list[Call], int] | None:
     """Qwen3.5's call. Its values have no quotes, so types come from the tool's schema: a string
-    where it may be one, else JSON or Python's words for it; without a type JSON if that is a list
-    or an object, else a string. A string that goes on like the end of a parameter is cut there.
+    where it may be one (but None where that may be, too), else JSON or Python's words for it;
+    without a type JSON if that is a list or an object, else a string. A string that goes on like
+    the end of a parameter is cut there.
     """
     if not (function := _FUNCTION.match(text, start)):
         return None
     tool = next((tool for tool in tools if tool["name"] == function[1]), {})
-    schemas = _part(_part(tool, "parameters"), "properties")
+    whole = _part(tool, "parameters")
+    schemas = _part(_target(whole, whole) or whole, "properties")
     values, at = {}, function.end()
     while pair := _PARAMETER.match(text, at):
-        values[pair[1]] = _typed(pair[2], _part(schemas, pair[1]))
+        values[pair[1]] = _typed(pair[2], _part(schemas, pair[1]), whole)
         at = pair.end()
     calls = _offered([{"name": function[1], "arguments": values}], tools)
     closed = _FUNCTION_END.match(text, at)
     return (calls, closed.end()) if calls and closed else None
 
 
-def _part(schema: object, key: str) -> Any:
-    """A part of a schema, {} where it is none."""
-    return (schema.get(key) if isinstance(schema, dict) else None) or {}
+def _part(schema: object, key: str, kind: type = dict) -> Any:
+    """A part of a schema, whatever a client calls one: empty where it is not of this kind."""
+    part = schema.get(key) if isinstance(schema, dict) else None
+    return part if isinstance(part, kind) else kind()
 
 
-def _types(schema: object) -> set[str]:
-    """The JSON types that a schema allows; none where it does not say."""
-    names = _part(schema, "type")
-    several = [*_part(schema, "anyOf"), *_part(schema, "oneOf")]
-    return set().union([names] if isinstance(names, str) else names, *map(_types, several))
+def _target(schema: object, whole: object) -> Any:
+    """What a part refers to in the whole schema, {} where it does not."""
+    start, *steps = _part(schema, "$ref", str).split("/")
+    return functools.reduce(_part, steps, whole) if start == "#" else {}
 
 
-def _typed(text: str, schema: object) -> Any:
-    try:
-        types = _types(schema)
-    except TypeError:  # whatever a client calls a schema
-        types = set()
+def _types(schema: object, whole: object) -> set[str]:
+    """The JSON types that a part of the whole schema allows; none where it does not say."""
+    types, seen, parts = set[str](), set[int](), [schema]
+    for part in parts:
+        if id(part) in seen:  # a type that refers to itself
+            continue
+        seen.add(id(part))
+        named = [_part(part, "type", str), *_part(part, "type", list)]
+        types.update(name for name in named if isinstance(name, str) and name)
+        for several in ("anyOf", "oneOf", "allOf"):
+            parts += _part(part, several, list)
+        if target := _target(part, whole):
+            parts.append(target)
+    return types
+
+
+def _typed(text: str, schema: object, whole: object) -> Any:
+    types = _types(schema, whole)
+    if text == "None" and "null" in types:
+        return None
     if "string" in types or (not types and text.lstrip()[:1] not in ("[", "{")):
         return text
     try:
@@ -260,6 +293,7 @@ class CallReader:
         self._opening = re.compile("|".join(map(re.escape, self._opens)) or "(?!)")
         self._text = self._style.turn
         self._done = 0  # what stands before is out
+        self._seen = 0  # and before this a call has begun and not ended
         self._called = False  # and nothing was said since
 
     def push(self, piece: str, *, last: bool = False) -> list[str | Call]:
@@ -268,7 +302,11 @@ class CallReader:
         said: list[str | Call] = []
         at, size = self._done, len(self._text)
         while match := self._opening.search(self._text, at):
-            read = self._style.read(self._text, match.start(), self._tools)
+            # a long call is read where it may have ended, not at every piece
+            closes, read = self._style.closes, None
+            behind = max(match.start(), self._seen - len(closes))
+            if last or (closes and self._text.find(closes, behind) >= 0):
+                read = self._style.read(self._text, match.start(), self._tools)
             if read and (last or read[1] < size):
                 said += [*filter(None, [self._words(match.start()).rstrip()]), *read[0]]
                 self._done = at = read[1]
@@ -276,6 +314,7 @@ class CallReader:
             elif last:
                 at = match.end()
             else:
+                self._seen = self._seen if read else size
                 break
         stop = match.start() if match else size
         if last:
@@ -354,6 +393,7 @@ TOOL_STYLES = {
         call=_in_tags("\n"),
         read=_json_calls("<tool_call>", r"\s*(?:</tool_call>|\Z)"),
         opens=("<tool_call>",),
+        closes="</tool_call>",
     ),
     "qwen3.5": ToolStyle(
         announce=lambda before, behind, tools, words: (
@@ -365,6 +405,7 @@ TOOL_STYLES = {
         call=_in_tags("\n\n"),
         read=_read_xml,
         opens=("<tool_call>",),
+        closes="</tool_call>",
         place="before words",
     ),
     "glm4": ToolStyle(
@@ -377,6 +418,7 @@ TOOL_STYLES = {
         call=_by_name,
         read=_json_calls(r"<\|assistant\|>(.+)\n", ""),
         opens=("<|assistant|>{}\n",),
+        closes="}",
         turn="<|assistant|>",
     ),
     "chatglm3": ToolStyle(
@@ -389,6 +431,7 @@ TOOL_STYLES = {
         call=_by_name,
         read=_read_python,
         opens=("<|assistant|>{}\n",),
+        closes="\n```",  # in a string a line's end stands as \n
         turn="<|assistant|>",
     ),
     "internlm2": ToolStyle(
@@ -405,6 +448,7 @@ TOOL_STYLES = {
         ],
         read=_json_calls(r"<\|action_start\|>\s*<\|plugin\|>", r"\s*(?:<\|action_end\|>|\Z)"),
         opens=("<|action_start|>",),
+        closes="<|action_end|>",
         place="own turn",
     ),
     "llama3": ToolStyle(
@@ -431,6 +475,7 @@ TOOL_STYLES = {
         call=lambda opening, words, names, texts: _as_text(opening, words, "\n".join(texts)),
         read=_json_calls(r"\nAction:[ \t]*(.+?)[ \t]*\n\s*Action Input:", ""),
         opens=("\nAction:",),
+        closes="}",
         turn="\n",
         stops=("\nObservation:",),
     ),

@@ -23,10 +23,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cllm.assembly import Loaded
-from cllm.data import message
+from cllm.data.message import Message
 from cllm.data.text import encodable
 from cllm.data.tools import TOOL_STYLES, Parts, Tools, opened
-from cllm.messages import UserError, say, to_json
+from cllm.messages import UserError, messages, say, to_json
 from cllm.model.chat_template import tool_style
 from cllm.model.tokenizer import Tokenizer, load_tokenizer
 from cllm.serve.answer import Answer, ModelError, asked_to_think
@@ -35,9 +35,9 @@ from cllm.serve.grammar import Grammar, Grammars, call_grammar
 from cllm.serve.guard import error_response
 from cllm.serve.reply import Reply
 from cllm.serve.requests import (
+    ASKED_TO_THINK,
     ChatRequest,
     CompletionRequest,
-    ResponseFormat,
     Settings,
     Tool,
     thinking_of,
@@ -51,6 +51,10 @@ PARAMS = {
     "serve.context": "messages",
     "serve.empty": "messages",
     "serve.call": "messages",
+    "serve.not_said": "messages",
+    "serve.tool_schema": "tools",
+    "serve.call_in_format": "response_format",
+    "serve.thought_in_format": "response_format",
     "serve.tool_choice": "tool_choice",
     "serve.unforced": "tool_choice",
     "template.no_tools": "tools",
@@ -182,7 +186,7 @@ class _Desk:
         """
         loaded, count = self._loaded, body.n or 1
         tokenizer, last = loaded.tokenizer, loaded.tokenizer.vocab_size - 1
-        messages, tools, begun = list[message.Message](), Tools(), Parts()
+        talk, tools, begun = list[Message](), Tools(), Parts()
         replies, shorten = list[Reply](), False
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         if isinstance(body, CompletionRequest):
@@ -195,12 +199,14 @@ class _Desk:
             if body.top_logprobs and not body.logprobs:
                 raise UserError("serve.top_logprobs")
             prompts = [[]] * count
-            messages = [said.plain() for said in body.messages]
+            talk = [said.plain() for said in body.messages]
             shorten = body.truncation == "auto"
             tools, style, begun = _offered(body, tokenizer)
             # a call is no answer in a format
             grammar = (
-                self._rest(style, tools, begun) if begun else self._grammar(body.response_format)
+                self._rest(style, tools, begun)
+                if begun
+                else self._grammar(body, bool(tools), thinking)
             )
             # a call that is begun, or a form, leaves no room for thoughts
             tokenizer = asked_to_think(tokenizer, thinking and not (begun or grammar))
@@ -220,7 +226,7 @@ class _Desk:
                 Answer(
                     self._engine,
                     tokenizer,
-                    messages,
+                    talk,
                     replace(sampling, seed=seed),
                     loaded.models[name],
                     stop,
@@ -235,7 +241,7 @@ class _Desk:
     def _ids(self, prompt: str | list[int], last: int) -> list[int]:
         """A text as evaluation encodes it: with the beginning that the vocabulary gives it."""
         if isinstance(prompt, str):
-            prompt = self._plain.encode_chat([message.Message("user", encodable(prompt))])
+            prompt = self._plain.encode_chat([Message("user", encodable(prompt))])
         if not prompt:
             raise UserError("serve.empty")
         if (id := max(prompt)) > last:
@@ -247,11 +253,20 @@ class _Desk:
         arguments are no JSON, the model decides.
         """
         text = call_grammar(style, tools, begun) if self._grammars.available else ""
-        return self._grammars.compile(text) if text else None
+        try:
+            return self._grammars.compile(text) if text else None
+        except UserError as error:
+            raise UserError("serve.tool_schema", detail=error.args[0]) from error
 
-    def _grammar(self, wanted: ResponseFormat | None) -> Grammar | None:
+    def _grammar(self, body: ChatRequest, tools: bool, thinking: bool) -> Grammar | None:
+        """Of the answer, in which neither calls of tools nor thoughts that were asked for fit."""
+        wanted, fields = body.response_format, body.model_extra or {}
         if wanted is None or wanted.type == "text":
             return None
+        if tools:
+            raise UserError("serve.call_in_format")
+        if thinking and any(map(fields.get, ASKED_TO_THINK)):
+            raise UserError("serve.thought_in_format")
         if wanted.type == "json_object":
             return self._grammars.compile({"type": "object"})
         if wanted.json_schema is None:
@@ -311,7 +326,8 @@ def _handle_errors(app: Any) -> None:
 
     async def reply(request: Request, error: Any) -> Response:
         if isinstance(error, HTTPException):
-            return error_response(error.status_code, str(error.detail), headers=error.headers)
+            text = _said(f"serve.http.{error.status_code}", error.detail)
+            return error_response(error.status_code, text, headers=error.headers)
         if isinstance(error, RequestValidationError):
             return _refusal_of(error.errors())
         if isinstance(error, UserError):
@@ -324,6 +340,11 @@ def _handle_errors(app: Any) -> None:
 
     for kind in (RequestValidationError, HTTPException, UserError, ModelError):
         app.add_exception_handler(kind, reply)
+
+
+def _said(code: str, detail: str, /, **values: object) -> str:
+    """The message of this code, or else what a library says."""
+    return say(code, **values) if code in messages() else detail
 
 
 def _refusal_of(problems: Sequence[Any]) -> Response:
@@ -345,5 +366,7 @@ def _refusal_of(problems: Sequence[Any]) -> Response:
             code = "serve.tool" if place.startswith("tool") else "serve.part"
             message = say(code, place=place, kind=problem["input"])
             return error_response(400, message, param=place)
-        texts.setdefault(f"{place}: {problem['msg']}".removeprefix(": "), place)
+        code = f"serve.problem.{problem['type']}"
+        text = _said(code, problem["msg"], **problem.get("ctx", {}))
+        texts.setdefault(f"{place}: {text}".removeprefix(": "), place)
     return error_response(400, "; ".join(texts), param=next(iter(texts.values())) or None)

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from cllm.data import message
 from cllm.data.template import Template
-from cllm.data.text import RowError
+from cllm.data.text import MAX_DEPTH, RowError, is_deep
 from cllm.messages import UserError
 from cllm.serve.answer import chat_sampling
 from cllm.serve.sampling import LIMITS, MAX_TOP_K, Sampling
@@ -16,9 +17,26 @@ MAX_PROMPTS = 64
 
 
 class Strict(BaseModel):
-    """A part of a request: no value is converted from another type."""
+    """A part of a request: no value is converted from another type, and a field that is not known
+    is refused unless it is empty or in PASSING.
+    """
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True,
+        allow_inf_nan=False,
+        extra="forbid",
+        json_schema_extra={"additionalProperties": True},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, part: Any) -> Any:
+        if cls.model_config["extra"] != "forbid" or not isinstance(part, dict):
+            return part
+        if is_deep(part):
+            raise PydanticCustomError("deep", "deeper than {limit} levels", {"limit": MAX_DEPTH})
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        return {k: v for k, v in part.items() if k in names or (v and k not in PASSING)}
 
 
 class TextPart(Strict):
@@ -29,11 +47,14 @@ class TextPart(Strict):
 
 
 class ChatMessage(Strict):
-    """One message of a conversation; `developer` counts as system."""
+    """One message of a conversation; `developer` counts as system. A `name` is taken and not
+    shown to the model, whose format has no place for one; so is the id of a call.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[Any] | None = None
     function_call: dict[str, Any] | None = None
 
@@ -47,7 +68,10 @@ class ChatMessage(Strict):
             calls = message.read_calls([*(self.tool_calls or []), *called])
         except RowError as error:
             raise UserError("serve.call", detail=error.args[1]) from error
-        return message.Message(role, text, self.reasoning_content or "", calls)
+        thought = self.reasoning_content or self.reasoning or ""
+        if role != "assistant" and (thought or calls):
+            raise UserError("serve.not_said", role=role)
+        return message.Message(role, text, thought, calls)
 
 
 class Function(Strict):
@@ -179,6 +203,11 @@ HARMLESS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
     " cache_salt priority request_id stream_interval keep_alive".split()
 )
+# The same of the fields in messages, tools and formats.
+PASSING = frozenset(
+    "name id tool_call_id annotations parsed cache_control description strict"
+    " include_obfuscation".split()
+)
 USUAL: dict[str, tuple[Any, ...]] = {
     "text": ({"format": {"type": "text"}},),
     "modalities": (["text"],),
@@ -200,11 +229,14 @@ THINKING: dict[bool, tuple[Any, ...]] = {
 }
 
 
+ASKED_TO_THINK = ("chat_template_kwargs", "enable_thinking", "thinking")
+
+
 def thinking_of(fields: Mapping[str, Any], template: Template) -> bool:
     """Whether the answer is to be thought out first: as a field says, where the template can be
     asked, else as it was trained.
     """
-    names = ("chat_template_kwargs", "enable_thinking", "thinking", "reasoning_effort")
+    names = (*ASKED_TO_THINK, "reasoning_effort")
     asked = [fields[name] for name in names if fields.get(name) is not None]
     wanted = [mode for mode, ways in THINKING.items() if any(way in ways for way in asked)]
     usual = template.thinking == "keep"
@@ -215,8 +247,7 @@ def unsupported(fields: Mapping[str, Any], thinking: bool) -> list[str]:
     """The names of fields that ask for another answer than what is sampled, with `thinking` or
     without.
     """
-    names = ("chat_template_kwargs", "enable_thinking", "thinking")
-    usual = USUAL | dict.fromkeys(names, ({}, *THINKING[thinking]))
+    usual = USUAL | dict.fromkeys(ASKED_TO_THINK, ({}, *THINKING[thinking]))
     return [
         name
         for name, value in fields.items()

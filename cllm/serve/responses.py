@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from cllm.messages import to_json
+from cllm.messages import UserError, to_json
 from cllm.model.tokenizer import Tokenizer
 from cllm.model.vocabulary import token_bytes
 from cllm.serve.answer import Answer, ModelError
@@ -162,6 +162,7 @@ async def events(response: Choices, usage: bool) -> AsyncIterator[str]:
                     yield event([response.choice(index, said, response.reason(index))])
         if usage:
             yield event([])
-    except ModelError as error:
-        yield f"data: {bytes(error_response(500, str(error)).body).decode()}\n\n"
+    except (ModelError, UserError) as error:
+        status = 400 if isinstance(error, UserError) else 500
+        yield f"data: {bytes(error_response(status, str(error.args[0])).body).decode()}\n\n"
     yield "data: [DONE]\n\n"

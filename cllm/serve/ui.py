@@ -111,9 +111,11 @@ def mount_page(api: Any, loaded: Loaded, engine: Engine, questions: Questions | 
         max_file_size=BODY_BYTES,
     )
 
+    paths = {route.path for route in api.routes}
+
     async def either(scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "")
-        for_api = path.startswith("/v1/") or path in ("/health", "/openapi.json")
+        for_api = path.startswith("/v1/") or path in paths
         await (api if for_api else page)(scope, receive, send)
 
     return either
