@@ -180,6 +180,9 @@ def next_commands(out: Path, to: str, kind: str, base: Path, *, native: bool = T
     rank = read_json(out / "adapter_config.json")["r"]
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
     options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={out}"]
+    options += ["--tokenizer", out]  # or prompts are the base's ids, not the training's
+    if (template := out / "chat_template.jinja").is_file():
+        options += ["--chat-template", template]
     if native:
         return [shell("vllm", "serve", base, *options)]
     copy = out.with_name(f"{out.name}-base")

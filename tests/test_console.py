@@ -362,11 +362,14 @@ def test_an_export_says_what_reads_it(name: str, model: str, tmp_path: Path) -> 
     [vllm] = commands("peft")
     assert vllm[:3] == ["vllm", "serve", "the base"]
     assert vllm[3:6] == ["--enable-lora", "--max-lora-rank", "32"]
-    assert vllm[6:] == ["--lora-modules", f"{model}={out}"]
+    assert vllm[6:] == ["--lora-modules", f"{model}={out}", "--tokenizer", str(out)]
     copied = next_commands(out, "peft", "f16", Path("the base"), native=False)
     convert, served = map(shlex.split, copied)
     assert convert == ["python", "tools/convert.py", "the base", f"{out}-base"]
     assert served == ["vllm", "serve", f"{out}-base", *vllm[3:]]
+    template = out / "chat_template.jinja"
+    template.touch()
+    assert commands("peft") == [[*vllm, "--chat-template", str(template)]]
 
 
 def test_foreign_libraries_are_silent(config: Path, tmp_path: Path) -> None:
