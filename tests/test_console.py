@@ -394,12 +394,14 @@ def test_a_run_that_is_not_there_is_not_asked_of_hubs(
         name, *options = program
         assert run(name, ["runs/nope", *options]) == 2
         assert "run.none" in capsys.readouterr().err
+    assert run("export", ["nosuch", "--to", "peft", "out"]) == 2
+    assert "no finished run under runs" in capsys.readouterr().err
     adapter = tmp_path / "runs" / "mine" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     (adapter.parent / "config.toml").write_text("", encoding="utf-8")
-    for wrong in ("runs/nope", "mine"):
-        assert run("chat", [wrong]) == 2
+    for program, wrong in (("chat", "runs/nope"), ("chat", "mine"), ("export", "nosuch")):
+        assert run(program, [wrong, *(["--to", "peft", "out"] if program == "export" else [])]) == 2
         error = capsys.readouterr().err
         assert "run.missing" in error and "runs/mine" in error
 

@@ -644,6 +644,25 @@ def test_alibi_and_a_run_without_an_adapter_are_refused(tmp_path: Path) -> None:
         run(LOCAL / "qwen", "merged", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("to", "option", "value"),
+    [("merged", "--type", "q4_0"), ("peft", "--type", "f16"), ("peft", "--into", "16bit")],
+)
+def test_an_option_that_changes_nothing_is_refused(to: str, option: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{option} changes nothing of --to {to}"):
+        run(Path("nosuch"), to, Path("out"), option, value)
+
+
+def test_what_is_smaller_is_not_said_to_the_smallest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for kind, advised in (("", 1), ("q8_0", 1), ("q4_0", 0)):
+        export._say_size(2**40, kind)
+        said = capsys.readouterr().err
+        assert "does not hold" in said and said.count("q4_0 takes less") == advised
+
+
 # --- Templates in other languages
 TALKS = [
     [Message("user", "你好")],
