@@ -165,9 +165,8 @@ def _check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
             probe.bind(address)
     except OSError as error:
-        detail = error.strerror or error
         other = (port + 1) % 2**16 or 7860
-        raise UserError("chat.port", host=host, port=port, detail=detail, other=other) from error
+        raise UserError("chat.port", host=host, port=port, detail=error, other=other) from error
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
