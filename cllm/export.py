@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 GGUF = ("gguf", "ollama")
 TARGETS = ("merged", "peft", *GGUF)
-TAKE = {"type": GGUF, "into": ("merged", *GGUF)}  # the targets that an option changes
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank takes
 COMPARED = 64  # conversations that a check chooses its rows and prompts from
 
@@ -206,7 +205,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.take("--strength", type=strength, default=1.0, metavar="S")
     parser.take("--check", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args(argv)
-    for option, targets in TAKE.items():
+    for option, targets in (("type", GGUF), ("into", ("merged", *GGUF))):
         if getattr(arguments, option) and arguments.to not in targets:
             known = ", ".join(targets)
             raise UserError("export.unused", option=option, to=arguments.to, known=known)
@@ -265,8 +264,8 @@ def main(argv: list[str]) -> int:
     native = not merge.checkpoint.family.config
     if to != "peft" or merge.checkpoint.config.model_type != "gpt2":  # vLLM has no LoRA for it
         propose(*next_commands(out, to, kind, base, native=native))
-    result = {"run": run, "to": to, "strength": arguments.strength, "out": str(out)}
-    print_result({**result, "bytes": size, "check": report}, arguments.json)
+    result = {"run": run, "to": to, "strength": arguments.strength, "out": str(out), "bytes": size}
+    print_result({**result, "check": report}, arguments.json)
     return 0
 
 

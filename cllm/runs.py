@@ -121,7 +121,7 @@ def refuse_missing(
     alone = run.parent == Path()
     root = Path("runs") if alone else run.parent
     others = find_runs(root, needs=needs)
-    if others and not (hub and alone and "runs" / run not in others):
+    if others and (not (hub and alone) or "runs" / run in others):
         names = {other.name: other for other in others}
         near = difflib.get_close_matches(run.name, names, 5, 0.0)
         known = ", ".join(str(names[name]) for name in near)
