@@ -177,16 +177,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 # --- On paper
-def _work(config: Config, original: Record, rate: float) -> Workload | None:
+def _work(config: Config, original: Record, rate: float, named: bool) -> Workload | None:
     """The config's data in tokens, encoded with the base's tokenizer if it is at hand; then rows
-    are timed on this device, too, unless that would take long. None: the data are not there yet.
+    are timed on this device, too, unless that would take long. None: the data are not there yet,
+    which somebody `named` or which are a preset's placeholder.
     """
     try:
         corpus = read_corpus(config, accept_rejects=True)
     except UserError as error:
         if error.code != "data.missing_file":
             raise
-        note("bench.no_data", reason=error.args[0])
+        note("bench.no_data", reason=error.args[0] if named else say("bench.unnamed"))
         return None
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
         characters = sum(
@@ -329,10 +330,12 @@ def main(argv: list[str]) -> int:
         for name, config in configs.items():
             known, original = published(config, arguments.layers)
             note("bench.planning", name=known)
-            work = _work(config, original, rate) if is_config(name) else None
+            mine = any(word.startswith("data.train=") for word in arguments.overrides)
+            named = mine or not name.startswith("preset:")
+            work = _work(config, original, rate, named) if is_config(name) else None
             words = _training(name, known, config.train.row_tokens)
             words = [*words, *(word for word in arguments.overrides if word not in words)]
-            if not work and not any(word.startswith("data.train=") for word in words):
+            if not work and not mine:
                 words.append("data.train=my.jsonl")
             plans.append(show_plan(config, known, original, work, rate, words))
         print_result({"plans": plans}, arguments.json)

@@ -157,14 +157,16 @@ def _network_address() -> str:
 
 def _check_port(host: str, port: int) -> None:
     """Raises UserError for an address that cannot be listened on, before a model is loaded."""
+    if not 0 <= port < 2**16:  # some systems look at the last 16 bits only
+        raise UserError("chat.port_number", port=port)
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
             probe.bind(address)
     except OSError as error:
-        detail = error.strerror or error
-        raise UserError("chat.port", host=host, port=port, detail=detail, other=port + 1) from error
+        other = (port + 1) % 2**16 or 7860
+        raise UserError("chat.port", host=host, port=port, detail=error, other=other) from error
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -383,9 +383,7 @@ def _read(path: str) -> tuple[str, str]:
     try:
         return path, file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "config.unreadable", path=path, detail=getattr(error, "strerror", None) or error
-        ) from error
+        raise UserError("config.unreadable", path=path, detail=error) from error
 
 
 def _override(text: str, problems: list[str]) -> tuple[str, Any]:

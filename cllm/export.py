@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from cllm.model.merge import Merge
     from cllm.model.tokenizer import Tokenizer
 
-TARGETS = ("merged", "peft", "gguf", "ollama")
+GGUF = ("gguf", "ollama")
+TARGETS = ("merged", "peft", *GGUF)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank takes
 COMPARED = 64  # conversations that a check chooses its rows and prompts from
 
@@ -51,7 +52,7 @@ def write(
     if merge.checkpoint.family.alibi:
         raise UserError("export.alibi", base=located.base_name)
     tokenizer = within(tokenizer, merge.checkpoint.config.vocab_size)
-    if to in ("gguf", "ollama"):
+    if to in GGUF:
         _write_gguf(merge, tokenizer, folder, kind, ollama=to == "ollama")
         return
     if to == "peft":
@@ -71,9 +72,9 @@ def write(
     portable(tokenizer, folder)
 
 
-def _say_size(size: int) -> None:
+def _say_size(size: int, kind: str = "") -> None:
     """How many bytes of weights will be written, and whether this machine's card holds them beside
-    CUDA's context; without one, whether the plan's does.
+    CUDA's context; without one, whether the plan's does, and if not what of another `kind` would.
     """
     import torch
 
@@ -86,6 +87,8 @@ def _say_size(size: int) -> None:
     left = card - (size + CONTEXT_BYTES) / GIB
     figures = {"gib": f"{size / GIB:.2f}", "card": f"{card:.0f}", "left": f"{left:.1f}"}
     note("export.size" if left > 0 else "export.size.too_big", **figures)
+    if left <= 0 and kind != "q4_0":
+        note("export.size.smaller")
 
 
 def _write_gguf(
@@ -100,7 +103,7 @@ def _write_gguf(
     placed = place(config, merge.layout, kind)
     keys = tokenizer.to_gguf(config.vocab_size)
     template = go(tokenizer.template) if ollama else ""
-    _say_size(sum(math.prod(stored.shape) for stored in placed.values()))
+    _say_size(sum(math.prod(stored.shape) for stored in placed.values()), kind)
     folder.mkdir(parents=True)
     # float32, so that the writer alone rounds: a 16-bit base would round the sums before
     tensors = merge.tensors(torch.float32)
@@ -166,7 +169,7 @@ def next_commands(out: Path, to: str, kind: str, base: Path, *, native: bool = T
     adapter names, where `base` is not `native`.
     """
     name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("._-") or "my"
-    if to in ("gguf", "ollama"):
+    if to in GGUF:
         file = out / "model.gguf"
         commands = [shell("llama-cli", "-m", file)]
         smaller = shell("llama-quantize", file, out / "model-Q4_K_M.gguf", "Q4_K_M")
@@ -180,6 +183,9 @@ def next_commands(out: Path, to: str, kind: str, base: Path, *, native: bool = T
     rank = read_json(out / "adapter_config.json")["r"]
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
     options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={out}"]
+    options += ["--tokenizer", out]  # or prompts are the base's ids, not the training's
+    if (template := out / "chat_template.jinja").is_file():
+        options += ["--chat-template", template]
     if native:
         return [shell("vllm", "serve", base, *options)]
     copy = out.with_name(f"{out.name}-base")
@@ -195,10 +201,15 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.take("out", metavar="OUT", type=Path)
     parser.take("--to", choices=TARGETS, required=True)
     parser.take("--into", choices=("16bit", "dequantized-nf4"))
-    parser.take("--type", choices=tuple(TYPES), default="f16")
+    parser.take("--type", choices=tuple(TYPES))
     parser.take("--strength", type=strength, default=1.0, metavar="S")
     parser.take("--check", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for option, targets in (("type", GGUF), ("into", ("merged", *GGUF))):
+        if getattr(arguments, option) and arguments.to not in targets:
+            known = ", ".join(targets)
+            raise UserError("export.unused", option=option, to=arguments.to, known=known)
+    return arguments
 
 
 def main(argv: list[str]) -> int:
@@ -210,10 +221,12 @@ def main(argv: list[str]) -> int:
     from cllm.fidelity import DifferentError, check
     from cllm.model.device import out_of_memory
     from cllm.model.merge import open_merge
+    from cllm.runs import refuse_missing
 
-    out, run, to, kind = arguments.out, arguments.run, arguments.to, arguments.type
+    out, run, to, kind = arguments.out, arguments.run, arguments.to, arguments.type or "f16"
     if out.exists():
         raise UserError("model.exists", path=out)
+    refuse_missing(Path(run), hub=False)
     located = locate(run)
     if located.adapter is None:
         raise UserError("run.no_adapter", run=run)
@@ -251,8 +264,8 @@ def main(argv: list[str]) -> int:
     native = not merge.checkpoint.family.config
     if to != "peft" or merge.checkpoint.config.model_type != "gpt2":  # vLLM has no LoRA for it
         propose(*next_commands(out, to, kind, base, native=native))
-    result = {"run": run, "to": to, "strength": arguments.strength, "out": str(out)}
-    print_result({**result, "bytes": size, "check": report}, arguments.json)
+    result = {"run": run, "to": to, "strength": arguments.strength, "out": str(out), "bytes": size}
+    print_result({**result, "check": report}, arguments.json)
     return 0
 
 

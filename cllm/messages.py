@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import locale
@@ -81,10 +82,18 @@ def language() -> str:
 
 
 def say(code: str, /, **values: object) -> str:
-    """The message `code` in the user's language with its fields filled in. Raises KeyError for an
-    unknown code.
+    """The message `code` in the user's language with its fields filled in, errors of the operating
+    system in that language too. Raises KeyError for an unknown code.
     """
-    return messages()[code][language() == "zh"].format(**values)
+    told = {name: _told(value) for name, value in values.items()}
+    return messages()[code][language() == "zh"].format(**told)
+
+
+def _told(value: object) -> object:
+    if not isinstance(value, OSError) or not value.strerror:
+        return value
+    code = f"system.{errno.errorcode.get(value.errno or 0)}"
+    return say(code) if code in messages() else value.strerror
 
 
 def note(code: str, /, **values: object) -> None:
@@ -158,10 +167,9 @@ def read_json(path: Path, code: str = "model.damaged") -> dict[str, Any]:
         value = json.loads(path.read_bytes())
         if isinstance(value, dict):
             return value
-        detail = f"{type(value).__name__}, no JSON object"
-    except (OSError, ValueError, RecursionError) as error:
-        detail = str(error)
-    raise UserError(code, path=path, detail=detail)
+        raise TypeError(f"{type(value).__name__}, no JSON object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(code, path=path, detail=error) from error
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -112,19 +112,24 @@ def last_run(directory: str, *, alone: bool = False) -> Path:
     return runs[0]
 
 
-def refuse_missing(run: Path, needs: str = "adapter/adapter_config.json") -> None:
+def refuse_missing(
+    run: Path, needs: str = "adapter/adapter_config.json", *, hub: bool = True
+) -> None:
     """Raises UserError where `run` can only be a run that is not there, naming those that have
-    `needs`, the likeliest first.
+    `needs`, the likeliest first. `hub`: whether it may be a model's name instead.
     """
+    if run.exists():
+        return
     alone = run.parent == Path()
-    others = [] if run.exists() else find_runs("runs" if alone else run.parent, needs=needs)
-    if others and (not alone or "runs" / run in others):
+    root = Path("runs") if alone else run.parent
+    others = find_runs(root, needs=needs)
+    if others and (not (hub and alone) or "runs" / run in others):
         names = {other.name: other for other in others}
         near = difflib.get_close_matches(run.name, names, 5, 0.0)
         known = ", ".join(str(names[name]) for name in near)
         raise UserError("run.missing", run=run, known=known)
-    if not run.exists() and run.parts[:-1] == ("runs",):
-        raise UserError("run.none", root=run.parent)
+    if not hub or run.parts[:-1] == ("runs",):
+        raise UserError("run.none", root=root)
 
 
 def newest_run(root: str | Path = "runs") -> Path:

@@ -130,6 +130,10 @@ def test_plan_of_a_preset_needs_no_data(
     output = capsys.readouterr()
     plan = json.loads(output.out.splitlines()[-1])["plans"][0]
     assert plan["fits"] and plan["time"]["tokens"] > 900_000 and "mine.jsonl" in output.err
+    config = bench.config_of("preset:qwen3-4b", [])
+    assert bench._work(config, {}, 1.0, named=False) is None
+    told = capsys.readouterr().err
+    assert "no data were named" in told and "data.jsonl" not in told
 
 
 def test_plan_of_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:

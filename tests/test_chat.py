@@ -284,6 +284,10 @@ def test_a_taken_port_is_said_before_a_model_is_loaded(
         assert run("chat", [str(tmp_path / "none"), "--port", str(port)]) == 2
     told = capsys.readouterr().err
     assert str(port) in told and f"--port {port + 1}" in told and "none" not in told
+    for port in (-1, 65536, 99999):
+        assert run("chat", [str(tmp_path / "none"), f"--port={port}"]) == 2
+        told = capsys.readouterr().err
+        assert "a number from 0 to 65535" in told and "none" not in told
 
 
 def test_a_mistyped_run_is_told_the_runs_there_are(

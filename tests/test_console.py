@@ -362,11 +362,14 @@ def test_an_export_says_what_reads_it(name: str, model: str, tmp_path: Path) -> 
     [vllm] = commands("peft")
     assert vllm[:3] == ["vllm", "serve", "the base"]
     assert vllm[3:6] == ["--enable-lora", "--max-lora-rank", "32"]
-    assert vllm[6:] == ["--lora-modules", f"{model}={out}"]
+    assert vllm[6:] == ["--lora-modules", f"{model}={out}", "--tokenizer", str(out)]
     copied = next_commands(out, "peft", "f16", Path("the base"), native=False)
     convert, served = map(shlex.split, copied)
     assert convert == ["python", "tools/convert.py", "the base", f"{out}-base"]
     assert served == ["vllm", "serve", f"{out}-base", *vllm[3:]]
+    template = out / "chat_template.jinja"
+    template.touch()
+    assert commands("peft") == [[*vllm, "--chat-template", str(template)]]
 
 
 def test_foreign_libraries_are_silent(config: Path, tmp_path: Path) -> None:
@@ -391,12 +394,14 @@ def test_a_run_that_is_not_there_is_not_asked_of_hubs(
         name, *options = program
         assert run(name, ["runs/nope", *options]) == 2
         assert "run.none" in capsys.readouterr().err
+    assert run("export", ["nosuch", "--to", "peft", "out"]) == 2
+    assert "no finished run under runs" in capsys.readouterr().err
     adapter = tmp_path / "runs" / "mine" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     (adapter.parent / "config.toml").write_text("", encoding="utf-8")
-    for wrong in ("runs/nope", "mine"):
-        assert run("chat", [wrong]) == 2
+    for program, wrong in (("chat", "runs/nope"), ("chat", "mine"), ("export", "nosuch")):
+        assert run(program, [wrong, *(["--to", "peft", "out"] if program == "export" else [])]) == 2
         error = capsys.readouterr().err
         assert "run.missing" in error and "runs/mine" in error
 

@@ -487,6 +487,19 @@ def test_a_choice_between_equals_is_no_difference_but_a_decided_one_is() -> None
     wider = measured((0.44, 0.37, 0.19)), measured((0.37, 0.44, 0.19))
     assert differences(*wider, 0.0032)["equal_choices"] == 1
     assert differences(*wider, 0.0020)["equal_choices"] == 0
+    # From 1/2 on no choice could be told from another.
+    assert differences(*wider, 0.5)["equal_choices"] is None
+
+
+def test_limits_of_few_bits_are_a_quarter_above_what_a_real_model_lost() -> None:
+    from cllm.fidelity import LIMITS
+
+    file = Path(export.__file__).parents[1] / "bench" / "results" / "gguf_types.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["results"]["smolrun"]
+    lost = {row["type"]: row["mean_kl"] for row in rows}
+    for kind, (share, largest_kl) in LIMITS.items():
+        assert largest_kl == pytest.approx(1.25 * lost[kind], rel=0.005)
+        assert (share > 0) == (largest_kl < 0.5)
 
 
 def test_of_few_positions_one_decides_nothing_and_of_many_the_share_does() -> None:
@@ -548,8 +561,11 @@ def test_gguf_program(
     trained: Path, to: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(trained, to, tmp_path / "out", "--type", kind) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
+    told = capsys.readouterr().out
+    assert ("without ties" in told) == (kind != "q4_0")
+    report = json.loads(told.splitlines()[-1])["check"]
     assert report["passed"] and report["prompts_equal"] == 16
+    assert (report["equal_choices"] is None) == (kind == "q4_0")
     ours, back = load_tokenizer(trained), load_tokenizer(tmp_path / "out" / "model.gguf")
     text = "姜静琳住在渔歌市，2024 年 Hello!\n"
     assert back.encode(text) == ours.encode(text) and back.stop_ids == ours.stop_ids
@@ -642,6 +658,25 @@ def test_alibi_and_a_run_without_an_adapter_are_refused(tmp_path: Path) -> None:
         run(tmp_path / "adapter", "merged", tmp_path / "out", "--no-check")
     with pytest.raises(UserError, match="no adapter"):
         run(LOCAL / "qwen", "merged", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("to", "option", "value"),
+    [("merged", "--type", "q4_0"), ("peft", "--type", "f16"), ("peft", "--into", "16bit")],
+)
+def test_an_option_that_changes_nothing_is_refused(to: str, option: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{option} changes nothing of --to {to}"):
+        run(Path("nosuch"), to, Path("out"), option, value)
+
+
+def test_what_is_smaller_is_not_said_to_the_smallest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for kind, advised in (("", 1), ("q8_0", 1), ("q4_0", 0)):
+        export._say_size(2**40, kind)
+        said = capsys.readouterr().err
+        assert "does not hold" in said and said.count("q4_0 takes less") == advised
 
 
 # --- Templates in other languages

@@ -5,12 +5,15 @@ there.
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import re
 import string
 from pathlib import Path
 
 import pytest
 
+from cllm.config import load_config
 from cllm.messages import UserError, language, messages, read_json, say, table, to_json
 
 PACKAGE = Path(__file__).parents[1] / "cllm"
@@ -63,11 +66,7 @@ def used_codes() -> dict[str, set[str]]:
 
 def test_every_call_fills_its_fields_and_no_message_is_dead() -> None:
     codes = used_codes()
-    sources = "".join(
-        path.read_text(encoding="utf-8")
-        for path in PACKAGE.rglob("*.py")
-        if path.name != "messages.py"
-    )
+    sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     # f"check.mend.{reason}": the codes with this beginning
     made = set(re.findall(r'"([a-z_]+\.(?:[a-z_]+\.)*)(?=["{])', sources))
 
@@ -95,6 +94,22 @@ def test_language_follows_the_setting_then_the_locale(monkeypatch: pytest.Monkey
     assert language() == "zh"
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     assert language() == "en"
+
+
+def test_errors_of_the_operating_system_are_told_in_the_users_language(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CLLM_LANG", "zh")
+    for code in ("ENOENT", "EACCES", "EISDIR", "ENOSPC", "ENAMETOOLONG", "EADDRINUSE"):
+        error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)), "f")
+        told = say("config.unreadable", path="x", detail=error)
+        assert error.strerror not in told and "None" not in told
+    for error in (OSError("only words"), OSError(errno.EXDEV, "only words")):
+        assert "only words" in say("config.unreadable", path="x", detail=error)
+    with pytest.raises(UserError, match="没有这个文件"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(UserError, match="没有这个文件"):
+        load_config(tmp_path / "x.toml")
 
 
 def test_table_counts_full_width_characters_as_two() -> None:

@@ -208,6 +208,10 @@ def test_few_rows_are_multiplied_with_the_packed_weight_while_answering(monkeypa
     assert copies == [1]
 
 
+def _forgetful(x, weight, bias):
+    return nn.functional.linear(x, dequantize(weight, x.dtype))
+
+
 def _wrong(x, weight, bias):
     """The first of two groups has a scale that is a fifth too large."""
     scales = weight.scales.clone()
@@ -227,19 +231,22 @@ class _Older:
         self.dequantize_blockwise = operators.dequantize_blockwise
 
 
-@pytest.mark.parametrize("fault", ["wrong", "raising", "absent"])
+FAULTY = {"wrong": _wrong, "forgetful": _forgetful, "raising": _raising}
+
+
+@pytest.mark.parametrize("fault", [*FAULTY, "absent"])
 def test_a_product_that_is_wrong_raises_or_is_absent_is_not_used(
     monkeypatch, probes, capsys, fault
 ):
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    layers = [NF4Linear(torch.randn(rows, 128)).eval() for rows in (256, 320)]
+    layers = [NF4Linear(torch.randn(n, 128), torch.randn(n)).eval() for n in (256, 320)]
     x = torch.randn(1, 128)
-    expected = [nn.functional.linear(x, layer.dequantize()) for layer in layers]
+    expected = [nn.functional.linear(x, layer.dequantize(), layer.bias) for layer in layers]
     if fault == "absent":
         monkeypatch.setattr(torch.ops, "bitsandbytes", _Older(torch.ops.bitsandbytes))
     else:
-        monkeypatch.setattr(nf4, "_packed_product", _wrong if fault == "wrong" else _raising)
+        monkeypatch.setattr(nf4, "_packed_product", FAULTY[fault])
     for _ in range(2):
         assert all(map(torch.equal, [layer(x) for layer in layers], expected))
     assert capsys.readouterr().err.count("cannot multiply with packed NF4 weights") == 1

@@ -135,7 +135,7 @@ def recall(key: str, make: Callable[[], Entry]) -> Entry:
             _save(path, *entry)
         # a full or read-only disk costs the next start its time, and this one nothing
         except OSError as error:
-            note("data.uncached", path=path.parent, cause=error.strerror or error)
+            note("data.uncached", path=path.parent, cause=error)
     return entry
 
 

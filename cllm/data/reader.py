@@ -202,9 +202,7 @@ def _rows(file: Path, normalize: Normalizer) -> Iterator[NumberedRow]:
             if isinstance(stream, _Gzip) and stream.fault:
                 yield line + 1, RowError("row.gzip", "decode_error", detail=stream.fault)
     except OSError as error:
-        raise UserError(
-            "data.unreadable_file", path=file_name(file), cause=error.strerror or error
-        ) from error
+        raise UserError("data.unreadable_file", path=file_name(file), cause=error) from error
 
 
 def _binary(head: bytes, stream: Bytes, kind: str) -> Iterator[NumberedRow]:

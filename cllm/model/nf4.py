@@ -263,14 +263,17 @@ def _multiplies_packed(weight: NF4Tensor, dtype: torch.dtype) -> bool:
     if key not in _refusals:
         inputs = torch.arange(FEW_ROWS * weight.shape[1], device=device).float().sin()
         x = inputs.view(FEW_ROWS, -1).to(dtype)
-        expected = nn.functional.linear(x, dequantize(weight, dtype)).float()
+        product = nn.functional.linear(x, dequantize(weight, dtype))
+        expected = product.float()
         tolerance = max(_ROUNDINGS * torch.finfo(dtype).eps, _SUM_ERROR)
         limit = tolerance * expected.square().mean().sqrt()
         try:
-            # one, few and many rows have kernels of their own
+            # one, few and many rows have kernels of their own, each with and without a bias
             close = [
-                (_packed_product(x[:rows], weight, None) - expected[:rows]).abs().max() <= limit
+                (_packed_product(x[:rows], weight, bias) - expected[:rows] - added).abs().max()
+                <= limit
                 for rows in (1, FEW_ROWS // 8, FEW_ROWS)
+                for bias, added in ((None, 0), (product[0], expected[0]))
             ]
             reason = "" if all(close) else "its values differ from the dequantized product's"
         # whatever else goes wrong inside is not fatal
