@@ -33,7 +33,13 @@ from serving import open_tiny  # noqa: E402 - after the path
 from cllm.serve.answer import chat_sampling  # noqa: E402
 from cllm.serve.api import build_app  # noqa: E402
 from cllm.serve.guard import Guard  # noqa: E402
-from cllm.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Tool  # noqa: E402
+from cllm.serve.requests import (  # noqa: E402
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    Strict,
+    Tool,
+)
 from cllm.serve.ui import mount_page  # noqa: E402
 
 
@@ -41,7 +47,8 @@ class Spoken(ChatMessage):
     """What a call has to be, the schema does not say."""
 
     content: Annotated[str, Field(max_length=20)] | None = None
-    reasoning_content: Annotated[str, Field(max_length=20)] | None = None
+    reasoning_content: None = None  # of the assistant alone
+    reasoning: None = None
     tool_calls: None = None
     function_call: None = None
 
@@ -70,11 +77,20 @@ class Short(CompletionRequest):
     logit_bias: None = None  # type: ignore[assignment]
 
 
+def closed(kind: type[Strict]) -> None:
+    """The schema of this part of a request, and of all derived from it, without unknown fields."""
+    if kind.model_config["extra"] == "forbid":
+        kind.model_config["json_schema_extra"] = {"additionalProperties": False}
+    for derived in kind.__subclasses__():
+        closed(derived)
+
+
 def short(**values: Any) -> Any:
     return chat_sampling(**{**values, "max_new_tokens": min(values["max_new_tokens"] or 4, 4)})
 
 
 def main() -> int:
+    closed(Strict)
     parser = argparse.ArgumentParser()
     parser.add_argument("--examples", type=int, default=100)
     parser.add_argument("--phases", default="examples,coverage,fuzzing,stateful")
