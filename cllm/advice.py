@@ -45,6 +45,10 @@ class Rate(NamedTuple):
     family: str
     hidden: int
 
+    def of(self, *, few: bool) -> float:
+        """For this amount of data: of few conversations FEW_RATE of it."""
+        return float(f"{FEW_RATE * self.value:.2g}") if few else self.value
+
 
 def advised_rate(original: Mapping[str, Any]) -> Rate | None:
     """The learning rate for a model by its config.json, 5e-5 * 10 * (2000 / hidden) ^ p: LoRA takes

@@ -14,15 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cllm import replay
-from cllm.advice import (
-    EXPONENTS,
-    FEW_CONVERSATIONS,
-    FEW_RATE,
-    OTHER,
-    TINY_RATE,
-    advised_rate,
-    width,
-)
+from cllm.advice import EXPONENTS, FEW_CONVERSATIONS, OTHER, TINY_RATE, advised_rate, width
 from cllm.assembly import Assembly, assemble
 from cllm.config import Config, TrainConfig, differences
 from cllm.corpus import Encoded, encode_corpus, source_names, tokenizer_of
@@ -152,8 +144,7 @@ class Learner:
                 raise UserError("train.no_rate", families=families, likely=likely)
             self.config = replace(self.config, train=replace(train, learning_rate=advised.value))
         elif advised and not self.config.preference.active and not self.config.lora.init_from:
-            few = len(self.corpus.train) < FEW_CONVERSATIONS
-            value = float(f"{advised.value * (FEW_RATE if few else 1):.2g}")
+            value = advised.of(few=len(self.corpus.train) < FEW_CONVERSATIONS)
             if not 1 / OTHER <= train.learning_rate / value <= OTHER:
                 note("train.other_rate", rate=f"{train.learning_rate:g}", advised=value)
 

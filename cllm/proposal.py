@@ -14,7 +14,6 @@ from cllm.account import Look
 from cllm.advice import (
     EXPONENTS,
     FEW_CONVERSATIONS,
-    FEW_RATE,
     MOST_SEQUENCES,
     TINY_RATE,
     advised_rate,
@@ -128,7 +127,7 @@ def _original(config: Config) -> dict[str, Any]:
 
 def _rate(config: Config, original: dict[str, Any], told: Given, *, few: bool) -> tuple[float, str]:
     """(learning rate, what it rests on): the one that was set, for this model; else of answers what
-    the formula says, and of few conversations FEW_RATE of it.
+    the formula says of this amount of data.
     """
     advised, rate, pairs = advised_rate(original), config.train.learning_rate, config.preference
     name, other_model = f"train.{RATE}", "model.path" in told.words
@@ -144,9 +143,7 @@ def _rate(config: Config, original: dict[str, Any], told: Given, *, few: bool) -
     exponents = ", ".join(f"{name} {exponent}" for name, exponent in EXPONENTS.items())
     facts = {"family": advised.family, "hidden": advised.hidden, "exponents": exponents}
     why = say(f"check.why.{code}", **facts, exponent=EXPONENTS.get(advised.family))
-    if not few:
-        return advised.value, why
-    return float(f"{FEW_RATE * advised.value:.2g}"), say("check.why.rate_few", why=why)
+    return advised.of(few=few), say("check.why.rate_few", why=why) if few else why
 
 
 def _why_rank(preset: Config, original: dict[str, Any], tokens: int) -> str:
