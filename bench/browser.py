@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ ARGUMENTS = [
     "--disable-background-networking",
 ]
 SECONDS = 60  # for anything to appear: a busy machine with one slow core
+STOP = "button.stop-button:visible, [data-testid=stop-button]:visible"
 SCRIPT = (
     "<img src=data:image/png;base64,AAAA onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     "[x](javascript:document.title='owned')"
@@ -80,17 +83,24 @@ def ask(page: Page, words: str) -> None:
     page.keyboard.press("Enter")
 
 
-def answer(page: Page, *, seconds: float = SECONDS) -> str:
-    """The last answer, once its cost line has stopped changing."""
+def answer(page: Page, *, number: int = 1, seconds: float = SECONDS) -> str:
+    """The last answer, once `number` questions are shown, each with its answer, nothing can be
+    stopped any more and the text has stopped changing.
+    """
     deadline, before = time.monotonic() + seconds, ""
     while time.monotonic() < deadline:
         time.sleep(1.0)
         bots = page.locator(".bot.message:visible, .message.bot:visible")
-        text = bots.last.inner_text() if bots.count() else ""
+        asked, running = questions(page), page.locator(STOP).count() > 0
+        done = number <= asked == bots.count() and not running
+        text = bots.last.inner_text() if done else ""
         if text and text == before:
             return text
         before = text
-    raise AssertionError(f"no finished answer after {seconds} s, last seen: {before[:80]!r}")
+    raise AssertionError(
+        f"no finished answer after {seconds} s: {asked} questions of {number}, {bots.count()} "
+        f"answers, one can be stopped: {running}, last seen: {before[:80]!r}"
+    )
 
 
 def desktop(page: Page, images: Path, question: str) -> dict[str, Any]:
@@ -177,15 +187,27 @@ def stopping(page: Page, question: str) -> str:
     # the base rambles at random, up to the length limit
     for label, value in {"temperature": "2", "top-p": "1", "top-k": "200"}.items():
         page.get_by_label(label).first.fill(value)
-    for _ in range(5):
+    box, stopped = page.locator("textarea:visible").first, 0
+    bots = page.locator(".bot.message:visible, .message.bot:visible")
+    for number in range(20):
+        asked, answers = questions(page), bots.count()
         ask(page, question)
         try:
+            if number:  # the first at once
+                bots.nth(answers).wait_for(timeout=10_000)
             page.get_by_test_id("stop-button").click(timeout=3000)
-            break
         except TimeoutError:
             answer(page)
+            continue
+        page.wait_for_timeout(1500)
+        # stopped before a word of it, the question is in its box again
+        answered = questions(page) > asked
+        assert box.input_value() == ("" if answered else question), box.input_value()
+        stopped += answered
+        if stopped == 2:
+            break
     else:
-        raise AssertionError("five answers were done before the stop button could be pressed")
+        raise AssertionError("of 20 answers not two could be stopped in their midst")
     text = answer(page)
     page.wait_for_timeout(1500)
     assert answer(page) == text
@@ -198,7 +220,18 @@ def questions(page: Page) -> int:
     return page.locator(".user.message:visible, .message.user:visible").count()
 
 
-def keeping(page: Page, question: str) -> dict[str, Any]:
+@contextmanager
+def held_back(page: Page) -> Iterator[None]:
+    """Meanwhile nothing reaches the server."""
+    held: list[Route] = []
+    page.route("**/queue/join*", lambda route: held.append(route))
+    yield
+    for route in held:
+        route.continue_()
+    page.unroute("**/queue/join*")
+
+
+def keeping(page: Page, question: str, problems: list[str]) -> dict[str, Any]:
     """Nothing typed is lost: a question that is too long comes back, a long conversation goes on, a
     follow-up waits, a reload keeps the conversation; Retry after the settings were opened differs.
     """
@@ -211,10 +244,18 @@ def keeping(page: Page, question: str) -> dict[str, Any]:
     page.get_by_text(str(context), exact=False).first.wait_for()
     page.wait_for_timeout(3000)
     assert box.input_value() == too_long and questions(page) == 1
+    # put back, it leaves what was typed meanwhile
+    with held_back(page):
+        ask(page, too_long)
+        page.wait_for_timeout(1000)
+        page.keyboard.press("End")
+        page.keyboard.type("又想到")
+    page.wait_for_timeout(5000)
+    assert re.fullmatch(f"{too_long}\n?又想到", box.input_value()), box.input_value()[-9:]
     rounds = 30
     for number in range(1, rounds):
         ask(page, f"{number}：{question}" * 2)
-        answer(page)
+        answer(page, number=number + 1)
     assert questions(page) == rounds and "略去" in cost.inner_text(), cost.inner_text()
     ask(page, "   ")
     page.wait_for_timeout(2000)
@@ -236,31 +277,47 @@ def keeping(page: Page, question: str) -> dict[str, Any]:
         said.append(answer(page))
     assert len({*said}) == 3, said
     # one types on before the server has answered
-    held: list[Route] = []
-    page.route("**/queue/join*", lambda route: held.append(route))
     asked = questions(page)
-    ask(page, question)
-    page.wait_for_timeout(1000)
-    page.keyboard.type("接着写")
-    for route in held:
-        route.continue_()
-    page.unroute("**/queue/join*")
+    with held_back(page):
+        ask(page, question)
+        page.wait_for_timeout(1000)
+        page.keyboard.type("接着写")
     deadline = time.monotonic() + SECONDS
     while questions(page) == asked and time.monotonic() < deadline:
         page.wait_for_timeout(200)
     page.wait_for_timeout(1000)
     assert box.input_value() == "接着写", box.input_value()
-    page.locator("button.stop-button:visible, [data-testid=stop-button]:visible").first.wait_for()
+    page.locator(STOP).first.wait_for()
     box.fill("后来的问题")
     page.keyboard.press("Enter")
     answer(page)
     assert box.input_value() == "后来的问题"
+    # a new conversation while an answer comes, and a reload while another does: both are kept
     box.fill("")
+    ask(page, "甲" + question)
+    page.locator(STOP).first.wait_for()
+    page.get_by_role("button", name="新对话").click()
+    page.wait_for_timeout(3000)
+    assert questions(page) == 0 and page.locator(STOP).count() == 0
+    ask(page, "乙" + question)
+    page.locator(STOP).first.wait_for()
+    page.wait_for_timeout(1000)
+    before = len(problems)
     page.reload()
-    page.get_by_label("以前的对话").first.click()
-    page.get_by_role("option").nth(1).click()
-    page.wait_for_timeout(1500)
-    assert questions(page) == rounds
+    box.wait_for()
+    # Gradio's own client reports the stream that it closes itself
+    problems[before:] = [
+        text for text in problems[before:] if not re.search("AbortError|Connection errored", text)
+    ]
+    kept = page.get_by_label("以前的对话").first
+    for place, shown in ((2, rounds), (1, asked + 2), (0, 1)):
+        page.wait_for_timeout(2000)
+        kept.click()
+        page.get_by_role("option").nth(place).click()
+        page.wait_for_timeout(2000)
+        unanswered = bool(box.input_value())  # the words are in the box if no answer was kept
+        assert questions(page) + unanswered == shown, (place, questions(page), box.input_value())
+        box.fill("")
     return {"context": context, "rounds": rounds}
 
 
@@ -382,7 +439,7 @@ def main() -> None:
             result |= changing(english, arguments.question)
             result["stopped"] = stopping(english, arguments.question)
             chinese = open_page(browser, url, problems, locale="zh-CN", width=1440, height=900)
-            result |= keeping(chinese, arguments.question)
+            result |= keeping(chinese, arguments.question, problems)
             if arguments.votes:
                 result |= voting(chinese, arguments.votes)
             if arguments.other:

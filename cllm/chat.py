@@ -5,6 +5,7 @@ OpenAI-compatible API, or in the terminal.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import socket
@@ -140,7 +141,16 @@ def serve(
     note("chat.serving", url=url, api=f"http://{shown}:{port}/v1")
     if host in ANY:
         note("chat.network", url=f"http://{_network_address()}:{port}/{query}")
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for connection in [*self.server_state.connections]:
+                connection.transport.close()  # an open page never hangs up by itself
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", server_header=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(config).run()
 
 
 def _network_address() -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -103,7 +104,11 @@ def test_terminal_remembers_switches_and_forgets(
     ].content == "再见"
 
 
-def test_an_interrupted_answer_stays_as_far_as_it_came(loaded: Loaded, engine: Engine) -> None:
+def test_an_interrupted_answer_stays_as_far_as_it_came(
+    loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy = Sampling(max_new_tokens=511)  # a sampled answer may be too short to be interrupted
+    monkeypatch.setattr("cllm.serve.answer.chat_sampling", lambda: greedy)
     written: list[str] = []
 
     def write(text: str) -> None:
@@ -224,6 +229,13 @@ def test_the_containers_command_line_prints_a_key_and_asks_for_it(loaded: Loaded
         assert status(f"/?key={key[1]}", {}) == 303
         assert status("/", {"Cookie": f"cllm_key={key[1]}", "Host": "box.lan:7860"}) == 200
         assert status("/v1/models", {"Authorization": f"Bearer {key[1]}"}) == 200
+        # an open page does not keep the program from ending
+        page = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        page.request("GET", "/gradio_api/heartbeat/x", headers={"Cookie": f"cllm_key={key[1]}"})
+        assert page.getresponse().status == 200
+        if os.name == "posix":
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0 and "Error" not in process.stderr.read()
     finally:
         process.terminate()
         process.wait(20)
@@ -313,7 +325,7 @@ def test_others_are_told_an_address_they_can_reach(
 
     from cllm import chat
 
-    monkeypatch.setattr(uvicorn, "run", lambda *_, **__: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda _: None)
     monkeypatch.setattr(chat, "_network_address", lambda: "192.168.1.7")
     chat.serve(loaded, engine, "0.0.0.0", 7860, [])
     told = capsys.readouterr().err

@@ -28,7 +28,7 @@ from cllm.serve.answer import Answer
 from cllm.serve.api import build_app
 from cllm.serve.charts import Line, chart
 from cllm.serve.compare import VOTES, Duel
-from cllm.serve.guard import HEADERS, Guard
+from cllm.serve.guard import BODY_BYTES, HEADERS, Guard
 from cllm.serve.sampling import Sampling
 from cllm.serve.ui import build_page, mount_page
 
@@ -54,26 +54,33 @@ class Page:
 
     def call(self, name: str, *arguments: Any, index: int = 0) -> Any:
         result = self.handlers(name)[index](*arguments)
-        return asyncio.run(last(result)) if hasattr(result, "__anext__") else result
+        if hasattr(result, "__anext__"):
+            return asyncio.run(last(result))
+        return asyncio.run(result) if hasattr(result, "__await__") else result
 
     def respond(
         self, request: Any, history: Any, name: str = "demo", system: str = "", seed: Any = None
     ) -> tuple[Any, Any]:
         """The conversation and the line below it, as they are shown at last."""
         seen: dict[str, Any] = {}
+        self.call("ask", request, "…", history[:-1], "", [])
 
         async def watch() -> None:
             generator = self.handlers("respond")[0](
-                request, "k", history, name, system, False, *GREEDY[:-1], seed
+                request, history, name, system, False, *GREEDY[:-1], seed
             )
             async for update in generator:
-                for component, value in update.items():
-                    kind = type(component).__name__
-                    seen[kind] = value
+                seen.update(
+                    {type(component).__name__: value for component, value in update.items()}
+                )
 
         asyncio.run(watch())
-        self.box = seen.get("Textbox")
         return seen.get("Chatbot"), seen.get("Markdown")
+
+    def settled(self, name: str, typed: str, history: Any) -> dict[str, Any]:
+        """What is set when an answer has ended, by itself or by the stop button."""
+        updates = self.call(name, browser(), typed, history)
+        return {type(component).__name__: value for component, value in updates.items()}
 
     def greedy(self, words: str, *, adapter: int, system: str = "") -> str:
         messages = [Message("system", system)] * bool(system) + [Message("user", words)]
@@ -151,15 +158,9 @@ def test_reasoning_that_the_prompt_opens_is_part_of_the_answer(page: Page) -> No
 
 def test_a_closed_page_frees_the_row(page: Page) -> None:
     async def leave() -> None:
+        page.call("ask", browser(), "你好", [], "", [])
         answer = page.handlers("respond")[0](
-            browser(),
-            "k",
-            [{"role": "user", "content": "你好"}],
-            "demo",
-            "",
-            False,
-            900,
-            *GREEDY[1:],
+            browser(), [{"role": "user", "content": "你好"}], "demo", "", False, 900, *GREEDY[1:]
         )
         await anext(answer)
         await answer.aclose()
@@ -172,9 +173,29 @@ def test_a_closed_page_frees_the_row(page: Page) -> None:
 
 def test_mistakes_become_notices(page: Page) -> None:
     said = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
-    shown, told = page.respond(browser(), [*said, {"role": "user", "content": "字" * 2000}])
-    assert shown == said and "1024" in told
-    assert page.box.value == "字" * 2000 and page.box.submit_btn and not page.box.stop_btn
+    asked = [*said, {"role": "user", "content": "字" * 2000}]
+    shown, told = page.respond(browser(), asked)
+    assert shown is None and "1024" in told
+
+
+def test_a_question_without_an_answer_goes_back_before_what_was_typed_since(page: Page) -> None:
+    said = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    # as Gradio hands a turn back
+    asked = [*said, {"role": "user", "content": [{"type": "text", "text": "再问"}]}]
+    for name in ("settle", "stop"):
+        for typed, box in (
+            ("", "再问"),
+            ("还有", "再问\n还有"),
+            ("再问", "再问"),
+            ("再问！", "再问！"),
+        ):
+            back = page.settled(name, typed, asked)
+            assert back["Chatbot"] == said
+            assert back["Textbox"].value == (box if box != typed else None)  # else it stays
+            assert back["Textbox"].submit_btn and not back["Textbox"].stop_btn
+        for history in (said, []):
+            assert page.settled(name, "还有", history)["Textbox"].value is None  # stays as it is
+            assert "Chatbot" not in page.settled(name, "还有", history)
 
 
 def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_rounds(page: Page) -> None:
@@ -192,31 +213,71 @@ def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_rounds(pag
 
 def test_what_is_typed_while_an_answer_comes_stays_and_blanks_are_not_sent(page: Page) -> None:
     history = [{"role": "user", "content": "你好"}]
-    sent = page.call("ask", "你好", "", [])
-    assert {type(k).__name__ for k in sent} == {"Textbox", "State", "Chatbot"}
+    box, shown, name, kept = page.call("ask", browser(), "你好", [], "", None)
     # what was typed meanwhile stays: the browser takes out what was sent
-    assert [kept.value for k, kept in sent.items() if type(k).__name__ == "Textbox"] == [None]
+    assert box.value is None and box.stop_btn and not box.submit_btn
+    assert shown == history and name
+    # a reload while it is answered loses nothing
+    assert kept == [{"name": name, "title": "你好", "turns": [["user", "你好"]]}]
     # Gradio would evaluate a script of an event from text: the policy forbids it, and no page opens
     assert not [f.js for f in page.blocks.fns.values() if isinstance(f.js, str)]
-    for words, running in (("再问", "key"), ("  \n", "")):
-        refused = page.call("ask", words, running, history)
-        assert {type(k).__name__ for k in refused} == {"Chatbot"}
-        assert next(iter(refused.values()))["__type__"] == "update"
+    skipped = page.call(
+        "ask", browser(), "再问", history, name, kept
+    )  # while the first is answered
+    page.call("stop", browser(), "", history)
+    skipped += page.call("ask", browser(), "  \n", [], "", None)
+    assert all(value["__type__"] == "update" for value in skipped)
+
+    def answer() -> Any:
+        return page.handlers("respond")[0](browser(), history, "demo", "", False, *GREEDY)
 
     async def twice() -> list[Any]:
-        def one() -> Any:
-            return page.handlers("respond")[0](
-                browser(), "same", history, "demo", "", False, *GREEDY
-            )
-
-        first = one()
+        page.call("ask", browser(), "你好", [], "", None)
+        first = answer()
         await anext(first)
-        second = [update async for update in one()]
+        second = [update async for update in answer()]
+        second.append(page.call("settle", browser(), "", history))
         await first.aclose()
         return second
 
-    (nothing,) = asyncio.run(twice())  # what was asked is answered once
-    assert [type(k).__name__ for k in nothing] == ["Chatbot"]
+    # what was asked is answered once, and what ends meanwhile does not end it
+    for nothing in asyncio.run(twice()):
+        assert [type(k).__name__ for k in nothing] == ["Chatbot"]
+
+
+def test_what_is_not_wanted_any_more_ends_and_shows_nothing_more(page: Page) -> None:
+    history = [{"role": "user", "content": "你好"}]
+    values = ("demo", "", False, 900, *GREEDY[1:])
+
+    async def leave(name: str, *arguments: Any) -> tuple[list[Any], Any]:
+        page.call("ask", browser(), "你好", [], "", None)
+        answer = page.handlers("respond")[0](browser(), history, *values)
+        await anext(answer)
+        ending = asyncio.create_task(page.handlers(name)[0](browser(), *arguments))
+        await asyncio.sleep(0)
+        more = [update async for update in answer]
+        return more, await ending
+
+    for name, arguments in (
+        ("stop", ("", history)),
+        ("drop", ()),
+        ("again", (history, "x", [], SimpleNamespace(index=0))),
+        ("edited", (history, "x", [], SimpleNamespace(index=0, value="改"))),
+    ):
+        more, result = asyncio.run(leave(name, *arguments))
+        assert more == []
+        if name in ("again", "edited"):
+            assert result[1][-1]["content"] == {"again": "你好", "edited": "改"}[name]
+        asyncio.run(page.handlers("drop")[0](browser()))
+        list(page.engine.submit([1, 2, 3], Sampling(max_new_tokens=5)))
+        assert page.engine.stats()["running"] == 0
+    # stopped before it began: nothing is shown, and the question goes back
+    page.call("ask", browser(), "你好", [], "", None)
+    page.call("stop", browser(), "", history)
+    assert page.handlers("respond") and [
+        type(k).__name__ for k in page.call("respond", browser(), history, *values)
+    ] == ["Chatbot"]
+    assert page.settled("settle", "", history)["Textbox"].value == "你好"
 
 
 def test_a_seed_is_a_number_or_nothing(page: Page) -> None:
@@ -227,7 +288,7 @@ def test_a_seed_is_a_number_or_nothing(page: Page) -> None:
 
     assert [seed_of(typed) for typed in ("", None, "  ", " 7 ")] == [None, None, None, 7]
     shown, told = page.respond(browser(), [{"role": "user", "content": "你好"}], seed="x")
-    assert "x" in told and shown == [] and page.box.value == "你好"
+    assert "x" in told and shown is None
 
 
 def test_the_slider_sets_the_strength_of_the_adapter(page: Page) -> None:
@@ -250,24 +311,32 @@ def test_the_slider_sets_the_strength_of_the_adapter(page: Page) -> None:
 
 def test_conversations_are_kept_reopened_and_downloaded(page: Page) -> None:
     kept: list[Any] = []
-    names = []
-    for words in ("一", "二", "一" * 33_000):  # three bytes each
+    names = ["a", "b", "c"]
+    for name, words in zip(names, ("一", "二", "一" * 160_000), strict=True):  # three bytes each
         history = [{"role": "user", "content": words}, {"role": "assistant", "content": "答"}]
-        kept, name, menu, file = page.call("_keep", history, kept, "")
-        names.append(name)
+        kept, file = page.call("keep", history, name, kept)
         row = json.loads(Path(file.value["path"]).read_text(encoding="utf-8"))
         assert [m["content"] for m in row["messages"]] == [words, "答"]
     assert [item["name"] for item in kept] == names[::-1]  # the newest first
-    assert menu.choices[0] == ("一" * 40, names[-1]) and menu.value == names[-1]
-    more, name, menu, _ = page.call("_keep", [*history, *history], kept, names[-1])
-    assert name == names[-1] and len(more) == 1  # what the browser sends along has a limit
-    assert len(json.dumps(more, ensure_ascii=False).encode()) <= 100_000
+    menu = page.call("_menu", "c", kept)
+    assert menu.choices[0] == ("一" * 40, "c") and menu.value == "c"
+    assert page.call("_menu", "", kept).value is None
+    more, _ = page.call("keep", [*history, *history], "c", kept)
+    assert [item["name"] for item in more] == ["c"]  # what the browser sends along has a limit
+    assert len(json.dumps(more, ensure_ascii=False).encode()) <= 500_000
     assert [turn[0] for turn in more[0]["turns"]] == ["assistant", "user", "assistant"]
-    assert menu.choices[0] == ("一" * 40, names[-1])  # still by its first words
-    shown, turns, _ = page.call("_reopened", names[0], kept)
-    assert shown == names[0] and [t["content"] for t in turns] == ["一", "答"]
-    skipped = page.call("_keep", [], kept, "")
-    assert all(value["__type__"] == "update" for value in skipped)
+    assert more[0]["title"] == "一" * 40  # still by its first words
+    words, turns, cost, shown = page.call("_reopened", "a", kept, "没发")
+    assert (words, cost, shown) == ("没发", " ", "a")
+    assert [t["content"] for t in turns] == ["一", "答"]
+    # a question that was never answered is back in the box
+    kept = page.call("ask", browser(), "三", turns, "a", kept)[3]
+    asyncio.run(page.handlers("drop")[0](browser()))
+    assert kept[0]["turns"] == [["user", "一"], ["assistant", "答"], ["user", "三"]]
+    words, turns, *_ = page.call("_reopened", "a", kept, "没发")
+    assert words == "三\n没发" and [t["content"] for t in turns] == ["一", "答"]
+    for skipped in (page.call("keep", [], "a", kept), page.call("keep", history, "", kept)):
+        assert all(value["__type__"] == "update" for value in skipped)
 
 
 def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
@@ -279,7 +348,7 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
     made = Page(open_two(tmp_path), listed)
     try:
         votes = made.loaded.home / "votes.jsonl"
-        words, number, button = made.call("following", -1)
+        words, number, button = made.call("following", -1, "demo ↔ base", "")
         assert (words, number, button.value) == ("甲？", 0, "1 / 2 →")
         pair = "demo ↔ base"
         first = made.call("duel", browser(), "甲？", pair, 0, [], False, "另", False, *GREEDY)[2]
@@ -299,9 +368,15 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         assert not rejects and [m.content for m in read.messages[: prompt_size(read)]] == [
             *("另", "乙？", "乙。", "丙？")
         ]
-        assert made.call("after_vote", 0, True)[:2] == ("", 0)  # there is more to ask about it
-        assert made.call("after_vote", 0, False)[:2] == ("丙？", 1)
-        asked, number, button, before, undo, *shown = made.call("take_back", last)
+        assert made.call("after_vote", True, 0, pair, "")[:2] == ("", 0)  # more to ask about it
+        assert made.call("after_vote", False, 0, pair, "")[:2] == ("丙？", 1)
+        # this rater has voted on it for this pair, and not yet on the other question
+        assert made.call("after_vote", False, 0, pair, " 某人")[:2] == ("甲？", 0)
+        assert made.call("after_vote", False, 0, "other ↔ base", "某人")[:2] == ("丙？", 1)
+        _, also, *_ = made.call("record", browser(), "a", first, 0, "", "某人", "", 0)
+        assert made.call("following", 0, pair, "某人")[:2] == ("丙？", 1)  # all voted on: the next
+        made.call("take_back", browser(), also)
+        asked, number, button, before, undo, *shown = made.call("take_back", browser(), last)
         assert (asked, number, button.value) == ("丙？", 1, "2 / 2 →")
         assert before == second.said[:-1] and undo.interactive is False
         sides, restored = shown[:2], shown[2]
@@ -637,7 +712,10 @@ def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> Non
             assert client.post(path, content=b"x" * 1000, headers=form).status_code == 415
         for path in ("/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/predict"):
             json_type = {"content-type": "application/json"}
-            assert client.post(path, content=b"x" * 300_000, headers=json_type).status_code == 413
+            assert (
+                client.post(path, content=b"x" * (BODY_BYTES + 1), headers=json_type).status_code
+                == 413
+            )
             assert (
                 client.post(
                     path, content=b"{}", headers=json_type | {"origin": "http://evil.example"}

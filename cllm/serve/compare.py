@@ -33,10 +33,10 @@ from cllm.serve.widgets import (
     QUIET,
     SETTINGS,
     Turns,
+    Wanted,
     asked_of,
     choice,
     texts_for,
-    watched,
 )
 
 VOTES = ("a", "b", "tie", "bad")
@@ -119,19 +119,20 @@ class CompareTab:
         duel, last, place, before = gr.State(), gr.State(), gr.State(-1), gr.State([])
         inputs = [question, self.pair, place, before, follow_up, *knobs]
         answers = [*sides, duel, verdict, *buttons]
-        asked = [question, place, following]
-        coming: list[Any] = [question.submit(self.duel, inputs, answers, **QUIET)]
-        chosen = following.click(self.following, place, asked, **QUIET)
-        coming.append(chosen.then(self.duel, inputs, answers, **QUIET))
+        asked, at = [question, place, following], [place, self.pair, notes[1]]
+        self._wanted = Wanted()
+        question.submit(self.duel, inputs, answers, **QUIET)
+        chosen = following.click(self.following, at, asked, **QUIET)
+        chosen.then(self.duel, inputs, answers, **QUIET)
         for word, button in zip(VOTES, buttons, strict=True):
             outputs = [verdict, last, before, undo, *buttons]
             filled = [gr.State(word), duel, place, *notes]
             voted = button.click(self.record, filled, outputs, **QUIET)
             if questions:
-                chosen = voted.success(self.after_vote, [place, follow_up], asked, **QUIET)
-                coming.append(chosen.then(self.duel, inputs, answers, **QUIET))
+                chosen = voted.success(self.after_vote, [follow_up, *at], asked, **QUIET)
+                chosen.then(self.duel, inputs, answers, **QUIET)
         restored = [*asked, before, undo, *answers]
-        undo.click(self.take_back, last, restored, cancels=coming, **QUIET)
+        undo.click(self.take_back, last, restored, **QUIET)
 
     async def duel(
         self,
@@ -144,27 +145,30 @@ class CompareTab:
         *values: Any,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Both answers as they come, and the buttons once they are there. A follow-up goes to both
-        after the answer that was better, so that they still answer the same.
+        after the answer that was better, so that they still answer the same. What is asked while
+        others still answer takes their place.
         """
         if not words.strip():
             yield (gr.skip(),) * (4 + len(VOTES))
             return
         names = random.SystemRandom().sample(pairs_of(self.loaded)[pair], 2)
-        try:
-            tokenizer, first, sampling = asked_of(self.loaded, values)
-            said = self._said(words, number, before * follow_up, first)
-            if sampling.seed is None:
-                sampling = replace(sampling, seed=random.SystemRandom().getrandbits(31))
-            models = (self.loaded.models[name] for name in names)
-            answers = [
-                Answer(self.engine, tokenizer, said, sampling, model, shorten=True)
-                for model in models
-            ]
-            async for done in watched(answers):
-                shown = Duel(said, names, [answer.text for answer in answers], sampling)
-                yield *shown.sides, shown, gr.skip(), *_buttons(done)
-        except (UserError, ModelError) as error:
-            yield gr.skip(), gr.skip(), None, str(error.args[0]), *_buttons(False)
+        async with self._wanted.instead(request) as watch:
+            yield [], [], None, gr.skip(), *_buttons(False)
+            try:
+                tokenizer, first, sampling = asked_of(self.loaded, values)
+                said = self._said(words, number, before * follow_up, first)
+                if sampling.seed is None:
+                    sampling = replace(sampling, seed=random.SystemRandom().getrandbits(31))
+                models = (self.loaded.models[name] for name in names)
+                answers = [
+                    Answer(self.engine, tokenizer, said, sampling, model, shorten=True)
+                    for model in models
+                ]
+                async for done in watch(answers):
+                    shown = Duel(said, names, [answer.text for answer in answers], sampling)
+                    yield *shown.sides, shown, gr.skip(), *_buttons(done)
+            except (UserError, ModelError) as error:
+                yield [], [], None, str(error.args[0]), *_buttons(False)
 
     def _said(
         self, words: str, number: int, before: list[Message], system: list[Message]
@@ -188,20 +192,34 @@ class CompareTab:
         said = [*voted.said, better]
         return told, (line, voted, number), said, gr.Button(interactive=True), *_buttons(False)
 
-    def following(self, number: int) -> tuple[str, int, Any]:
-        """The next question of the list."""
-        number = (number + 1) % len(self.questions)
+    def following(self, number: int, pair: str, rater: str) -> tuple[str, int, Any]:
+        """The next question of the list on which this rater has not voted for this pair; where
+        there is none, the next one.
+        """
+        voted = {
+            _key(row)
+            for row in read_metrics(_file(self.loaded))
+            if {*row["models"]} == {*pairs_of(self.loaded)[pair]}
+            and row.get("rater", "") == (rater or "").strip()
+        }
+        count = len(self.questions)
+        order = [(number + 1 + i) % count for i in range(count)]
+        left = (i for i in order if _key(_as_row(self.questions[i])) not in voted)
+        number = next(left, order[0])
         return self.questions[number][-1].content, number, self._counted(number)
 
     def _counted(self, number: int) -> Any:
         return gr.Button(f"{number + 1} / {len(self.questions)} →")
 
-    def after_vote(self, number: int, follow_up: bool) -> tuple[Any, int, Any]:
+    def after_vote(
+        self, follow_up: bool, number: int, pair: str, rater: str
+    ) -> tuple[Any, int, Any]:
         """The next question of the list, unless there is more to ask about this one."""
-        return ("", number, gr.skip()) if follow_up else self.following(number)
+        return ("", number, gr.skip()) if follow_up else self.following(number, pair, rater)
 
-    def take_back(self, last: tuple[str, Duel, int]) -> tuple[Any, ...]:
+    async def take_back(self, request: gr.Request, last: tuple[str, Duel, int]) -> tuple[Any, ...]:
         """The last vote was none: its question and answers are there again, to be voted on."""
+        await self._wanted.drop(request)
         line, voted, number = last
         _remove_vote(line, self.loaded)
         *before, asked = voted.said
@@ -245,14 +263,29 @@ def _file(loaded: Loaded) -> Path:
     return loaded.home / "votes.jsonl"
 
 
+def _as_row(said: Sequence[Message]) -> dict[str, Any]:
+    """A question, and what was said before it, as a row of preference data has them."""
+    *before, asked = said
+    row: dict[str, Any] = {"instruction": asked.content}
+    if before and before[0].role == "system":
+        row["system"] = before.pop(0).content
+    if before:
+        row["history"] = [[a.content, b.content] for a, b in pairwise(before)][::2]
+    return row
+
+
+def _key(row: dict[str, Any]) -> str:
+    """What makes two questions the same: the system prompt may be the page's."""
+    return to_json([row["instruction"], row.get("history")])
+
+
 def append_vote(vote: str, voted: Duel, loaded: Loaded, filled: Sequence[Any] = ()) -> str:
     """One line of preference data, readable by its owner only; chosen and rejected stand in it if
     there is a winner; `filled`: category, rater, comment and score, as far as given. Returns it.
     """
-    *before, asked = voted.said
     row: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "instruction": asked.content,
+        **_as_row(voted.said),
         "vote": vote,
         "models": voted.names,
         "answers": voted.answers,
@@ -262,10 +295,6 @@ def append_vote(vote: str, voted: Duel, loaded: Loaded, filled: Sequence[Any] = 
         },
         "sampling": {key: getattr(voted.sampling, key) for key in SETTINGS},
     }
-    if before and before[0].role == "system":
-        row["system"] = before.pop(0).content
-    if before:
-        row["history"] = [[a.content, b.content] for a, b in pairwise(before)][::2]
     for key, value in zip(("category", "rater", "comment", "score"), filled, strict=False):
         if value and str(value).strip():
             row[key] = int(value) if key == "score" else value.strip()

@@ -14,7 +14,7 @@ from cllm.messages import say, speaking, to_json
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = frozenset({"0.0.0.0", "::"})
 """Hosts that listen in every network."""
-BODY_BYTES = 256 * 2**10
+BODY_BYTES = 4 * 2**20
 UPLOAD = "/gradio_api/upload"
 COOKIE = "cllm_key"
 # The page's own scripts and styles are inline; nothing comes from, or goes to, another host:

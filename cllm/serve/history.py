@@ -4,7 +4,6 @@ one, one of them as a file.
 
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
-import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from cllm.data.message import Message
 from cllm.messages import to_json
 from cllm.serve.widgets import QUIET, Turns
 
-MAX_BYTES = 100_000
+MAX_BYTES = 500_000
 """Of all kept conversations: the browser sends them along, and the guard refuses large bodies."""
 TITLE_CHARACTERS = 40
 
@@ -39,8 +38,8 @@ class History:
 
     def __init__(self, t: Any) -> None:
         self._files = tempfile.TemporaryDirectory(prefix="cllm-")  # until the program ends
-        self._kept = gr.BrowserState([], storage_key="cllm", secret="cllm")
-        self._shown = gr.State("")
+        self.kept = gr.BrowserState([], storage_key="cllm", secret="cllm")
+        self.shown = gr.State("")  # the name of the conversation
         with gr.Row():
             self._menu = gr.Dropdown(
                 [], show_label=False, container=False, scale=4, min_width=160, label=t("earlier")
@@ -49,55 +48,67 @@ class History:
             self._file = gr.DownloadButton(
                 t("download"), size="sm", min_width=80, interactive=False
             )
+        self.after = [self.kept, self._file]
 
-    def connect(self, page: Any, chatbot: Any, cost: Any, answers: list[Any], stopped: Any) -> None:
-        """Keep what is said after each of `answers` and where one is `stopped`; choosing or
-        beginning a conversation ends them.
+    def connect(self, page: Any, drop: Any, talk: list[Any], clear: Any) -> None:
+        """Choosing a conversation or beginning one, by the button or by `clear`, drops what is
+        being answered; `talk`: the box, the chat and the line below it.
         """
-        page.load(lambda kept: _menu(kept or []), self._kept, self._menu, **QUIET)
-        outputs = [self._kept, self._shown, self._menu, self._file]
-        for event in (*answers, stopped):
-            event.then(self._keep, [chatbot, self._kept, self._shown], outputs, **QUIET)
-        self._new.click(
-            lambda: ("", [], " ", None),
-            None,
-            [self._shown, chatbot, cost, self._menu],
-            cancels=answers,
-            **QUIET,
-        )
-        self._menu.input(
-            _reopened,
-            [self._menu, self._kept],
-            [self._shown, chatbot, cost],
-            cancels=answers,
-            **QUIET,
-        )
+        for event in (page.load, self.kept.change):
+            event(_menu, [self.shown, self.kept], self._menu, **QUIET)
+        places = [*talk, self.shown]
+        for event in (self._new.click, clear):
+            event(drop, None, None, **QUIET).then(
+                lambda: (gr.skip(), [], " ", ""), None, places, **QUIET
+            ).then(_menu, [self.shown, self.kept], self._menu, **QUIET)
+        chosen = [self._menu, self.kept, talk[0]]
+        self._menu.input(drop, None, None, **QUIET).then(_reopened, chosen, places, **QUIET)
 
-    def _keep(self, history: Turns, kept: Turns | None, shown: str) -> tuple[Any, ...]:
+    def keep(self, history: Turns, shown: str, kept: Turns | None) -> tuple[Any, Any]:
+        """What was said is kept, and can be downloaded."""
         said = conversation(history)
-        if not said:
-            return (gr.skip(),) * 4
-        name = shown or secrets.token_hex(8)
-        turns = [[message.role, message.content] for message in said]
-        others = [item for item in kept or [] if item["name"] != name]
-        title = turns[0][1][:TITLE_CHARACTERS]
-        kept = [{"name": name, "title": title, "turns": turns}, *others]
-        while len(to_json(kept).encode()) > MAX_BYTES:
-            if len(kept) > 1:
-                kept.pop()
-            else:
-                del turns[0]  # of a very long one the latest turns
-        file = Path(self._files.name) / f"{name}.jsonl"
+        if not said or not shown:
+            return gr.skip(), gr.skip()
+        file = Path(self._files.name) / f"{shown}.jsonl"
         file.write_text(to_json({"messages": [m.row() for m in said]}) + "\n", encoding="utf-8")
-        return kept, name, _menu(kept, name), gr.DownloadButton(value=str(file), interactive=True)
+        button = gr.DownloadButton(value=str(file), interactive=True)
+        return kept_with(history, shown, kept), button
 
 
-def _menu(kept: Turns, shown: str | None = None) -> Any:
+def put_back(history: Turns, words: str) -> tuple[str, Turns]:
+    """(the box, the chat): a question without an answer goes back into its box, before the words
+    that were typed since.
+    """
+    if not history or history[-1]["role"] != "user":
+        return words, history
+    question = conversation(history)[-1].content
+    # the box may still hold it
+    return words if words.startswith(question) else f"{question}\n{words}".strip(), history[:-1]
+
+
+def kept_with(history: Turns, name: str, kept: Turns | None) -> Turns:
+    """The kept conversations with what is said in this one, the newest first."""
+    turns = [[message.role, message.content] for message in conversation(history)]
+    others = [item for item in kept or [] if item["name"] != name]
+    title = turns[0][1][:TITLE_CHARACTERS]
+    kept = [{"name": name, "title": title, "turns": turns}, *others]
+    while len(to_json(kept).encode()) > MAX_BYTES:
+        if len(kept) > 1:
+            kept.pop()
+        else:
+            del turns[0]  # of a very long one the latest turns
+    return kept
+
+
+def _menu(shown: str, kept: Turns | None) -> Any:
     """The list of conversations, each by its first words."""
-    titles = [(item["title"], item["name"]) for item in kept]
-    return gr.Dropdown(choices=titles, value=shown)
+    titles = [(item["title"], item["name"]) for item in kept or []]
+    names = {item["name"] for item in kept or []}
+    return gr.Dropdown(choices=titles, value=shown if shown in names else None)
 
 
-def _reopened(name: str, kept: Turns) -> tuple[str, Turns, str]:
+def _reopened(name: str, kept: Turns, words: str) -> tuple[Any, Turns, str, str]:
+    """The box, the chat, the line below it and the name."""
     turns: list[list[str]] = next((item["turns"] for item in kept if item["name"] == name), [])
-    return name, [{"role": role, "content": text} for role, text in turns], " "
+    history = [{"role": role, "content": text} for role, text in turns]
+    return *put_back(history, words), " ", name

@@ -20,7 +20,7 @@ from cllm.serve.batch import Batch
 from cllm.serve.compare import KEYS, CompareTab, Questions, listed
 from cllm.serve.engine import Engine
 from cllm.serve.guard import BODY_BYTES
-from cllm.serve.history import History, conversation
+from cllm.serve.history import History, conversation, kept_with, put_back
 from cllm.serve.monitor import count_sessions, monitor_tab
 from cllm.serve.training import TrainingTab
 from cllm.serve.widgets import (
@@ -28,11 +28,11 @@ from cllm.serve.widgets import (
     LATEX,
     QUIET,
     Turns,
+    Wanted,
     asked_of,
     knobs_of,
     texts_for,
     user_turn,
-    watched,
 )
 
 CSS = """
@@ -200,72 +200,99 @@ class ChatTab:
             **FIELD,
         )
         self.knobs = knobs_of(t, page, loaded)
-        self.running = gr.State("")  # the key of the answer that comes, in this page
-        self._started: set[str] = set()
-        talk = [self.box, self.running, self.chatbot]
-        answers = []
+        self._wanted = Wanted()
+        talk = [self.box, self.chatbot]
+        asked = [*talk, history.shown, history.kept]
         for start in (
-            self.box.submit(self.ask, talk, talk, **QUIET),
-            self.chatbot.retry(self.again, self.chatbot, talk, **QUIET),
-            self.chatbot.edit(self.edited, self.chatbot, talk, **QUIET),
+            self.box.submit(self.ask, asked, asked, **QUIET),
+            self.chatbot.retry(self.again, asked[1:], asked, **QUIET),
+            self.chatbot.edit(self.edited, asked[1:], asked, **QUIET),
         ):
-            inputs = [self.running, self.chatbot, *self.knobs]
-            answers.append(start.success(self.respond, inputs, [*talk, self.cost], **QUIET))
-            answers[-1].failure(self.idle, None, talk, **QUIET)
-        stopped = self.box.stop(self.idle, None, talk, cancels=answers, **QUIET)
-        self.chatbot.clear(self.idle, None, talk, cancels=answers, **QUIET)
-        history.connect(page, self.chatbot, self.cost, answers, stopped)
+            answer = start.success(
+                self.respond, [self.chatbot, *self.knobs], [self.chatbot, self.cost], **QUIET
+            )
+            answer.then(self.settle, talk, talk, **QUIET).then(
+                history.keep, [self.chatbot, history.shown, history.kept], history.after, **QUIET
+            )
+        self.box.stop(self.stop, talk, talk, **QUIET)
+        history.connect(page, self._wanted.drop, [*talk, self.cost], self.chatbot.clear)
 
     async def respond(
-        self, request: gr.Request, key: str, history: Turns, name: str, *values: Any
+        self, request: gr.Request, history: Turns, name: str, *values: Any
     ) -> AsyncIterator[dict[Any, Any]]:
-        """What is shown while an answer comes; a question without one goes back into its box."""
-        # nothing was asked, or what was asked is being answered
-        if not history or history[-1]["role"] != "user" or key in self._started:
-            yield {self.chatbot: gr.skip()}  # a handler that yields nothing empties its outputs
-            return
-        self._started.add(key)
-        texts, said = texts_for(request), conversation(history)
-        turn = {"role": "assistant", "content": ""}
-        try:
-            tokenizer, first, sampling = asked_of(self.loaded, values)
-            model, engine = self.loaded.models[name], self.engine
-            answer = Answer(engine, tokenizer, first + said, sampling, model, shorten=True)
-            left_out = texts["ui.left_out"].format(rounds=answer.left_out) + " · "
-            async for _ in watched([answer]):
-                turn["content"] = answer.text
-                cost = left_out * bool(answer.left_out) + texts["ui.cost"].format(**answer.cost())
-                yield {self.chatbot: [*history, turn], self.cost: cost}
-            yield self.idle()
-        except (UserError, ModelError) as error:
-            box = gr.Textbox(said[-1].content, submit_btn=True, stop_btn=False)
-            told = {self.cost: str(error.args[0]), self.chatbot: history[:-1]}
-            yield {**self.idle(), **told, self.box: box}
-        finally:
-            self._started.discard(key)
+        """What is shown while an answer comes, or why none does."""
+        with self._wanted.answering(request) as watch:
+            if watch is None:
+                yield {self.chatbot: gr.skip()}  # a handler that yields nothing empties its outputs
+                return
+            yield {self.cost: " "}
+            texts, said = texts_for(request), conversation(history)
+            turn = {"role": "assistant", "content": ""}
+            try:
+                tokenizer, first, sampling = asked_of(self.loaded, values)
+                model, engine = self.loaded.models[name], self.engine
+                answer = Answer(engine, tokenizer, first + said, sampling, model, shorten=True)
+                left_out = texts["ui.left_out"].format(rounds=answer.left_out) + " · "
+                async for ended in watch([answer]):
+                    turn["content"] = answer.text
+                    cost = left_out * bool(answer.left_out)
+                    cost += texts["ui.cost"].format(**answer.cost())
+                    if answer.text or ended:
+                        yield {self.chatbot: [*history, turn], self.cost: cost}
+            except (UserError, ModelError) as error:
+                yield {self.cost: str(error.args[0])}
 
-    def idle(self) -> dict[Any, Any]:
-        """The page may ask."""
-        return {self.box: gr.Textbox(submit_btn=True, stop_btn=False), self.running: ""}
+    async def stop(self, request: gr.Request, words: str, history: Turns) -> dict[Any, Any]:
+        """The answer ends, and what follows it is done; without one the page is ready."""
+        if not self._wanted.waits(request):  # the server was started anew
+            return self.settle(request, words, history)
+        await self._wanted.drop(request)
+        return {self.chatbot: gr.skip()}
 
-    def busy(self, history: Turns) -> dict[Any, Any]:
-        """The last question of `history` is to be answered."""
-        shown = gr.Textbox(submit_btn=False, stop_btn=True)
-        return {self.box: shown, self.running: secrets.token_hex(8), self.chatbot: history}
-
-    def ask(self, words: str, answering: str, history: Turns) -> dict[Any, Any]:
-        """What was typed is sent, unless an answer comes."""
-        if answering or not words.strip():
+    def settle(self, request: gr.Request, words: str, history: Turns) -> dict[Any, Any]:
+        """Unless another answer is wanted, the page may ask; what has none is put back."""
+        if self._wanted.waits(request):
             return {self.chatbot: gr.skip()}
-        return self.busy([*history, user_turn(words)])
+        typed, said = put_back(history, words)
+        changed = {self.chatbot: said} if said != history else {}
+        value: dict[str, Any] = {"value": typed} if typed != words else {}
+        return {self.box: gr.Textbox(submit_btn=True, stop_btn=False, **value)} | changed
 
-    def again(self, history: Turns, data: gr.RetryData) -> dict[Any, Any]:
+    def busy(
+        self, request: gr.Request, history: Turns, shown: str, kept: Turns | None
+    ) -> tuple[Any, Turns, str, Turns]:
+        """The last question of `history` is to be answered, and is kept from now on."""
+        self._wanted.ask(request)
+        name = shown or secrets.token_hex(8)
+        box = gr.Textbox(submit_btn=False, stop_btn=True)
+        return box, history, name, kept_with(history, name, kept)
+
+    def ask(
+        self, request: gr.Request, words: str, history: Turns, shown: str, kept: Turns | None
+    ) -> Any:
+        """What was typed is sent, unless an answer comes."""
+        if self._wanted.waits(request) or not words.strip():
+            return (gr.skip(),) * 4
+        return self.busy(request, [*history, user_turn(words)], shown, kept)
+
+    async def again(
+        self,
+        request: gr.Request,
+        history: Turns,
+        shown: str,
+        kept: Turns | None,
+        data: gr.RetryData,
+    ) -> Any:
         """Another answer to the same question."""
-        return self.busy(history[: _index(data) + 1])
+        await self._wanted.drop(request)
+        return self.busy(request, history[: _index(data) + 1], shown, kept)
 
-    def edited(self, history: Turns, data: gr.EditData) -> dict[Any, Any]:
+    async def edited(
+        self, request: gr.Request, history: Turns, shown: str, kept: Turns | None, data: gr.EditData
+    ) -> Any:
         """An answer to another question in its place."""
-        return self.busy([*history[: _index(data)], user_turn(data.value)])
+        await self._wanted.drop(request)
+        return self.busy(request, [*history[: _index(data)], user_turn(data.value)], shown, kept)
 
 
 def _index(data: Any) -> int:

@@ -3,7 +3,8 @@
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import gradio as gr
@@ -137,7 +138,66 @@ def texts_for(request: Any) -> dict[str, str]:
     return {code: texts[chinese] for code, texts in messages().items()}
 
 
-async def watched(answers: list[Answer]) -> AsyncIterator[bool]:
+Watch = Callable[[list[Answer]], AsyncIterator[bool]]
+
+
+class Wanted:
+    """Which pages wait for an answer. One that is not wanted any more ends by itself: Gradio's own
+    way to cancel closes the page's stream of events, and whatever else was on its way is lost.
+    """
+
+    def __init__(self) -> None:
+        # session -> set when its answer has ended
+        self._ends: dict[str | None, asyncio.Event | None] = {}
+
+    def waits(self, request: gr.Request) -> bool:
+        return request.session_hash in self._ends
+
+    def ask(self, request: gr.Request) -> None:
+        """The page waits from now on."""
+        self._ends[request.session_hash] = None
+
+    @contextmanager
+    def answering(self, request: gr.Request) -> Iterator[Watch | None]:
+        """Decodes the answers for which the page waits, as `watched`, while it does; None if it
+        does not wait, or is being answered.
+        """
+        session = request.session_hash
+        if session not in self._ends or self._ends[session] is not None:
+            yield None
+            return
+        ended = self._ends[session] = asyncio.Event()
+
+        async def watch(answers: list[Answer]) -> AsyncIterator[bool]:
+            async with aclosing(watched(answers)) as looks:
+                async for done in looks:
+                    if self._ends.get(session) is not ended:
+                        return
+                    yield done
+
+        try:
+            yield watch
+        finally:
+            ended.set()
+            if self._ends.get(session) is ended:
+                del self._ends[session]
+
+    @asynccontextmanager
+    async def instead(self, request: gr.Request) -> AsyncIterator[Watch]:
+        """Decodes other answers for the page than those that come."""
+        await self.drop(request)
+        self.ask(request)
+        with self.answering(request) as watch:
+            assert watch is not None  # asked for just now
+            yield watch
+
+    async def drop(self, request: gr.Request) -> None:
+        """The page does not wait; returns once nothing is decoded for it."""
+        if (ended := self._ends.pop(request.session_hash, None)) is not None:
+            await ended.wait()
+
+
+async def watched(answers: list[Answer]) -> AsyncGenerator[bool, None]:
     """Decode all answers at once; yields False now and then and True at the end. Closing it frees
     their rows.
     """
