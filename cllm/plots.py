@@ -58,7 +58,7 @@ def _usable(fonts: Any) -> list[str]:
 
 def _words(code: str, **values: object) -> list[str]:
     """The texts of a chart in the user's language, in English where no font has Chinese."""
-    chinese = language() == "zh" and _chinese_font()
+    chinese = _chinese_font() and language() == "zh"  # names of models are in any language
     return messages()[code][chinese].format(**values).split("|")
 
 

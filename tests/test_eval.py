@@ -115,7 +115,14 @@ def test_a_run_is_evaluated_before_and_after(
     assert len(samples) == 6 and set(samples[0]["scores"]) == {"base", "base 2-shot", "adapter"}
     assert {"rouge-l-char", "bleu-4", "exact", "loss"} <= samples[0]["scores"]["adapter"].keys()
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 2 and samples[0]["reference"] in page
+    english, chinese = page.split("<main")[1:]
+    for words, half in (("worst", english), ("最差", chinese)):
+        assert half.count("data:image/png;base64,") == 2 and samples[0]["reference"] in half
+        assert words in half
+    from cllm.plots import _chinese_font
+
+    same = re.findall('base64,[^"]+', english) == re.findall('base64,[^"]+', chinese)
+    assert same == (not _chinese_font()), "each half has pictures of its language"
     assert not re.search(r"(src|href)=\"(?!data:)|<script.*src|https?:", page), (
         "the page needs nothing but itself"
     )
@@ -152,7 +159,7 @@ def test_strengths_are_answered_beside_base_and_adapter_which_stay_as_they_are(
     sample = json.loads((folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[0])
     assert sample["scores"].keys() == {*named}
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 3 and (folder / "strengths.png").is_file()
+    assert page.count("data:image/png;base64,") == 2 * 3 and (folder / "strengths.png").is_file()
     assert "Strength of the adapter" in page and "<td>1.25</td>" in page
     assert run("eval", [*arguments, "--strengths", "0.5", "--limit", "4"]) == 0
     out = capsys.readouterr().out
@@ -507,7 +514,8 @@ def test_no_answer_stands_at_both_ends_of_the_report(tmp_path: Path) -> None:
         asked = [conversation(f"问{i}。", "好" * (i + 1)) for i in range(n)]
         write_results(tmp_path, score(asked, {"base": ["好"] * n}, {}), ABOUT)
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
-        assert [page.count(f"问{i}。") for i in range(n)] == [1] * n
+        for half in page.split("<main")[1:]:  # in English, then in Chinese
+            assert [half.count(f"问{i}。") for i in range(n)] == [1] * n
 
 
 def test_an_eta_is_told_once_the_pace_is_known(

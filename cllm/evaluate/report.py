@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -30,7 +31,7 @@ from cllm.evaluate.results import (
     strength_of,
 )
 from cllm.learn.log import draw_curve, duration
-from cllm.messages import language, note, say, table, to_json
+from cllm.messages import language, note, say, speaking, table, to_json
 from cllm.metrics import BLEU, FEWEST_PAIRS, ROUGE
 from cllm.plots import draw_scores, draw_strengths
 from cllm.runs import read_metrics, turned
@@ -44,7 +45,8 @@ SIGNIFICANT = 0.05
 SHOWN = 20  # samples at either end
 OTHERS = 1000  # samples between them
 LONGER = 1.2  # times the chosen answers' length that is worth a word
-_PAGE = Path(__file__).parents[1] / "assets" / "report.html"
+_REPORT = Path(__file__).parents[1] / "assets" / "report.html"
+LANGUAGES = {"zh": "中文", "en": "English"}
 Table = list[list[str]]
 
 
@@ -268,21 +270,34 @@ def write_results(folder: Path, results: Evaluation | Exam, about: About) -> Non
     lines = [to_json(sample.document()) + "\n" for sample in results.samples]
     (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     runs = [run for run in (folder, folder.parent) if (run / "config.toml").is_file()]
+    title, own = "/".join(folder.parts[-2:]), language()
+    with TemporaryDirectory() as other:
+        pages = {}
+        for spoken in dict.fromkeys([own, *LANGUAGES]):
+            with speaking(spoken):
+                plots = _plots(results, runs, folder if spoken == own else Path(other))
+                pages[spoken] = _page(title, results, plots, _facts(results, about, runs))
+    report = Environment(autoescape=True).from_string(_REPORT.read_text(encoding="utf-8"))
+    text = report.render(pages=pages, languages=LANGUAGES)
+    (folder / "report.html").write_text(text, encoding="utf-8")
+
+
+def _plots(results: Evaluation | Exam, runs: Sequence[Path], folder: Path) -> list[Path]:
+    """The pictures of these results, drawn into the folder."""
+    if not isinstance(results, Evaluation):
+        return []
     plots: list[Path] = []
-    if isinstance(results, Evaluation):
-        for run in runs[:1]:
-            plots.append(folder / "loss.png")
-            draw_curve(run / "metrics.jsonl", plots[0])
-        if results.samples:
-            plots.append(folder / "scores.png")
-            answering = (n for n in results.samples[0].answers if strength_of(n) in (None, 0, 1))
-            draw_scores({name: results.systems[name] for name in answering}, plots[-1])
-        if found := results.strength:
-            plots.append(folder / "strengths.png")
-            systems = by_strength(results.systems)
-            draw_strengths(systems, found.recommended, plots[-1])
-    page = _page("/".join(folder.parts[-2:]), results, plots, _facts(results, about, runs))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    for run in runs[:1]:
+        plots.append(folder / "loss.png")
+        draw_curve(run / "metrics.jsonl", plots[0])
+    if results.samples:
+        plots.append(folder / "scores.png")
+        answering = (n for n in results.samples[0].answers if strength_of(n) in (None, 0, 1))
+        draw_scores({name: results.systems[name] for name in answering}, plots[-1])
+    if found := results.strength:
+        plots.append(folder / "strengths.png")
+        draw_strengths(by_strength(results.systems), found.recommended, plots[-1])
+    return plots
 
 
 def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> dict[str, str]:
@@ -334,32 +349,33 @@ def _facts(results: Evaluation | Exam, about: About, runs: Sequence[Path]) -> di
 
 def _page(
     title: str, results: Evaluation | Exam, plots: Sequence[Path], facts: Mapping[str, str]
-) -> str:
-    """The whole report as one HTML document; the template escapes every text of models and data."""
+) -> dict[str, Any]:
+    """What report.html shows, in the language that is spoken; its template escapes every text of
+    models and data.
+    """
     samples = results.samples if isinstance(results, Evaluation) else []
     signed = METRICS | {
         "rouge-l": ROUGE("rougeL", "jieba", "set"),
         "bleu-4": BLEU("char", "method3", effective_order=True),
     }
     signatures = [f"{named(name)}: {metric.signature}" for name, metric in signed.items()]
-    page = Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
-    return page.render(
-        lang=language(),
-        title=say("eval.report", name=title),
-        verdict=verdict(results),
-        facts=facts,
-        tables=tables(results),
-        images={
+    systems = [*samples[0].answers] if samples else []
+    return {
+        "title": say("eval.report", name=title),
+        "verdict": verdict(results),
+        "facts": facts,
+        "tables": tables(results),
+        "images": {
             say(f"eval.caption.{path.stem}"): base64.b64encode(path.read_bytes()).decode()
             for path in plots
             if path.is_file()
         },
-        ends=_ends(samples, "adapter" if "adapter" in results.systems else "base"),
-        categories=sorted({sample.category for sample in samples} - {""}),
-        say=say,
-        named=named,
-        notes=[say("eval.beside_name"), *signatures] if samples else [],
-    )
+        "ends": _ends(samples, "adapter" if "adapter" in results.systems else "base"),
+        "categories": sorted({sample.category for sample in samples} - {""}),
+        "say": {name: say(f"eval.{name}") for name in ("search", "all_categories", "matching")},
+        "named": {name: named(name) for name in ["reference", *systems]},
+        "notes": [say("eval.beside_name"), *signatures] if samples else [],
+    }
 
 
 def _ends(samples: Sequence[Sample], system: str) -> list[tuple[str, list[Sample]]]:
