@@ -33,6 +33,7 @@ from cllm.messages import (
     table,
     to_json,
 )
+from cllm.metrics import FEWEST_PAIRS
 
 RISEN = 1.01
 """A held-out loss so many times its lowest has turned; less is how it comes about."""
@@ -198,9 +199,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def turned(metrics: Iterable[Mapping[str, Any]]) -> str:
     """At which step of a run's metrics the held-out loss was lowest, and what to change, "" where
-    it is not a hundredth higher at the end.
+    it is not a hundredth higher at the end, or so few are held out that it says little.
     """
-    held = [(row["eval_loss"], row["step"]) for row in metrics if "eval_loss" in row]
+    held = [
+        (row["eval_loss"], row["step"])
+        for row in metrics
+        if "eval_loss" in row and row.get("eval_n", FEWEST_PAIRS) >= FEWEST_PAIRS
+    ]
     best, last = min(held, default=(0.0, 0)), (held or [(0.0, 0)])[-1]
     if last[0] < RISEN * best[0] or not best[1]:
         return ""

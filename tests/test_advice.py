@@ -235,6 +235,8 @@ def test_the_step_where_a_run_began_to_overfit_is_said(losses: list[float], step
     metrics = [{"step": 5 * n, "eval_loss": loss} for n, loss in enumerate(losses)]
     said = turned([{"step": 1, "loss": 0.1}, *metrics])
     assert bool(said) == bool(step) and (f"train.steps={step}" in said or not step)
+    assert turned([{**row, "eval_n": 20} for row in metrics]) == said
+    assert turned([{**row, "eval_n": 19} for row in metrics]) == ""  # too few to be sure
 
 
 def test_held_out_rows_that_are_too_long_are_counted(

@@ -288,7 +288,7 @@ def test_every_proposed_value_has_its_reason(
     proposed = load_config(tmp_path / "my.toml")
     assert proposed.train.rate == 2.4e-4 and "(2000 / 2560)^0.0775" in text
     # 13 rows make a row of the fewest tokens
-    assert "33.0 M numbers for" in text and proposed.eval.patience == 2
+    assert "33.0 M numbers for" in text and proposed.eval.patience == 4
     assert proposed.lora == load_config("preset:qwen3-4b").lora
     account(
         capsys, data, f"model.path={base}", "train.learning_rate=0.02", "--init", tmp_path / "b"
