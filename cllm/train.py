@@ -333,8 +333,7 @@ class Training:
 
         learner, progress = self.learner, self.progress
         measured, figures = learner.held_out() if learner.world.rank == 0 else (0.0, {})
-        count = len(learner.encoded.held_out)
-        held = {f"eval_{name}": value for name, value in {**figures, "n": count}.items()}
+        held = {f"eval_{name}": value for name, value in figures.items()}
         loss = float(learner.world.share(repr(measured).encode()))
         improved = progress.best is None or loss < progress.best
         progress.evaluated = progress.step
@@ -405,10 +404,10 @@ class Training:
         with writing(self.run / "eval.json"):
             write_results(self.run, results, about)
         print(summary(results))
-        held_out, steps = len(learner.encoded.held_out), self.progress.step
         if over := turned(read_metrics(self.run / "metrics.jsonl")):
             print(over, file=sys.stderr)
             more = ""
+        held_out, steps = len(learner.encoded.held_out), self.progress.step
         print(verdict(results, held_out, steps, more), file=sys.stderr)
         return document(results)
 
