@@ -63,7 +63,7 @@ class Page:
     ) -> tuple[Any, Any]:
         """The conversation and the line below it, as they are shown at last."""
         seen: dict[str, Any] = {}
-        self.call("ask", request, "…", history[:-1], "", [])
+        self.call("ask", request, "…", history[:-1], "", [], "b")
 
         async def watch() -> None:
             generator = self.handlers("respond")[0](
@@ -158,7 +158,7 @@ def test_reasoning_that_the_prompt_opens_is_part_of_the_answer(page: Page) -> No
 
 def test_a_closed_page_frees_the_row(page: Page) -> None:
     async def leave() -> None:
-        page.call("ask", browser(), "你好", [], "", [])
+        page.call("ask", browser(), "你好", [], "", [], "b")
         answer = page.handlers("respond")[0](
             browser(), [{"role": "user", "content": "你好"}], "demo", "", False, 900, *GREEDY[1:]
         )
@@ -213,7 +213,7 @@ def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_rounds(pag
 
 def test_what_is_typed_while_an_answer_comes_stays_and_blanks_are_not_sent(page: Page) -> None:
     history = [{"role": "user", "content": "你好"}]
-    box, shown, name, kept = page.call("ask", browser(), "你好", [], "", None)
+    box, shown, name, kept = page.call("ask", browser(), "你好", [], "", None, "c")
     # what was typed meanwhile stays: the browser takes out what was sent
     assert box.value is None and box.stop_btn and not box.submit_btn
     assert shown == history and name
@@ -225,14 +225,14 @@ def test_what_is_typed_while_an_answer_comes_stays_and_blanks_are_not_sent(page:
         "ask", browser(), "再问", history, name, kept
     )  # while the first is answered
     page.call("stop", browser(), "", history)
-    skipped += page.call("ask", browser(), "  \n", [], "", None)
+    skipped += page.call("ask", browser(), "  \n", [], "", None, "c")
     assert all(value["__type__"] == "update" for value in skipped)
 
     def answer() -> Any:
         return page.handlers("respond")[0](browser(), history, "demo", "", False, *GREEDY)
 
     async def twice() -> list[Any]:
-        page.call("ask", browser(), "你好", [], "", None)
+        page.call("ask", browser(), "你好", [], "", None, "c")
         first = answer()
         await anext(first)
         second = [update async for update in answer()]
@@ -250,7 +250,7 @@ def test_what_is_not_wanted_any_more_ends_and_shows_nothing_more(page: Page) -> 
     values = ("demo", "", False, 900, *GREEDY[1:])
 
     async def leave(name: str, *arguments: Any) -> tuple[list[Any], Any]:
-        page.call("ask", browser(), "你好", [], "", None)
+        page.call("ask", browser(), "你好", [], "", None, "c")
         answer = page.handlers("respond")[0](browser(), history, *values)
         await anext(answer)
         ending = asyncio.create_task(page.handlers(name)[0](browser(), *arguments))
@@ -261,8 +261,8 @@ def test_what_is_not_wanted_any_more_ends_and_shows_nothing_more(page: Page) -> 
     for name, arguments in (
         ("stop", ("", history)),
         ("drop", ()),
-        ("again", (history, "x", [], SimpleNamespace(index=0))),
-        ("edited", (history, "x", [], SimpleNamespace(index=0, value="改"))),
+        ("again", (history, "x", [], "c", SimpleNamespace(index=0))),
+        ("edited", (history, "x", [], "c", SimpleNamespace(index=0, value="改"))),
     ):
         more, result = asyncio.run(leave(name, *arguments))
         assert more == []
@@ -272,7 +272,7 @@ def test_what_is_not_wanted_any_more_ends_and_shows_nothing_more(page: Page) -> 
         list(page.engine.submit([1, 2, 3], Sampling(max_new_tokens=5)))
         assert page.engine.stats()["running"] == 0
     # stopped before it began: nothing is shown, and the question goes back
-    page.call("ask", browser(), "你好", [], "", None)
+    page.call("ask", browser(), "你好", [], "", None, "c")
     page.call("stop", browser(), "", history)
     assert page.handlers("respond") and [
         type(k).__name__ for k in page.call("respond", browser(), history, *values)
@@ -314,14 +314,14 @@ def test_conversations_are_kept_reopened_and_downloaded(page: Page) -> None:
     names = ["a", "b", "c"]
     for name, words in zip(names, ("一", "二", "一" * 160_000), strict=True):  # three bytes each
         history = [{"role": "user", "content": words}, {"role": "assistant", "content": "答"}]
-        kept, file = page.call("keep", history, name, kept)
+        kept, file = page.call("keep", history, name, kept, "d")
         row = json.loads(Path(file.value["path"]).read_text(encoding="utf-8"))
         assert [m["content"] for m in row["messages"]] == [words, "答"]
     assert [item["name"] for item in kept] == names[::-1]  # the newest first
     menu = page.call("_menu", "c", kept)
     assert menu.choices[0] == ("一" * 40, "c") and menu.value == "c"
     assert page.call("_menu", "", kept).value is None
-    more, _ = page.call("keep", [*history, *history], "c", kept)
+    more, _ = page.call("keep", [*history, *history], "c", kept, "d")
     assert [item["name"] for item in more] == ["c"]  # what the browser sends along has a limit
     assert len(json.dumps(more, ensure_ascii=False).encode()) <= 500_000
     assert [turn[0] for turn in more[0]["turns"]] == ["assistant", "user", "assistant"]
@@ -330,13 +330,39 @@ def test_conversations_are_kept_reopened_and_downloaded(page: Page) -> None:
     assert (words, cost, shown) == ("没发", " ", "a")
     assert [t["content"] for t in turns] == ["一", "答"]
     # a question that was never answered is back in the box
-    kept = page.call("ask", browser(), "三", turns, "a", kept)[3]
+    kept = page.call("ask", browser(), "三", turns, "a", kept, "e")[3]
     asyncio.run(page.handlers("drop")[0](browser()))
     assert kept[0]["turns"] == [["user", "一"], ["assistant", "答"], ["user", "三"]]
     words, turns, *_ = page.call("_reopened", "a", kept, "没发")
     assert words == "三\n没发" and [t["content"] for t in turns] == ["一", "答"]
-    for skipped in (page.call("keep", [], "a", kept), page.call("keep", history, "", kept)):
+    for skipped in (
+        page.call("keep", [], "a", kept, "e"),
+        page.call("keep", history, "", kept, "e"),
+    ):
         assert all(value["__type__"] == "update" for value in skipped)
+
+
+def test_two_windows_of_a_browser_keep_each_others_conversations(page: Page) -> None:
+    def says(words: str, name: str, kept: Any, browser: str = "one") -> Any:
+        history = [{"role": "user", "content": words}, {"role": "assistant", "content": "答"}]
+        return page.call("keep", history, name, kept, browser)[0]
+
+    first = says("甲", "a", [])
+    second = says("乙", "b", [])  # its own list had been read before
+    assert [item["name"] for item in second] == ["b", "a"]
+    first = says("甲甲", "a", first)
+    assert [(item["name"], item["title"]) for item in first] == [("a", "甲甲"), ("b", "乙")]
+    assert [item["name"] for item in says("丙", "c", [], "another")] == ["c"]
+
+
+def test_a_page_that_is_loaded_again_shows_its_last_conversation(page: Page) -> None:
+    turns = [["user", "甲"], ["assistant", "答"], ["user", "乙"]]
+    kept = [{"name": "a", "title": "甲", "turns": turns}]
+    fresh, reloaded = (SimpleNamespace(cookies=c) for c in ({}, {"cllm_again": "1"}))
+    words, shown, _, name, menu = page.call("_again", reloaded, None, kept, "没发")
+    assert (words, name, menu.value) == ("乙\n没发", "a", "a") and len(shown) == 2
+    for request, known in ((fresh, kept), (reloaded, None)):
+        assert all(v["__type__"] == "update" for v in page.call("_again", request, None, known, ""))
 
 
 def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
@@ -357,7 +383,8 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         assert [m.content for m in second.said] == ["另", "乙？", "乙。", "丙？"]
         typed = made.call("duel", browser(), "别的", pair, 1, [], False, "", False, *GREEDY)[2]
         assert typed.said == [Message("user", "别的")]
-        told, last, *_ = made.call("record", browser(), "b", second, 1, "", "某人", "好", 4)
+        told, last, *rest = made.call("record", browser(), "b", second, 1, "", "某人", "好", 4)
+        assert rest[2:4] == ["", 0]  # comment and score are of this vote alone
         row = json.loads(votes.read_text(encoding="utf-8"))
         assert row["history"] == [["乙？", "乙。"]] and row["system"] == "另"
         assert (row["rater"], row["comment"], row["score"]) == ("某人", "好", 4)
@@ -581,6 +608,7 @@ def test_another_run_is_opened_while_the_first_answers(tmp_path: Path) -> None:
             "base",
         ]
         assert len(pairs.choices) == 3 and len(many.choices) == 3
+        assert pairs.visible and models.visible  # one pair alone is nothing to choose from
         shown, _ = made.respond(browser(), [{"role": "user", "content": "你好"}], "late")
         assert shown[-1]["content"] == made.greedy("你好", adapter=2) != alone
         made.call("talk_to", browser(), "late")  # once is enough
@@ -647,7 +675,7 @@ def test_a_file_of_questions_is_answered_by_all_models(page: Page, tmp_path: Pat
         read_questions(tmp_path / "nowhere.txt")
     file.write_text("{}\n", encoding="utf-8")
     told, *_ = page.call("answer", browser(), str(file), names, "", False, *GREEDY)
-    assert "asks nothing" in told
+    assert told.startswith("ask.jsonl asks nothing")
 
 
 def test_thinking_can_be_switched_where_the_format_has_it(page: Page) -> None:

@@ -76,7 +76,9 @@ class Batch:
                     told = texts["ui.batch_done"].format(done=done, total=len(every))
                     yield told, gr.skip(), gr.skip()
             except (UserError, ModelError) as error:
-                yield str(error.args[0]), gr.skip(), gr.skip()
+                # not where the server keeps it
+                told = str(error.args[0]).replace(path, Path(path).name)
+                yield told, gr.skip(), gr.skip()
                 return
         yield gr.skip(), *self._shown(asked, answers, texts, Path(path).stem)
 

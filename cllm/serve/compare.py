@@ -28,6 +28,7 @@ from cllm.serve.answer import Answer, ModelError
 from cllm.serve.engine import Engine
 from cllm.serve.sampling import Sampling
 from cllm.serve.widgets import (
+    EACH,
     FIELD,
     LATEX,
     QUIET,
@@ -77,7 +78,13 @@ class CompareTab:
     """
 
     def __init__(
-        self, t: Any, loaded: Loaded, engine: Engine, knobs: list[Any], questions: Questions | None
+        self,
+        t: Any,
+        page: Any,
+        loaded: Loaded,
+        engine: Engine,
+        knobs: list[Any],
+        questions: Questions | None,
     ) -> None:
         self.loaded, self.engine = loaded, engine
         if questions is None:
@@ -109,28 +116,23 @@ class CompareTab:
             ]
             undo = gr.Button(t("undo"), interactive=False, min_width=80)
         verdict = gr.Markdown(" ")
-        with gr.Row():
-            notes: list[Any] = [
-                gr.Textbox(placeholder=t(name), max_lines=1, **FIELD)
-                for name in ("category", "rater", "comment")
-            ]
-            notes.append(gr.Dropdown([(t("score"), 0), *range(1, 6)], value=0, **FIELD))
+        notes = _notes(t, page)
         gr.Markdown(t("votes_kept"), elem_classes="cost")
         duel, last, place, before = gr.State(), gr.State(), gr.State(-1), gr.State([])
         inputs = [question, self.pair, place, before, follow_up, *knobs]
         answers = [*sides, duel, verdict, *buttons]
         asked, at = [question, place, following], [place, self.pair, notes[1]]
         self._wanted = Wanted()
-        question.submit(self.duel, inputs, answers, **QUIET)
+        question.submit(self.duel, inputs, answers, **EACH)
         chosen = following.click(self.following, at, asked, **QUIET)
-        chosen.then(self.duel, inputs, answers, **QUIET)
+        chosen.then(self.duel, inputs, answers, **EACH)
         for word, button in zip(VOTES, buttons, strict=True):
-            outputs = [verdict, last, before, undo, *buttons]
+            outputs = [verdict, last, before, undo, *notes[2:], *buttons]
             filled = [gr.State(word), duel, place, *notes]
             voted = button.click(self.record, filled, outputs, **QUIET)
             if questions:
                 chosen = voted.success(self.after_vote, [follow_up, *at], asked, **QUIET)
-                chosen.then(self.duel, inputs, answers, **QUIET)
+                chosen.then(self.duel, inputs, answers, **EACH)
         restored = [*asked, before, undo, *answers]
         undo.click(self.take_back, last, restored, **QUIET)
 
@@ -190,7 +192,15 @@ class CompareTab:
         told += _tally(self.loaded, voted.names, texts)
         better = Message("assistant", voted.answers[vote == "b"])
         said = [*voted.said, better]
-        return told, (line, voted, number), said, gr.Button(interactive=True), *_buttons(False)
+        return (
+            told,
+            (line, voted, number),
+            said,
+            gr.Button(interactive=True),
+            "",
+            0,
+            *_buttons(False),
+        )
 
     def following(self, number: int, pair: str, rater: str) -> tuple[str, int, Any]:
         """The next question of the list on which this rater has not voted for this pair; where
@@ -229,6 +239,20 @@ class CompareTab:
         return *question, *voted.sides, voted, " ", *_buttons(True)
 
 
+def _notes(t: Any, page: Any) -> list[Any]:
+    """What a voter may add: category, name, which the browser keeps, comment and score."""
+    with gr.Row():
+        notes: list[Any] = [
+            gr.Textbox(placeholder=t(name), max_lines=1, **FIELD)
+            for name in ("category", "rater", "comment")
+        ]
+        notes.append(gr.Dropdown([(t("score"), 0), *range(1, 6)], value=0, **FIELD))
+    rater = gr.BrowserState("", storage_key="cllm-rater", secret="cllm")
+    page.load(lambda name: name, rater, notes[1], **QUIET)
+    notes[1].change(lambda name: name, notes[1], rater, **QUIET)
+    return notes
+
+
 def pairs_of(loaded: Loaded) -> dict[str, tuple[str, str]]:
     """What a pair of models is called, and their names."""
     return {f"{a} ↔ {b}": (a, b) for a, b in combinations(loaded.models, 2)}
@@ -236,10 +260,12 @@ def pairs_of(loaded: Loaded) -> dict[str, tuple[str, str]]:
 
 def listed(loaded: Loaded) -> list[Any]:
     """What the menus of models, of pairs and of the batch list: all that are open."""
-    names = list(loaded.models)
+    names, pairs = list(loaded.models), list(pairs_of(loaded))
+    models = gr.Radio(names, visible=len(names) > 1)
     if loaded.home is None:
-        return [gr.Radio(names)]
-    return [gr.Radio(names), gr.Radio(list(pairs_of(loaded))), gr.CheckboxGroup(names, value=names)]
+        return [models]
+    many = gr.CheckboxGroup(names, value=names)
+    return [models, gr.Radio(pairs, visible=len(pairs) > 1), many]
 
 
 def _buttons(ready: bool) -> list[Any]:

@@ -57,7 +57,7 @@ class TrainingTab:
         self.shown = self.follow, [chosen, over], outputs
         for menu in (chosen, over):
             menu.input(*self.shown, **QUIET)
-        talk.click(self.talk_to, chosen, [told, *menus], **QUIET)
+        self.opened = talk.click(self.talk_to, chosen, [told, *menus], **QUIET)
 
     def follow(self, request: gr.Request, name: str | None, other: str | None) -> tuple[Any, ...]:
         """The run called `name`, at first the one that answers, and the curves of `other` over its
@@ -136,16 +136,16 @@ def _standing(run: Path, rows: list[dict[str, Any]]) -> str:
         best_step, best = min(held_out, key=itemgetter(1))
         first = f"{held_out[0][1]:.3f}"
         parts.append(say("ui.held_out", first=first, best=f"{best:.3f}", step=best_step))
-    return f"**{run.name}** · {' · '.join(parts)}\n\n{_settings(run)}"
+    return f"**{run.name}** · {' · '.join(parts)}\n\n{settings(run)}"
 
 
-def _settings(run: Path) -> str:
+def settings(run: Path) -> str:
     """The config, as far as it makes runs differ."""
     try:
         config = load_config(run / "config.toml")
     except UserError as error:
         return str(error)
-    settings = {
+    values = {
         "model.path": Path(config.model.path).name,
         "model.quantize": config.model.quantize,
         "data.train": " + ".join(Path(source.path).name for source in config.data.train),
@@ -157,7 +157,7 @@ def _settings(run: Path) -> str:
         "train.tokens_per_step": config.train.tokens_per_step,
         "preference.loss": config.preference.loss,
     }
-    return " · ".join(f"{key} `{value}`" for key, value in settings.items() if value != "none")
+    return " · ".join(f"{key} `{value}`" for key, value in values.items() if value != "none")
 
 
 def _scores(file: Path, answers: list[dict[str, Any]]) -> tuple[Any, str]:

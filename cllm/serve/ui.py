@@ -20,10 +20,11 @@ from cllm.serve.batch import Batch
 from cllm.serve.compare import KEYS, CompareTab, Questions, listed
 from cllm.serve.engine import Engine
 from cllm.serve.guard import BODY_BYTES
-from cllm.serve.history import History, conversation, kept_with, put_back
+from cllm.serve.history import History, conversation, put_back
 from cllm.serve.monitor import count_sessions, monitor_tab
-from cllm.serve.training import TrainingTab
+from cllm.serve.training import TrainingTab, settings
 from cllm.serve.widgets import (
+    EACH,
     FIELD,
     LATEX,
     QUIET,
@@ -46,6 +47,7 @@ CSS = """
 .loaded p { font-size: .8rem; color: var(--body-text-color-subdued); margin: 0; }
 .message-wrap { padding-top: 2.2rem; }
 .votes { position: sticky; bottom: 0; z-index: 2; background: var(--body-background-fill); }
+.side .top-panel { display: none; } /* half of a comparison cannot be cleared */
 @media (max-width: 640px) {
   .side { height: 26dvh !important; min-height: 0 !important; }
   .votes button { padding: .4rem .2rem; font-size: .8rem; min-width: 3.6rem !important; }
@@ -65,6 +67,20 @@ SENT = """<script>
     const enter = event.key == "Enter" && event.target.closest("#ask textarea");
     if ((enter || event.target.closest("#ask .submit-button")) && !busy()) sent = box().value;
   };
+  // a page that is loaded again keeps what was typed, and says so to the server
+  const [visit] = performance.getEntriesByType("navigation");
+  const draft = visit?.type == "reload" && sessionStorage.getItem("cllm-draft");
+  document.cookie = `cllm_again=1; path=/; max-age=${visit?.type == "reload" ? 30 : 0}`;
+  const restore = () => {
+    if (!box()) return setTimeout(restore, 300);
+    setTimeout(() => {
+      if (!draft || box().value.includes(draft)) return;
+      box().value += (box().value && "\\n") + draft;
+      box().dispatchEvent(new Event("input", {bubbles: true}));
+    }, 1500);
+  };
+  restore();
+  setInterval(() => box() && sessionStorage.setItem("cllm-draft", box().value), 500);
   document.addEventListener("keydown", note, true);
   document.addEventListener("click", note, true);
   new MutationObserver(() => {
@@ -125,35 +141,41 @@ def build_page(t: Any, loaded: Loaded, engine: Engine, questions: Questions | No
     """What is loaded, and the four tabs; `t` translates a text's key in the browser."""
 
     def describe(request: gr.Request) -> str:
-        return texts_for(request)["ui.loaded"].format(
+        told = texts_for(request)["ui.loaded"].format(
             models=" · ".join(name for name in loaded.models if name != "base") or "-",
             base=loaded.base_name,
             precision=loaded.precision.name,
             device=engine.device,
             context=f"{engine.max_tokens:,}",
         )
+        if loaded.home is None or not (loaded.home / "config.toml").is_file():
+            return told
+        return f"{told}  \n{settings(loaded.home)}"
 
     with gr.Blocks(
         title="cllm", fill_height=True, analytics_enabled=False, delete_cache=(3600, 86400)
     ) as page:
         header = gr.Markdown(" ", elem_classes="loaded")
-        menus = _tabs(t, page, loaded, engine, questions)
-        page.load(describe, None, header, **QUIET)
+        menus, opened = _tabs(t, page, loaded, engine, questions)
+        for event in (page.load, opened.then):
+            event(describe, None, header, **QUIET)
         page.load(lambda: listed(loaded), None, menus, **QUIET)
     return page.queue(default_concurrency_limit=None, max_size=256)
 
 
 def _tabs(
     t: Any, page: Any, loaded: Loaded, engine: Engine, questions: Questions | None
-) -> list[Any]:
-    """Chat, compare, training, monitor; returns what lists the models in them."""
+) -> tuple[list[Any], Any]:
+    """Chat, compare, training, monitor; returns what lists the models in them, and the event that
+    opens another.
+    """
     with gr.Tabs():
         with gr.Tab(t("chat")) as chat:
             knobs = ChatTab(t, page, loaded, engine).knobs
         tabs, menus = [chat], [knobs[0]]
         if loaded.home is not None:
             with gr.Tab(t("compare")) as compare:
-                menus.append(CompareTab(t, loaded, engine, knobs[1:], questions).pair)
+                menus.append(CompareTab(t, page, loaded, engine, knobs[1:], questions).pair)
                 menus.append(Batch(t, loaded, engine, knobs[1:]).models)
             tabs.append(compare)
         with gr.Tab(t("training")) as training:
@@ -169,7 +191,7 @@ def _tabs(
             )
             for other in {*tabs, training, monitor} - {tab}:
                 other.select(lambda: gr.Timer(active=False), None, timer, **QUIET)
-    return menus
+    return menus, runs.opened
 
 
 class ChatTab:
@@ -202,17 +224,18 @@ class ChatTab:
         self.knobs = knobs_of(t, page, loaded)
         self._wanted = Wanted()
         talk = [self.box, self.chatbot]
-        asked = [*talk, history.shown, history.kept]
+        asked, busy = [*talk, *history.asked], [*talk, history.shown, history.kept]
+        self._history = history
         for start in (
-            self.box.submit(self.ask, asked, asked, **QUIET),
-            self.chatbot.retry(self.again, asked[1:], asked, **QUIET),
-            self.chatbot.edit(self.edited, asked[1:], asked, **QUIET),
+            self.box.submit(self.ask, asked, busy, **QUIET),
+            self.chatbot.retry(self.again, asked[1:], busy, **QUIET),
+            self.chatbot.edit(self.edited, asked[1:], busy, **QUIET),
         ):
             answer = start.success(
-                self.respond, [self.chatbot, *self.knobs], [self.chatbot, self.cost], **QUIET
+                self.respond, [self.chatbot, *self.knobs], [self.chatbot, self.cost], **EACH
             )
-            answer.then(self.settle, talk, talk, **QUIET).then(
-                history.keep, [self.chatbot, history.shown, history.kept], history.after, **QUIET
+            answer.then(self.settle, talk, talk, **EACH).then(
+                history.keep, [self.chatbot, *history.asked], history.after, **EACH
             )
         self.box.stop(self.stop, talk, talk, **QUIET)
         history.connect(page, self._wanted.drop, [*talk, self.cost], self.chatbot.clear)
@@ -240,6 +263,7 @@ class ChatTab:
                     if answer.text or ended:
                         yield {self.chatbot: [*history, turn], self.cost: cost}
             except (UserError, ModelError) as error:
+                gr.Warning(str(error.args[0]), title=texts["ui.unsent"])
                 yield {self.cost: str(error.args[0])}
 
     async def stop(self, request: gr.Request, words: str, history: Turns) -> dict[Any, Any]:
@@ -259,21 +283,19 @@ class ChatTab:
         return {self.box: gr.Textbox(submit_btn=True, stop_btn=False, **value)} | changed
 
     def busy(
-        self, request: gr.Request, history: Turns, shown: str, kept: Turns | None
+        self, request: gr.Request, history: Turns, shown: str, kept: Turns | None, browser: str
     ) -> tuple[Any, Turns, str, Turns]:
         """The last question of `history` is to be answered, and is kept from now on."""
         self._wanted.ask(request)
         name = shown or secrets.token_hex(8)
         box = gr.Textbox(submit_btn=False, stop_btn=True)
-        return box, history, name, kept_with(history, name, kept)
+        return box, history, name, self._history.kept_with(history, name, kept, browser)
 
-    def ask(
-        self, request: gr.Request, words: str, history: Turns, shown: str, kept: Turns | None
-    ) -> Any:
+    def ask(self, request: gr.Request, words: str, history: Turns, *names: Any) -> Any:
         """What was typed is sent, unless an answer comes."""
         if self._wanted.waits(request) or not words.strip():
             return (gr.skip(),) * 4
-        return self.busy(request, [*history, user_turn(words)], shown, kept)
+        return self.busy(request, [*history, user_turn(words)], *names)
 
     async def again(
         self,
@@ -281,18 +303,27 @@ class ChatTab:
         history: Turns,
         shown: str,
         kept: Turns | None,
+        browser: str,
         data: gr.RetryData,
     ) -> Any:
         """Another answer to the same question."""
         await self._wanted.drop(request)
-        return self.busy(request, history[: _index(data) + 1], shown, kept)
+        return self.busy(request, history[: _index(data) + 1], shown, kept, browser)
 
     async def edited(
-        self, request: gr.Request, history: Turns, shown: str, kept: Turns | None, data: gr.EditData
+        self,
+        request: gr.Request,
+        history: Turns,
+        shown: str,
+        kept: Turns | None,
+        browser: str,
+        data: gr.EditData,
     ) -> Any:
         """An answer to another question in its place."""
         await self._wanted.drop(request)
-        return self.busy(request, [*history[: _index(data)], user_turn(data.value)], shown, kept)
+        return self.busy(
+            request, [*history[: _index(data)], user_turn(data.value)], shown, kept, browser
+        )
 
 
 def _index(data: Any) -> int:

@@ -22,6 +22,8 @@ from cllm.serve.sampling import Sampling
 REFRESH_SECONDS = 0.06
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """What every event of the page has: no endpoint of its own, and nothing that flickers."""
+EACH: dict[str, Any] = {**QUIET, "trigger_mode": "multiple"}
+"""What an event has that comes while its last one is at work; Gradio would leave it out."""
 # setting -> (lowest, highest, step) of its slider, in the order on the page
 SLIDERS = {
     "max_new_tokens": (1, 4096, 1),
