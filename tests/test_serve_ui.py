@@ -271,6 +271,12 @@ def test_what_is_not_wanted_any_more_ends_and_shows_nothing_more(page: Page) -> 
         asyncio.run(page.handlers("drop")[0](browser()))
         list(page.engine.submit([1, 2, 3], Sampling(max_new_tokens=5)))
         assert page.engine.stats()["running"] == 0
+    # later rounds stay in the conversation that is kept
+    later = [*history, {"role": "assistant", "content": "答"}]
+    for rounds, same in ((later, True), ([*later, *later], False)):
+        retry = page.handlers("again")[0](browser(), rounds, "x", [], "c", SimpleNamespace(index=0))
+        assert (asyncio.run(retry)[2] == "x") == same
+        asyncio.run(page.handlers("drop")[0](browser()))
     # stopped before it began: nothing is shown, and the question goes back
     page.call("ask", browser(), "你好", [], "", None, "c")
     page.call("stop", browser(), "", history)

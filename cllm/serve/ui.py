@@ -308,7 +308,8 @@ class ChatTab:
     ) -> Any:
         """Another answer to the same question."""
         await self._wanted.drop(request)
-        return self.busy(request, history[: _index(data) + 1], shown, kept, browser)
+        said = history[: _index(data) + 1]
+        return self.busy(request, said, _branch(history, said, shown), kept, browser)
 
     async def edited(
         self,
@@ -321,9 +322,14 @@ class ChatTab:
     ) -> Any:
         """An answer to another question in its place."""
         await self._wanted.drop(request)
-        return self.busy(
-            request, [*history[: _index(data)], user_turn(data.value)], shown, kept, browser
-        )
+        said = [*history[: _index(data)], user_turn(data.value)]
+        return self.busy(request, said, _branch(history, said, shown), kept, browser)
+
+
+def _branch(history: Turns, said: Turns, shown: str) -> str:
+    """The conversation's name; "", a new one, where later rounds would be lost."""
+    later = history[len(said) :]
+    return "" if any(turn["role"] == "user" for turn in later) else shown
 
 
 def _index(data: Any) -> int:
