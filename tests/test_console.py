@@ -327,7 +327,9 @@ def test_the_runs_of_a_folder_are_listed_as_what_they_are(
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("runs", [str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    (advised,) = re.findall(r"python -m cllm\.train (\S+)", error)
+    assert error.count("\n") == 1 and advised.startswith("preset:") and load_config(advised)
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "lock").touch()
     assert run("runs", [str(tmp_path)]) == 0
