@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cllm.config import Config
 from cllm.corpus import MAX_REJECTED, tokenizer_of
 from cllm.data.pairs import dialogue, sides
-from cllm.data.quality import NEAR_LIMIT, counts, leaks, quality
+from cllm.data.quality import NEAR_LIMIT, counts, leaks, quality, qwen_tokens
 from cllm.data.reader import Unread, list_files, sample_rows
 from cllm.data.schema import Conversation, Reject
 from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, replay_count, replayed
@@ -109,6 +109,8 @@ def look(config: Config) -> Look:
         account["thinking"] = tokenizer.template.thinking
     if pairs and conversations:
         account["pairs"] = _length_bias(conversations, trained)
+        answers = [dialogue(item, side) for item in conversations for side in sides(item)]
+        account["qwen_tokens"] = qwen_tokens(answers)
     lengths = list(chain(*counted)) or [
         sum(len(turn.content) + len(turn.parts) for turn in item) for item in conversations
     ]
