@@ -46,7 +46,7 @@ def _strengths(text: str) -> list[float]:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = CommandLine("eval")
-    parser.take("model", metavar="RUN|MODEL")
+    parser.take("model", nargs="?", metavar="RUN|MODEL")
     parser.take("--data", action="append", default=[], type=file_name, metavar="FILE")
     parser.take("--columns", default="", metavar="user=0,assistant=1")
     parser.take("--base", action="store_true")
@@ -57,8 +57,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.take("--task", choices=["mmlu-csv"])
     parser.take("--votes", action="store_true")
     arguments = parser.parse_args(argv)
-    if not (arguments.data or arguments.votes):
-        parser.error(say("eval.no_data"))
+    if not arguments.model or not (arguments.data or arguments.votes):
+        raise UserError("eval.no_data")
     return arguments
 
 
