@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, load_config
+from cllm.data.quality import repeated_questions
 from cllm.data.schema import Conversation
 from cllm.data.sources import prepare, read_file
 from cllm.messages import (
@@ -170,6 +171,8 @@ def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
         if not examples:
             look = command("check", data)
             raise UserError("eval.empty", path=data, rejects=left_out, command=look)
+        if seen := len(repeated_questions(train, kept)):
+            note("eval.seen", path=data, count=seen, total=len(kept))
         note("eval.start", path=data, count=len(kept))
         losses = partial(example_nll, loaded.model, examples, precision, chunk_bytes, row_tokens)
         results = evaluate(

@@ -493,6 +493,7 @@ def test_pairs_show_length_bias_and_both_answers_token_by_token(
     found = json.loads(text.strip().split("\n")[-1])
     told = found["pairs"]
     assert (told["pairs"], told["chosen"], told["rejected"]) == (9, 1, 0)
+    assert "pairs: 9; votes on single answers: 1 for, 0 against;" in text
     assert told["longer_chosen"] == pytest.approx(8 / 9, abs=1e-3)
     assert told["chosen_length"] > told["rejected_length"] and told["correlation"] > 0
     assert found["rejects"]["identical_pair"]["count"] == 1 and found["written"] == 10

@@ -367,7 +367,13 @@ def test_a_folder_without_runs_is_one_line(tmp_path: Path, capsys: pytest.Captur
 
 
 # --- Exports
-NAMED = [("我的", "my"), ("My Run", "my-run"), ("客服v2", "v2"), ("a_b.c-1", "a_b.c-1")]
+NAMED = [
+    ("我的", "my-3863c722"),
+    ("客服", "my-3cac4d72"),
+    ("My Run", "my-run"),
+    ("客服v2", "v2-e50f87fa"),
+    ("a_b.c-1", "a_b.c-1"),
+]
 
 
 @pytest.mark.parametrize(("name", "model"), NAMED)
