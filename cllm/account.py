@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cllm.config import Config
 from cllm.corpus import MAX_REJECTED, tokenizer_of
 from cllm.data.pairs import dialogue, sides
-from cllm.data.quality import NEAR_LIMIT, counts, leaks, quality
+from cllm.data.quality import NEAR_LIMIT, counts, leaks, quality, qwen_tokens
 from cllm.data.reader import Unread, list_files, sample_rows
 from cllm.data.schema import Conversation, Reject
 from cllm.data.sources import BUILT_IN, divide, read_file, read_sources, replay_count, replayed
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 FILES_NAMED = 5
 SPOILT = ("placeholder", "mojibake", "nothing")
 """Findings that would be learned as they stand."""
-FEWEST = 5
+FEWEST, FEW = 5, 30
+"""Rows that teach anything at all; and more than a name, say."""
 
 
 class Look(NamedTuple):
@@ -108,6 +109,8 @@ def look(config: Config) -> Look:
         account["thinking"] = tokenizer.template.thinking
     if pairs and conversations:
         account["pairs"] = _length_bias(conversations, trained)
+        answers = [dialogue(item, side) for item in conversations for side in sides(item)]
+        account["qwen_tokens"] = qwen_tokens(answers)
     lengths = list(chain(*counted)) or [
         sum(len(turn.content) + len(turn.parts) for turn in item) for item in conversations
     ]
@@ -117,11 +120,14 @@ def look(config: Config) -> Look:
 def verdict(config: Config, account: dict[str, Any]) -> tuple[str, list[str]]:
     """(whether the data can be trained on, what the command for that takes more)."""
     if not account["valid"]:
-        return say("check.unusable", rows=account["rows"]), []
+        code = "check.unusable" if account["rows"] else "check.nothing"
+        return say(code, rows=account["rows"]), []
     after: list[str] = []
     additions: list[str] = []
     dropped = config.data.kind == "chat" and config.data.truncate == "drop"
-    if dropped and account.get("over_limit") == account["valid"]:
+    over = account.get("over_limit", 0) if dropped else 0
+    if over == account["valid"]:
+        over = 0
         row = math.ceil(account["tokens"]["max"] / 64) * 64
         additions += [f"train.row_tokens={row}", "train.tokens_per_step=0"]
         after.append(say("check.after.row"))
@@ -129,8 +135,9 @@ def verdict(config: Config, account: dict[str, Any]) -> tuple[str, list[str]]:
         after.append(say("check.no_end"))
     if spoilt := sum(account["findings"][name]["count"] for name in SPOILT):
         after.append(say("check.after.findings", count=spoilt))
-    if account["valid"] < FEWEST:
-        after.append(say("check.after.few", count=account["valid"]))
+    kept = account["valid"] - over
+    if kept < FEWEST:
+        after.append(say("check.after.few", count=kept))
     tested = account.get("eval", {"rows": 0, "valid": 1, "rejected": 0})
     if not tested["valid"]:
         after.append(say("check.after.eval"))
@@ -138,9 +145,14 @@ def verdict(config: Config, account: dict[str, Any]) -> tuple[str, list[str]]:
     if share > MAX_REJECTED:
         additions.append("--accept-rejects")
         after.append(say("check.after.rejects", share=f"{share:.0%}"))
+    told = [say("check.ready", count=kept)]
     if after:
-        return say("check.usable", after="; ".join(after)), additions
-    return say("check.ready", count=account["valid"]), additions
+        told = [say("check.usable", after="; ".join(after))]
+    if over:
+        told.append(say("check.left_out", count=over, limit=account["limit"]))
+    if FEWEST <= kept < FEW:
+        told.append(say("check.few"))
+    return "; ".join(told), additions
 
 
 def _encoded(

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 from cllm import shapes
 from cllm.config import PRESETS, Config, is_config, load_config
 from cllm.corpus import encode_corpus, read_corpus, tokenizer_of
+from cllm.data.pairs import dialogue, sides
+from cllm.data.quality import qwen_tokens
 from cllm.memory import GIB
 from cllm.messages import (
     CommandLine,
@@ -52,7 +54,6 @@ ROWS_PER_STEP = 2
 WARM_STEPS = 3
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices that the rate is of
 SLOWEST_WARM_ROW = 20.0  # seconds: a plan does not wait for more, and says "on paper"
-TOKENS_PER_CHARACTER = 0.7  # of mixed Chinese text, where no tokenizer is at hand
 Record = dict[str, Any]
 """A JSON object: a config.json, or one result of the report."""
 
@@ -190,10 +191,8 @@ def _work(config: Config, original: Record, rate: float, named: bool) -> Workloa
         note("bench.no_data", reason=error.args[0] if named else say("bench.unnamed"))
         return None
     if not ((ASSETS / config.model.path).is_dir() or Path(config.model.path).exists()):
-        characters = sum(
-            len(message.content) for c in corpus.train for message in (*c, *c.rejected)
-        )
-        return Workload(round(TOKENS_PER_CHARACTER * characters))
+        answers = [dialogue(item, side) for item in corpus.train for side in sides(item)]
+        return Workload(qwen_tokens(answers))
     import torch
 
     from cllm.fit import estimate_vram

@@ -7,13 +7,14 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import io
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import cycle, groupby
+from itertools import chain, count, cycle, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from cllm.messages import (
 )
 from cllm.plots import draw_lengths
 from cllm.proposal import guess, new_config
+from cllm.runs import replace_file, writing
 
 if TYPE_CHECKING:
     from cllm.model.tokenizer import Tokenizer
@@ -64,16 +66,19 @@ def main(argv: list[str]) -> int:
         parser.take(switch, type=Path, metavar="FILE")
     options = parser.parse_intermixed_args(argv)
     for path in filter(None, (options.write, options.init, options.report, options.out)):
-        if path.exists():
-            raise UserError("check.exists", path=path)
-    if options.identity or options.out or not options.target:
+        with writing(path):
+            if path.exists():
+                raise UserError("check.exists", path=path)
+    if options.identity or options.out:
         return _identity(options)
+    if not options.target:
+        raise UserError("check.no_target")
     target, overrides = options.target, options.overrides
     chosen = is_config(target) or any(override.startswith("model.") for override in overrides)
     config = _config(target, overrides)
     first = last = look(config)
     text = _show(first, config, chosen)
-    if not first.account["valid"] and (guessed := _guessed(config)):
+    if not first.account["valid"] and (guessed := _guessed(config, first.account)):
         overrides = [*overrides, *guessed]
         if options.init:
             print(say("check.again", settings=" ".join(guessed)))
@@ -87,22 +92,24 @@ def main(argv: list[str]) -> int:
     if options.init and usable:
         told = given(target, overrides)
         proposed = new_config(config, last, options.init, told, chosen=chosen)
-        options.init.write_text(proposed, encoding="utf-8")
+        replace_file(options.init, proposed.encode())
         propose(command("train", options.init, *additions))
     elif usable and is_config(target):
         propose(command("train", target, *overrides, *additions))
     elif usable or overrides != options.overrides:
         file = file_name(target)
-        words = (file, *overrides, "--init", f"{Path(file).stem}.toml")
-        propose(command("check", *words))
+        propose(command("check", file, *overrides, "--init", _free(Path(file).stem)))
     if options.write:
         kept = deduplicate(last.conversations) if config.data.dedup else last.conversations
         kind = "pairs" if config.preference.active else config.data.kind
-        first.account["written"] = write_conversations(kept, options.write, kind)
+        with writing(options.write):
+            first.account["written"] = write_conversations(kept, options.write, kind)
     if options.report:
         _report(options.report, target, "\n".join([text, state]), last)
     for path in filter(None, (options.write, options.init if usable else None, options.report)):
         note("check.wrote", path=path)
+    if options.init and not usable:
+        note("check.not_written", path=options.init)
     print_result(first.account, options.json)
     return 0 if usable else 2
 
@@ -119,11 +126,12 @@ def _identity(options: argparse.Namespace) -> int:
     rows = map(json.loads, IDENTITY.read_text(encoding="utf-8").splitlines())
     said = ([text.format(name=name, author=author) for text in row] for row in rows)
     turns = (tuple(map(Message, cycle(("user", "assistant")), texts)) for texts in said)
-    count = write_conversations(map(Conversation, turns), options.out)
+    with writing(options.out):
+        written = write_conversations(map(Conversation, turns), options.out)
     note("check.wrote", path=options.out)
     source = f"data.train={file_name(options.out)}"
     propose(command("train", "preset:identity", source))
-    print_result({"written": count}, options.json)
+    print_result({"written": written}, options.json)
     return 0
 
 
@@ -137,16 +145,26 @@ def _config(target: str, overrides: list[str]) -> Config:
     return replace(config, data=without_demo(config.data, pairs=config.preference.active))
 
 
-def _guessed(config: Config) -> list[str]:
-    """What would make the rows readable, as overrides; says it. Nothing for a mixture."""
+def _free(stem: str) -> str:
+    """The first name of a config for such data that no file here has."""
+    names = chain([f"{stem}.toml"], (f"{stem}-{number}.toml" for number in count(2)))
+    return next(name for name in names if not Path(name).exists())
+
+
+def _guessed(config: Config, account: dict[str, Any]) -> list[str]:
+    """What would make the rows readable, as overrides; says it, or how to name the columns. Nothing
+    for a mixture.
+    """
     if len(config.data.train) > 1 or config.data.train[0].columns:
         return []
     names, settings = guess(config.data.train[0].path)
+    shown = f"{', '.join(names):.200}"
     if not settings:
+        if "unknown_schema" in account["rejects"]:
+            print(say("check.no_guess", names=shown))
         return []
-    shown = ", ".join(names)
     meant = ", ".join(f"{key.rpartition('.')[2]} = {value}" for key, value in settings.items())
-    print(say("check.guess", names=f"{shown:.200}", meant=meant))
+    print(say("check.guess", names=shown, meant=meant))
     return [f"data.{key}={value}" for key, value in settings.items()]
 
 
@@ -295,13 +313,11 @@ def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _report(path: Path, title: str, text: str, seen: Look) -> None:
-    """One self-contained page: the counts, what was printed, and the plot of lengths; the plot also
-    as lengths.png beside it.
-    """
-    account, picture = seen.account, path.with_name("lengths.png")
+    """One self-contained page: the counts, what was printed, and the plot of lengths."""
+    account, picture = seen.account, io.BytesIO()
     unit = "tokens" if seen.tokenizer else "characters"
     draw_lengths(seen.lengths, picture, unit, account.get("limit", 0))
-    image = base64.b64encode(picture.read_bytes()).decode()
+    image = base64.b64encode(picture.getvalue()).decode()
     counts = {key: account[key] for key in ("rows", "valid", "rejected")}
     counts |= {"exact": account["duplicates"]["exact"], "near": account["duplicates"]["near"]}
     counts[unit] = sum(seen.lengths)
@@ -309,7 +325,7 @@ def _report(path: Path, title: str, text: str, seen: Look) -> None:
     shown = "".join(f"<div>{number} {label}</div>" for label, number in cards.items())
     body = html.escape("\n".join([text, *histogram(seen.lengths)]))
     page = say("check.page", title=html.escape(title), image=image, body=body, cards=shown)
-    path.write_text(page.replace("⟦", "<b>").replace("⟧", "</b>"), encoding="utf-8")
+    replace_file(path, page.replace("⟦", "<b>").replace("⟧", "</b>").encode())
 
 
 if __name__ == "__main__":

@@ -380,6 +380,7 @@ def _read(path: str) -> tuple[str, str]:
         file = Path(path)
         if file.is_dir():  # a run
             file /= "config.toml"
+            path = str(file)
     try:
         return path, file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

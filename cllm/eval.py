@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.config import Config, load_config
+from cllm.data.quality import repeated_questions
 from cllm.data.schema import Conversation
 from cllm.data.sources import prepare, read_file
 from cllm.messages import (
@@ -46,7 +47,7 @@ def _strengths(text: str) -> list[float]:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = CommandLine("eval")
-    parser.take("model", metavar="RUN|MODEL")
+    parser.take("model", nargs="?", metavar="RUN|MODEL")
     parser.take("--data", action="append", default=[], type=file_name, metavar="FILE")
     parser.take("--columns", default="", metavar="user=0,assistant=1")
     parser.take("--base", action="store_true")
@@ -57,8 +58,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.take("--task", choices=["mmlu-csv"])
     parser.take("--votes", action="store_true")
     arguments = parser.parse_args(argv)
-    if not (arguments.data or arguments.votes):
-        parser.error(say("eval.no_data"))
+    if not arguments.model or not (arguments.data or arguments.votes):
+        raise UserError("eval.no_data")
     return arguments
 
 
@@ -170,6 +171,8 @@ def _conversations(arguments: argparse.Namespace) -> dict[str, Any]:
         if not examples:
             look = command("check", data)
             raise UserError("eval.empty", path=data, rejects=left_out, command=look)
+        if seen := len(repeated_questions(train, kept)):
+            note("eval.seen", path=data, count=seen, total=len(kept))
         note("eval.start", path=data, count=len(kept))
         losses = partial(example_nll, loaded.model, examples, precision, chunk_bytes, row_tokens)
         results = evaluate(

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,7 +169,10 @@ def next_commands(out: Path, to: str, kind: str, base: Path, *, native: bool = T
     of a GGUF file whose `kind` is not quantized yet; and what makes the copy whose layers an
     adapter names, where `base` is not `native`.
     """
-    name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("._-") or "my"
+    folder = out.resolve().name
+    name = re.sub(r"[^a-z0-9._-]+", "-", folder.lower()).strip("._-") or "my"
+    if not folder.isascii():  # what was left out would tell two of them apart
+        name += f"-{zlib.crc32(os.fsencode(folder)):08x}"
     if to in GGUF:
         file = out / "model.gguf"
         commands = [shell("llama-cli", "-m", file)]

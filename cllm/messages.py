@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +29,15 @@ else:
     import tomli as tomllib
 
 _spoken = ContextVar("spoken", default="")
+WRONG = {
+    "usage.required": "the following arguments are required: (?P<names>.*)",
+    "usage.unknown": "unrecognized arguments: (?P<names>.*)",
+    "usage.value": "argument (?P<name>.*): expected .*",
+    "usage.number": "argument (?P<name>.*): invalid int value: (?P<found>.*)",
+    "usage.choice": r"argument (?P<name>.*): invalid choice: (?P<found>.*)"
+    r" \(choose from (?P<known>.*)\)",
+}
+"""What argparse says, in English, of a command line."""
 ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that no encoding explains (PEP 383)
 
 
@@ -219,6 +228,12 @@ class CommandLine(argparse.ArgumentParser):
         """One more argument, `options` as `add_argument`'s."""
         help_name = name.lstrip("-").replace("-", "_")
         self.add_argument(name, help=say(f"{self.program}.help.{help_name}"), **options)
+
+    def error(self, message: str) -> NoReturn:
+        """What is wrong, in the user's language and in one line. Raises UserError."""
+        found = {code: re.fullmatch(pattern, message) for code, pattern in WRONG.items()}
+        told = [say(code, **match.groupdict()) for code, match in found.items() if match]
+        raise UserError("usage.wrong", problem=(told or [message])[0], program=self.prog)
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Every picture, drawn with matplotlib: loss.png, scores.png and lengths.png."""
+"""Every picture, drawn with matplotlib: losses, scores and lengths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cllm.messages import language, messages
 
@@ -117,7 +117,9 @@ def draw_loss(
     figure.savefig(target)
 
 
-def draw_lengths(lengths: Sequence[int], target: Path, unit: str, limit: int = 0) -> None:
+def draw_lengths(
+    lengths: Sequence[int], target: Path | IO[bytes], unit: str, limit: int = 0
+) -> None:
     """A histogram of the conversations' lengths in `unit` (tokens or characters), in bins of equal
     ratio, with a line at `limit`, as a PNG.
     """

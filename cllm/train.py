@@ -103,7 +103,8 @@ class Training:
             self._restore()
             if changes:  # not before it has succeeded
                 self._write_manifest(hashes, changes)
-            note("train.resumed", run=self.run, step=self.progress.step, total=self.total)
+            code = "train.resumed" if self.progress.step < self.total else "train.complete"
+            note(code, run=self.run, step=self.progress.step, total=self.total)
         else:
             self.learner.refer_to(None)
             self._snapshot()
@@ -464,10 +465,9 @@ def _train(training: Training, arguments: argparse.Namespace) -> int:
         training.learner.world.leave()
         if training.learner.world.rank:
             return 130 if training.interrupted else 0
-        steps = training.progress.step
         if training.interrupted:
             training.log.close()
-            note("train.interrupted", step=steps, total=training.total)
+            note("train.interrupted", step=training.progress.step, total=training.total)
             propose(again)
             return 130
         results = training.finish(more)
@@ -488,7 +488,7 @@ def _train(training: Training, arguments: argparse.Namespace) -> int:
         *([command("eval", run, "--data", config.data.eval)] if config.data.eval else []),
         command("export", run, "--to", "ollama", Path("out") / run.name),
     )
-    result = {"run": str(run), "steps": steps, "loss": loss, "eval": results}
+    result = {"run": str(run), "steps": training.progress.step, "loss": loss, "eval": results}
     print_result(result, arguments.json)
     return 0
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from cllm import bench
+from cllm.__main__ import run
 from cllm.config import load_config
+from cllm.data.sources import prepare
 from cllm.fit import estimate_vram
 from cllm.memory import GIB
 from cllm.messages import UserError
@@ -134,6 +136,22 @@ def test_plan_of_a_preset_needs_no_data(
     assert bench._work(config, {}, 1.0, named=False) is None
     told = capsys.readouterr().err
     assert "no data were named" in told and "data.jsonl" not in told
+
+
+@pytest.mark.parametrize("loss", ["none", "dpo"])
+def test_the_plan_counts_the_tokens_of_the_config_that_check_wrote(
+    loss: str, tmp_path: Path
+) -> None:
+    data, file = tmp_path / "own.jsonl", tmp_path / "own.toml"
+    row = {"prompt": "What is it?", "chosen": "It is this one. " * 9, "rejected": "这个吧。" * 20}
+    rows = ({**row, "chosen": f"{n} {row['chosen']}"} for n in range(300))
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert run("check", [str(data), f"preference.loss={loss}", "--init", str(file)]) == 0
+    (tokens,) = re.findall(r"# ([\d,]+) tokens, about", file.read_text(encoding="utf-8"))
+    config = load_config(file)
+    work = bench._work(config, {}, 1.0, named=True)
+    learned = len(prepare(config.data, pairs=loss != "none").train) / 300
+    assert work and work.tokens == pytest.approx(learned * int(tokens.replace(",", "")), rel=0.01)
 
 
 def test_plan_of_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from cllm.proposal import guess, recommended
 from cllm.shapes import published
 
 ROWS = [{"instruction": f"第{n}个问题？", "output": f"第{n}个回答。"} for n in range(12)]
+LONG = {"instruction": "长", "output": "很长。" * 2000}
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +375,7 @@ def test_the_report_is_one_page(
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page and "parse_error" in page and "http" not in page
     assert "<strong>20</strong> rows" in page and "<strong>7</strong> rejected" in page
-    assert (tmp_path / "lengths.png").read_bytes()[:4] == b"\x89PNG"
+    assert {file.name for file in tmp_path.iterdir()} == {data.name, "report.html"}
 
 
 def test_files_are_not_overwritten_and_missing_ones_are_named(
@@ -384,6 +385,33 @@ def test_files_are_not_overwritten_and_missing_ones_are_named(
     assert run("check", [str(tmp_path / "nowhere.jsonl")]) == 2
     error = capsys.readouterr().err
     assert "exists already" in error and "nowhere.jsonl" in error
+    assert run("check", []) == 2
+    error = capsys.readouterr().err
+    assert "check.no_target" in error and "--identity" not in error
+
+
+@pytest.mark.parametrize("switch", ["--init", "--report", "--write", "--out"])
+def test_what_cannot_be_written_is_one_line(
+    switch: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ["--identity", "A", "B"] if switch == "--out" else [str(data)]
+    for place in (data / "new", data.with_name("x" * 300)):  # no folder; a name that is too long
+        assert run("check", [*source, switch, str(place)]) == 2
+        error = capsys.readouterr().err
+        assert "run.unwritable" in error and "--resume" not in error and "Traceback" not in error
+    assert [file.name for file in data.parent.iterdir()] == [data.name]
+
+
+def test_the_config_that_is_advised_is_a_new_file(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    for name in ("rows.toml", "rows-2.toml", "rows-3.toml"):
+        text, _ = account(capsys, data.name)
+        words = shlex.split(text.split("\n")[-1])[3:]
+        assert words == [data.name, "--init", name]
+        account(capsys, *words)
+        assert Path(name).is_file()
 
 
 def test_an_empty_file_has_an_account_too(
@@ -392,6 +420,8 @@ def test_an_empty_file_has_an_account_too(
     (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
     _, found = account(capsys, tmp_path / "empty.json", "model.path=/nowhere")
     assert found["rows"] == 0
+    assert run("check", [str(tmp_path / "empty.json")]) == 2
+    assert 'no rows; write some such as {"instruction": ' in capsys.readouterr().out
 
 
 def test_output_that_nobody_reads_any_more_is_no_fault(tmp_path: Path) -> None:
@@ -463,6 +493,7 @@ def test_pairs_show_length_bias_and_both_answers_token_by_token(
     found = json.loads(text.strip().split("\n")[-1])
     told = found["pairs"]
     assert (told["pairs"], told["chosen"], told["rejected"]) == (9, 1, 0)
+    assert "pairs: 9; votes on single answers: 1 for, 0 against;" in text
     assert told["longer_chosen"] == pytest.approx(8 / 9, abs=1e-3)
     assert told["chosen_length"] > told["rejected_length"] and told["correlation"] > 0
     assert found["rejects"]["identical_pair"]["count"] == 1 and found["written"] == 10
@@ -507,6 +538,9 @@ def test_a_file_of_which_nothing_can_be_made_writes_no_config(
     text, found = account(capsys, tmp_path / "own.jsonl", "--init", tmp_path / "my.toml")
     assert found["valid"] == 0 and not (tmp_path / "my.toml").exists()
     assert text.endswith("unusable: none of 3 rows can be trained on")
+    assert "columns: a; name which" in text and "--init" not in text
+    assert run("check", [str(tmp_path / "own.jsonl"), "--init", str(tmp_path / "my.toml")]) == 2
+    assert "my.toml was not written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -518,6 +552,9 @@ def test_a_file_of_which_nothing_can_be_made_writes_no_config(
         ([*ROWS, {"foo": 1}], [], "ready: 12"),
         ([*ROWS, {"instruction": "你是谁？", "output": "我叫{{name}}。"}], [], "removing 1 place"),
         (ROWS[:2], [], "adding rows: 2 teach nothing"),
+        (ROWS, [], "ready: 12 conversations can be trained on; so few teach a name"),
+        ([*ROWS[:8], LONG], [], "ready: 8 conversations can be trained on; 1 left out as longer"),
+        ([*ROWS[:4], LONG], [], "adding rows: 4 teach nothing, a few hundred do; 1 left out"),
     ],
 )
 def test_what_is_left_to_do_is_said(

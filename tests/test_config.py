@@ -200,6 +200,15 @@ def test_unreadable_and_broken_files_are_one_line(tmp_path: Path) -> None:
         load_config(ROOT / "cllm.toml", ["train.row_tokens=4096", "train.tokens_per_step=1024"])
 
 
+def test_a_damaged_config_of_a_run_is_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[model\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.toml is not valid TOML"):
+        load_config(tmp_path)
+    (tmp_path / "config.toml").write_text("[model]\npth = 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.toml:2: unknown key"):
+        load_config(tmp_path)
+
+
 def test_a_preference_loss_brings_its_own_rate_where_none_is_written(tmp_path: Path) -> None:
     file = tmp_path / "short.toml"
     file.write_text('[preference]\nloss = "dpo"\n', encoding="utf-8")

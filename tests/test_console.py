@@ -286,6 +286,36 @@ def test_training_without_a_config_is_one_line_with_an_example(
     assert error.count("\n") == 1 and "python -m cllm.train my.toml" in error
 
 
+@pytest.mark.parametrize(
+    ("line", "english", "chinese"),
+    [
+        ("export", "lacks RUN, OUT, --to", "缺少 RUN, OUT, --to"),
+        (
+            "export a b --to gguf --type q3",
+            "--type cannot be 'q3'; choose from",
+            "--type 不能是 'q3'",
+        ),
+        ("chat --prot 1", "unknown on the command line: --prot", "不认识的内容：--prot"),
+        ("chat --port x", "--port takes a whole number, not 'x'", "--port 应为整数，而不是 'x'"),
+        ("check --init", "--init takes another number", "--init 后面的值的个数不对"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_in_the_users_language(
+    line: str,
+    english: str,
+    chinese: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, *words = line.split()
+    for language, told in (("en", english), ("zh", chinese)):
+        monkeypatch.setenv("CLLM_LANG", language)
+        assert run(program, words) == 2
+        error = capsys.readouterr().err
+        assert told in error and f"python -m cllm.{program} --help" in error
+        assert error.count("\n") == 1
+
+
 # --- The list of runs
 def test_the_runs_of_a_folder_are_listed_as_what_they_are(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -327,7 +357,9 @@ def test_the_runs_of_a_folder_are_listed_as_what_they_are(
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("runs", [str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    (advised,) = re.findall(r"python -m cllm\.train (\S+)", error)
+    assert error.count("\n") == 1 and advised.startswith("preset:") and load_config(advised)
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "lock").touch()
     assert run("runs", [str(tmp_path)]) == 0
@@ -335,7 +367,13 @@ def test_a_folder_without_runs_is_one_line(tmp_path: Path, capsys: pytest.Captur
 
 
 # --- Exports
-NAMED = [("我的", "my"), ("My Run", "my-run"), ("客服v2", "v2"), ("a_b.c-1", "a_b.c-1")]
+NAMED = [
+    ("我的", "my-3863c722"),
+    ("客服", "my-3cac4d72"),
+    ("My Run", "my-run"),
+    ("客服v2", "v2-e50f87fa"),
+    ("a_b.c-1", "a_b.c-1"),
+]
 
 
 @pytest.mark.parametrize(("name", "model"), NAMED)

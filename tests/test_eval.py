@@ -83,7 +83,8 @@ def test_a_run_is_evaluated_before_and_after(
         "2",
     ]
     assert run("eval", arguments) == 0
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert re.search(r"[1-6] of the 6 questions in \S+data\.jsonl were trained on", said)
     summary = json.loads(out.strip().split("\n")[-1])["eval"][data]
     results, folder = summary["results"], Path(summary["folder"])
     assert summary["rows"] == 6 and set(results) == {
@@ -272,9 +273,9 @@ def test_mistakes_are_one_line(
         assert "is no strength of the adapter" in told and told.count("\n") == 1
     assert run("eval", [str(checkpoint), "--task", "mmlu-csv", "--data", str(tmp_path)]) == 2
     assert "no answered questions in test/*.csv" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("eval", [str(checkpoint)])
-    assert "--data FILE, or --votes" in capsys.readouterr().err
+    for words in ([str(checkpoint)], []):
+        assert run("eval", words) == 2
+        assert "--data FILE, or --votes" in capsys.readouterr().err
 
 
 def test_data_that_was_trained_on_may_be_gone(
@@ -462,9 +463,8 @@ def test_the_verdict_says_what_the_figures_say() -> None:
     assert "than base and than copying in all 5 scores (n = 40)" in better
     assert "worse in" in verdict(answered("坏", base="好的，没问题。"))
     assert "no clear difference in" in verdict(answered("坏"))
-    assert (
-        "forgotten" in verdict(answered("好的，没问题。", loss=3.0)) and "forgotten" not in better
-    )
+    forgot = verdict(answered("好的，没问题。", loss=3.0))
+    assert "forgotten" in forgot and "rose from 7.4 to 20.1" in forgot and "forgotten" not in better
     bare = answered("好的，没问题。")
     del bare.systems["adapter"]
     assert verdict(bare) == ""

@@ -21,6 +21,7 @@ import pytest
 from cllm.__main__ import PROGRAMS
 from cllm.config import DataConfig, load_config
 from cllm.data.sources import read_file
+from cllm.messages import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -78,7 +79,7 @@ class ParsedError(Exception):
 
 
 def parse(program: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program's own parser read `words`. Raises SystemExit where it refuses them."""
+    """Let the program's own parser read `words`. Raises UserError where it refuses them."""
 
     def then_stop(read: Any) -> Any:
         def wrapper(self: argparse.ArgumentParser, argv: Sequence[str]) -> NoReturn:
@@ -137,7 +138,7 @@ def test_the_programs_own_parsers_take_every_command(
 
 
 def test_a_flag_that_does_not_exist_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--terminals"):
         parse("chat", ["runs/my", "--terminals"], monkeypatch)
 
 

@@ -51,13 +51,17 @@ def test_a_finished_run_that_is_resumed_ends_with_valid_json(
     earlier: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("train", ["run.toml", "--resume", "eval.samples=0"]) == 0
-    first = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    printed, said = capsys.readouterr()
+    first = json.loads(printed.strip().split("\n")[-1])
+    assert "resuming" in said and "nothing is left to train" not in said
     assert run("train", ["run.toml", "--resume", "eval.samples=0"]) == 0
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    last = capsys.readouterr().out.strip().split("\n")[-1]
+    printed, said = capsys.readouterr()
+    assert "has taken all its 4 steps: nothing is left to train" in said and "resuming" not in said
+    last = printed.strip().split("\n")[-1]
     again = json.loads(last, parse_constant=refuse)
     assert again["steps"] == first["steps"] == 4 and again["loss"] == first["loss"]
 

@@ -240,8 +240,12 @@ def verdict(results: Evaluation | Exam) -> str:
     then = say("eval.then")
     sentence = f"{then.join(compared)} (n = {results.n})" if compared else ""
     forgot = gaps["base"].get("general-ppl", Gap(None))
-    if (forgot.difference or 0) > 0 and (forgot.p or 1) < SIGNIFICANT:
-        return sentence + then + say("eval.forgot", rise=number(forgot.difference))
+    worse = (forgot.difference or 0) > 0 and (forgot.p or 1) < SIGNIFICANT
+    if isinstance(results, Evaluation) and worse:
+        before, after = (
+            number(results.systems[name].scores["general-ppl"]) for name in ("base", "adapter")
+        )
+        return sentence + then + say("eval.forgot", before=before, after=after)
     return sentence
 
 
