@@ -584,6 +584,11 @@ def test_a_chart_is_to_scale_and_says_its_points() -> None:
     assert chart("t", []) == chart("t", [Line("a", [], "#000")]) == ""
     drawn = chart("<t>", [Line("a", [(0, 4.0), (10, 1.0)], "#000"), Line("", [(5, 2.0)], "#111")])
     assert "&lt;t&gt;" in drawn and "<title>a: 4 (0)</title>" in drawn
+    # the legend is text that wraps, whatever its length; the numbers are not small on a phone
+    words, svg = drawn.split("<svg")
+    assert "flex-wrap:wrap" in words and " a 1</span>" in words and "a 1" not in svg
+    assert "cqw" in svg and "container-type" in words
+    assert " b 16,761</span>" in chart("t", [Line("b", [(1, 16_761.4)], "#000")])
     points = re.findall(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', drawn)[0]
     left, top, right, low = map(float, points)
     bottom = float(re.search(r'y="([\d.]+)" text-anchor="end">0<', drawn)[1]) - 4
