@@ -28,10 +28,6 @@ from cllm.serve.widgets import QUIET, language_of, texts_for
 
 SYSTEMS = ("reference", "adapter", "base")  # columns of the samples
 SHOWN_SAMPLES = 20
-# of the columns, in pixels: all of them on a wide screen, and words on a narrow one, to scroll to
-RUNS: list[str | int] = [210, 170, 130, 100, 100, 110, 100, 170, 120]
-SCORES: list[str | int] = [140, *[133] * 8]
-SAMPLES: list[str | int] = [220, *[330] * 3]
 
 
 class TrainingTab:
@@ -47,8 +43,9 @@ class TrainingTab:
             over = gr.Dropdown(label=t("run_over"), choices=[], min_width=220)
         talk = gr.Button(t("talk"), size="sm", visible=loaded.home is not None)
         told = gr.Markdown(" ")
+        # pixels: all columns on a wide screen, and words on a narrow one, to scroll to
         table = partial(gr.Dataframe, wrap=True, visible=False)
-        known = table(show_label=False, column_widths=RUNS)
+        known = table(show_label=False, column_widths=[210, 170, 130, 100, 100, 110, 100, 170, 120])
         standing = gr.Markdown(" ")
         with gr.Row():
             charts = []
@@ -56,8 +53,8 @@ class TrainingTab:
                 with gr.Column(min_width=320):
                     charts.append(gr.Markdown(container=True, sanitize_html=False))
         legend = gr.Markdown()
-        scores = table(show_label=False, column_widths=SCORES)
-        samples = table(label=t("samples"), column_widths=SAMPLES)
+        scores = table(show_label=False, column_widths=[140, *[133] * 8])
+        samples = table(label=t("samples"), column_widths=[220, *[330] * 3])
         names = gr.State([])  # that the menus list
         outputs = [names, chosen, over, known, standing, *charts, scores, legend, samples]
         self.shown = self.follow, [names, chosen, over], outputs
@@ -79,7 +76,11 @@ class TrainingTab:
         if names != listed:
             over = gr.Dropdown([("-", ""), *names], value=other if other in names else "")
             menus = gr.Dropdown(names, value=name or None), over
-        curves = {known: self._rows(known) for known in (name, other) if known in names}
+        curves = {
+            known: read_metrics(self.root / known / "metrics.jsonl")
+            for known in (name, other)
+            if known in names
+        }
         texts, run = texts_for(request), self.root / (name or "-")
         rows, answers = curves.get(name, []), read_metrics(run / "samples.jsonl")
         cells = [
@@ -111,9 +112,6 @@ class TrainingTab:
         """
         return [run.name for run in find_runs(self.root, needs="config.toml")]
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        return read_metrics(self.root / name / "metrics.jsonl")
-
     def talk_to(self, request: gr.Request, name: str | None) -> tuple[Any, ...]:
         """Open a run beside the others; of another base the command is told that opens it."""
         texts, told = texts_for(request), " "
@@ -141,9 +139,7 @@ def _facts(run: Path) -> dict[str, Any]:
     return _described(run, is_held(run), *(f.stat().st_mtime_ns for f in files if f.exists()))
 
 
-@lru_cache(256)
-def _described(run: Path, *_seen: int) -> dict[str, Any]:
-    return described(run)
+_described = lru_cache(256)(lambda run, *_seen: described(run))
 
 
 def _short(name: str) -> str:
@@ -158,8 +154,7 @@ def _standing(run: Path, rows: list[dict[str, Any]]) -> str:
     held_out = losses(rows, "eval_loss")
     parts = [say(f"runs.{facts['state']}"), say("ui.step", step=step, total=total or "?")]
     if facts["state"] == "training" and steps:
-        left = duration(seconds_a_step(steps) * (total - step))
-        parts.append(say("ui.left", left=left))
+        parts.append(say("ui.left", left=duration(seconds_a_step(steps) * (total - step))))
     if facts["state"] == "unfinished":
         parts.append(f"`{command('train', run, '--resume')}`")
     if steps:
@@ -201,9 +196,8 @@ def _scores(file: Path, answers: list[dict[str, Any]]) -> tuple[Any, str]:
         return _filled([[]]), ""
     shown = score_table(results)
     header, *lines = shown.rows
-    legend = [*shown.legend]
+    legend = [*shown.legend, *[say("eval.explain.length")] * bool(answers)]
     if answers:
-        legend.append(say("eval.explain.length"))
         header.append(named("length"))
         lines.insert(0, [named("reference"), *[""] * (len(header) - 2)])
         names = chain(["reference", *results.systems], repeat(""))
