@@ -623,6 +623,15 @@ def test_training_follows_runs_that_start_and_leaves_open_menus_alone(tmp_path: 
         made.engine.close()
 
 
+def test_tables_fit_a_wide_screen_and_keep_words_whole_on_a_narrow_one(page: Page) -> None:
+    outputs = next(fn.outputs for fn in page.blocks.fns.values() if fn.name == "follow")
+    tables = [part.column_widths for part in outputs if isinstance(part, gr.Dataframe)]
+    assert len(tables) == 3
+    for widths in tables:
+        pixels = [int(width.removesuffix("px")) for width in widths]  # no share of the screen
+        assert min(pixels) >= 100 and sum(pixels) <= 1216
+
+
 def test_runs_are_described_again_only_once_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
