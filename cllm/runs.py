@@ -354,7 +354,7 @@ def described(run: Path) -> dict[str, Any]:
         facts["steps"] = read_json(run / "manifest.json").get("steps")
         if scores.is_file():
             facts["score"] = read_json(scores).get("adapter", {}).get("rouge-l-char")
-        if _is_held(run):
+        if is_held(run):
             facts["state"] = "training"
         elif scores.is_file() or (step == facts["steps"] and (run / "adapter").is_dir()):
             facts["state"] = "finished"
@@ -388,7 +388,7 @@ def _size(folder: Path) -> int:
     return size
 
 
-def _is_held(run: Path) -> bool:
+def is_held(run: Path) -> bool:
     """Whether a process writes into the run; one that died has left its name, but not its lock."""
     from filelock import FileLock
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -16,14 +17,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
-from serving import open_two
+from serving import open_tiny, open_two
 
 from cllm.assembly import Loaded
 from cllm.data.message import Message
 from cllm.data.template import TEMPLATES
 from cllm.messages import UserError
 from cllm.runs import locked
+from cllm.serve import training
 from cllm.serve.answer import Answer
 from cllm.serve.api import build_app
 from cllm.serve.charts import Line, chart
@@ -541,11 +544,13 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
     other = run.parent / "other"
     (other / "metrics.jsonl").write_text('{"step": 9, "eval_loss": 7.5}\n', encoding="utf-8")
     for asked in (None, "demo", "../../etc", str(tmp_path)):
-        menu, over, told, loss, speed, table, verdict, samples = page.call(
-            "follow", browser("zh"), asked, asked
+        names, menu, over, runs, told, *charts, table, verdict, samples = page.call(
+            "follow", browser("zh"), [], asked, asked
         )
+        loss, speed = (chart["value"] for chart in charts)
         assert (
-            menu.value == "demo"
+            {*names} == {"demo", "other"}
+            and menu.value == "demo"
             and over.value == ("demo" if asked == "demo" else "")
             and sorted(over.choices) == [("-", ""), ("demo", "demo"), ("other", "other")]
         )
@@ -553,37 +558,101 @@ def test_training_shows_runs_of_the_list_only(page: Page, tmp_path: Path) -> Non
         assert "model.path `" in told and "lora.rank `" in told
         assert "demo 训练" in loss and "demo 留出: 1.6 (5)" in loss and "demo 100" in speed
         # no column without a number
-        assert table.headers == ["", "损失 ↓", "完全匹配 ↑", "字数"]
-        assert table.value["data"][:4] == [
+        assert table["value"]["headers"] == ["", "损失 ↓", "完全匹配 ↑", "字数"]
+        assert table["value"]["data"][:4] == [
             ["参考", "", "", "1.0"],
             ["基座", "2.000", "0.0", "1.0"],
             ["适配器", "0.500", "88.0", "1.0"],
             ["适配器 - 基座", "-1.500", "+88.0", ""],
         ]
-        assert "n = 40" in verdict and "太少" not in verdict and "奈特数" in verdict
-        assert samples == {
+        assert (
+            "n = 40" in verdict
+            and "太少" not in verdict
+            and "奈特数" in verdict
+            and "- 字数：" in verdict
+        )
+        assert samples["value"] == {
             "headers": ["问题", "参考", "适配器", "基座"],
             "data": [["问", "答", "答", "？"]],
         }
-    _, _, _, loss, _, _, verdict, _ = page.call("follow", browser(), "demo", "other")
+        assert runs["value"]["headers"][0] == "运行" and len(runs["value"]["data"]) == 2
+    _, _, _, _, _, loss, _, _, verdict, _ = page.call("follow", browser(), [], "demo", "other")
     assert "better than base in exact (n = 40)" in verdict
-    assert "demo held out: 1.6 (5)" in loss and "other held out: 7.5 (9)" in loss
-    headers, *_ = page.call("overview", browser("zh"))["headers"]
-    assert headers == "运行" and len(page.call("overview", browser())["data"]) == 2
+    assert "demo held out: 1.6 (5)" in loss["value"] and "other held out: 7.5 (9)" in loss["value"]
     (run / "eval.json").unlink()
     (run / "manifest.json").write_text(json.dumps({"steps": 8}), encoding="utf-8")
     (run / "snapshots" / "step-5").mkdir(parents=True)
-    shown = page.call("follow", browser(), "demo", "")[2]
+    shown = page.call("follow", browser(), [], "demo", "")[4]
     assert "unfinished" in shown and f"`python -m cllm.train {run} --resume`" in shown
     with locked(run):
-        shown = page.call("follow", browser(), "demo", "")[2]
-    assert "training · step 5 / 8 · ETA 2s" in shown  # half a second each
+        shown = page.call("follow", browser(), [], "demo", "")[4]
+        assert "training · step 5 / 8 · eta 2s" in shown  # half a second each
+        assert "还需 2s" in page.call("follow", browser("zh"), [], "demo", "")[4]
+
+
+def test_training_follows_runs_that_start_and_leaves_open_menus_alone(tmp_path: Path) -> None:
+    made = Page(open_tiny(tmp_path))
+
+    def follow(listed: list[str], name: str) -> Any:
+        names, menu, _, runs, *rest = made.call("follow", browser(), listed, name, "")
+        return names, menu, {line[0]: line[3] for line in runs["value"]["data"]}, rest
+
+    def write(name: str, *steps: int) -> None:
+        lines = [f'{{"step": {step}, "loss": 1}}\n' for step in steps]
+        (root / name / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    try:
+        root, long = made.loaded.home.parent, "customer-service-qwen3-8b-lora-final"
+        names, _, runs, (_, *hidden) = follow([], "demo")
+        assert names == ["demo"] and runs == {"demo": "0/?"}
+        # neither charts nor tables of nothing
+        assert not any(hidden[part]["visible"] for part in (0, 1, 2, 4))
+        (root / long).mkdir()
+        shutil.copy(root / "demo" / "config.toml", root / long)
+        (root / long / "adapter").mkdir()
+        write(long, 1)
+        names, menu, runs, _ = follow(names, "demo")
+        assert names == [long, "demo"] and menu.choices == [(name, name) for name in names]
+        # the one written to last is not first: a menu that is open would tick another one
+        write("demo", 1, 2)
+        names, menu, runs, (_, loss, *_) = follow(names, long)
+        assert names == [long, "demo"] and menu == gr.skip()
+        assert runs == {long: "1/?", "demo": "2/?"}
+        assert "━</span> customer-servi…-8b-lora-final training 1</span>" in loss["value"]
+    finally:
+        made.engine.close()
+
+
+def test_tables_fit_a_wide_screen_and_keep_words_whole_on_a_narrow_one(page: Page) -> None:
+    outputs = next(fn.outputs for fn in page.blocks.fns.values() if fn.name == "follow")
+    tables = [part.column_widths for part in outputs if isinstance(part, gr.Dataframe)]
+    assert len(tables) == 3
+    for widths in tables:
+        pixels = [int(width.removesuffix("px")) for width in widths]  # no share of the screen
+        assert min(pixels) >= 100 and sum(pixels) <= 1216
+
+
+def test_runs_are_described_again_only_once_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(training, "described", lambda run: asked.append(run) or {"run": run})
+    for written in (1, 1, 2, 2):
+        (tmp_path / "metrics.jsonl").touch()
+        os.utime(tmp_path / "metrics.jsonl", (written, written))
+        assert training._facts(tmp_path) == {"run": tmp_path}
+    assert len(asked) == 2
 
 
 def test_a_chart_is_to_scale_and_says_its_points() -> None:
     assert chart("t", []) == chart("t", [Line("a", [], "#000")]) == ""
     drawn = chart("<t>", [Line("a", [(0, 4.0), (10, 1.0)], "#000"), Line("", [(5, 2.0)], "#111")])
     assert "&lt;t&gt;" in drawn and "<title>a: 4 (0)</title>" in drawn
+    # the legend is text that wraps, whatever its length; the numbers are not small on a phone
+    words, svg = drawn.split("<svg")
+    assert "flex-wrap:wrap" in words and " a 1</span>" in words and "a 1" not in svg
+    assert "cqw" in svg and "container-type" in words
+    assert " b 16,761</span>" in chart("t", [Line("b", [(1, 16_761.4)], "#000")])
     points = re.findall(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', drawn)[0]
     left, top, right, low = map(float, points)
     bottom = float(re.search(r'y="([\d.]+)" text-anchor="end">0<', drawn)[1]) - 4
@@ -725,7 +794,8 @@ def test_monitor_counts(page: Page) -> None:
     assert after > before and float(shown["每秒词元数"]) > 0 and "<polyline" in drawn
     assert [shown[key] for key in ("打开的页面", "正在回答", "排队")] == ["1", "0", "0"]
     page.call("leave", browser())
-    assert "| open pages | 0 |" in page.call("measure", browser(), looks)[1]
+    table = page.call("measure", browser(), looks)[1]
+    assert table.startswith("| Monitor | |") and "| open pages | 0 |" in table
 
 
 def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> None:

@@ -13,7 +13,10 @@ from cllm.plots import Curve
 
 COLOURS = ("#6366f1", "#d97706")
 DOTS = 60  # of a curve, which say their value when pointed at
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 240, 52, 46, 28
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 240, 56, 14, 34
+LEGEND = "display:flex;flex-wrap:wrap;gap:0 1em;overflow-wrap:anywhere;font-size:14px"
+# a narrow chart is a small one: its numbers grow in it, so that they are 12 px high on a phone
+STYLE = "overflow:visible;font-size:max(11px,29.6px - 4cqw)"
 
 
 class Line(NamedTuple):
@@ -24,6 +27,10 @@ class Line(NamedTuple):
     colour: str
     faint: bool = False
     dashed: bool = False
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def chart(title: str, lines: Sequence[Line]) -> str:
@@ -43,16 +50,15 @@ def chart(title: str, lines: Sequence[Line]) -> str:
     def y(value: float) -> float:
         return bottom - (bottom - TOP) * value / top
 
-    shapes = [f'<text x="{LEFT}" y="14" font-weight="600">{html.escape(title)}</text>']
+    shapes, legend = [], [f"<b>{html.escape(title)}</b>"]
     for tick in (tick for tick in ticks.tick_values(0, top) if tick <= top):
         shapes.append(
             f'<path d="M{LEFT} {y(tick):.1f}H{right}" stroke="currentColor" opacity=".15"/>'
-            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:,.4g}</text>'
+            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
         )
     for tick in (tick for tick in ticks.tick_values(0, last) if tick <= last):
         place = f'x="{x(tick):.1f}" y="{HEIGHT - 10}"'
         shapes.append(f'<text {place} text-anchor="middle">{tick:g}</text>')
-    labels = 0
     for line in filter(attrgetter("points"), lines):
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line.points)
         dashes, opacity = ("6 4" if line.dashed else "none"), (0.3 if line.faint else 1)
@@ -63,10 +69,12 @@ def chart(title: str, lines: Sequence[Line]) -> str:
         label = html.escape(line.label)
         for step, value in line.points[:: 1 + len(line.points) // DOTS]:
             dot = f'cx="{x(step):.1f}" cy="{y(value):.1f}" r="7" fill="transparent"'
-            shapes.append(f"<circle {dot}><title>{label}: {value:,.4g} ({step})</title></circle>")
-        told = f"{label} {line.points[-1][1]:,.4g}"
-        place = f'x="{LEFT + 80 + 180 * (labels % 2)}" y="{14 + 16 * (labels // 2)}"'
-        shapes.append(f'<text {place} fill="{line.colour}">{told}</text>')
-        labels += 1
-    style = 'width="100%" fill="currentColor" font-size="12"'
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {style}>{"".join(shapes)}</svg>'
+            shapes.append(
+                f"<circle {dot}><title>{label}: {_number(value)} ({step})</title></circle>"
+            )
+        key = f'<span style="color:{line.colour}">{"┅" if line.dashed else "━"}</span>'
+        legend.append(f"<span>{key} {label} {_number(line.points[-1][1])}</span>")
+    style = f'width="100%" fill="currentColor" font-size="12" style="{STYLE}"'
+    drawn = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {style}>{"".join(shapes)}</svg>'
+    words = f'<div style="{LEGEND}">{"".join(legend)}</div>'
+    return f'<div style="container-type:inline-size">{words}{drawn}</div>'

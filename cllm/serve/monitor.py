@@ -73,7 +73,7 @@ def monitor_tab(t: Any, engine: Engine, sessions: set[str]) -> tuple[Any, Any, A
         title = texts["ui.speed"]
         return (
             looks,
-            "\n".join(["| | |", "|---|---|", *rows]),
+            "\n".join([f"| {texts['ui.monitor']} | |", "|---|---|", *rows]),
             chart(title, [Line("", curve, COLOURS[0])]),
         )
 

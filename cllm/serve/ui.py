@@ -180,7 +180,6 @@ def _tabs(
             tabs.append(compare)
         with gr.Tab(t("training")) as training:
             runs = TrainingTab(t, loaded, engine, menus)
-        training.select(runs.overview, None, runs.runs, **QUIET)
         with gr.Tab(t("monitor")) as monitor:
             watch_machine = monitor_tab(t, engine, count_sessions(page))
         for tab, (refresh, inputs, outputs) in ((training, runs.shown), (monitor, watch_machine)):
