@@ -264,6 +264,16 @@ def keeping(page: Page, question: str, problems: list[str]) -> dict[str, Any]:
         page.keyboard.type("又想到")
     page.wait_for_timeout(5000)
     assert re.fullmatch(f"{too_long}\n?又想到", box.input_value()), box.input_value()[-9:]
+    # Enter with Shift begins a line, and in an input method ends a word: neither sends, and an
+    # answer that comes later takes nothing out of the box
+    box.fill("")
+    box.type("第一行")
+    page.keyboard.press("Shift+Enter")
+    box.type("第二行")
+    page.get_by_role("button", name=re.compile("重试|Retry")).last.click()
+    page.wait_for_timeout(500)
+    answer(page)
+    assert box.input_value() == "第一行\n第二行", box.input_value()
     rounds = 30
     for number in range(1, rounds):
         ask(page, f"{number}：{question}" * 2)

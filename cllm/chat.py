@@ -145,12 +145,16 @@ def serve(
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             for connection in [*self.server_state.connections]:
-                connection.transport.close()  # an open page never hangs up by itself
+                # an open page never hangs up by itself; answers that come are cut
+                connection.transport.close()
             await super().shutdown(sockets)
 
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", server_header=False)
     with contextlib.suppress(KeyboardInterrupt):
-        Server(config).run()
+        server = Server(config)
+        server.run()
+        if not server.started:
+            raise SystemExit(3)  # as uvicorn does
 
 
 def _network_address() -> str:

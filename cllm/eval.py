@@ -84,10 +84,9 @@ def main(argv: list[str]) -> int:
 
 
 def _votes(run: Path) -> list[dict[str, Any]]:
-    from cllm.evaluate.votes import summarise, vote_table
-    from cllm.runs import read_metrics
+    from cllm.evaluate.votes import read_votes, summarise, vote_table
 
-    votes = read_metrics(run / "votes.jsonl")
+    votes = read_votes(run / "votes.jsonl")
     if not votes:
         raise UserError("eval.no_votes", path=run / "votes.jsonl", command=command("chat", run))
     pairs = summarise(votes)

@@ -245,22 +245,19 @@ class Learner:
         return f"{self.encoded.held_sha256} {self.config.preference}"
 
     def held_out(self) -> tuple[float, dict[str, float]]:
-        """The held-out loss, of how many conversations, and with a preference loss what else their
-        answers tell.
-        """
+        """The held-out loss, and with a preference loss what else its answers tell."""
         from cllm.evaluate.answers import held_out_loss
 
         encoded = self.encoded
-        count = {"n": float(len(encoded.held_out))}
         if preference := self.trainee.preference:
             nats = self._measured(encoded.held_answers, World())
             weighed = preference.weighed(encoded.held_answers, nats)
             right = round(weighed.figures["accuracy"] * weighed.conversations)
             rate = wilson_interval(right, weighed.conversations)
             bounds = {"accuracy_low": rate.low, "accuracy_high": rate.high}
-            return weighed.loss, count | weighed.figures | bounds
+            return weighed.loss, dict(weighed.figures) | bounds
         rows, precision = encoded.held_rows, self.assembly.precision
-        return held_out_loss(self.model, rows, precision, self.chunk_bytes), count
+        return held_out_loss(self.model, rows, precision, self.chunk_bytes), {}
 
     def evaluated(self) -> Evaluation:
         """Base and adapter on the same held-out conversations, their losses and answers."""

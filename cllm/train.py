@@ -335,6 +335,7 @@ class Training:
         learner, progress = self.learner, self.progress
         measured, figures = learner.held_out() if learner.world.rank == 0 else (0.0, {})
         held = {f"eval_{name}": value for name, value in figures.items()}
+        held["eval_n"] = len(learner.encoded.held_out)
         loss = float(learner.world.share(repr(measured).encode()))
         improved = progress.best is None or loss < progress.best
         progress.evaluated = progress.step
@@ -360,9 +361,8 @@ class Training:
         shown = held_out[(self.progress.step // self.eval_every) % len(held_out)]
         question, reference = question_of(shown), answer_of(shown)
         with unless_memory_is_short(learner.engine):
-            tokenizer = learner.tokenizer
             answers = generate(
-                learner.engine, tokenizer, [question], strengths=[1.0], max_new_tokens=48
+                learner.engine, learner.tokenizer, [question], strengths=[1.0], max_new_tokens=48
             )
             texts = (question.messages[-1].words, answers[0], reference)
             lines = [text.replace("\n", " ")[:60] for text in texts]

@@ -325,7 +325,7 @@ def test_others_are_told_an_address_they_can_reach(
 
     from cllm import chat
 
-    monkeypatch.setattr(uvicorn.Server, "run", lambda _: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: setattr(self, "started", True))
     monkeypatch.setattr(chat, "_network_address", lambda: "192.168.1.7")
     chat.serve(loaded, engine, "0.0.0.0", 7860, [])
     told = capsys.readouterr().err

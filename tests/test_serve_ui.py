@@ -190,7 +190,8 @@ def test_a_question_without_an_answer_goes_back_before_what_was_typed_since(page
             ("", "再问"),
             ("还有", "再问\n还有"),
             ("再问", "再问"),
-            ("再问！", "再问！"),
+            ("再问\n还有", "再问\n还有"),
+            ("再问！", "再问\n再问！"),
         ):
             back = page.settled(name, typed, asked)
             assert back["Chatbot"] == said
@@ -275,11 +276,19 @@ def test_what_is_not_wanted_any_more_ends_and_shows_nothing_more(page: Page) -> 
         list(page.engine.submit([1, 2, 3], Sampling(max_new_tokens=5)))
         assert page.engine.stats()["running"] == 0
     # later rounds stay in the conversation that is kept
-    later = [*history, {"role": "assistant", "content": "答"}]
-    for rounds, same in ((later, True), ([*later, *later], False)):
-        retry = page.handlers("again")[0](browser(), rounds, "x", [], "c", SimpleNamespace(index=0))
+    turns = [["user", "你好"], ["assistant", "答"], ["user", "后来"], ["assistant", "答"]]
+    for count, same in ((2, True), (4, False)):
+        rounds = [{"role": role, "content": text} for role, text in turns[:count]]
+        kept = [{"name": "x", "title": "你好", "turns": turns[:count]}]
+        retry = page.handlers("again")[0](
+            browser(), rounds, "x", kept, "", SimpleNamespace(index=0)
+        )
         assert (asyncio.run(retry)[2] == "x") == same
         asyncio.run(page.handlers("drop")[0](browser()))
+    blank = page.handlers("edited")[0](
+        browser(), history, "x", [], "c", SimpleNamespace(index=0, value=" ")
+    )
+    assert all(value["__type__"] == "update" for value in asyncio.run(blank))
     # stopped before it began: nothing is shown, and the question goes back
     page.call("ask", browser(), "你好", [], "", None, "c")
     page.call("stop", browser(), "", history)
@@ -331,18 +340,23 @@ def test_conversations_are_kept_reopened_and_downloaded(page: Page) -> None:
     assert menu.choices[0] == ("一" * 40, "c") and menu.value == "c"
     assert page.call("_menu", "", kept).value is None
     more, _ = page.call("keep", [*history, *history], "c", kept, "d")
-    assert [item["name"] for item in more] == ["c"]  # what the browser sends along has a limit
-    assert len(json.dumps(more, ensure_ascii=False).encode()) <= 500_000
     assert [turn[0] for turn in more[0]["turns"]] == ["assistant", "user", "assistant"]
     assert more[0]["title"] == "一" * 40  # still by its first words
-    words, turns, cost, shown = page.call("_reopened", "a", kept, "没发")
+    # what the browser sends along has a limit
+    huge = [{"role": "user", "content": "长" * 1_000_000}]
+    for said, name, names_left in ((history, "e", ["e"]), (huge, "f", ["f"])):
+        more, _ = page.call("keep", said, name, kept, "d")
+        assert [item["name"] for item in more] == names_left
+        assert len(json.dumps(more, ensure_ascii=False).encode()) <= 500_000 + 200
+        assert more[0]["turns"][0][1]
+    words, turns, cost, shown = page.call("_reopened", "a", kept, "", "没发")
     assert (words, cost, shown) == ("没发", " ", "a")
     assert [t["content"] for t in turns] == ["一", "答"]
     # a question that was never answered is back in the box
     kept = page.call("ask", browser(), "三", turns, "a", kept, "e")[3]
     asyncio.run(page.handlers("drop")[0](browser()))
     assert kept[0]["turns"] == [["user", "一"], ["assistant", "答"], ["user", "三"]]
-    words, turns, *_ = page.call("_reopened", "a", kept, "没发")
+    words, turns, *_ = page.call("_reopened", "a", kept, "", "没发")
     assert words == "三\n没发" and [t["content"] for t in turns] == ["一", "答"]
     for skipped in (
         page.call("keep", [], "a", kept, "e"),
@@ -362,16 +376,33 @@ def test_two_windows_of_a_browser_keep_each_others_conversations(page: Page) -> 
     first = says("甲甲", "a", first)
     assert [(item["name"], item["title"]) for item in first] == [("a", "甲甲"), ("b", "乙")]
     assert [item["name"] for item in says("丙", "c", [], "another")] == ["c"]
+    # who has no name yet shares nothing with anybody
+    says("丁", "d", [], "")
+    assert [item["name"] for item in says("戊", "e", [], "")] == ["e"]
+    # a window that reopens a conversation sees it as the other one left it, and what it asks in an
+    # old copy becomes a conversation of its own
+    assert page.call("_reopened", "a", second, "one", "")[1][0]["content"] == "甲甲"
+    old = [{"role": "user", "content": "甲"}]
+    named = page.call("ask", browser(), "己", old, "a", [], "one")[2]
+    asyncio.run(page.handlers("drop")[0](browser()))
+    assert named != "a"
+    # a name of the browser's making is no path
+    file = page.call("keep", old, "../../evil", [], "")[1]
+    assert (
+        Path(file.value["path"]).name == f"{hashlib.sha256(b'../../evil').hexdigest()[:16]}.jsonl"
+    )
 
 
 def test_a_page_that_is_loaded_again_shows_its_last_conversation(page: Page) -> None:
     turns = [["user", "甲"], ["assistant", "答"], ["user", "乙"]]
     kept = [{"name": "a", "title": "甲", "turns": turns}]
     fresh, reloaded = (SimpleNamespace(cookies=c) for c in ({}, {"cllm_again": "1"}))
-    words, shown, _, name, menu = page.call("_again", reloaded, None, kept, "没发")
+    words, shown, _, name, menu = page.call("_again", reloaded, None, kept, "", "没发")
     assert (words, name, menu.value) == ("乙\n没发", "a", "a") and len(shown) == 2
     for request, known in ((fresh, kept), (reloaded, None)):
-        assert all(v["__type__"] == "update" for v in page.call("_again", request, None, known, ""))
+        assert all(
+            v["__type__"] == "update" for v in page.call("_again", request, None, known, "", "")
+        )
 
 
 def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
@@ -412,7 +443,10 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         _, also, *_ = made.call("record", browser(), "a", first, 0, "", "某人", "", 0)
         assert made.call("following", 0, pair, "某人")[:2] == ("丙？", 1)  # all voted on: the next
         made.call("take_back", browser(), also)
-        asked, number, button, before, undo, *shown = made.call("take_back", browser(), last)
+        asked, number, button, before, undo, comment, mark, *shown = made.call(
+            "take_back", browser(), last
+        )
+        assert (comment, mark) == ("好", 4)
         assert (asked, number, button.value) == ("丙？", 1, "2 / 2 →")
         assert before == second.said[:-1] and undo.interactive is False
         sides, restored = shown[:2], shown[2]
@@ -420,6 +454,7 @@ def test_listed_questions_are_asked_as_their_rows_say(tmp_path: Path) -> None:
         assert [side[-1]["content"] for side in sides] == second.answers
         assert votes.read_text(encoding="utf-8") == ""
         assert os.name != "posix" or votes.stat().st_mode & 0o777 == 0o600
+        votes.write_text('null\n5\n{"models": null}\n{"models": ["demo", "base"]}\n', "utf-8")
         for number in range(20):
             told = made.call("record", browser("zh"), "ab"[number % 2], first, 0, "", "", "", 0)[0]
         assert "20 票" in told and "50%" in told and "票后" not in told

@@ -7,13 +7,26 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from cllm.messages import say
 from cllm.metrics import FEWEST_PAIRS, wilson_interval
+from cllm.runs import read_metrics
 
 OUTCOMES = ("wins", "losses", "ties", "both_bad")
 Votes = Sequence[Mapping[str, Any]]
+
+
+def read_votes(file: Path) -> list[dict[str, Any]]:
+    """The lines of a votes.jsonl that are votes on two models' answers."""
+    rows = [row for row in read_metrics(file) if isinstance(row, dict)]
+    return [row for row in rows if _are_two(row.get("models"))]
+
+
+def _are_two(models: Any) -> bool:
+    is_list = isinstance(models, list) and len(models) == 2
+    return is_list and all(isinstance(name, str) for name in models)
 
 
 @dataclass(frozen=True)
@@ -65,9 +78,9 @@ def _tally(first: str, votes: Votes) -> Tally:
 
 
 def _outcome(first: str, row: Mapping[str, Any]) -> str:
-    if row["vote"] not in ("a", "b"):
-        return "ties" if row["vote"] == "tie" else "both_bad"
-    return "wins" if row["models"]["ab".index(row["vote"])] == first else "losses"
+    if (vote := row.get("vote")) not in ("a", "b"):
+        return "ties" if vote == "tie" else "both_bad"
+    return "wins" if row["models"]["ab".index(vote)] == first else "losses"
 
 
 def vote_table(pairs: Sequence[PairVotes]) -> list[list[str]]:

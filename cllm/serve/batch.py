@@ -16,7 +16,7 @@ from cllm.data.sources import read_questions
 from cllm.messages import UserError, to_json
 from cllm.serve.answer import Answer, ModelError
 from cllm.serve.engine import Engine
-from cllm.serve.widgets import QUIET, Wanted, asked_of, texts_for
+from cllm.serve.widgets import EACH, QUIET, Wanted, asked_of, texts_for
 
 SHOWN = 100
 """Questions in the table; the file has all of them."""
@@ -41,7 +41,7 @@ class Batch:
             table = gr.Dataframe(show_label=False, wrap=True, visible=False)
         inputs = [upload, self.models, *knobs]
         self._wanted = Wanted()
-        upload.upload(self.answer, inputs, [told, table, file], **QUIET)
+        upload.upload(self.answer, inputs, [told, table, file], **EACH)
         stop.click(self._wanted.drop, None, None, **QUIET)
 
     async def answer(
@@ -75,12 +75,15 @@ class Batch:
                     done = sum(bool(answer.finish_reason) for answer in every)
                     told = texts["ui.batch_done"].format(done=done, total=len(every))
                     yield told, gr.skip(), gr.skip()
-            except (UserError, ModelError) as error:
+            except UserError as error:
                 # not where the server keeps it
                 told = str(error.args[0]).replace(path, Path(path).name)
                 yield told, gr.skip(), gr.skip()
                 return
-        yield gr.skip(), *self._shown(asked, answers, texts, Path(path).stem)
+            except ModelError as error:
+                yield str(error.args[0]), gr.skip(), gr.skip()
+        if not self._wanted.waits(request):  # another file took its place
+            yield gr.skip(), *self._shown(asked, answers, texts, Path(path).stem)
 
     def _shown(
         self,

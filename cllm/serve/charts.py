@@ -58,7 +58,7 @@ def chart(title: str, lines: Sequence[Line]) -> str:
         )
     for tick in (tick for tick in ticks.tick_values(0, last) if tick <= last):
         place = f'x="{x(tick):.1f}" y="{HEIGHT - 10}"'
-        shapes.append(f'<text {place} text-anchor="middle">{tick:g}</text>')
+        shapes.append(f'<text {place} text-anchor="middle">{_number(tick)}</text>')
     for line in filter(attrgetter("points"), lines):
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line.points)
         dashes, opacity = ("6 4" if line.dashed else "none"), (0.3 if line.faint else 1)

@@ -20,7 +20,7 @@ import gradio as gr
 
 from cllm.assembly import Loaded
 from cllm.data.message import Message
-from cllm.evaluate.votes import summarise
+from cllm.evaluate.votes import read_votes, summarise
 from cllm.messages import UserError, to_json
 from cllm.model.adapter import WEIGHTS_FILE
 from cllm.runs import read_metrics, replace_file
@@ -133,7 +133,7 @@ class CompareTab:
             if questions:
                 chosen = voted.success(self.after_vote, [follow_up, *at], asked, **QUIET)
                 chosen.then(self.duel, inputs, answers, **EACH)
-        restored = [*asked, before, undo, *answers]
+        restored = [*asked, before, undo, *notes[2:], *answers]
         undo.click(self.take_back, last, restored, **QUIET)
 
     async def duel(
@@ -192,15 +192,8 @@ class CompareTab:
         told += _tally(self.loaded, voted.names, texts)
         better = Message("assistant", voted.answers[vote == "b"])
         said = [*voted.said, better]
-        return (
-            told,
-            (line, voted, number),
-            said,
-            gr.Button(interactive=True),
-            "",
-            0,
-            *_buttons(False),
-        )
+        last = line, voted, number, *filled[2:]
+        return told, last, said, gr.Button(interactive=True), "", 0, *_buttons(False)
 
     def following(self, number: int, pair: str, rater: str) -> tuple[str, int, Any]:
         """The next question of the list on which this rater has not voted for this pair; where
@@ -208,7 +201,7 @@ class CompareTab:
         """
         voted = {
             _key(row)
-            for row in read_metrics(_file(self.loaded))
+            for row in read_votes(_file(self.loaded))
             if {*row["models"]} == {*pairs_of(self.loaded)[pair]}
             and row.get("rater", "") == (rater or "").strip()
         }
@@ -227,16 +220,16 @@ class CompareTab:
         """The next question of the list, unless there is more to ask about this one."""
         return ("", number, gr.skip()) if follow_up else self.following(number, pair, rater)
 
-    async def take_back(self, request: gr.Request, last: tuple[str, Duel, int]) -> tuple[Any, ...]:
+    async def take_back(self, request: gr.Request, last: tuple[Any, ...]) -> tuple[Any, ...]:
         """The last vote was none: its question and answers are there again, to be voted on."""
         await self._wanted.drop(request)
-        line, voted, number = last
+        line, voted, number, *added = last
         _remove_vote(line, self.loaded)
         *before, asked = voted.said
         nothing = gr.Button(interactive=False)
         shown = self._counted(number) if number >= 0 else gr.skip()
         question = asked.content, number, shown, before, nothing
-        return *question, *voted.sides, voted, " ", *_buttons(True)
+        return *question, *added, *voted.sides, voted, " ", *_buttons(True)
 
 
 def _notes(t: Any, page: Any) -> list[Any]:
@@ -302,7 +295,7 @@ def _as_row(said: Sequence[Message]) -> dict[str, Any]:
 
 def _key(row: dict[str, Any]) -> str:
     """What makes two questions the same: the system prompt may be the page's."""
-    return to_json([row["instruction"], row.get("history")])
+    return to_json([row.get("instruction"), row.get("history")])
 
 
 def append_vote(vote: str, voted: Duel, loaded: Loaded, filled: Sequence[Any] = ()) -> str:
@@ -344,7 +337,7 @@ def _remove_vote(line: str, loaded: Loaded) -> None:
 
 def _tally(loaded: Loaded, names: Sequence[str], texts: dict[str, str]) -> str:
     """What the votes on these two models say so far, or how many are missing until it is told."""
-    for pair in summarise(read_metrics(_file(loaded))):
+    for pair in summarise(read_votes(_file(loaded))):
         if {*pair.models} == {*names}:
             count = pair.wins + pair.losses + pair.ties + pair.both_bad
             if count < ENOUGH_VOTES:

@@ -4,8 +4,10 @@ one, one of them as a file.
 
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
+import hashlib
 import secrets
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from cllm.serve.widgets import QUIET, Turns
 MAX_BYTES = 500_000
 """Of all kept conversations: the browser sends them along, and the guard refuses large bodies."""
 TITLE_CHARACTERS = 40
+BROWSERS = 100
+"""Of so many the server knows what all their windows have kept."""
 
 
 def conversation(history: Turns) -> list[Message]:
@@ -60,39 +64,90 @@ class History:
         """
         places, chosen = [*talk, self.shown], [self._menu, self.kept, talk[0]]
         page.load(lambda name: name or secrets.token_hex(8), self._browser, self._browser, **QUIET)
-        page.load(_again, chosen, [*places, self._menu], **QUIET)
+        page.load(self._again, chosen, [*places, self._menu], **QUIET)
         for event in (page.load, self.kept.change):
             event(_menu, [self.shown, self.kept], self._menu, **QUIET)
         for event in (self._new.click, clear):
             event(drop, None, None, **QUIET).then(
                 lambda: (gr.skip(), [], " ", ""), None, places, **QUIET
             ).then(_menu, [self.shown, self.kept], self._menu, **QUIET)
-        self._menu.input(drop, None, None, **QUIET).then(_reopened, chosen, places, **QUIET)
+        self._menu.input(drop, None, None, **QUIET).then(self._reopened, chosen, places, **QUIET)
 
     def keep(self, history: Turns, shown: str, kept: Turns | None, browser: str) -> tuple[Any, Any]:
         """What was said is kept, and can be downloaded."""
         said = conversation(history)
         if not said or not shown:
             return gr.skip(), gr.skip()
-        file = Path(self._files.name) / f"{shown}.jsonl"
+        # the name comes from the browser
+        file = Path(self._files.name) / f"{hashlib.sha256(shown.encode()).hexdigest()[:16]}.jsonl"
         file.write_text(to_json({"messages": [m.row() for m in said]}) + "\n", encoding="utf-8")
         button = gr.DownloadButton(value=str(file), interactive=True)
         return self.kept_with(history, shown, kept, browser), button
 
+    def name_of(self, history: Turns, shown: str, kept: Turns | None, browser: str) -> str:
+        """The conversation's name; a new one where questions would be lost under it, which were
+        asked in another window, or after one that is asked again.
+        """
+        asked = {message.content for message in conversation(history)}
+        turns = _turns(shown, self._known(kept, browser))
+        lost = any(role == "user" and text not in asked for role, text in turns)
+        return secrets.token_hex(8) if lost or not shown else shown
+
     def kept_with(self, history: Turns, name: str, kept: Turns | None, browser: str) -> Turns:
         """The kept conversations of all windows with what is said in this one, the newest first."""
         turns = [[message.role, message.content] for message in conversation(history)]
-        known = [*self._seen.get(browser, []), *(kept or [])]  # of two the one seen last
-        others = {item["name"]: item for item in known[::-1] if item["name"] != name}
         title = turns[0][1][:TITLE_CHARACTERS]
-        kept = [{"name": name, "title": title, "turns": turns}, *[*others.values()][::-1]]
-        while len(to_json(kept).encode()) > MAX_BYTES:
-            if len(kept) > 1:
-                kept.pop()
-            else:
-                del turns[0]  # of a very long one the latest turns
-        self._seen[browser] = kept
+        role, text = turns[-1]
+        # of a very long one the latest turns, or the end of the last
+        turns = _within(turns[::-1], MAX_BYTES)[::-1] or [[role, text[-MAX_BYTES // 8 :]]]
+        own = {"name": name, "title": title, "turns": turns}
+        others = [item for item in self._known(kept, browser) if item["name"] != name]
+        kept = [own, *_within(others, MAX_BYTES - _bytes(own))]
+        if browser:  # without, it could be anybody's
+            self._seen.pop(browser, None)
+            self._seen[browser] = kept
+            if len(self._seen) > BROWSERS:
+                del self._seen[next(iter(self._seen))]
         return kept
+
+    def _known(self, kept: Turns | None, browser: str) -> Turns:
+        """What any window of the browser has kept; of two of a name the one seen last."""
+        items: dict[str, Any] = {}
+        for item in [*self._seen.get(browser, []), *(kept or [])]:
+            items.setdefault(item["name"], item)
+        return [*items.values()]
+
+    def _reopened(
+        self, name: str, kept: Turns | None, browser: str, words: str
+    ) -> tuple[Any, Turns, str, str]:
+        """The box, the chat, the line below it and the name."""
+        turns = _turns(name, self._known(kept, browser))
+        history = [{"role": role, "content": text} for role, text in turns]
+        return *put_back(history, words), " ", name
+
+    def _again(
+        self, request: gr.Request, name: str | None, kept: Turns | None, browser: str, words: str
+    ) -> tuple[Any, ...]:
+        """A page that was loaded again shows the last conversation."""
+        known = self._known(kept, browser)
+        if not known or "cllm_again" not in request.cookies:
+            return (gr.skip(),) * 5
+        name = known[0]["name"]
+        return *self._reopened(name, kept, browser, words), _menu(name, known)
+
+
+def _turns(name: str, items: Turns) -> list[list[str]]:
+    return next((item["turns"] for item in items if item["name"] == name), [])
+
+
+def _bytes(part: Any) -> int:
+    return len(to_json(part).encode("utf-8", "replace"))
+
+
+def _within(parts: list[Any], room: int) -> list[Any]:
+    """The first of them, as many as have room together."""
+    ends = accumulate(map(_bytes, parts))
+    return [part for part, end in zip(parts, ends, strict=True) if end <= room]
 
 
 def put_back(history: Turns, words: str) -> tuple[str, Turns]:
@@ -102,8 +157,8 @@ def put_back(history: Turns, words: str) -> tuple[str, Turns]:
     if not history or history[-1]["role"] != "user":
         return words, history
     question = conversation(history)[-1].content
-    # the box may still hold it
-    return words if words.startswith(question) else f"{question}\n{words}".strip(), history[:-1]
+    held = f"{words}\n".startswith(f"{question}\n")  # the box may still hold it
+    return words if held else f"{question}\n{words}".strip(), history[:-1]
 
 
 def _menu(shown: str, kept: Turns | None) -> Any:
@@ -111,17 +166,3 @@ def _menu(shown: str, kept: Turns | None) -> Any:
     titles = [(item["title"], item["name"]) for item in kept or []]
     names = {item["name"] for item in kept or []}
     return gr.Dropdown(choices=titles, value=shown if shown in names else None)
-
-
-def _again(request: gr.Request, name: str | None, kept: Turns, words: str) -> tuple[Any, ...]:
-    """A page that was loaded again shows its last conversation."""
-    if not kept or "cllm_again" not in request.cookies:
-        return (gr.skip(),) * 5
-    return *_reopened(kept[0]["name"], kept, words), _menu(kept[0]["name"], kept)
-
-
-def _reopened(name: str, kept: Turns, words: str) -> tuple[Any, Turns, str, str]:
-    """The box, the chat, the line below it and the name."""
-    turns: list[list[str]] = next((item["turns"] for item in kept if item["name"] == name), [])
-    history = [{"role": role, "content": text} for role, text in turns]
-    return *put_back(history, words), " ", name

@@ -135,7 +135,7 @@ def _filled(table: list[list[str]]) -> dict[str, Any]:
 
 def _facts(run: Path) -> dict[str, Any]:
     """What `described` says, found out anew only where the run was written to since."""
-    files = run, run / "metrics.jsonl"
+    files = run, run / "metrics.jsonl", run / "eval.json"
     return _described(run, is_held(run), *(f.stat().st_mtime_ns for f in files if f.exists()))
 
 

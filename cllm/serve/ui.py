@@ -7,7 +7,6 @@ Content-Security-Policy: no script of it runs.
 
 # No `from __future__ import annotations`: Gradio must be able to evaluate the annotations of event
 # handlers.
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -49,6 +48,7 @@ CSS = """
 .votes { position: sticky; bottom: 0; z-index: 2; background: var(--body-background-fill); }
 .side .top-panel { display: none; } /* half of a comparison cannot be cleared */
 @media (max-width: 640px) {
+  .loaded p + p { display: none; }
   .side { height: 26dvh !important; min-height: 0 !important; }
   .votes button { padding: .4rem .2rem; font-size: .8rem; min-width: 3.6rem !important; }
 }
@@ -64,8 +64,11 @@ SENT = """<script>
   const box = () => document.querySelector("#ask textarea");
   const busy = () => document.querySelector("#ask .stop-button");
   const note = event => {
-    const enter = event.key == "Enter" && event.target.closest("#ask textarea");
-    if ((enter || event.target.closest("#ask .submit-button")) && !busy()) sent = box().value;
+    // Enter also begins a line, and ends what an input method composes
+    if (event.type == "keydown" && (event.key != "Enter" || event.shiftKey || event.isComposing))
+      return;
+    const place = event.type == "click" ? "#ask .submit-button" : "#ask textarea";
+    sent = event.target.closest(place) && !busy() ? box().value : "";
   };
   // a page that is loaded again keeps what was typed, and says so to the server
   const [visit] = performance.getEntriesByType("navigation");
@@ -74,13 +77,14 @@ SENT = """<script>
   const restore = () => {
     if (!box()) return setTimeout(restore, 300);
     setTimeout(() => {
-      if (!draft || box().value.includes(draft)) return;
-      box().value += (box().value && "\\n") + draft;
-      box().dispatchEvent(new Event("input", {bubbles: true}));
+      if (draft && !box().value.includes(draft)) {
+        box().value += (box().value && "\\n") + draft;
+        box().dispatchEvent(new Event("input", {bubbles: true}));
+      }
+      setInterval(() => box() && sessionStorage.setItem("cllm-draft", box().value), 500);
     }, 1500);
   };
   restore();
-  setInterval(() => box() && sessionStorage.setItem("cllm-draft", box().value), 500);
   document.addEventListener("keydown", note, true);
   document.addEventListener("click", note, true);
   new MutationObserver(() => {
@@ -150,7 +154,7 @@ def build_page(t: Any, loaded: Loaded, engine: Engine, questions: Questions | No
         )
         if loaded.home is None or not (loaded.home / "config.toml").is_file():
             return told
-        return f"{told}  \n{settings(loaded.home)}"
+        return f"{told}\n\n{settings(loaded.home)}"
 
     with gr.Blocks(
         title="cllm", fill_height=True, analytics_enabled=False, delete_cache=(3600, 86400)
@@ -286,7 +290,7 @@ class ChatTab:
     ) -> tuple[Any, Turns, str, Turns]:
         """The last question of `history` is to be answered, and is kept from now on."""
         self._wanted.ask(request)
-        name = shown or secrets.token_hex(8)
+        name = self._history.name_of(history, shown, kept, browser)
         box = gr.Textbox(submit_btn=False, stop_btn=True)
         return box, history, name, self._history.kept_with(history, name, kept, browser)
 
@@ -307,8 +311,7 @@ class ChatTab:
     ) -> Any:
         """Another answer to the same question."""
         await self._wanted.drop(request)
-        said = history[: _index(data) + 1]
-        return self.busy(request, said, _branch(history, said, shown), kept, browser)
+        return self.busy(request, history[: _index(data) + 1], shown, kept, browser)
 
     async def edited(
         self,
@@ -320,15 +323,11 @@ class ChatTab:
         data: gr.EditData,
     ) -> Any:
         """An answer to another question in its place."""
+        if not str(data.value).strip():
+            return (gr.skip(),) * 4
         await self._wanted.drop(request)
         said = [*history[: _index(data)], user_turn(data.value)]
-        return self.busy(request, said, _branch(history, said, shown), kept, browser)
-
-
-def _branch(history: Turns, said: Turns, shown: str) -> str:
-    """The conversation's name; "", a new one, where later rounds would be lost."""
-    later = history[len(said) :]
-    return "" if any(turn["role"] == "user" for turn in later) else shown
+        return self.busy(request, said, shown, kept, browser)
 
 
 def _index(data: Any) -> int:

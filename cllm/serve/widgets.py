@@ -212,8 +212,7 @@ async def watched(answers: list[Answer]) -> AsyncGenerator[bool, None]:
     try:
         while (await asyncio.wait(tasks, timeout=REFRESH_SECONDS))[1]:
             yield False
-        for task in tasks:
-            task.result()
+        await asyncio.gather(*tasks)  # of two failures the second is not left behind
         yield True
     finally:
         for answer in answers:
