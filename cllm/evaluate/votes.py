@@ -21,7 +21,7 @@ Votes = Sequence[Mapping[str, Any]]
 def read_votes(file: Path) -> list[dict[str, Any]]:
     """The lines of a votes.jsonl that are votes on two models' answers."""
     rows = [row for row in read_metrics(file) if isinstance(row, dict)]
-    return [row for row in rows if _are_two(row.get("models"))]
+    return [row for row in rows if "vote" in row and _are_two(row.get("models"))]
 
 
 def _are_two(models: Any) -> bool:
