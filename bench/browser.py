@@ -339,7 +339,8 @@ def keeping(page: Page, question: str, problems: list[str]) -> dict[str, Any]:
             kept.click()
             page.get_by_role("option").nth(place).click()
             page.wait_for_timeout(2000)
-        unanswered = question in box.input_value()  # it is in its box if no answer was kept
+        unanswered = bool(box.input_value())  # it is in its box if no answer was kept
+        assert box.input_value() in ("", "甲" + question, "乙" + question), box.input_value()
         assert questions(page) + unanswered == shown, (place, questions(page), box.input_value())
         box.fill("")
     return {"context": context, "rounds": rounds}

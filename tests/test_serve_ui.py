@@ -833,6 +833,26 @@ def test_monitor_counts(page: Page) -> None:
     assert table.startswith("| Monitor | |") and "| open pages | 0 |" in table
 
 
+def test_every_event_has_the_inputs_of_its_handler(page: Page) -> None:
+    """Gradio fills up with None what is missing."""
+    import inspect
+
+    import gradio as gr
+
+    given = (gr.Request, gr.EventData)
+    for event in page.blocks.fns.values():
+        if event.fn is None:
+            continue
+        wanted = [
+            parameter
+            for parameter in inspect.signature(event.fn).parameters.values()
+            if not (inspect.isclass(kind := parameter.annotation) and issubclass(kind, given))
+        ]
+        fixed = [p for p in wanted if p.kind is not p.VAR_POSITIONAL]
+        assert len(event.inputs) >= len(fixed), event.name
+        assert len(event.inputs) == len(fixed) or len(fixed) < len(wanted), event.name
+
+
 def test_the_page_is_served_with_its_policy_in_both_languages(page: Page) -> None:
     from starlette.testclient import TestClient
 

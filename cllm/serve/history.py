@@ -62,7 +62,8 @@ class History:
         """Choosing a conversation or beginning one, by the button or by `clear`, drops what is
         being answered; `talk`: the box, the chat and the line below it.
         """
-        places, chosen = [*talk, self.shown], [self._menu, self.kept, talk[0]]
+        places = [*talk, self.shown]
+        chosen = [self._menu, self.kept, self._browser, talk[0]]
         page.load(lambda name: name or secrets.token_hex(8), self._browser, self._browser, **QUIET)
         page.load(self._again, chosen, [*places, self._menu], **QUIET)
         for event in (page.load, self.kept.change):
