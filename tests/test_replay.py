@@ -233,7 +233,7 @@ def test_identity_rows(
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        ([], "check.identity"),
+        ([], "check.no_target"),
         (["--identity", "a", "b"], "check.identity"),
         (["demo", "--identity", "a", "b", "--out", "new.jsonl"], "check.identity"),
         (["--out", "new.jsonl"], "check.identity"),

@@ -267,9 +267,7 @@ def test_a_full_disk_ends_in_one_line_and_the_snapshots_stay(
         pytest.skip("needs /dev/full")
     training = Training(load_config(config, ["eval.samples=0"]))
     (training.run / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(
-        UserError, match=r"metrics.jsonl cannot be written \(.*No space left.*--resume"
-    ):
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(.*No space left"):
         training.loop()
     training.close()
     (training.run / "metrics.jsonl").unlink()
