@@ -265,8 +265,8 @@ def test_what_is_not_wanted_any_more_ends_and_shows_nothing_more(page: Page) -> 
     for name, arguments in (
         ("stop", ("", history)),
         ("drop", ()),
-        ("again", (history, "x", [], "c", SimpleNamespace(index=0))),
-        ("edited", (history, "x", [], "c", SimpleNamespace(index=0, value="改"))),
+        ("again", (SimpleNamespace(index=0), history, "x", [], "c")),
+        ("edited", (SimpleNamespace(index=0, value="改"), history, "x", [], "c")),
     ):
         more, result = asyncio.run(leave(name, *arguments))
         assert more == []
@@ -281,12 +281,12 @@ def test_what_is_not_wanted_any_more_ends_and_shows_nothing_more(page: Page) -> 
         rounds = [{"role": role, "content": text} for role, text in turns[:count]]
         kept = [{"name": "x", "title": "你好", "turns": turns[:count]}]
         retry = page.handlers("again")[0](
-            browser(), rounds, "x", kept, "", SimpleNamespace(index=0)
+            browser(), SimpleNamespace(index=0), rounds, "x", kept, ""
         )
         assert (asyncio.run(retry)[2] == "x") == same
         asyncio.run(page.handlers("drop")[0](browser()))
     blank = page.handlers("edited")[0](
-        browser(), history, "x", [], "c", SimpleNamespace(index=0, value=" ")
+        browser(), SimpleNamespace(index=0, value=" "), history, "x", [], "c"
     )
     assert all(value["__type__"] == "update" for value in asyncio.run(blank))
     # stopped before it began: nothing is shown, and the question goes back

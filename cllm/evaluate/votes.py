@@ -78,9 +78,9 @@ def _tally(first: str, votes: Votes) -> Tally:
 
 
 def _outcome(first: str, row: Mapping[str, Any]) -> str:
-    if (vote := row.get("vote")) not in ("a", "b"):
-        return "ties" if vote == "tie" else "both_bad"
-    return "wins" if row["models"]["ab".index(vote)] == first else "losses"
+    if row["vote"] not in ("a", "b"):
+        return "ties" if row["vote"] == "tie" else "both_bad"
+    return "wins" if row["models"]["ab".index(row["vote"])] == first else "losses"
 
 
 def vote_table(pairs: Sequence[PairVotes]) -> list[list[str]]:

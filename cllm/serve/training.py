@@ -63,7 +63,7 @@ class TrainingTab:
         self.opened = talk.click(self.talk_to, chosen, [told, *menus], **QUIET)
 
     def follow(
-        self, request: gr.Request, listed: list[str], name: str | None, other: str | None
+        self, request: gr.Request, before: list[str], name: str | None, other: str | None
     ) -> tuple[Any, ...]:
         """The list of the runs; the one called `name`, at first the one that answers, and the
         curves of `other` over its own. Menus that list them already are left as their reader has
@@ -73,7 +73,7 @@ class TrainingTab:
         usual = self.loaded.home.name if self.loaded.home else ""
         name = next((known for known in (name, usual, *names) if known in names), "")
         menus: Any = (gr.skip(),) * 2
-        if names != listed:
+        if names != before:
             over = gr.Dropdown([("-", ""), *names], value=other if other in names else "")
             menus = gr.Dropdown(names, value=name or None), over
         curves = {

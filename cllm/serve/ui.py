@@ -301,33 +301,20 @@ class ChatTab:
         return self.busy(request, [*history, user_turn(words)], *names)
 
     async def again(
-        self,
-        request: gr.Request,
-        history: Turns,
-        shown: str,
-        kept: Turns | None,
-        browser: str,
-        data: gr.RetryData,
+        self, request: gr.Request, data: gr.RetryData, history: Turns, *names: Any
     ) -> Any:
         """Another answer to the same question."""
         await self._wanted.drop(request)
-        return self.busy(request, history[: _index(data) + 1], shown, kept, browser)
+        return self.busy(request, history[: _index(data) + 1], *names)
 
     async def edited(
-        self,
-        request: gr.Request,
-        history: Turns,
-        shown: str,
-        kept: Turns | None,
-        browser: str,
-        data: gr.EditData,
+        self, request: gr.Request, data: gr.EditData, history: Turns, *names: Any
     ) -> Any:
         """An answer to another question in its place."""
         if not str(data.value).strip():
             return (gr.skip(),) * 4
         await self._wanted.drop(request)
-        said = [*history[: _index(data)], user_turn(data.value)]
-        return self.busy(request, said, shown, kept, browser)
+        return self.busy(request, [*history[: _index(data)], user_turn(data.value)], *names)
 
 
 def _index(data: Any) -> int:
